@@ -1,0 +1,77 @@
+"""The PyTrees that travel between data, models, training and evaluation.
+
+Every field may carry leading batch axes (`*b`), so that one type holds a single example and a batch of them. Everything
+variable is padded to a capacity; `valid` alone says which rows are real.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32, Num, UInt8
+
+
+class Targets(eqx.Module):
+    """Ground truth of an image, padded to `n` rows.
+
+    - `boxes`: `(x0, y0, x1, y1)` in pixels of the image they belong to.
+    - `labels`: `0..K-1`, foreground classes only.
+    - `valid`: which rows are objects.
+    - `masks`: coverage of each object in its own frame, 0..255 for uint8 and 0..1 otherwise, or `None`.
+    - `mask_boxes`: the frame that each mask fills. It is the object's whole box: cropping an image clips `boxes`, while
+      `mask_boxes` keeps reaching past the border, so that a mask never has to be resampled. `None` if `masks` is.
+    """
+
+    boxes: Float[Array | np.ndarray, "*b n 4"]
+    labels: Int32[Array | np.ndarray, "*b n"]
+    valid: Bool[Array | np.ndarray, "*b n"]
+    masks: Num[Array | np.ndarray, "*b n s t"] | Bool[Array | np.ndarray, "*b n s t"] | None = None
+    mask_boxes: Float[Array | np.ndarray, "*b n 4"] | None = None
+
+
+class Detections(eqx.Module):
+    """What a detector found, best score first, padded to `n` rows.
+
+    - `boxes`: `(x0, y0, x1, y1)` in pixels of the image that was given.
+    - `scores`: 0..1. `labels`: `0..K-1`. `valid`: which rows are detections.
+    - `masks`: probabilities 0..1, each filling its box, or `None`. `detectax_eqx.ops.paste_masks` puts them on a canvas.
+    """
+
+    boxes: Float[Array | np.ndarray, "*b n 4"]
+    scores: Float[Array | np.ndarray, "*b n"]
+    labels: Int32[Array | np.ndarray, "*b n"]
+    valid: Bool[Array | np.ndarray, "*b n"]
+    masks: Float[Array | np.ndarray, "*b n s t"] | None = None
+
+
+class Batch(eqx.Module):
+    """Images as decoded, padded bottom and right to a common canvas, with their ground truth.
+
+    - `images`: uint8 RGB. `image_sizes`: `(height, width)` of the image within its canvas.
+    - `original_sizes`: `(height, width)` as on disk; it differs only if an oversized image was shrunk while decoding.
+    - `targets`: in pixels of the image as it lies in the canvas.
+    - `indices`: position of each image in its dataset. `valid`: false for an example that only fills up a batch.
+    - `overflow`: number of objects that were dropped because an image holds more than the capacity.
+    """
+
+    images: UInt8[Array | np.ndarray, "*b h w 3"]
+    image_sizes: Int32[Array | np.ndarray, "*b 2"]
+    original_sizes: Int32[Array | np.ndarray, "*b 2"]
+    targets: Targets
+    indices: Int32[Array | np.ndarray, "*b"]
+    valid: Bool[Array | np.ndarray, "*b"]
+    overflow: Int32[Array | np.ndarray, "*b"]
+
+
+class WeightedSum(eqx.Module):
+    """A sum and the weight it is to be divided by, kept apart so that parts of a batch add up exactly.
+
+    Losses of one example are `WeightedSum`s; they are added over the global batch and divided once, so that one device
+    and eight give the same number.
+    """
+
+    total: Float32[Array, "*b"]
+    count: Float32[Array, "*b"]
+
+    def mean(self) -> Float32[Array, "*b"]:
+        """`total / count`, and 0 with a zero gradient where nothing was counted."""
+        return self.total / jnp.maximum(self.count, 1.0)
