@@ -51,6 +51,7 @@ class Batch(eqx.Module):
     - `targets`: in pixels of the image as it lies in the canvas.
     - `indices`: position of each image in its dataset. `valid`: false for an example that only fills up a batch.
     - `overflow`: number of objects that were dropped because an image holds more than the capacity.
+    - `canvas`: `(height, width)` that the network is to see, static: a program is compiled for each.
     """
 
     images: UInt8[Array | np.ndarray, "*b h w 3"]
@@ -60,6 +61,7 @@ class Batch(eqx.Module):
     indices: Int32[Array | np.ndarray, "*b"]
     valid: Bool[Array | np.ndarray, "*b"]
     overflow: Int32[Array | np.ndarray, "*b"]
+    canvas: tuple[int, int] = eqx.field(static=True)
 
 
 class WeightedSum(eqx.Module):

@@ -1,0 +1,20 @@
+"""Neural network modules over one example: convolutions, norms, ResNet, FPN."""
+
+from ._conv import (
+    Conv2d as Conv2d,
+    Upsample2x2 as Upsample2x2,
+    conv2d as conv2d,
+    max_pool2d as max_pool2d,
+    relu as relu,
+)
+from ._fpn import FPN as FPN, ResNetFPN as ResNetFPN
+from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
+from ._resnet import (
+    BasicBlock as BasicBlock,
+    Bottleneck as Bottleneck,
+    ResNet as ResNet,
+    resnet18 as resnet18,
+    resnet34 as resnet34,
+    resnet50 as resnet50,
+    resnet101 as resnet101,
+)

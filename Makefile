@@ -1,0 +1,53 @@
+# `make demo` and `make test` are all that a newcomer needs. Each makes the virtual environment if it is missing.
+PYTHON ?= python3
+VENV := .venv
+PARITY := .venv-parity
+PIP_FLAGS := --disable-pip-version-check --quiet
+# Compiled programs are kept between runs: the second `make test` is several times quicker.
+export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
+
+.PHONY: help demo test lint format parity bench clean
+
+help:
+	@echo "make demo    train, evaluate and draw a small Mask R-CNN on synthetic images (about 6 minutes on two cores)"
+	@echo "make test    run the tests"
+	@echo "make lint    check style and types"
+	@echo "make format  mend style"
+	@echo "make parity  compare with torchvision, in an environment of its own (5 GB)"
+	@echo "make bench   measure, and write the tables of BENCHMARKS.md"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,plot]'
+	touch $@
+
+$(PARITY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) torch==2.12.1 torchvision==0.27.1
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python experiments/quickstart.py
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+parity: $(PARITY)/.installed
+	$(PARITY)/bin/python -m pytest tests/parity -s
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python experiments/benchmark.py
+
+clean:
+	rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache runs

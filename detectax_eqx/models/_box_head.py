@@ -1,0 +1,160 @@
+"""The second stage: what is in a proposal, and where exactly. Head, sampling, loss, detections."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+
+from .._types import Detections, Targets, WeightedSum
+from ..nn import relu
+from ..ops import (
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    match_boxes,
+    nms_indices,
+    pairwise_iou,
+    sample_balanced,
+    smooth_l1_loss,
+)
+from ._rpn import SMOOTH_L1_BETA, Proposals, has_size
+
+
+# Standard deviations of the deltas of matched proposals on COCO are about .1 and .2 (arXiv:1504.08083, Fast R-CNN).
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+class BoxHead(eqx.Module):
+    """Two fully connected layers on a proposal's features, then a class and, for each class, a box.
+
+    Outputs have `num_classes + 1` entries, background first, as torchvision's weights do; the box of the background is
+    never used.
+    """
+
+    fc6: eqx.nn.Linear
+    fc7: eqx.nn.Linear
+    class_logits: eqx.nn.Linear
+    box_deltas: eqx.nn.Linear
+    pool_size: int = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True)
+
+    def __init__(
+        self, channels: int, num_classes: int, *, key: PRNGKeyArray, pool_size: int = 7, hidden_size: int = 1024
+    ):
+        """`pool_size`: side of the RoI's feature patch, in bins."""
+        if num_classes < 1:
+            raise ValueError(f"num_classes counts foreground classes and must be at least 1, got {num_classes}.")
+        keys = jr.split(key, 4)
+        self.fc6 = eqx.nn.Linear(channels * pool_size**2, hidden_size, key=keys[0])
+        self.fc7 = eqx.nn.Linear(hidden_size, hidden_size, key=keys[1])
+        self.class_logits = eqx.nn.Linear(hidden_size, num_classes + 1, key=keys[2])
+        self.box_deltas = eqx.nn.Linear(hidden_size, 4 * (num_classes + 1), key=keys[3])
+        self.pool_size = pool_size
+        self.num_classes = num_classes
+
+    def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
+        """Class logits and box deltas, background at index 0, in float32."""
+        x = features.reshape(features.shape[0], -1)
+        x = relu(_linear(self.fc6, x))
+        x = relu(_linear(self.fc7, x))
+        logits = _linear(self.class_logits, x).astype(jnp.float32)
+        deltas = _linear(self.box_deltas, x).astype(jnp.float32)
+        return logits, deltas.reshape(features.shape[0], -1, 4)
+
+
+def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
+    return jax.vmap(layer)(x)
+
+
+class SampledProposals(eqx.Module):
+    """The proposals that a loss looks at, positives first, and the object that each was matched with."""
+
+    boxes: Float[Array, "s 4"]
+    valid: Bool[Array, " s"]
+    positive: Bool[Array, " s"]
+    matched: Int32[Array, " s"]
+
+
+def sample_proposals(
+    proposals: Proposals,
+    targets: Targets,
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 512,
+    positive_fraction: float = 0.25,
+    positive_iou: float = 0.5,
+) -> SampledProposals:
+    """A balanced sample of the proposals and of the objects' own boxes, which are added so that there are positives."""
+    boxes = jnp.concatenate([proposals.boxes, targets.boxes])
+    valid = jnp.concatenate([proposals.valid, targets.valid])
+    matches = match_boxes(
+        pairwise_iou(targets.boxes, boxes), targets.valid, low_threshold=positive_iou, high_threshold=positive_iou
+    )
+    sampled, sampled_valid = sample_balanced(
+        matches.positive & valid,
+        matches.negative & valid,
+        num_samples=num_samples,
+        positive_fraction=positive_fraction,
+        key=key,
+    )
+    return SampledProposals(
+        boxes[sampled], sampled_valid, matches.positive[sampled] & sampled_valid, matches.indices[sampled]
+    )
+
+
+def box_loss(
+    logits: Float[Array, "s k1"], deltas: Float[Array, "s k1 4"], sampled: SampledProposals, targets: Targets
+) -> dict[str, WeightedSum]:
+    """Cross entropy and box regression of the sampled proposals: `loss_classifier`, `loss_box_reg`.
+
+    Both are counted by the number of sampled proposals, as in torchvision; only positives have a box to regress to.
+    """
+    labels = jnp.where(sampled.positive, targets.labels[sampled.matched] + 1, 0)
+    log_probabilities = jax.nn.log_softmax(logits)
+    class_losses = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=BOX_WEIGHTS)
+    predicted = jnp.take_along_axis(deltas, labels[:, None, None], axis=1)[:, 0]
+    box_losses = smooth_l1_loss(predicted, wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
+    count = sampled.valid.sum().astype(jnp.float32)
+    return {
+        "loss_classifier": WeightedSum(jnp.where(sampled.valid, class_losses, 0.0).sum(), count),
+        "loss_box_reg": WeightedSum(jnp.where(sampled.positive, box_losses, 0.0).sum(), count),
+    }
+
+
+def box_detections(
+    logits: Float[Array, "p k1"],
+    deltas: Float[Array, "p k1 4"],
+    proposals: Proposals,
+    image_size: Float[Array, " 2"],
+    *,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    max_detections: int = 100,
+    min_size: float = 1e-2,
+) -> Detections:
+    """The best boxes after non-maximum suppression within each class, in canvas pixels, without masks.
+
+    Every proposal may yield a detection of every class whose softmax score exceeds `score_threshold`; boxes are clipped
+    to the image and those with a side below `min_size` pixels dropped. No candidate is cut off before suppression.
+    """
+    num_proposals, num_classes = logits.shape[0], logits.shape[1] - 1
+    scores = jax.nn.softmax(logits)[:, 1:]
+    boxes = decode_boxes(
+        deltas[:, 1:].reshape(-1, 4), jnp.repeat(proposals.boxes, num_classes, axis=0), weights=BOX_WEIGHTS
+    )
+    boxes = clip_boxes(boxes, image_size)
+    scores = scores.reshape(-1)
+    labels = jnp.tile(jnp.arange(num_classes, dtype=jnp.int32), num_proposals)
+    candidates = jnp.repeat(proposals.valid, num_classes) & (scores > score_threshold) & has_size(boxes, min_size)
+    keep, valid = nms_indices(
+        boxes, scores, candidates, iou_threshold=nms_threshold, max_outputs=max_detections, labels=labels
+    )
+    return Detections(
+        jnp.where(valid[:, None], boxes[keep], 0.0),
+        jnp.where(valid, scores[keep], 0.0),
+        jnp.where(valid, labels[keep], 0),
+        valid,
+    )
+

@@ -1,0 +1,241 @@
+"""Faster R-CNN (arXiv:1506.01497) on a feature pyramid."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int32, Num, PRNGKeyArray
+
+from .._types import Detections, Targets, WeightedSum
+from ..ops import multilevel_roi_align
+from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
+from ._rpn import RPN, RPNOutput, propose, rpn_loss
+
+
+# Mean and standard deviation of ImageNet's pixels, RGB in 0..255: what torchvision's backbones were trained with.
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+Features = tuple[Float[Array, "c _ _"], ...]
+
+
+class FasterRCNN(eqx.Module):
+    """A two-stage box detector: backbone with pyramid, region proposals, box head.
+
+    Its call takes one image that already lies on its canvas; `detectax_eqx.models.detect` takes any image.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model.num_classes
+    3
+    """
+
+    backbone: Callable
+    rpn: RPN
+    box_head: BoxHead
+    roi_aligned: bool = eqx.field(static=True)
+    roi_sampling_ratio: int = eqx.field(static=True)
+    pixel_mean: tuple[float, float, float] = eqx.field(static=True)
+    pixel_std: tuple[float, float, float] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        backbone: Callable,
+        num_classes: int,
+        *,
+        key: PRNGKeyArray,
+        anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
+        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        hidden_size: int = 1024,
+        roi_aligned: bool = False,
+        roi_sampling_ratio: int = 2,
+        pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
+        pixel_std: tuple[float, float, float] = IMAGENET_STD,
+    ):
+        """Builds the heads on `backbone`, which maps an image `(3, h, w)` to pyramid levels and has `channels`, `strides`.
+
+        - `num_classes`: foreground classes.
+        - `anchor_sizes`: a tuple for each level, in canvas pixels; `aspect_ratios`: height / width.
+        - `hidden_size`: width of the box head.
+        - `roi_aligned`, `roi_sampling_ratio`: see `roi_align`. The defaults are torchvision's; Detectron2 uses
+          `True, 0`.
+        - `pixel_mean`, `pixel_std`: RGB in 0..255.
+        """
+        keys = jr.split(key)
+        self.backbone = backbone
+        self.rpn = RPN(backbone.channels, key=keys[0], anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios)
+        self.box_head = BoxHead(backbone.channels, num_classes, key=keys[1], hidden_size=hidden_size)
+        self.roi_aligned = roi_aligned
+        self.roi_sampling_ratio = roi_sampling_ratio
+        self.pixel_mean = pixel_mean
+        self.pixel_std = pixel_std
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes."""
+        return self.box_head.num_classes
+
+    def normalize(self, image: Num[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> Float[Array, "3 h w"]:
+        """Pixel values 0..255 to the backbone's scale; what lies outside `image_size` becomes 0, as in torchvision."""
+        x = (image.astype(jnp.float32) - jnp.asarray(self.pixel_mean)[None, None]) / jnp.asarray(self.pixel_std)[None, None]
+        rows = jnp.arange(image.shape[0])[:, None, None] < image_size[0]
+        columns = jnp.arange(image.shape[1])[None, :, None] < image_size[1]
+        return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)
+
+    def extract(self, image: Num[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
+        """The pyramid's features and the proposal head's output for an image on its canvas."""
+        features = self.backbone(self.normalize(image, image_size))
+        return features, self.rpn(features, (image.shape[0], image.shape[1]))
+
+    def pool(self, features: Features, boxes: Float[Array, "n 4"], *, output_size: int) -> Float[Array, "n c s s"]:
+        """The features inside each box, from the level that suits its size. The coarsest map is for anchors only."""
+        return multilevel_roi_align(
+            features[:-1],
+            boxes,
+            output_size=output_size,
+            strides=tuple(self.backbone.strides[:-1]),
+            sampling_ratio=self.roi_sampling_ratio,
+            aligned=self.roi_aligned,
+        )
+
+    def __call__(
+        self,
+        image: Num[Array, "h w 3"],
+        image_size: Int32[Array, " 2"],
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+        pre_nms_top_n: int = 1000,
+        post_nms_top_n: int = 1000,
+    ) -> Detections:
+        """Detections in canvas pixels.
+
+        - `image`: RGB in 0..255, of whatever dtype, on a canvas of multiples of 32; `image_size`: its `(height, width)`
+          there.
+        - `pre_nms_top_n`, `post_nms_top_n`: proposals a level before, and in all after, suppression.
+        """
+        return self.detect_boxes(
+            image,
+            image_size,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+            pre_nms_top_n=pre_nms_top_n,
+            post_nms_top_n=post_nms_top_n,
+        )[1]
+
+    def detect_boxes(
+        self,
+        image: Num[Array, "h w 3"],
+        image_size: Int32[Array, " 2"],
+        *,
+        score_threshold: float,
+        nms_threshold: float,
+        max_detections: int,
+        pre_nms_top_n: int,
+        post_nms_top_n: int,
+    ) -> tuple[Features, Detections]:
+        """What the call does, and the features it did it on, for heads beside the box head."""
+        features, output = self.extract(image, image_size)
+        size = image_size.astype(jnp.float32)
+        proposals = propose(output, size, pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
+        logits, deltas = self.box_head(self.pool(features, proposals.boxes, output_size=self.box_head.pool_size))
+        detections = box_detections(
+            logits,
+            deltas,
+            proposals,
+            size,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
+        return features, detections
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a two-stage loss looks at; the defaults are torchvision's.
+
+    - `pre_nms_top_n`, `post_nms_top_n`: proposals a level before, and in all after, suppression.
+    - `rpn_samples`, `rpn_positive_fraction`: anchors looked at, and the part of them that may be positive.
+    - `rpn_positive_iou`, `rpn_negative_iou`: from and below which IoU an anchor is positive, negative.
+    - `box_samples`, `box_positive_fraction`: the same for proposals.
+    - `box_positive_iou`: from which IoU a proposal is positive; below it is negative.
+    """
+
+    pre_nms_top_n: int = 2000
+    post_nms_top_n: int = 2000
+    rpn_samples: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_positive_iou: float = 0.7
+    rpn_negative_iou: float = 0.3
+    box_samples: int = 512
+    box_positive_fraction: float = 0.25
+    box_positive_iou: float = 0.5
+
+
+TORCHVISION_SAMPLING = Sampling()
+
+
+def faster_rcnn_loss(
+    model: FasterRCNN,
+    image: Num[Array, "h w 3"],
+    image_size: Int32[Array, " 2"],
+    targets: Targets,
+    *,
+    key: PRNGKeyArray,
+    sampling: Sampling = TORCHVISION_SAMPLING,
+) -> dict[str, WeightedSum]:
+    """The four losses of Faster R-CNN for one image on its canvas, as sums and counts.
+
+    `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier`, `loss_box_reg`; matching, sampling and normalisation are
+    torchvision's. An image without objects has only negatives, and finite losses.
+
+    - `image`: RGB in 0..255; `image_size`: its `(height, width)` on the canvas; `targets`: in canvas pixels.
+    - `key`: picks the sampled anchors and proposals.
+    """
+    return two_stage_losses(model, image, image_size, targets, key=key, sampling=sampling)[0]
+
+
+def two_stage_losses(
+    model: FasterRCNN,
+    image: Num[Array, "h w 3"],
+    image_size: Int32[Array, " 2"],
+    targets: Targets,
+    *,
+    key: PRNGKeyArray,
+    sampling: Sampling,
+) -> tuple[dict[str, WeightedSum], Features, SampledProposals]:
+    """`faster_rcnn_loss`, and the features and the proposals that it looked at, for heads beside the box head."""
+    rpn_key, box_key = jr.split(key)
+    features, output = model.extract(image, image_size)
+    losses = rpn_loss(
+        output,
+        targets,
+        key=rpn_key,
+        num_samples=sampling.rpn_samples,
+        positive_fraction=sampling.rpn_positive_fraction,
+        positive_iou=sampling.rpn_positive_iou,
+        negative_iou=sampling.rpn_negative_iou,
+    )
+    proposals = propose(
+        output,
+        image_size.astype(jnp.float32),
+        pre_nms_top_n=sampling.pre_nms_top_n,
+        post_nms_top_n=sampling.post_nms_top_n,
+    )
+    sampled = sample_proposals(
+        proposals,
+        targets,
+        key=box_key,
+        num_samples=sampling.box_samples,
+        positive_fraction=sampling.box_positive_fraction,
+        positive_iou=sampling.box_positive_iou,
+    )
+    logits, deltas = model.box_head(model.pool(features, sampled.boxes, output_size=model.box_head.pool_size))
+    return losses | box_loss(logits, deltas, sampled, targets), features, sampled

@@ -1,0 +1,86 @@
+"""The mask branch of Mask R-CNN (arXiv:1703.06870): a small image of each object in the frame of its box."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.nn.initializers import variance_scaling
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from .._types import Targets, WeightedSum
+from ..nn import Conv2d, Upsample2x2, relu
+from ..ops import crop_masks
+from ._box_head import SampledProposals
+
+
+class MaskHead(eqx.Module):
+    """Four 3×3 convolutions on a box's features, an upsampling to twice the size, a mask for each class.
+
+    Outputs have `num_classes + 1` channels, background first and never used, as torchvision's weights do.
+    """
+
+    convs: tuple[Conv2d, ...]
+    upsample: Upsample2x2
+    mask_logits: Conv2d
+    pool_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        key: PRNGKeyArray,
+        pool_size: int = 14,
+        hidden_channels: int = 256,
+        depth: int = 4,
+    ):
+        """`pool_size`: side of the RoI's feature patch, in bins; masks have twice that."""
+        keys = jr.split(key, depth + 2)
+        widths = (channels,) + (hidden_channels,) * depth
+        self.convs = tuple(Conv2d(i, o, 3, key=k) for i, o, k in zip(widths[:-1], widths[1:], keys[2:], strict=True))
+        self.upsample = Upsample2x2(widths[-1], hidden_channels, key=keys[0])
+        init = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)
+        self.mask_logits = Conv2d(hidden_channels, num_classes + 1, 1, init=init, key=keys[1])
+        self.pool_size = pool_size
+
+    def __call__(self, features: Float[Array, "n c s s"], labels: Int32[Array, " n"]) -> Float[Array, "n 2*s 2*s"]:
+        """Mask logits of the class `labels` (foreground, from 0) of every box, in float32."""
+        x = features
+        for conv in self.convs:
+            x = relu(jax.vmap(conv)(x))
+        x = relu(jax.vmap(self.upsample)(x))
+        # Only the wanted class's channel of the last 1×1 convolution is computed.
+        weight = self.mask_logits.weight[labels + 1, :, 0, 0]
+        logits = jnp.einsum("nchw,nc->nhw", x, weight)
+        if self.mask_logits.bias is not None:
+            logits = logits + self.mask_logits.bias[labels + 1][:, None, None]
+        return logits.astype(jnp.float32)
+
+
+def mask_loss(
+    logits: Float[Array, "s m m"],
+    sampled: SampledProposals,
+    targets: Targets,
+    *,
+    sampling_ratio: int = 0,
+    aligned: bool = False,
+) -> dict[str, WeightedSum]:
+    """Per-pixel binary cross entropy between the positives' masks and what they show of their object: `loss_mask`.
+
+    The target is the object's mask resampled to the proposal (`crop_masks`, to which `sampling_ratio` and `aligned`
+    go); the defaults are torchvision's. Counted by the positives' pixels.
+    """
+    if targets.masks is None or targets.mask_boxes is None:
+        raise ValueError("targets have no masks: a Mask R-CNN needs annotations with segmentations. Use a Faster R-CNN.")
+    size = logits.shape[1]
+    wanted = crop_masks(
+        targets.masks[sampled.matched],
+        targets.mask_boxes[sampled.matched],
+        sampled.boxes,
+        output_size=size,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+    )
+    losses = (jax.nn.softplus(logits) - wanted * logits).sum(axis=(1, 2))
+    count = sampled.positive.sum().astype(jnp.float32) * float(size * size)
+    return {"loss_mask": WeightedSum(jnp.where(sampled.positive, losses, 0.0).sum(), count)}

@@ -1,0 +1,102 @@
+"""Mask R-CNN (arXiv:1703.06870): Faster R-CNN with a mask branch."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.random as jr
+from jaxtyping import Array, Float, Int32, Num, PRNGKeyArray
+
+from .._types import Detections, Targets, WeightedSum
+from ._faster_rcnn import TORCHVISION_SAMPLING, FasterRCNN, Sampling, two_stage_losses
+from ._mask_head import MaskHead, mask_loss
+
+
+class MaskRCNN(eqx.Module):
+    """A two-stage detector of boxes and masks: a `FasterRCNN` and a mask head on the same features.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = MaskRCNN(FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32), key=jr.key(3), hidden_channels=16)
+    >>> model.num_classes
+    3
+    """
+
+    faster_rcnn: FasterRCNN
+    mask_head: MaskHead
+
+    def __init__(self, faster_rcnn: FasterRCNN, *, key: PRNGKeyArray, hidden_channels: int = 256):
+        """Adds a mask head of `hidden_channels` to a box detector."""
+        self.faster_rcnn = faster_rcnn
+        self.mask_head = MaskHead(
+            faster_rcnn.backbone.channels, faster_rcnn.num_classes, key=key, hidden_channels=hidden_channels
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes."""
+        return self.faster_rcnn.num_classes
+
+    def __call__(
+        self,
+        image: Num[Array, "h w 3"],
+        image_size: Int32[Array, " 2"],
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+        pre_nms_top_n: int = 1000,
+        post_nms_top_n: int = 1000,
+    ) -> Detections:
+        """Detections in canvas pixels, with masks of 28×28 probabilities in the frame of their box.
+
+        Arguments are those of `FasterRCNN`.
+        """
+        features, detections = self.faster_rcnn.detect_boxes(
+            image,
+            image_size,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+            pre_nms_top_n=pre_nms_top_n,
+            post_nms_top_n=post_nms_top_n,
+        )
+        pooled = self.faster_rcnn.pool(features, detections.boxes, output_size=self.mask_head.pool_size)
+        return replace(detections, masks=jax.nn.sigmoid(self.mask_head(pooled, detections.labels)))
+
+
+def mask_rcnn_loss(
+    model: MaskRCNN,
+    image: Num[Array, "h w 3"],
+    image_size: Int32[Array, " 2"],
+    targets: Targets,
+    *,
+    key: PRNGKeyArray,
+    sampling: Sampling = TORCHVISION_SAMPLING,
+    mask_sampling_ratio: int = 0,
+    mask_aligned: bool = False,
+) -> dict[str, WeightedSum]:
+    """The losses of Faster R-CNN and `loss_mask` for one image on its canvas, as sums and counts.
+
+    - `image`, `image_size`, `targets`, `key`, `sampling`: as for `faster_rcnn_loss`; `targets` must have masks.
+    - `mask_sampling_ratio`, `mask_aligned`: how mask targets are cropped, see `crop_masks`. The defaults are
+      torchvision's; Detectron2 crops with `mask_aligned=True`.
+
+    Raises a `ValueError` if `targets` have no masks.
+    """
+    losses, features, sampled = two_stage_losses(
+        model.faster_rcnn, image, image_size, targets, key=key, sampling=sampling
+    )
+    # Positives are sampled first, so that the mask head runs on as many rows as may be positive and no more.
+    positives = jax.tree.map(lambda x: x[: max_positives(sampled.boxes.shape[0], sampling)], sampled)
+    pooled = model.faster_rcnn.pool(features, positives.boxes, output_size=model.mask_head.pool_size)
+    logits = model.mask_head(pooled, targets.labels[positives.matched])
+    return losses | mask_loss(
+        logits, positives, targets, sampling_ratio=mask_sampling_ratio, aligned=mask_aligned
+    )
+
+
+def max_positives(num_sampled: int, sampling: Sampling) -> int:
+    """How many of the sampled proposals may be positive."""
+    return min(num_sampled, int(sampling.box_samples * sampling.box_positive_fraction))

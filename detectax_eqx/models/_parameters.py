@@ -1,0 +1,43 @@
+"""Which parameters a detector has, and which of them are trained."""
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ..nn import FrozenBatchNorm, ResNet
+from ._faster_rcnn import FasterRCNN
+from ._mask_rcnn import MaskRCNN
+
+
+def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyTree[bool]:
+    """A tree like `model` that is true at the parameters to train: the partition for `make_train_step`.
+
+    The vectors of a `FrozenBatchNorm` are never trained. `trainable_layers` counts the backbone's parts that are, from
+    the top: 5 all, 4 all but the stem, 3 all but stem and first stage (torchvision's default for pretrained backbones),
+    0 none; pyramid and heads always are.
+
+    Raises a `ValueError` if `trainable_layers` is not in 0..5.
+    """
+    if not 0 <= trainable_layers <= 5:
+        raise ValueError(f"trainable_layers must be in 0..5, got {trainable_layers}.")
+    frozen = jax.tree.map(lambda _: False, model)
+    mask = jax.tree.map(
+        lambda leaf: jax.tree.map(lambda _: False, leaf) if isinstance(leaf, FrozenBatchNorm) else eqx.is_array(leaf),
+        model,
+        is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm),
+    )
+
+    def frozen_parts(tree: PyTree) -> list[PyTree]:
+        body = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone.body
+        if not isinstance(body, ResNet):
+            raise ValueError(f"trainable_layers is for ResNet backbones, got {type(body).__name__}.")
+        parts = [body.conv1, body.norm1] if trainable_layers < 5 else []
+        return parts + list(body.layers[: max(0, 4 - trainable_layers)])
+
+    return eqx.tree_at(frozen_parts, mask, frozen_parts(frozen)) if trainable_layers < 5 else mask
+
+
+def num_parameters(model: PyTree) -> int:
+    """Number of trainable numbers in a model, `FrozenBatchNorm`s left out as torchvision leaves out its buffers."""
+    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm))
+    return sum(leaf.size for leaf in leaves if eqx.is_array(leaf))

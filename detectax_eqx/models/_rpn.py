@@ -1,0 +1,182 @@
+"""Region proposal network (arXiv:1506.01497) on a feature pyramid: head, proposals, loss."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from einops import rearrange
+from jax import lax
+from jax.nn.initializers import normal
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from .._types import Targets, WeightedSum
+from ..nn import Conv2d, relu
+from ..ops import (
+    anchor_grid,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    match_boxes,
+    nms_indices,
+    pairwise_iou,
+    sample_balanced,
+    smooth_l1_loss,
+)
+
+
+# Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
+RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+SMOOTH_L1_BETA = 1 / 9
+
+
+class RPNOutput(eqx.Module):
+    """The head's raw predictions for the anchors of every level, in `anchor_grid`'s order.
+
+    `logits` say how likely an anchor holds an object, `deltas` move it there (`decode_boxes`), `anchors` are in canvas
+    pixels.
+    """
+
+    logits: tuple[Float[Array, "*b _"], ...]
+    deltas: tuple[Float[Array, "*b _ 4"], ...]
+    anchors: tuple[Float[Array, "_ 4"], ...]
+
+
+class Proposals(eqx.Module):
+    """Class-agnostic boxes in canvas pixels, best first, with their objectness 0..1."""
+
+    boxes: Float[Array, "*b p 4"]
+    scores: Float[Array, "*b p"]
+    valid: Bool[Array, "*b p"]
+
+
+class RPN(eqx.Module):
+    """A 3×3 convolution and two 1×1 ones, shared by all levels, and the anchors that they refer to."""
+
+    conv: Conv2d
+    objectness: Conv2d
+    deltas: Conv2d
+    anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True)
+    aspect_ratios: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        key: PRNGKeyArray,
+        anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
+        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    ):
+        """`anchor_sizes`: side lengths in canvas pixels, a tuple for each level; `aspect_ratios`: height / width."""
+        counts = {len(sizes) for sizes in anchor_sizes}
+        if len(counts) != 1:
+            raise ValueError(f"anchor_sizes must hold equally many sizes a level, got {anchor_sizes}.")
+        num_anchors = counts.pop() * len(aspect_ratios)
+        keys = jr.split(key, 3)
+        init = normal(0.01)
+        self.conv = Conv2d(channels, channels, 3, init=init, key=keys[0])
+        self.objectness = Conv2d(channels, num_anchors, 1, init=init, key=keys[1])
+        self.deltas = Conv2d(channels, 4 * num_anchors, 1, init=init, key=keys[2])
+        self.anchor_sizes = anchor_sizes
+        self.aspect_ratios = aspect_ratios
+
+    def __call__(self, features: Sequence[Float[Array, "c _ _"]], canvas: tuple[int, int]) -> RPNOutput:
+        """Predictions for the features of an image of `canvas = (height, width)` pixels."""
+        if len(features) != len(self.anchor_sizes):
+            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} levels, the backbone {len(features)}.")
+        logits, deltas, anchors = [], [], []
+        for feature, sizes in zip(features, self.anchor_sizes, strict=True):
+            size = feature.shape[1], feature.shape[2]
+            x = relu(self.conv(feature))
+            logits.append(rearrange(self.objectness(x), "a h w -> (h w a)").astype(jnp.float32))
+            deltas.append(rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4).astype(jnp.float32))
+            # The whole quotient is torchvision's: at P6 of an odd P5 it differs from the nominal 64.
+            stride = canvas[0] // size[0], canvas[1] // size[1]
+            anchors.append(anchor_grid(size, stride=stride, sizes=sizes, aspect_ratios=self.aspect_ratios))
+        return RPNOutput(tuple(logits), tuple(deltas), tuple(anchors))
+
+
+def propose(
+    output: RPNOutput,
+    image_size: Float[Array, " 2"],
+    *,
+    pre_nms_top_n: int = 1000,
+    post_nms_top_n: int = 1000,
+    nms_threshold: float = 0.7,
+    min_size: float = 1e-3,
+) -> Proposals:
+    """The best boxes of all levels after non-maximum suppression within each, without gradient.
+
+    - `image_size`: `(height, width)` of the image on its canvas; boxes are clipped to it, and those with a side below
+      `min_size` pixels dropped.
+    - `pre_nms_top_n`: candidates a level. `post_nms_top_n`: boxes over all levels, the capacity of the result.
+
+    torchvision's rule and defaults (at training time it keeps 2000 and 2000).
+    """
+    boxes, scores, valid = [], [], []
+    for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True):
+        top_logits, top = lax.top_k(lax.stop_gradient(logits), min(pre_nms_top_n, logits.shape[0]))
+        level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=RPN_WEIGHTS)
+        level_boxes = clip_boxes(level_boxes, image_size)
+        level_scores = jax.nn.sigmoid(top_logits)
+        keep, keep_valid = nms_indices(
+            level_boxes,
+            level_scores,
+            has_size(level_boxes, min_size),
+            iou_threshold=nms_threshold,
+            max_outputs=top.shape[0],
+        )
+        boxes.append(level_boxes[keep])
+        scores.append(level_scores[keep])
+        valid.append(keep_valid)
+    boxes, scores, valid = jnp.concatenate(boxes), jnp.concatenate(scores), jnp.concatenate(valid)
+    _, best = lax.top_k(jnp.where(valid, scores, -1.0), min(post_nms_top_n, scores.shape[0]))
+    return Proposals(boxes[best], jnp.where(valid[best], scores[best], 0.0), valid[best])
+
+
+def rpn_loss(
+    output: RPNOutput,
+    targets: Targets,
+    *,
+    key: PRNGKeyArray,
+    num_samples: int = 256,
+    positive_fraction: float = 0.5,
+    positive_iou: float = 0.7,
+    negative_iou: float = 0.3,
+) -> dict[str, WeightedSum]:
+    """Objectness and box regression of a balanced sample of anchors: `loss_objectness`, `loss_rpn_box_reg`.
+
+    An anchor is positive if its IoU with an object reaches `positive_iou`, or is that object's best; negative below
+    `negative_iou`. Both terms are counted by the number of sampled anchors, as in torchvision.
+    """
+    logits, deltas = jnp.concatenate(output.logits), jnp.concatenate(output.deltas)
+    anchors = jnp.concatenate(output.anchors)
+    matches = match_boxes(
+        pairwise_iou(targets.boxes, anchors),
+        targets.valid,
+        low_threshold=negative_iou,
+        high_threshold=positive_iou,
+        allow_low_quality=True,
+    )
+    sampled, valid = sample_balanced(
+        matches.positive, matches.negative, num_samples=num_samples, positive_fraction=positive_fraction, key=key
+    )
+    positive = matches.positive[sampled] & valid
+    wanted = encode_boxes(targets.boxes[matches.indices[sampled]], anchors[sampled], weights=RPN_WEIGHTS)
+    box_losses = smooth_l1_loss(deltas[sampled], wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
+    logit_losses = _binary_cross_entropy(logits[sampled], positive.astype(jnp.float32))
+    count = valid.sum().astype(jnp.float32)
+    return {
+        "loss_objectness": WeightedSum(jnp.where(valid, logit_losses, 0.0).sum(), count),
+        "loss_rpn_box_reg": WeightedSum(jnp.where(positive, box_losses, 0.0).sum(), count),
+    }
+
+
+def _binary_cross_entropy(logits: Float[Array, "*s"], targets: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return jax.nn.softplus(logits) - targets * logits
+
+
+def has_size(boxes: Float[Array, "*n 4"], min_size: float) -> Bool[Array, "*n"]:
+    """Which boxes have both sides of at least `min_size` pixels."""
+    return (boxes[..., 2] - boxes[..., 0] >= min_size) & (boxes[..., 3] - boxes[..., 1] >= min_size)

@@ -1,0 +1,114 @@
+"""Convolutions over one `(c, h, w)` map."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import variance_scaling
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
+
+# Weights are OIHW. Fan-out He initialisation keeps the gradient's scale through ReLU (arXiv:1502.01852), as in ResNet.
+he_fan_out: Initializer = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)
+# torch's `kaiming_uniform_(a=1)`, for layers without an activation behind them, as in FPN.
+lecun_uniform: Initializer = variance_scaling(1.0, "fan_in", "uniform", in_axis=1, out_axis=0)
+
+
+def conv2d(
+    x: Float[Array, "i h w"],
+    weight: Float[Array, "o i kh kw"],
+    bias: Float[Array, " o"] | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+) -> Float[Array, "o h2 w2"]:
+    """Cross-correlates a map with a kernel, with zero padding, as `torch.nn.functional.conv2d` does.
+
+    A 1×1 kernel runs as a matrix product over the (strided) pixels, which is quicker than XLA's convolution on CPU, in
+    the backward direction above all, and the same elsewhere.
+
+    >>> x = jnp.arange(4.0).reshape(1, 2, 2)
+    >>> conv2d(x, jnp.full((1, 1, 1, 1), 2.0)).tolist()
+    [[[0.0, 2.0], [4.0, 6.0]]]
+    """
+    if weight.shape[2:] == (1, 1) and padding == 0:
+        y = jnp.einsum("oi,ihw->ohw", weight[:, :, 0, 0], x[:, ::stride, ::stride])
+    else:
+        y = lax.conv_general_dilated(
+            x[None], weight, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NCHW", "OIHW", "NCHW")
+        )[0]
+    return y if bias is None else y + bias[:, None, None]
+
+
+class Conv2d(eqx.Module):
+    """A convolution with its parameters: `weight (o, i, k, k)` and, unless `use_bias=False`, `bias (o)`."""
+
+    weight: Float[Array, "o i k k"]
+    bias: Float[Array, " o"] | None
+    stride: int = eqx.field(static=True)
+    padding: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        key: PRNGKeyArray,
+        stride: int = 1,
+        padding: int | None = None,
+        use_bias: bool = True,
+        init: Initializer = he_fan_out,
+    ):
+        """`padding` defaults to `kernel_size // 2`, which keeps the size at stride 1."""
+        self.weight = init(key, (out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = jnp.zeros(out_channels) if use_bias else None
+        self.stride = stride
+        self.padding = kernel_size // 2 if padding is None else padding
+
+    def __call__(self, x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
+        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+
+class Upsample2x2(eqx.Module):
+    """A transposed convolution of kernel 2 and stride 2: each pixel becomes its own 2×2 block.
+
+    Blocks do not overlap, so that it is one matrix product and a reshuffle. `weight (i, o, 2, 2)`, as in
+    `torch.nn.ConvTranspose2d`.
+    """
+
+    weight: Float[Array, "i o 2 2"]
+    bias: Float[Array, " o"]
+
+    def __init__(self, in_channels: int, out_channels: int, *, key: PRNGKeyArray):
+        # torch counts the fan-out of a transposed kernel on its first axis.
+        self.weight = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)(
+            key, (in_channels, out_channels, 2, 2)
+        )
+        self.bias = jnp.zeros(out_channels)
+
+    def __call__(self, x: Float[Array, "i h w"]) -> Float[Array, "o 2*h 2*w"]:
+        y = jnp.einsum("ihw,ioab->ohawb", x, self.weight)
+        _, height, width = x.shape
+        return y.reshape(-1, 2 * height, 2 * width) + self.bias[:, None, None]
+
+
+def max_pool2d(
+    x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0
+) -> Float[Array, "c h2 w2"]:
+    """The largest value of each window; padding never wins.
+
+    >>> max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), kernel_size=2, stride=2).tolist()
+    [[[5.0, 7.0], [13.0, 15.0]]]
+    """
+    window, strides, pads = (1, kernel_size, kernel_size), (1, stride, stride), ((0, 0), *((padding, padding),) * 2)
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, pads)
+
+
+def relu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`max(x, 0)`, with gradient 0 at 0."""
+    return jax.nn.relu(x)

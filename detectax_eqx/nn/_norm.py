@@ -1,0 +1,67 @@
+"""Normalisation layers without running state: a model's call takes arrays and gives arrays."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class FrozenBatchNorm(eqx.Module):
+    """Batch normalisation with fixed statistics and a fixed affine map: `(x - mean) / sqrt(var + eps) * weight + bias`.
+
+    For imported ImageNet backbones, whose statistics a detector's small batches would spoil. None of the four vectors is
+    to be trained: leave them out by partition (`detectax_eqx.models.trainable`), since a stopped gradient alone does not
+    stop weight decay. torchvision's published COCO checkpoints were trained with `eps=0`.
+    """
+
+    weight: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    running_mean: Float[Array, " c"]
+    running_var: Float[Array, " c"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, channels: int, *, eps: float = 1e-5):
+        self.weight, self.bias = jnp.ones(channels), jnp.zeros(channels)
+        self.running_mean, self.running_var = jnp.zeros(channels), jnp.ones(channels)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
+        scale = self.weight * lax.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+class GroupNorm(eqx.Module):
+    """Group normalisation (arXiv:1803.08494): each group of channels of one image to mean 0 and variance 1.
+
+    Independent of the batch, hence the norm for training from scratch. Statistics are taken in float32.
+    """
+
+    weight: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    groups: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, channels: int, *, groups: int = 32, eps: float = 1e-5):
+        """`groups` is lowered to the number of channels if there are fewer; it must divide it."""
+        self.groups = min(groups, channels)
+        if channels % self.groups:
+            raise ValueError(f"groups must divide channels, got {channels} channels in {self.groups} groups.")
+        self.weight, self.bias = jnp.ones(channels), jnp.zeros(channels)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
+        grouped = x.astype(jnp.float32).reshape(self.groups, -1)
+        mean = jnp.mean(grouped, axis=1)
+        variance = jnp.maximum(jnp.mean(grouped * grouped, axis=1) - mean * mean, 0.0)
+        # One multiply-add over the map: the group's statistics are folded into the channels' affine map.
+        repeats = x.shape[0] // self.groups
+        scale = self.weight.astype(jnp.float32) * jnp.repeat(lax.rsqrt(variance + self.eps), repeats)
+        shift = self.bias.astype(jnp.float32) - jnp.repeat(mean, repeats) * scale
+        return (x.astype(jnp.float32) * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
+
+
+# What a backbone is built with: the number of channels in, a module over `(c, h, w)` out.
+Norm = Callable[[int], Callable[[Float[Array, "c h w"]], Float[Array, "c h w"]]]

@@ -1,0 +1,51 @@
+"""Anchors: the boxes that a dense head refines, laid out on a regular grid."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+
+def _base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Float32[np.ndarray, "a 4"]:
+    """Anchors around the origin, rounded half to even. Float32 throughout, since rounding hinges on the last bit."""
+    scale_y = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]
+    scale_x = 1 / scale_y
+    size = np.asarray(sizes, np.float32)[None, :]
+    width, height = (scale_x * size).reshape(-1), (scale_y * size).reshape(-1)
+    return np.round(np.stack([-width, -height, width, height], axis=1) / 2)
+
+
+def anchor_grid(
+    feature_size: tuple[int, int],
+    *,
+    stride: int | tuple[int, int],
+    sizes: Sequence[float],
+    aspect_ratios: Sequence[float],
+) -> Float32[Array, "n 4"]:
+    """Anchors of a feature map of `(h, w)` cells, in pixels: `n = h * w * len(aspect_ratios) * len(sizes)` boxes.
+
+    Order: rows of cells, cells of a row, aspect ratios, sizes, the last fastest. An aspect ratio is height / width,
+    and an anchor has the area `size**2` but for rounding to whole pixels. Anchors are centred on the top-left corner
+    `(x * stride, y * stride)` of their cell, without a half-stride offset: torchvision's `AnchorGenerator`, exactly.
+    `stride` is a number of pixels or `(stride_y, stride_x)`. A map without cells gives no anchors.
+
+    Raises ValueError for a negative feature size, and for strides, sizes or aspect ratios that are not positive.
+
+    >>> anchor_grid((1, 2), stride=8, sizes=(32,), aspect_ratios=(1.0,)).tolist()
+    [[-16.0, -16.0, 16.0, 16.0], [-8.0, -16.0, 24.0, 16.0]]
+    """
+    stride_y, stride_x = (stride, stride) if isinstance(stride, int) else stride
+    if min(feature_size) < 0:
+        raise ValueError(f"feature_size must not be negative, got {feature_size}")
+    if min(stride_y, stride_x) <= 0:
+        raise ValueError(f"stride must be positive, got {stride}")
+    for name, values in (("sizes", sizes), ("aspect_ratios", aspect_ratios)):
+        if not values or not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"{name} must be one or more positive numbers, got {values}")
+    height, width = feature_size
+    y = jnp.broadcast_to((jnp.arange(height) * stride_y)[:, None], feature_size)
+    x = jnp.broadcast_to((jnp.arange(width) * stride_x)[None, :], feature_size)
+    corners = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4).astype(jnp.float32)
+    return (corners + jnp.asarray(_base_anchors(sizes, aspect_ratios))[None]).reshape(-1, 4)

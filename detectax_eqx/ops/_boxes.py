@@ -1,0 +1,242 @@
+"""Boxes `(x0, y0, x1, y1)` in pixels: areas, clipping, conversions and pairwise overlaps.
+
+Arithmetic is at least float32 whatever the input, and the result has the input's dtype.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+
+# Keeps the distance terms of DIoU and CIoU finite for boxes that meet in a point; the value is torchvision's.
+EPSILON = 1e-7
+
+
+def _upcast(x):
+    """float32 for the half precisions, and the array itself for float32 and float64."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def _product(x, y):
+    """`x * y`, rounded before anything is added to it.
+
+    Compilers contract `a + b - x * y` to a fused multiply-add, which skips a rounding: an IoU then differs in its last
+    bit from the same IoU computed elsewhere, and ties and thresholds fall otherwise. A minimum in between prevents
+    that.
+    """
+    return jnp.minimum(x * y, float(jnp.finfo(jnp.float32).max))
+
+
+@jax.custom_jvp
+def _ratio(x, y):
+    """`x / y`, and 0 with a zero gradient where `y` is 0.
+
+    The derivative is written out since the usual one squares `y`, which underflows for tiny boxes.
+    """
+    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    ratio = _ratio(x, y)
+    return ratio, jnp.where(y == 0, 0, (dx - ratio * dy) / jnp.where(y == 0, 1, y))
+
+
+def _corners(boxes):
+    """The four coordinates of each box, in float32."""
+    boxes = _upcast(boxes)
+    return boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]
+
+
+def _area(corners):
+    x0, y0, x1, y1 = corners
+    return _product(x1 - x0, y1 - y0)
+
+
+def _intersection(a, b):
+    """Area of overlap of corners that broadcast against each other."""
+    width = jnp.minimum(a[2], b[2]) - jnp.maximum(a[0], b[0])
+    height = jnp.minimum(a[3], b[3]) - jnp.maximum(a[1], b[1])
+    return jnp.where((width > 0) & (height > 0), _product(width, height), 0)
+
+
+def _intersection_and_union(a, b):
+    intersection = _intersection(a, b)
+    return intersection, _area(a) + _area(b) - intersection
+
+
+def _enclosure(a, b):
+    """Width and height of the smallest box around both."""
+    return jnp.maximum(a[2], b[2]) - jnp.minimum(a[0], b[0]), jnp.maximum(a[3], b[3]) - jnp.minimum(a[1], b[1])
+
+
+def _squared_centre_distance(a, b):
+    dx = (a[0] + a[2]) / 2 - (b[0] + b[2]) / 2
+    dy = (a[1] + a[3]) / 2 - (b[1] + b[3]) / 2
+    return dx**2 + dy**2
+
+
+def _aspect_angle(corners):
+    """`atan(width / height)`: π/2 for boxes without height, and 0 with a zero gradient for points."""
+    width, height = corners[2] - corners[0], corners[3] - corners[1]
+    known = width**2 + height**2 > 0
+    width = jnp.where(known, jnp.where(height < 0, -width, width), 0)
+    return jnp.arctan2(width, jnp.where(known, jnp.abs(height), 1))
+
+
+def _aspect_penalty(angle_a, angle_b, iou):
+    """The term `α v` of CIoU. Its weight `α` is held constant when differentiating, as in the paper."""
+    v = 4 / math.pi**2 * (angle_a - angle_b) ** 2
+    return jax.lax.stop_gradient(v / (1 - iou + v + EPSILON)) * v
+
+
+def _outer(a, b):
+    """Corners of two sets, shaped to broadcast to `(n, m)`."""
+    return tuple(x[:, None] for x in a), tuple(x[None, :] for x in b)
+
+
+def box_area(boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
+    """Area `(x1 - x0) * (y1 - y0)` of each box, in square pixels.
+
+    A box without extent has area 0; a box whose corners are swapped along one axis has a negative one.
+
+    >>> box_area(jnp.array([[0.0, 0.0, 4.0, 3.0], [2.0, 2.0, 2.0, 9.0]])).tolist()
+    [12.0, 0.0]
+    """
+    return _area(_corners(boxes)).astype(boxes.dtype)
+
+
+def clip_boxes(
+    boxes: Float[Array, "n 4"], image_size: Num[Array | np.ndarray, "2"] | tuple[float, float]
+) -> Float[Array, "n 4"]:
+    """Boxes cut to the image: x to `0..width`, y to `0..height`.
+
+    `image_size` is `(height, width)` in the pixels of the boxes; an array may be traced. A box that lies outside
+    altogether becomes a degenerate one on the border.
+
+    >>> clip_boxes(jnp.array([[-5.0, 2.0, 40.0, 60.0]]), (50, 30)).tolist()
+    [[0.0, 2.0, 30.0, 50.0]]
+    """
+    height, width = image_size[0], image_size[1]
+    limit = jnp.stack([jnp.asarray(side, boxes.dtype) for side in (width, height, width, height)])
+    return jnp.clip(boxes, 0, limit[None, :])
+
+
+def xyxy_to_cxcywh(boxes: Float[Array, "n 4"]) -> Float[Array, "n 4"]:
+    """Corners `(x0, y0, x1, y1)` to centre and size `(cx, cy, w, h)`.
+
+    >>> xyxy_to_cxcywh(jnp.array([[1.0, 2.0, 5.0, 8.0]])).tolist()
+    [[3.0, 5.0, 4.0, 6.0]]
+    """
+    x0, y0, x1, y1 = _corners(boxes)
+    return jnp.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], axis=1).astype(boxes.dtype)
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Float[Array, "n 4"]) -> Float[Array, "n 4"]:
+    """Centre and size `(cx, cy, w, h)` to corners `(x0, y0, x1, y1)`.
+
+    >>> cxcywh_to_xyxy(jnp.array([[3.0, 5.0, 4.0, 6.0]])).tolist()
+    [[1.0, 2.0, 5.0, 8.0]]
+    """
+    cx, cy, w, h = _corners(boxes_cxcywh)
+    corners = [cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h]
+    return jnp.stack(corners, axis=1).astype(boxes_cxcywh.dtype)
+
+
+def xyxy_to_xywh(boxes: Float[Array, "n 4"]) -> Float[Array, "n 4"]:
+    """Corners `(x0, y0, x1, y1)` to corner and size `(x0, y0, w, h)`, the form of COCO files.
+
+    >>> xyxy_to_xywh(jnp.array([[1.0, 2.0, 5.0, 8.0]])).tolist()
+    [[1.0, 2.0, 4.0, 6.0]]
+    """
+    x0, y0, x1, y1 = _corners(boxes)
+    return jnp.stack([x0, y0, x1 - x0, y1 - y0], axis=1).astype(boxes.dtype)
+
+
+def xywh_to_xyxy(boxes_xywh: Float[Array, "n 4"]) -> Float[Array, "n 4"]:
+    """Corner and size `(x0, y0, w, h)`, the form of COCO files, to corners `(x0, y0, x1, y1)`.
+
+    >>> xywh_to_xyxy(jnp.array([[1.0, 2.0, 4.0, 6.0]])).tolist()
+    [[1.0, 2.0, 5.0, 8.0]]
+    """
+    x, y, w, h = _corners(boxes_xywh)
+    return jnp.stack([x, y, x + w, y + h], axis=1).astype(boxes_xywh.dtype)
+
+
+def pairwise_iou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:
+    """Intersection over union of every box of `a` with every box of `b`, in 0..1.
+
+    Bit-equal to torchvision's `box_iou` in float32, except that a pair without area has IoU 0 instead of NaN.
+
+    >>> a, b = jnp.array([[0.0, 0.0, 2.0, 2.0]]), jnp.array([[1.0, 0.0, 3.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> pairwise_iou(a, b).tolist()
+    [[0.3333333432674408, 0.0]]
+    """
+    return _ratio(*_intersection_and_union(*_outer(_corners(a), _corners(b)))).astype(a.dtype)
+
+
+def pairwise_ioa(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:
+    """Intersection over the area of `b`: how much of each box of `b` every box of `a` covers, in 0..1.
+
+    A box of `b` without area gives 0.
+
+    >>> a, b = jnp.array([[0.0, 0.0, 4.0, 4.0]]), jnp.array([[2.0, 0.0, 6.0, 4.0], [0.0, 0.0, 1.0, 1.0]])
+    >>> pairwise_ioa(a, b).tolist()
+    [[0.5, 1.0]]
+    """
+    a_corners, b_corners = _outer(_corners(a), _corners(b))
+    return _ratio(_intersection(a_corners, b_corners), _area(b_corners)).astype(a.dtype)
+
+
+def pairwise_giou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:
+    """Generalized IoU, in -1..1: IoU less the part of the enclosing box that neither box fills.
+
+    Pairs whose enclosing box has no area give 0. Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630.
+
+    >>> a, b = jnp.array([[0.0, 0.0, 1.0, 1.0]]), jnp.array([[0.0, 0.0, 1.0, 1.0], [3.0, 0.0, 4.0, 1.0]])
+    >>> pairwise_giou(a, b).tolist()
+    [[1.0, -0.5]]
+    """
+    a_corners, b_corners = _outer(_corners(a), _corners(b))
+    intersection, union = _intersection_and_union(a_corners, b_corners)
+    width, height = _enclosure(a_corners, b_corners)
+    enclosing = _product(jnp.maximum(width, 0), jnp.maximum(height, 0))
+    return (_ratio(intersection, union) - _ratio(enclosing - union, enclosing)).astype(a.dtype)
+
+
+def _pairwise_diou_and_iou(a_corners, b_corners):
+    iou = _ratio(*_intersection_and_union(a_corners, b_corners))
+    width, height = _enclosure(a_corners, b_corners)
+    diagonal = jnp.maximum(width, 0) ** 2 + jnp.maximum(height, 0) ** 2 + EPSILON
+    return iou - _squared_centre_distance(a_corners, b_corners) / diagonal, iou
+
+
+def pairwise_diou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:
+    """Distance IoU, in -1..1: IoU less the squared centre distance over the enclosing box's squared diagonal.
+
+    Two equal boxes without extent give 0. Zheng et al. 2020, https://arxiv.org/abs/1911.08287, equation 7.
+
+    >>> a, b = jnp.array([[0.0, 0.0, 2.0, 2.0]]), jnp.array([[0.0, 0.0, 2.0, 2.0], [4.0, 0.0, 6.0, 2.0]])
+    >>> pairwise_diou(a, b).tolist()
+    [[1.0, -0.4000000059604645]]
+    """
+    return _pairwise_diou_and_iou(*_outer(_corners(a), _corners(b)))[0].astype(a.dtype)
+
+
+def pairwise_ciou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:
+    """Complete IoU: distance IoU less a penalty for different aspect ratios.
+
+    A box without height counts as infinitely wide, and a point has the aspect of a box without width. Zheng et al.
+    2020, https://arxiv.org/abs/1911.08287, equation 10.
+
+    >>> pairwise_ciou(jnp.array([[0.0, 0.0, 2.0, 2.0]]), jnp.array([[0.0, 0.0, 2.0, 2.0]])).tolist()
+    [[1.0]]
+    """
+    a_corners, b_corners = _corners(a), _corners(b)
+    diou, iou = _pairwise_diou_and_iou(*_outer(a_corners, b_corners))
+    penalty = _aspect_penalty(_aspect_angle(a_corners)[:, None], _aspect_angle(b_corners)[None, :], iou)
+    return (diou - penalty).astype(a.dtype)

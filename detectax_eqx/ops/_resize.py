@@ -1,0 +1,100 @@
+"""Resizing an image inside a program of static shape, by torchvision's rule."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+
+def resized_size(
+    image_size: tuple[int, int], *, min_size: float, max_size: float, canvas: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Height and width to which an image is resized before detection.
+
+    The short side becomes `min_size`, unless the long side would then exceed `max_size`. Sides are computed in double
+    precision and rounded down, as torchvision's `GeneralizedRCNNTransform` does: a short side of 334 becomes 799, not
+    800, since 334 * (800 / 334) falls just short of it. With a `canvas`, an image that would not fit is made to.
+
+    This is host arithmetic on Python integers: double precision is what decides those cases, and a program compiled for
+    float32 cannot reproduce it.
+
+    Raises a `ValueError` if a side is not positive.
+
+    >>> resized_size((480, 640), min_size=800, max_size=1333)
+    (800, 1066)
+    >>> resized_size((334, 500), min_size=800, max_size=1333)
+    (799, 1197)
+    """
+    height, width = image_size
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size must be positive, got {height}×{width}.")
+    if min_size <= 0 or max_size <= 0:
+        raise ValueError(f"min_size and max_size must be positive, got {min_size} and {max_size}.")
+    scale = min(min_size / min(height, width), max_size / max(height, width))
+    if canvas is not None:
+        scale = min(scale, canvas[0] / height, canvas[1] / width)
+    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+
+
+def resize_image(
+    image: Float[Array, "h w c"],
+    *,
+    image_size: Int32[Array, " 2"],
+    output_size: Int32[Array, " 2"],
+    canvas: tuple[int, int],
+    offset: Int32[Array, " 2"] | None = None,
+    flip: Bool[Array, ""] | None = None,
+) -> Float[Array, "{canvas[0]} {canvas[1]} c"]:
+    """Resizes the top-left `image_size` part of `image` to `output_size` and lays it on a canvas of static shape.
+
+    Bilinear, without antialiasing, pixel centres at half integers: `torch.nn.functional.interpolate(mode="bilinear",
+    align_corners=False)` between the two sizes, both of which may be traced. What the resized image does not cover is 0.
+
+    - `image_size`, `output_size`: `(height, width)` in pixels.
+    - `offset`: `(y, x)`, the resized image's pixel that falls on the canvas' origin: a crop where positive, a margin
+      where negative. Default 0.
+    - `flip`: mirrors the resized image left to right, before `offset`. Default false.
+
+    Differentiable in `image`. The separable weights are applied by two gathers and a linear interpolation an axis.
+
+    >>> image = jnp.array([[0.0], [1.0]])[..., None]  # 2×1 pixels, one channel
+    >>> size, output = jnp.array([2, 1]), jnp.array([4, 1])
+    >>> resize_image(image, image_size=size, output_size=output, canvas=(4, 1))[:, 0, 0].tolist()
+    [0.0, 0.25, 0.75, 1.0]
+    """
+    rows, row_inside = _axis_taps(canvas[0], image_size[0], output_size[0], None if offset is None else offset[0], None)
+    columns, column_inside = _axis_taps(
+        canvas[1], image_size[1], output_size[1], None if offset is None else offset[1], flip
+    )
+    low, high, fraction = rows
+    fraction = fraction.astype(image.dtype)[:, None, None]
+    image = image[low] * (1 - fraction) + image[high] * fraction  # (H, w, c)
+    low, high, fraction = columns
+    fraction = fraction.astype(image.dtype)[None, :, None]
+    image = image[:, low] * (1 - fraction) + image[:, high] * fraction  # (H, W, c)
+    inside = row_inside[:, None, None] & column_inside[None, :, None]
+    return jnp.where(inside, image, jnp.zeros((), image.dtype))
+
+
+def _axis_taps(
+    canvas: int,
+    image_size: Int32[Array, ""],
+    output_size: Int32[Array, ""],
+    offset: Int32[Array, ""] | None,
+    flip: Bool[Array, ""] | None,
+) -> tuple[
+    tuple[Int32[Array, " {canvas}"], Int32[Array, " {canvas}"], Float32[Array, " {canvas}"]],
+    Bool[Array, " {canvas}"],
+]:
+    """The two source pixels and the weight of the second for every canvas pixel of an axis, and which are covered."""
+    position = jnp.arange(canvas, dtype=jnp.int32)
+    if offset is not None:
+        position = position + offset
+    inside = (position >= 0) & (position < output_size)
+    if flip is not None:
+        position = jnp.where(flip, output_size - 1 - position, position)
+    scale = image_size.astype(jnp.float32) / output_size.astype(jnp.float32)
+    source = jnp.maximum((position.astype(jnp.float32) + 0.5) * scale - 0.5, 0.0)
+    last = image_size - 1
+    low = jnp.minimum(source.astype(jnp.int32), last)
+    return (low, jnp.minimum(low + 1, last), source - low.astype(jnp.float32)), inside

@@ -1,0 +1,151 @@
+"""torchvision's detectors at the same weights: the same detections, the same losses, the same gradients."""
+
+import pytest
+
+
+torch = pytest.importorskip("torch", reason="torch is not installed; `make parity` runs this in an environment of its own")
+pytest.importorskip("torchvision", reason="torchvision is not installed; `make parity` runs this")
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import torchvision
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from detectax_eqx import Targets, models, ops
+from detectax_eqx.weights import load_torchvision, to_torchvision
+
+from .torchvision_models import arrays_of, random_detector, real_images
+
+
+CASES = {
+    "faster": (torchvision.models.detection.FasterRCNN, models.faster_rcnn_resnet50_fpn),
+    "mask": (torchvision.models.detection.MaskRCNN, models.mask_rcnn_resnet50_fpn),
+}
+
+
+def _mask_iou(a, b):
+    union = (a | b).sum()
+    return (a & b).sum() / union if union else 1.0
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", CASES)
+def test_detections_on_real_images(kind):
+    torch_class, build = CASES[kind]
+    images = real_images(20)
+    if len(images) < 20:
+        pytest.skip("no folder of real images beside the repository")
+    reference = random_detector(torch_class)
+    model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    detect = eqx.filter_jit(models.detect)
+    ious, total = [], 0
+    for image in images:
+        with torch.no_grad():
+            tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+            expected = {name: value.numpy() for name, value in reference([tensor])[0].items()}
+        found = detect(model, image)
+        n = int(found.valid.sum())
+        total += n
+        assert n == len(expected["scores"])
+        np.testing.assert_array_equal(np.asarray(found.labels)[:n] + 1, expected["labels"])
+        np.testing.assert_allclose(np.asarray(found.scores)[:n], expected["scores"], atol=1e-4)
+        np.testing.assert_allclose(np.asarray(found.boxes)[:n], expected["boxes"], atol=0.05)
+        if kind == "mask":
+            pasted = np.asarray(ops.paste_masks(found.masks[:n], found.boxes[:n], image_size=image.shape[:2]))
+            ious += [_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)]
+    assert total > 20 * 5, f"only {total} detections: the comparison shows little"
+    print(f"{kind}: {total} detections on {len(images)} images")
+    if kind == "mask":
+        print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}")
+        assert min(ious) > 0.99
+        assert np.mean(ious) > 0.999
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", CASES)
+def test_losses_and_gradients(kind):
+    torch_class, build = CASES[kind]
+    height, width, objects = 256, 320, 5
+    everything = 1_000_000
+    reference = random_detector(
+        torch_class,
+        min_size=height,
+        max_size=width,
+        rpn_batch_size_per_image=everything,
+        box_batch_size_per_image=everything,
+        box_positive_fraction=0.5,
+        rpn_post_nms_top_n_train=60,
+        rpn_pre_nms_top_n_train=200,
+    ).train()
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    corners = rng.uniform(0, (width - 120, height - 120), (2, objects, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(20, 120, (2, objects, 2))], axis=2).astype(np.float32)
+    labels = rng.integers(0, 90, (2, objects)).astype(np.int32)
+    masks = rng.random((2, objects, height, width)) < 0.5
+    inside_y = (np.arange(height) >= boxes[..., 1, None]) & (np.arange(height) < boxes[..., 3, None])
+    inside_x = (np.arange(width) >= boxes[..., 0, None]) & (np.arange(width) < boxes[..., 2, None])
+    masks = (masks & inside_y[..., :, None] & inside_x[..., None, :]).astype(np.uint8)
+
+    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images]
+    torch_targets = [
+        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + 1).long(), "masks": torch.from_numpy(m)}
+        for b, l, m in zip(boxes, labels, masks, strict=True)
+    ]
+    expected = reference(tensors, torch_targets)
+    sum(expected.values()).backward()
+    gradients = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+
+    model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    frame = jnp.tile(jnp.array([0.0, 0.0, width, height], jnp.float32), (2, objects, 1))
+    targets = Targets(
+        jnp.asarray(boxes), jnp.asarray(labels), jnp.ones((2, objects), bool), jnp.asarray(masks) == 1, frame
+    )
+    sampling = models.Sampling(
+        pre_nms_top_n=200,
+        post_nms_top_n=60,
+        rpn_samples=everything,
+        box_samples=everything,
+        box_positive_fraction=0.5,
+    )
+    loss = models.faster_rcnn_loss if kind == "faster" else models.mask_rcnn_loss
+
+    @eqx.filter_jit
+    @eqx.filter_grad(has_aux=True)
+    def total(model):
+        size = jnp.array([height, width], jnp.int32)
+        terms = jax.vmap(lambda i, t: loss(model, i, size, t, key=jr.key(0), sampling=sampling))(
+            jnp.asarray(images), targets
+        )
+        means = {name: jax.tree.map(lambda x: x.sum(), term).mean() for name, term in terms.items()}
+        return sum(means.values()), means
+
+    grads, losses = total(model)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(float(losses[name]), float(value), rtol=1e-4, atol=1e-4, err_msg=name)
+        print(f"{kind} {name}: {float(losses[name]):.6f} torchvision {float(value):.6f}")
+    ours = to_torchvision(grads)
+    assert gradients.keys() <= ours.keys()
+    worst = max((_relative(ours[name], grad), name) for name, grad in gradients.items())
+    print(f"{kind}: {len(gradients)} gradients, worst relative difference {worst}")
+    assert worst[0] < 1e-3
+
+
+def _relative(a, b):
+    scale = np.linalg.norm(b)
+    return float(np.linalg.norm(a - b) / scale) if scale else float(np.linalg.norm(a))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_weights_round_trip(kind):
+    torch_class, build = CASES[kind]
+    reference = random_detector(torch_class)
+    arrays = arrays_of(reference)
+    back = to_torchvision(load_torchvision(build(90, key=jr.key(0)), arrays))
+    assert back.keys() == arrays.keys()
+    assert all(np.array_equal(back[name], array) for name, array in arrays.items())
+    reference.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()})

@@ -1,0 +1,109 @@
+"""The layering and the shape of the package, held by reading its imports rather than by memory."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import detectax_eqx
+
+
+PACKAGE = Path(detectax_eqx.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import from within the package. Nothing imports `experiments`; ops know arrays alone.
+MAY_IMPORT = {
+    "_types": set(),
+    "_typecheck": set(),
+    "ops": set(),
+    "nn": {"ops"},
+    "models": {"ops", "nn", "_types"},
+    "data": {"_types"},
+    "train": {"ops", "_types"},
+    "evaluate": {"ops", "_types"},
+    "weights": {"models", "nn"},
+    "draw": {"ops", "_types"},
+    "__init__": {"_types", "_typecheck"},
+}
+# ops compute: arrays, shapes, their rearrangement, and the standard library.
+OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "equinox"}
+BINDING_NAMES = {
+    "detectax_eqx.ops": "box_area clip_boxes xyxy_to_cxcywh cxcywh_to_xyxy xyxy_to_xywh xywh_to_xyxy pairwise_iou "
+    "pairwise_ioa pairwise_giou pairwise_diou pairwise_ciou encode_boxes decode_boxes anchor_grid nms class_aware_nms "
+    "nms_indices roi_align multilevel_roi_align match_boxes sample_balanced crop_masks paste_masks smooth_l1_loss "
+    "sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss",
+    "detectax_eqx.models": "FasterRCNN MaskRCNN detect faster_rcnn_loss mask_rcnn_loss faster_rcnn_resnet18_fpn "
+    "faster_rcnn_resnet34_fpn faster_rcnn_resnet50_fpn faster_rcnn_resnet101_fpn mask_rcnn_resnet18_fpn "
+    "mask_rcnn_resnet34_fpn mask_rcnn_resnet50_fpn mask_rcnn_resnet101_fpn",
+    "detectax_eqx.weights": "load_torchvision to_torchvision save_safetensors load_safetensors",
+    "detectax_eqx": "Targets Detections Batch WeightedSum",
+}
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path):
+    """The modules that a file imports, relative names made absolute."""
+    package = ["detectax_eqx", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ([f"{module}.{alias.name}" for alias in node.names] if not node.module else [module])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_layers(path):
+    part = _part(path)
+    for module in _imports(path):
+        assert not module.startswith(("experiments", "torch"))
+        if module.startswith("detectax_eqx."):
+            other = module.split(".")[1]
+            assert other == part or other in MAY_IMPORT[part], f"{path} must not import {module}"
+        elif part == "ops":
+            top = module.split(".")[0]
+            assert top in OPS_MAY_IMPORT or top in ("math", "collections", "functools", "typing"), module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_topic_a_file(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400
+    assert "from __future__ import annotations" not in lines
+
+
+def _public():
+    modules = [detectax_eqx] + [
+        importlib.import_module(f"detectax_eqx.{info.name}")
+        for info in pkgutil.iter_modules(detectax_eqx.__path__)
+        if not info.name.startswith("_")
+    ]
+    for module in modules:
+        for name, value in vars(module).items():
+            if not name.startswith("_") and (inspect.isfunction(value) or inspect.isclass(value)):
+                yield pytest.param(value, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("value", _public())
+def test_public_names_are_documented_and_typed(value):
+    assert inspect.getdoc(value), "no docstring"
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        untyped = [name for name, p in signature.parameters.items() if p.annotation is inspect.Parameter.empty]
+        assert not untyped
+        assert signature.return_annotation is not inspect.Signature.empty
+        if "key" in signature.parameters:
+            assert signature.parameters["key"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("module", BINDING_NAMES)
+def test_promised_names_exist(module):
+    missing = [name for name in BINDING_NAMES[module].split() if not hasattr(importlib.import_module(module), name)]
+    assert not missing

@@ -1,0 +1,158 @@
+"""Areas, clipping, conversions and pairwise overlaps of boxes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx import ops
+
+
+PAIRWISE = [ops.pairwise_iou, ops.pairwise_ioa, ops.pairwise_giou, ops.pairwise_diou, ops.pairwise_ciou]
+CONVERSIONS = [ops.xyxy_to_cxcywh, ops.cxcywh_to_xyxy, ops.xyxy_to_xywh, ops.xywh_to_xyxy]
+UNARY = [ops.box_area, lambda boxes: ops.clip_boxes(boxes, (40, 60)), *CONVERSIONS]
+DEGENERATE = jnp.array([[0, 0, 0, 0], [3, 4, 3, 4], [3, 4, 9, 4], [3, 4, 3, 9], [0, 0, 1e-10, 1e-10]], jnp.float32)
+
+
+def random_boxes(key, n):
+    """Boxes that mostly overlap, some reaching to negative coordinates."""
+    corner, size = jr.split(key)
+    x0y0 = jr.uniform(corner, (n, 2), minval=-20, maxval=40)
+    return jnp.concatenate([x0y0, x0y0 + jr.uniform(size, (n, 2), minval=0.5, maxval=50)], axis=1)
+
+
+def naive_pair(a, b):
+    """The five overlaps of two boxes in float64, from their definitions."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a, b
+    intersection = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
+    area_a, area_b = (ax1 - ax0) * (ay1 - ay0), (bx1 - bx0) * (by1 - by0)
+    union = area_a + area_b - intersection
+    width, height = max(ax1, bx1) - min(ax0, bx0), max(ay1, by1) - min(ay0, by0)
+    iou = intersection / union
+    distance = ((ax0 + ax1 - bx0 - bx1) / 2) ** 2 + ((ay0 + ay1 - by0 - by1) / 2) ** 2
+    diou = iou - distance / (width**2 + height**2)
+    v = 4 / math.pi**2 * (math.atan((ax1 - ax0) / (ay1 - ay0)) - math.atan((bx1 - bx0) / (by1 - by0))) ** 2
+    giou = iou - (width * height - union) / (width * height)
+    return iou, intersection / area_b, giou, diou, diou - v * v / (1 - iou + v + 1e-7)
+
+
+def test_pairwise_equals_naive_reference(getkey):
+    a, b = random_boxes(getkey(), 23), random_boxes(getkey(), 17)
+    a = a.at[0].set(b[0])
+    expected = np.array([[naive_pair(p, q) for q in np.asarray(b, np.float64)] for p in np.asarray(a, np.float64)])
+    for op, values in zip(PAIRWISE, np.moveaxis(expected, -1, 0), strict=True):
+        np.testing.assert_allclose(op(a, b), values, atol=1e-5)
+
+
+def test_iou_is_rounded_step_by_step(getkey):
+    # Not one fused multiply-add: float32 NumPy, which has none, gives the same bits.
+    a, b = random_boxes(getkey(), 60), random_boxes(getkey(), 300)
+    p, q = np.asarray(a)[:, None], np.asarray(b)[None]
+    size = np.maximum(np.minimum(p[..., 2:], q[..., 2:]) - np.maximum(p[..., :2], q[..., :2]), 0)
+    intersection = size[..., 0] * size[..., 1]
+    area_p, area_q = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (p, q))
+    expected = intersection / (area_p + area_q - intersection)
+    np.testing.assert_array_equal(ops.pairwise_iou(a, b), expected)
+    np.testing.assert_array_equal(jax.jit(ops.pairwise_iou)(a, b), expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [  # partly overlapping, equal, contained, apart, touching
+        (ops.pairwise_iou, [2 / 6, 1, 1 / 4, 0, 0]),
+        (ops.pairwise_ioa, [1 / 2, 1, 1, 0, 0]),
+        (ops.pairwise_giou, [2 / 6, 1, 1 / 4, -2 / 6, 0]),
+        (ops.pairwise_diou, [2 / 6 - 1 / 13, 1, 1 / 4 - 0.5 / 8, -16 / 40, -4 / 20]),
+        (ops.pairwise_ciou, [2 / 6 - 1 / 13, 1, 1 / 4 - 0.5 / 8, -16 / 40, -4 / 20]),
+    ],
+)
+def test_pairwise_by_hand(op, expected):
+    a = jnp.array([[0, 0, 2, 2]], jnp.float32)
+    b = jnp.array([[1, 0, 3, 2], [0, 0, 2, 2], [0, 0, 1, 1], [4, 0, 6, 2], [2, 0, 4, 2]], jnp.float32)
+    np.testing.assert_allclose(op(a, b)[0], expected, atol=1e-6)
+
+
+def test_torchvision_test_boxes():
+    # The boxes of torchvision's own tests of its box_iou family; values computed by it.
+    boxes = jnp.array([[0, 0, 100, 100], [0, 0, 50, 50], [200, 200, 300, 300]], jnp.float32)
+    iou = [[1.0, 0.25, 0.0], [0.25, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    giou = [[1.0, 0.25, -0.7778], [0.25, 1.0, -0.8611], [-0.7778, -0.8611, 1.0]]
+    diou = [[1.0, 0.1875, -0.4444], [0.1875, 1.0, -0.5625], [-0.4444, -0.5625, 1.0]]
+    for op, expected in zip(PAIRWISE[:1] + PAIRWISE[2:], (iou, giou, diou, diou), strict=True):
+        np.testing.assert_allclose(op(boxes, boxes), expected, atol=5e-5)
+
+
+def test_area_and_conversions_by_hand():
+    boxes = jnp.array([[1, 2, 5, 8], [-3, -1, -3, 4]], jnp.float32)
+    np.testing.assert_array_equal(ops.box_area(boxes), [24, 0])
+    np.testing.assert_array_equal(ops.xyxy_to_cxcywh(boxes), [[3, 5, 4, 6], [-3, 1.5, 0, 5]])
+    np.testing.assert_array_equal(ops.xyxy_to_xywh(boxes), [[1, 2, 4, 6], [-3, -1, 0, 5]])
+    np.testing.assert_array_equal(ops.cxcywh_to_xyxy(ops.xyxy_to_cxcywh(boxes)), boxes)
+    np.testing.assert_array_equal(ops.xywh_to_xyxy(ops.xyxy_to_xywh(boxes)), boxes)
+
+
+def test_clip_takes_height_then_width_of_any_kind():
+    boxes = jnp.array([[-5, -5, 100, 100], [70, 10, 80, 20], [1, 2, 3, 4]], jnp.float32)
+    expected = [[0, 0, 60, 40], [60, 10, 60, 20], [1, 2, 3, 4]]
+    np.testing.assert_array_equal(ops.clip_boxes(boxes, (40, 60)), expected)
+    np.testing.assert_array_equal(ops.clip_boxes(boxes, np.array([40, 60])), expected)
+    np.testing.assert_array_equal(jax.jit(ops.clip_boxes)(boxes, jnp.array([40, 60], jnp.int32)), expected)
+
+
+@pytest.mark.parametrize("op", PAIRWISE)
+def test_degenerate_pairs_are_finite_with_finite_gradients(op, getkey):
+    a = jnp.concatenate([DEGENERATE, random_boxes(getkey(), 2)])
+    values, gradients = op(a, a), jax.jacrev(op, argnums=(0, 1))(a, a)
+    assert jnp.isfinite(values).all()
+    assert all(jnp.isfinite(g).all() for g in gradients)
+    assert jnp.abs(gradients[0][-2:, -2:, -2:]).max() > 0
+
+
+@pytest.mark.parametrize("op", [ops.pairwise_iou, ops.pairwise_ioa, ops.pairwise_giou])
+def test_pairs_without_area_give_zero(op):
+    point, line = jnp.zeros((1, 4)), jnp.array([[0.0, 0.0, 5.0, 0.0]])
+    assert op(point, point).item() == op(line, line).item() == 0
+
+
+@pytest.mark.parametrize("op", PAIRWISE)
+def test_pairwise_jit_vmap_dtype_and_empty(op, getkey):
+    a, b = (jnp.stack([random_boxes(getkey(), n) for _ in range(3)]) for n in (5, 7))
+    batched = jax.vmap(op)(a, b)
+    for i in range(3):
+        np.testing.assert_allclose(jax.jit(op)(a[i], b[i]), op(a[i], b[i]), atol=1e-6)
+        np.testing.assert_allclose(batched[i], op(a[i], b[i]), atol=1e-6)
+    half = op(a[0].astype(jnp.bfloat16), b[0].astype(jnp.bfloat16))
+    rounded = op(a[0].astype(jnp.bfloat16).astype(jnp.float32), b[0].astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(half, rounded.astype(jnp.bfloat16))
+    assert op(a[0][:0], b[0]).shape == (0, 7) and op(a[0], b[0][:0]).shape == (5, 0)
+    np.testing.assert_array_equal(op(jnp.pad(a[0], ((0, 2), (0, 0))), b[0])[:5], op(a[0], b[0]))
+
+
+@pytest.mark.parametrize("op", UNARY)
+def test_unary_jit_vmap_dtype_and_empty(op, getkey):
+    boxes = jnp.stack([random_boxes(getkey(), 6) for _ in range(3)])
+    batched = jax.vmap(op)(boxes)
+    for i in range(3):
+        np.testing.assert_allclose(jax.jit(op)(boxes[i]), op(boxes[i]), rtol=1e-6)
+        np.testing.assert_allclose(batched[i], op(boxes[i]), rtol=1e-6)
+    assert op(boxes[0].astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert op(boxes[0, :0]).shape[0] == 0
+    assert jnp.isfinite(jax.jacrev(op)(DEGENERATE)).all()
+
+
+def test_half_precision_is_computed_in_float32():
+    # The coordinates are exact in half precision, their products and sums are not.
+    boxes = jnp.array([[0, 0, 255, 255], [1, 1, 255, 255]], jnp.bfloat16)
+    expected = jnp.float32(254 * 254 / 255**2).astype(jnp.bfloat16)
+    assert ops.pairwise_iou(boxes[:1], boxes[1:])[0, 0] == expected
+    assert ops.box_area(jnp.array([[0, 0, 300, 300]], jnp.float16))[0] == jnp.inf  # 90,000 is beyond float16
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(Exception, match="boxes"):
+        ops.box_area(jnp.zeros((3, 5)))
+    with pytest.raises(Exception, match="b"):
+        ops.pairwise_iou(jnp.zeros((3, 4)), jnp.zeros(4))

@@ -1,0 +1,189 @@
+"""Matching candidates to ground truth, and drawing the ones that a loss looks at."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx.ops import match_boxes, sample_balanced
+
+
+THRESHOLDS = {"low_threshold": 0.3, "high_threshold": 0.7}
+
+
+def random_quality(key, n, m):
+    """Multiples of 1/20, so that ties and values on the thresholds occur."""
+    return jr.randint(key, (n, m), 0, 21).astype(jnp.float32) / 20
+
+
+def naive_match(quality, valid, low, high, allow_low_quality):
+    """(index, positive, negative) of each candidate, from the rule in words."""
+    quality = np.asarray(quality)
+    rows = [i for i in range(quality.shape[0]) if valid[i]]
+    verdicts = []
+    for j in range(quality.shape[1]):
+        best = max(rows, key=lambda i: quality[i, j], default=None)
+        value = -np.inf if best is None else quality[best, j]
+        restored = allow_low_quality and any(quality[i, j] == quality[i].max() for i in rows)
+        positive = bool(value >= np.float32(high) or restored)
+        verdicts.append((best if positive else 0, positive, bool(value < np.float32(low)) and not restored))
+    return [np.array(x) for x in zip(*verdicts, strict=True)]
+
+
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 40), (12, 100)])
+def test_match_equals_naive_reference(allow_low_quality, n, m, getkey):
+    for _ in range(5):
+        quality, valid = random_quality(getkey(), n, m), jr.bernoulli(getkey(), 0.7, (n,))
+        matches = match_boxes(quality, valid, allow_low_quality=allow_low_quality, **THRESHOLDS)
+        for got, expected in zip(matches, naive_match(quality, valid, 0.3, 0.7, allow_low_quality), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_match_by_hand():
+    quality = jnp.array([[0.9, 0.4, 0.1, 0.7, 0.3], [0.2, 0.5, 0.2, 0.7, 0.0], [0.0, 0.1, 0.2, 0.0, 0.2]])
+    matches = match_boxes(quality, **THRESHOLDS)
+    assert matches.indices.tolist() == [0, 0, 0, 0, 0]  # candidate 3 ties rows 0 and 1: the first
+    assert matches.positive.tolist() == [True, False, False, True, False]
+    assert matches.negative.tolist() == [False, False, True, False, False]
+    # Row 2 is best matched by candidates 2 and 4, which tie; 4 keeps row 0, its own best.
+    matches = match_boxes(quality, allow_low_quality=True, **THRESHOLDS)
+    assert matches.indices.tolist() == [0, 0, 1, 0, 0]
+    assert matches.positive.tolist() == [True, False, True, True, True]
+    assert not matches.negative.any()
+
+
+def test_a_row_that_nothing_overlaps_makes_all_positive():
+    quality = jnp.array([[0.9, 0.1, 0.2], [0.0, 0.0, 0.0]])
+    assert match_boxes(quality, allow_low_quality=True, **THRESHOLDS).positive.all()
+    padded = match_boxes(quality, jnp.array([True, False]), allow_low_quality=True, **THRESHOLDS)
+    assert padded.positive.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+def test_without_ground_truth_all_are_negative(allow_low_quality):
+    for quality in (jnp.ones((2, 3)), jnp.ones((0, 3))):
+        valid = jnp.zeros(len(quality), bool)
+        matches = match_boxes(quality, valid, allow_low_quality=allow_low_quality, **THRESHOLDS)
+        assert matches.negative.all() and not matches.positive.any() and not matches.indices.any()
+    assert match_boxes(jnp.ones((2, 0)), allow_low_quality=allow_low_quality, **THRESHOLDS).positive.shape == (0,)
+
+
+def test_match_jit_vmap_padding_and_dtype(getkey):
+    def run(quality, valid):
+        return match_boxes(quality, valid, allow_low_quality=True, **THRESHOLDS)
+
+    quality, valid = random_quality(getkey(), 3 * 6, 20).reshape(3, 6, 20), jr.bernoulli(getkey(), 0.6, (3, 6))
+    batched = jax.vmap(run)(quality, valid)
+    for i in range(3):
+        padded = run(jnp.pad(quality[i], ((0, 4), (0, 0)), constant_values=1), jnp.pad(valid[i], (0, 4)))
+        half = run((20 * quality[i]).astype(jnp.bfloat16) / 20, valid[i])
+        rounded = run(((20 * quality[i]).astype(jnp.bfloat16) / 20).astype(jnp.float32), valid[i])
+        for x, jitted, row, more, h, r in zip(
+            run(quality[i], valid[i]), jax.jit(run)(quality[i], valid[i]), batched, padded, half, rounded, strict=True
+        ):
+            np.testing.assert_array_equal(x, jitted)
+            np.testing.assert_array_equal(x, row[i])
+            np.testing.assert_array_equal(x, more)
+            np.testing.assert_array_equal(h, r)
+
+
+def test_match_lets_no_gradient_through(getkey):
+    def loss(quality):
+        indices, positive, _ = match_boxes(quality, **THRESHOLDS)
+        return jnp.where(positive, jnp.take_along_axis(quality, indices[None], axis=0)[0], 0).sum()
+
+    quality = random_quality(getkey(), 4, 9)
+    matches = match_boxes(quality, **THRESHOLDS)
+    np.testing.assert_array_equal(jax.grad(loss)(quality).sum(axis=0), matches.positive.astype(jnp.float32))
+
+
+def test_match_errors():
+    with pytest.raises(ValueError, match=r"low_threshold must be at most high_threshold, got 0\.8 and 0\.7"):
+        match_boxes(jnp.ones((2, 3)), low_threshold=0.8, high_threshold=0.7)
+    with pytest.raises(Exception, match="valid"):
+        match_boxes(jnp.ones((2, 3)), jnp.ones(3, bool), **THRESHOLDS)
+
+
+@pytest.mark.parametrize(
+    ("num_positive", "num_negative", "num_samples", "fraction", "expected"),
+    [
+        (20, 60, 16, 0.25, (4, 12)),
+        (2, 60, 16, 0.25, (2, 14)),
+        (0, 60, 16, 0.5, (0, 16)),
+        (20, 5, 16, 0.5, (8, 5)),
+        (20, 60, 7, 0.5, (3, 4)),
+        (20, 60, 16, 0.0, (0, 16)),
+        (20, 60, 16, 1.0, (16, 0)),
+        (0, 0, 16, 0.5, (0, 0)),
+        (20, 60, 1000, 0.5, (20, 60)),
+        (100, 0, 1000, 0.05, (50, 0)),
+    ],
+)
+def test_sample_counts(num_positive, num_negative, num_samples, fraction, expected, getkey):
+    roles = jr.permutation(getkey(), jnp.arange(100))
+    positive = roles < num_positive
+    negative = (roles >= num_positive) & (roles < num_positive + num_negative)
+    indices, valid = sample_balanced(
+        positive, negative, num_samples=num_samples, positive_fraction=fraction, key=getkey()
+    )
+    assert indices.shape == valid.shape == (min(num_samples, 100),)
+    drawn = np.asarray(indices)[np.asarray(valid)]
+    assert len(set(drawn.tolist())) == len(drawn) == sum(expected)
+    assert positive[drawn[: expected[0]]].all() and negative[drawn[expected[0] :]].all()
+    np.testing.assert_array_equal(valid, np.arange(len(valid)) < sum(expected))
+    assert not indices[len(drawn) :].any()
+
+
+def test_sample_is_unbiased(getkey):
+    positive, negative = jnp.arange(20) % 4 == 0, jnp.arange(20) % 4 == 1
+
+    def drawn(key):
+        indices, valid = sample_balanced(positive, negative, num_samples=4, positive_fraction=0.5, key=key)
+        return jnp.zeros(20, jnp.int32).at[jnp.where(valid, indices, 20)].set(1, mode="drop")
+
+    times = jax.vmap(drawn)(jr.split(getkey(), 4000))
+    frequency = np.asarray(times).mean(axis=0)
+    np.testing.assert_allclose(frequency, np.where(positive | negative, 2 / 5, 0), atol=5 * np.sqrt(0.24 / 4000))
+    together = np.asarray(times[:, 0] * times[:, 4]).mean()  # 1 of the 10 pairs of 5 positives
+    np.testing.assert_allclose(together, 1 / 10, atol=5 * np.sqrt(0.09 / 4000))
+
+
+def test_sample_jit_vmap_and_padding(getkey):
+    def run(positive, negative, key):
+        return sample_balanced(positive, negative, num_samples=8, positive_fraction=0.5, key=key)
+
+    positive = jr.bernoulli(getkey(), 0.2, (3, 30)).at[0].set(False)
+    negative = jr.bernoulli(getkey(), 0.5, (3, 30)) & ~positive
+    keys = jr.split(getkey(), 3)
+    batched = jax.vmap(run)(positive, negative, keys)
+    for i in range(3):
+        expected = run(positive[i], negative[i], keys[i])
+        padded = run(jnp.pad(positive[i], (0, 7)), jnp.pad(negative[i], (0, 7)), keys[i])
+        jitted = jax.jit(run)(positive[i], negative[i], keys[i])
+        for x, j, row, more in zip(expected, jitted, batched, padded, strict=True):
+            np.testing.assert_array_equal(x, j)
+            np.testing.assert_array_equal(x, row[i])
+            np.testing.assert_array_equal(x, more)
+    other, _ = run(positive[1], negative[1], keys[0])
+    assert (other != batched[0][1]).any()
+
+
+def test_sample_of_nothing(getkey):
+    none = jnp.zeros(0, bool)
+    indices, valid = sample_balanced(none, none, num_samples=8, positive_fraction=0.5, key=getkey())
+    assert indices.shape == valid.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"positive_fraction": 1.5}, r"positive_fraction must lie between 0 and 1, got 1\.5"),
+    ],
+)
+def test_sample_errors(change, message, getkey):
+    options = {"num_samples": 4, "positive_fraction": 0.5, "key": getkey()} | change
+    with pytest.raises(ValueError, match=message):
+        sample_balanced(jnp.ones(3, bool), jnp.zeros(3, bool), **options)

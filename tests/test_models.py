@@ -1,0 +1,250 @@
+"""Detectors on synthetic arrays: one program, batch = vmap, finite losses whatever the targets, learning."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from detectax_eqx import Detections, Targets, models, nn
+
+
+CANVAS = (64, 96)
+LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+SAMPLING = models.Sampling(pre_nms_top_n=50, post_nms_top_n=40, rpn_samples=32, box_samples=32)
+
+
+def tiny_faster_rcnn(key, num_classes=3):
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    backbone = nn.ResNetFPN(nn.resnet18(key=body_key, width=8, norm=nn.GroupNorm), key=fpn_key, channels=16)
+    sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
+    return models.FasterRCNN(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes)
+
+
+def tiny_mask_rcnn(key, num_classes=3):
+    box_key, mask_key = jr.split(key)
+    return models.MaskRCNN(tiny_faster_rcnn(box_key, num_classes), key=mask_key, hidden_channels=16)
+
+
+MODELS = {
+    "faster": (tiny_faster_rcnn, models.faster_rcnn_loss, LOSSES),
+    "mask": (tiny_mask_rcnn, models.mask_rcnn_loss, LOSSES | {"loss_mask"}),
+}
+
+
+def targets_of(boxes, labels, capacity=4):
+    """Rectangular objects, padded to a capacity."""
+    n = len(labels)
+    padded = jnp.zeros((capacity, 4)).at[:n].set(jnp.asarray(boxes, jnp.float32).reshape(n, 4))
+    return Targets(
+        padded,
+        jnp.zeros(capacity, jnp.int32).at[:n].set(jnp.asarray(labels, jnp.int32)),
+        jnp.arange(capacity) < n,
+        jnp.full((capacity, 14, 14), 255, jnp.uint8),
+        padded,
+    )
+
+
+@pytest.fixture(params=MODELS)
+def case(request, getkey):
+    build, loss, names = MODELS[request.param]
+    return build(getkey()), loss, names
+
+
+def _image(key, size=CANVAS):
+    return jr.randint(key, (*size, 3), 0, 256).astype(jnp.uint8)
+
+
+SIZE = jnp.array(CANVAS, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "boxes, labels",
+    [
+        ([], []),  # no object, or crowds only
+        ([[10, 10, 40, 50]], [2]),
+        ([[10, 10, 40, 50], [0, 0, 96, 64], [50, 20, 52, 21], [80, 50, 96, 64]], [0, 1, 2, 0]),  # as many as fit
+    ],
+)
+def test_losses_are_finite(case, getkey, boxes, labels):
+    model, loss, names = case
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def total(model, image, targets, key):
+        terms = loss(model, image, SIZE, targets, key=key, sampling=SAMPLING)
+        return sum(term.mean() for term in terms.values()), terms
+
+    (value, terms), grads = total(model, _image(getkey()), targets_of(boxes, labels), getkey())
+    assert terms.keys() == names
+    assert jnp.isfinite(value)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    positives = terms.get("loss_mask")
+    if positives is not None:
+        assert (positives.count > 0) == bool(labels)
+
+
+def test_padded_rows_of_targets_change_nothing(case, getkey):
+    model, loss, _ = case
+    image, key = _image(getkey()), getkey()
+    boxes, labels = [[10, 10, 40, 50], [50, 5, 90, 60]], [2, 0]
+    evaluate = eqx.filter_jit(lambda model, targets: loss(model, image, SIZE, targets, key=key, sampling=SAMPLING))
+    small, padded = (targets_of(boxes, labels, capacity) for capacity in (2, 6))
+    rubbish = replace(padded, boxes=padded.boxes.at[2:].set(33.0), labels=padded.labels.at[2:].set(1))
+    # Sampling draws for a padded row too, so that the rows' keys differ; the anchors do not and give the same terms.
+    a, b = evaluate(model, padded), evaluate(model, rubbish)
+    for name in a:
+        np.testing.assert_allclose(a[name].total, b[name].total, rtol=1e-5)
+    c = evaluate(model, small)
+    np.testing.assert_allclose(a["loss_objectness"].total, c["loss_objectness"].total, rtol=1e-5)
+
+
+def test_an_image_alone_and_in_a_batch_give_the_same(case, getkey):
+    model, _, _ = case
+    images = jnp.stack([_image(getkey(), (50, 70)) for _ in range(3)])
+    options = {"min_size": 64, "max_size": 96, "score_threshold": 0.1, "max_detections": 10}
+    alone = eqx.filter_jit(lambda model, image: models.detect(model, image, **options))
+    together = eqx.filter_jit(lambda model, images: jax.vmap(lambda image: models.detect(model, image, **options))(images))
+    batch = together(model, images)
+    assert batch.valid.sum() > 10
+    for i in range(3):
+        one = alone(model, images[i])
+        np.testing.assert_array_equal(one.valid, batch.valid[i])
+        np.testing.assert_array_equal(one.labels, batch.labels[i])
+        np.testing.assert_allclose(one.boxes, batch.boxes[i], atol=1e-3)
+        np.testing.assert_allclose(one.scores, batch.scores[i], atol=1e-4)
+        if one.masks is not None:
+            np.testing.assert_allclose(one.masks, batch.masks[i], atol=1e-4)
+
+
+def test_a_padded_image_gives_what_it_gives_alone(case, getkey):
+    model, _, _ = case
+    image = _image(getkey(), (50, 70))
+    options = {"canvas": (64, 96), "score_threshold": 0.1, "max_detections": 10}
+    alone = eqx.filter_jit(lambda m, x: models.detect(m, x, min_size=64, max_size=96, **options))(model, image)
+    padded = jnp.pad(image, ((0, 14), (0, 10), (0, 0)), constant_values=77)
+    sizes = {"image_size": jnp.array([50, 70]), "resized": jnp.array([64, 89])}
+    inside = eqx.filter_jit(lambda m, x: models.detect(m, x, **sizes, **options))(model, padded)
+    np.testing.assert_array_equal(alone.labels, inside.labels)
+    np.testing.assert_allclose(alone.boxes, inside.boxes, atol=1e-3)
+    np.testing.assert_allclose(alone.scores, inside.scores, atol=1e-4)
+
+
+def test_detect_is_one_program_without_callbacks(case, getkey):
+    model, _, _ = case
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def run(arrays, image):
+        return models.detect(eqx.combine(arrays, static), image, min_size=64, max_size=96)
+
+    text = jax.jit(run).lower(arrays, _image(getkey(), (50, 70))).as_text()
+    assert "callback" not in text
+    assert "custom_call" not in text.replace("custom_call @Sharding", "")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"canvas": (32, 32)}, r"canvas \(32, 32\) is too small .* Use at least \(64, 96\)"),
+        ({"canvas": (70, 100)}, "multiple of 32 .* 70×100"),
+        ({"image_size": jnp.array([3, 4])}, "image_size, resized and canvas go together"),
+    ],
+)
+def test_detect_refuses(getkey, options, message):
+    model = tiny_faster_rcnn(getkey())
+    with pytest.raises(ValueError, match=message):
+        models.detect(model, jnp.zeros((50, 70, 3), jnp.uint8), min_size=64, max_size=96, **options)
+
+
+def test_mask_loss_refuses_targets_without_masks(getkey):
+    model = tiny_mask_rcnn(getkey())
+    targets = replace(targets_of([], []), masks=None, mask_boxes=None)
+    with pytest.raises(ValueError, match="targets have no masks"):
+        models.mask_rcnn_loss(model, _image(getkey()), SIZE, targets, key=getkey(), sampling=SAMPLING)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_overfits_a_handful_of_images(kind):
+    """Bright rectangles on a dark ground: after 60 steps each is found, with its class."""
+    build, loss, _ = MODELS[kind]
+    model = build(jr.key(0))
+    rng = np.random.default_rng(0)
+    images, targets, truths = [], [], []
+    for _ in range(4):
+        image = rng.integers(0, 40, (*CANVAS, 3)).astype(np.uint8)
+        boxes = np.array([[4, 6, 30, 40], [50, 20, 90, 60]], np.float32) + rng.integers(-3, 4, (2, 1))
+        labels = rng.permutation(3)[:2]
+        for (x0, y0, x1, y1), label in zip(boxes.astype(int), labels, strict=True):
+            image[y0:y1, x0:x1, label] = 220
+        images.append(image)
+        targets.append(targets_of(boxes, labels, 2))
+        truths.append((boxes, labels))
+    images = jnp.asarray(np.stack(images))
+    targets = jax.tree.map(lambda *leaves: jnp.stack(leaves), *targets)
+    optimizer = optax.adam(2e-3)
+    state = optimizer.init(eqx.filter(model, eqx.is_array))
+
+    @eqx.filter_jit
+    def step(model, state, key):
+        def total(model):
+            one = lambda image, target, key: loss(model, image, SIZE, target, key=key, sampling=SAMPLING)  # noqa: E731
+            terms = jax.vmap(one)(images, targets, jr.split(key, 4))
+            return sum(jax.tree.map(lambda x: x.sum(), term).mean() for term in terms.values())
+
+        value, grads = eqx.filter_value_and_grad(total)(model)
+        updates, state_ = optimizer.update(grads, state)
+        return eqx.apply_updates(model, updates), state_, value
+
+    for i in range(60):
+        model, state, value = step(model, state, jr.key(i))
+    detect = eqx.filter_jit(lambda m, x: models.detect(m, x, min_size=64, max_size=96, score_threshold=0.5))
+    for image, (boxes, labels) in zip(images, truths, strict=True):
+        found: Detections = detect(model, image)
+        for box, label in zip(boxes, labels, strict=True):
+            ious = [_iou(box, other) for other in np.asarray(found.boxes)]
+            best = int(np.argmax(np.where(np.asarray(found.valid) & (np.asarray(found.labels) == label), ious, -1)))
+            assert ious[best] > 0.6, f"loss {value}, box {box}, found {found.boxes[:4]}"
+            if found.masks is not None:
+                assert found.masks[best].mean() > 0.7
+
+
+def _iou(a, b):
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    inter = np.prod(np.maximum(sides, 0))
+    return inter / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inter)
+
+
+@pytest.mark.parametrize(
+    "build, parameters",
+    [(models.faster_rcnn_resnet50_fpn, 41_755_286), (models.mask_rcnn_resnet50_fpn, 44_401_393)],
+)
+def test_parameter_counts_equal_torchvisions(build, parameters):
+    model = eqx.filter_eval_shape(build, 90, key=jr.key(0))
+    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
+    assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
+
+
+@pytest.mark.parametrize("layers, stem, first, last", [(5, True, True, True), (3, False, False, True), (0, False, False, False)])
+def test_trainable(getkey, layers, stem, first, last):
+    mask = models.trainable(tiny_mask_rcnn(getkey()), trainable_layers=layers)
+    body = mask.faster_rcnn.backbone.body
+    assert body.conv1.weight is stem
+    assert body.norm1.weight is stem
+    assert body.layers[0][0].conv1.weight is first
+    assert body.layers[3][1].conv2.weight is last
+    assert mask.faster_rcnn.backbone.fpn.lateral[0].weight is True
+    assert mask.mask_head.mask_logits.weight is True
+
+
+def test_frozen_norms_are_never_trainable(getkey):
+    model = eqx.filter_eval_shape(models.faster_rcnn_resnet18_fpn, 2, key=getkey())
+    arrays = jax.tree.map(lambda leaf: jnp.zeros(()) if hasattr(leaf, "shape") else leaf, model)
+    mask = models.trainable(arrays)
+    assert mask.backbone.body.conv1.weight is True
+    assert not any(jax.tree.leaves(mask.backbone.body.layers[3][0].norm1))
+    with pytest.raises(ValueError, match="trainable_layers must be in 0..5, got 6"):
+        models.trainable(arrays, trainable_layers=6)

@@ -1,0 +1,120 @@
+"""Modules against NumPy, and the properties that detectors lean on."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx import nn
+
+
+def _naive_conv(x, weight, stride, padding):
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+    o, _, k, _ = weight.shape
+    height, width = ((side - k) // stride + 1 for side in x.shape[1:])
+    out = np.zeros((o, height, width))
+    for y in range(height):
+        for z in range(width):
+            patch = x[:, y * stride : y * stride + k, z * stride : z * stride + k]
+            out[:, y, z] = (weight * patch[None]).sum(axis=(1, 2, 3))
+    return out
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (7, 2, 3), (1, 1, 1)])
+def test_conv2d(getkey, kernel, stride, padding):
+    x, weight = jr.normal(getkey(), (3, 9, 8)), jr.normal(getkey(), (4, 3, kernel, kernel))
+    expected = _naive_conv(np.asarray(x, np.float64), np.asarray(weight, np.float64), stride, padding)
+    np.testing.assert_allclose(nn.conv2d(x, weight, stride=stride, padding=padding), expected, atol=1e-5)
+    bias = jr.normal(getkey(), (4,))
+    with_bias = nn.conv2d(x, weight, bias, stride=stride, padding=padding)
+    np.testing.assert_allclose(with_bias, expected + np.asarray(bias)[:, None, None], atol=1e-5)
+
+
+def test_upsample_is_a_transposed_convolution(getkey):
+    module = nn.Upsample2x2(3, 4, key=getkey())
+    module = eqx.tree_at(lambda m: m.bias, module, jr.normal(getkey(), (4,)))
+    x = jr.normal(getkey(), (3, 5, 6))
+    expected = np.zeros((4, 10, 12))
+    for y in range(5):
+        for z in range(6):
+            block = np.einsum("i,ioab->oab", np.asarray(x[:, y, z]), np.asarray(module.weight))
+            expected[:, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2] = block
+    np.testing.assert_allclose(module(x), expected + np.asarray(module.bias)[:, None, None], atol=1e-5)
+
+
+def test_max_pool_ignores_padding():
+    x = -jnp.arange(1.0, 10.0).reshape(1, 3, 3)
+    out = nn.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    np.testing.assert_array_equal(out[0], [[-1, -2], [-4, -5]])
+
+
+def test_frozen_batch_norm(getkey):
+    module = nn.FrozenBatchNorm(4)
+    values = [jr.uniform(getkey(), (4,), minval=0.5, maxval=2.0) for _ in range(4)]
+    module = eqx.tree_at(lambda m: [m.weight, m.bias, m.running_mean, m.running_var], module, values)
+    x = jr.normal(getkey(), (4, 3, 5))
+    weight, bias, mean, var = (np.asarray(v, np.float64)[:, None, None] for v in values)
+    np.testing.assert_allclose(module(x), (x - mean) / np.sqrt(var + 1e-5) * weight + bias, atol=1e-5)
+
+
+def test_group_norm(getkey):
+    module = nn.GroupNorm(6, groups=3)
+    module = eqx.tree_at(lambda m: [m.weight, m.bias], module, [jr.normal(getkey(), (6,)), jr.normal(getkey(), (6,))])
+    x = 3.0 + 2.0 * jr.normal(getkey(), (6, 4, 5))
+    grouped = np.asarray(x, np.float64).reshape(3, -1)
+    normal = ((grouped - grouped.mean(1, keepdims=True)) / np.sqrt(grouped.var(1, keepdims=True) + 1e-5)).reshape(x.shape)
+    expected = normal * np.asarray(module.weight)[:, None, None] + np.asarray(module.bias)[:, None, None]
+    np.testing.assert_allclose(module(x), expected, atol=1e-5)
+    constant = jax.grad(lambda x: module(x).sum())(jnp.full((6, 4, 5), 7.0))
+    assert jnp.isfinite(constant).all()
+
+
+def test_group_norm_refuses_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="48 channels in 32 groups"):
+        nn.GroupNorm(48)
+
+
+@pytest.mark.parametrize(
+    "build, parameters, channels",
+    [
+        (nn.resnet18, 11_166_912, (64, 128, 256, 512)),
+        (nn.resnet34, 21_267_648, (64, 128, 256, 512)),
+        (nn.resnet50, 23_454_912, (256, 512, 1024, 2048)),
+        (nn.resnet101, 42_394_816, (256, 512, 1024, 2048)),
+    ],
+)
+def test_resnet_parameters_equal_torchvisions(build, parameters, channels):
+    """torchvision's counts less the classifier and the norms' affine maps, which are buffers when frozen."""
+    model = eqx.filter_eval_shape(build, key=jr.key(0))
+    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
+    assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
+    assert model.channels == channels
+
+
+def test_pyramid_levels_and_upsampling(getkey):
+    model = nn.ResNetFPN(nn.resnet18(key=getkey(), width=8, norm=nn.GroupNorm), key=getkey(), channels=16)
+    image = jr.normal(getkey(), (3, 96, 64))
+    levels = eqx.filter_jit(model)(image)
+    assert [level.shape for level in levels] == [(16, 24, 16), (16, 12, 8), (16, 6, 4), (16, 3, 2), (16, 2, 1)]
+    np.testing.assert_array_equal(levels[4], levels[3][:, ::2, ::2])
+    # The topmost lateral map, and nothing else of it, reaches the level below through nearest upsampling.
+    c4, c5 = model.body(image)[2:]
+    merged = model.fpn.lateral[2](c4) + jnp.repeat(jnp.repeat(model.fpn.lateral[3](c5), 2, axis=1), 2, axis=2)
+    np.testing.assert_allclose(levels[2], model.fpn.output[2](merged), atol=1e-4)
+
+
+def test_pyramid_refuses_other_canvases(getkey):
+    model = nn.ResNetFPN(nn.resnet18(key=getkey(), width=8), key=getkey(), channels=16)
+    with pytest.raises(ValueError, match="multiple of 32 .* 40×64"):
+        model(jnp.zeros((3, 40, 64)))
+
+
+def test_batch_is_vmap(getkey):
+    model = nn.ResNetFPN(nn.resnet50(key=getkey(), width=8), key=getkey(), channels=16)
+    images = jr.normal(getkey(), (2, 3, 64, 64))
+    batched = eqx.filter_jit(lambda model, images: jax.vmap(model)(images))(model, images)
+    for i in range(2):
+        for a, b in zip(batched, eqx.filter_jit(model)(images[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-4)
