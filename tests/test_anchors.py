@@ -18,7 +18,7 @@ def naive_grid(feature_size, stride_y, stride_x, sizes, aspect_ratios):
                 for size in sizes:
                     half_width, half_height = size / math.sqrt(ratio) / 2, size * math.sqrt(ratio) / 2
                     base = [round(v) for v in (-half_width, -half_height, half_width, half_height)]
-                    anchors.append(np.array(base) + [x * stride_x, y * stride_y, x * stride_x, y * stride_y])
+                    anchors.append(np.add(base, [x * stride_x, y * stride_y, x * stride_x, y * stride_y]))
     return np.array(anchors, np.float64).reshape(-1, 4)
 
 

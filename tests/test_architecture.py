@@ -91,7 +91,7 @@ def _public():
                 yield pytest.param(value, id=f"{module.__name__}.{name}")
 
 
-@pytest.mark.parametrize("value", _public())
+@pytest.mark.parametrize("value", list(_public()))
 def test_public_names_are_documented_and_typed(value):
     assert inspect.getdoc(value), "no docstring"
     if inspect.isfunction(value):

@@ -1,5 +1,7 @@
 """Matching candidates to ground truth, and drawing the ones that a loss looks at."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,9 +14,10 @@ from detectax_eqx.ops import match_boxes, sample_balanced
 THRESHOLDS = {"low_threshold": 0.3, "high_threshold": 0.7}
 
 
-def random_quality(key, n, m):
-    """Multiples of 1/20, so that ties and values on the thresholds occur."""
-    return jr.randint(key, (n, m), 0, 21).astype(jnp.float32) / 20
+def random_quality(seed, n, m):
+    """Multiples of 1/20, so that ties and values on the thresholds occur, and which rows are valid."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, 21, (n, m)) / 20, jnp.float32), jnp.asarray(rng.uniform(size=n) < 0.7)
 
 
 def naive_match(quality, valid, low, high, allow_low_quality):
@@ -32,10 +35,10 @@ def naive_match(quality, valid, low, high, allow_low_quality):
 
 
 @pytest.mark.parametrize("allow_low_quality", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 40), (12, 100)])
-def test_match_equals_naive_reference(allow_low_quality, n, m, getkey):
-    for _ in range(5):
-        quality, valid = random_quality(getkey(), n, m), jr.bernoulli(getkey(), 0.7, (n,))
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (12, 100)])
+def test_match_equals_naive_reference(allow_low_quality, n, m):
+    for seed in range(6):
+        quality, valid = random_quality(seed, n, m)
         matches = match_boxes(quality, valid, allow_low_quality=allow_low_quality, **THRESHOLDS)
         for got, expected in zip(matches, naive_match(quality, valid, 0.3, 0.7, allow_low_quality), strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -70,33 +73,35 @@ def test_without_ground_truth_all_are_negative(allow_low_quality):
     assert match_boxes(jnp.ones((2, 0)), allow_low_quality=allow_low_quality, **THRESHOLDS).positive.shape == (0,)
 
 
-def test_match_jit_vmap_padding_and_dtype(getkey):
+def test_match_jit_vmap_padding_and_dtype():
     def run(quality, valid):
         return match_boxes(quality, valid, allow_low_quality=True, **THRESHOLDS)
 
-    quality, valid = random_quality(getkey(), 3 * 6, 20).reshape(3, 6, 20), jr.bernoulli(getkey(), 0.6, (3, 6))
-    batched = jax.vmap(run)(quality, valid)
-    for i in range(3):
-        padded = run(jnp.pad(quality[i], ((0, 4), (0, 0)), constant_values=1), jnp.pad(valid[i], (0, 4)))
-        half = run((20 * quality[i]).astype(jnp.bfloat16) / 20, valid[i])
-        rounded = run(((20 * quality[i]).astype(jnp.bfloat16) / 20).astype(jnp.float32), valid[i])
-        for x, jitted, row, more, h, r in zip(
-            run(quality[i], valid[i]), jax.jit(run)(quality[i], valid[i]), batched, padded, half, rounded, strict=True
+    cases = [random_quality(seed, 6, 20) for seed in range(3)]
+    jitted, batched = jax.jit(run), jax.jit(jax.vmap(run))(*(jnp.stack(x) for x in zip(*cases, strict=True)))
+    for i, (quality, valid) in enumerate(cases):
+        expected = jitted(quality, valid)
+        half = quality.astype(jnp.bfloat16)
+        padded = jnp.pad(quality, ((0, 4), (0, 0)), constant_values=1), jnp.pad(valid, (0, 4))
+        for others, same in (
+            (run(quality, valid), expected),
+            ([x[i] for x in batched], expected),
+            (jitted(*padded), expected),
+            (jitted(half, valid), jitted(half.astype(jnp.float32), valid)),
         ):
-            np.testing.assert_array_equal(x, jitted)
-            np.testing.assert_array_equal(x, row[i])
-            np.testing.assert_array_equal(x, more)
-            np.testing.assert_array_equal(h, r)
+            for x, y in zip(others, same, strict=True):
+                np.testing.assert_array_equal(x, y)
 
 
-def test_match_lets_no_gradient_through(getkey):
+def test_match_lets_no_gradient_through():
     def loss(quality):
         indices, positive, _ = match_boxes(quality, **THRESHOLDS)
         return jnp.where(positive, jnp.take_along_axis(quality, indices[None], axis=0)[0], 0).sum()
 
-    quality = random_quality(getkey(), 4, 9)
+    quality, _ = random_quality(0, 4, 9)
     matches = match_boxes(quality, **THRESHOLDS)
-    np.testing.assert_array_equal(jax.grad(loss)(quality).sum(axis=0), matches.positive.astype(jnp.float32))
+    slopes = jax.jit(jax.grad(loss))(quality)
+    np.testing.assert_array_equal(slopes.sum(axis=0), matches.positive.astype(jnp.float32))
 
 
 def test_match_errors():
@@ -122,18 +127,17 @@ def test_match_errors():
     ],
 )
 def test_sample_counts(num_positive, num_negative, num_samples, fraction, expected, getkey):
-    roles = jr.permutation(getkey(), jnp.arange(100))
+    roles = np.random.default_rng(0).permutation(100)
     positive = roles < num_positive
     negative = (roles >= num_positive) & (roles < num_positive + num_negative)
-    indices, valid = sample_balanced(
-        positive, negative, num_samples=num_samples, positive_fraction=fraction, key=getkey()
-    )
+    draw = partial(sample_balanced, num_samples=num_samples, positive_fraction=fraction)
+    indices, valid = jax.jit(draw)(jnp.asarray(positive), jnp.asarray(negative), key=getkey())
     assert indices.shape == valid.shape == (min(num_samples, 100),)
     drawn = np.asarray(indices)[np.asarray(valid)]
     assert len(set(drawn.tolist())) == len(drawn) == sum(expected)
     assert positive[drawn[: expected[0]]].all() and negative[drawn[expected[0] :]].all()
     np.testing.assert_array_equal(valid, np.arange(len(valid)) < sum(expected))
-    assert not indices[len(drawn) :].any()
+    assert not np.asarray(indices)[len(drawn) :].any()
 
 
 def test_sample_is_unbiased(getkey):
@@ -143,10 +147,11 @@ def test_sample_is_unbiased(getkey):
         indices, valid = sample_balanced(positive, negative, num_samples=4, positive_fraction=0.5, key=key)
         return jnp.zeros(20, jnp.int32).at[jnp.where(valid, indices, 20)].set(1, mode="drop")
 
-    times = jax.vmap(drawn)(jr.split(getkey(), 4000))
+    times = jax.jit(jax.vmap(drawn))(jr.split(getkey(), 4000))
     frequency = np.asarray(times).mean(axis=0)
     np.testing.assert_allclose(frequency, np.where(positive | negative, 2 / 5, 0), atol=5 * np.sqrt(0.24 / 4000))
-    together = np.asarray(times[:, 0] * times[:, 4]).mean()  # 1 of the 10 pairs of 5 positives
+    times = np.asarray(times)
+    together = (times[:, 0] * times[:, 4]).mean()  # 1 of the 10 pairs of 5 positives
     np.testing.assert_allclose(together, 1 / 10, atol=5 * np.sqrt(0.09 / 4000))
 
 
@@ -154,19 +159,19 @@ def test_sample_jit_vmap_and_padding(getkey):
     def run(positive, negative, key):
         return sample_balanced(positive, negative, num_samples=8, positive_fraction=0.5, key=key)
 
-    positive = jr.bernoulli(getkey(), 0.2, (3, 30)).at[0].set(False)
-    negative = jr.bernoulli(getkey(), 0.5, (3, 30)) & ~positive
-    keys = jr.split(getkey(), 3)
-    batched = jax.vmap(run)(positive, negative, keys)
+    verdicts = np.random.default_rng(0).integers(-1, 2, (3, 30))
+    verdicts[0] = np.minimum(verdicts[0], 0)
+    positive, negative, keys = jnp.asarray(verdicts == 1), jnp.asarray(verdicts == 0), jr.split(getkey(), 3)
+    jitted, batched = jax.jit(run), jax.jit(jax.vmap(run))(positive, negative, keys)
     for i in range(3):
-        expected = run(positive[i], negative[i], keys[i])
-        padded = run(jnp.pad(positive[i], (0, 7)), jnp.pad(negative[i], (0, 7)), keys[i])
-        jitted = jax.jit(run)(positive[i], negative[i], keys[i])
-        for x, j, row, more in zip(expected, jitted, batched, padded, strict=True):
-            np.testing.assert_array_equal(x, j)
+        expected = jitted(positive[i], negative[i], keys[i])
+        padded = jitted(jnp.pad(positive[i], (0, 7)), jnp.pad(negative[i], (0, 7)), keys[i])
+        eager = run(positive[i], negative[i], keys[i])
+        for x, e, row, more in zip(expected, eager, batched, padded, strict=True):
+            np.testing.assert_array_equal(x, e)
             np.testing.assert_array_equal(x, row[i])
             np.testing.assert_array_equal(x, more)
-    other, _ = run(positive[1], negative[1], keys[0])
+    other, _ = jitted(positive[1], negative[1], keys[0])
     assert (other != batched[0][1]).any()
 
 

@@ -1,7 +1,9 @@
 """Which ground truth each candidate answers for, and which candidates a loss looks at."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
@@ -51,6 +53,11 @@ def match_boxes(
     """
     if not low_threshold <= high_threshold:
         raise ValueError(f"low_threshold must be at most high_threshold, got {low_threshold} and {high_threshold}")
+    return Matches(*_match(quality, valid, low_threshold, high_threshold, allow_low_quality=allow_low_quality))
+
+
+@partial(jax.jit, static_argnames="allow_low_quality")
+def _match(quality, valid, low_threshold, high_threshold, *, allow_low_quality):
     n, m = quality.shape
     quality = lax.stop_gradient(_upcast(quality))
     valid = jnp.ones(n, bool) if valid is None else valid
@@ -67,12 +74,9 @@ def match_boxes(
 
     start = jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
     (best, indices, ties), _ = lax.scan(fold, start, (quality, valid, jnp.arange(n, dtype=jnp.int32)))
-    positive = best >= high_threshold
-    negative = best < low_threshold
-    if allow_low_quality:
-        positive |= ties
-        negative &= ~ties
-    return Matches(jnp.where(positive, indices, 0), positive, negative)
+    positive = (best >= high_threshold) | ties
+    negative = (best < low_threshold) & ~ties
+    return jnp.where(positive, indices, 0), positive, negative
 
 
 def sample_balanced(

@@ -29,16 +29,13 @@ GREEDY_BOXES_PER_OUTPUT = 4
 FIXED_POINT_BOXES = 4096
 
 
-def _rounded_down(threshold: float) -> np.float32:
-    """The largest float32 that is not above the threshold: a float32 IoU exceeds both or neither."""
-    rounded = np.float32(threshold)
-    return np.nextafter(rounded, np.float32(-1)) if float(rounded) > threshold else rounded
-
-
-def _checked(iou_threshold):
+def _comparable(iou_threshold, boxes):
+    """The largest number of the IoUs' dtype that is not above the threshold: an IoU exceeds both or neither."""
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must lie between 0 and 1, got {iou_threshold}")
-    return float(iou_threshold)
+    dtype = np.float64 if boxes.dtype == np.float64 else np.float32
+    rounded = dtype(iou_threshold)
+    return np.nextafter(rounded, dtype(-1)) if float(rounded) > iou_threshold else rounded
 
 
 def _overlaps(a, b, threshold):
@@ -81,26 +78,26 @@ def _keep_fixed_point(rows, valid, threshold):
     return keep
 
 
-def _sorted_keep(rows, scores, valid, *, threshold, keep):
+def _sorted_keep(rows, scores, valid, threshold, *, keep):
     """Positions from best to worst, valid or not, and which of them to keep."""
     order = jnp.argsort(scores, descending=True, stable=True).astype(jnp.int32)
     return order, keep(_at(rows, order), valid[order], threshold)
 
 
-def _keep_mask(*args, threshold, keep):
-    order, kept = _sorted_keep(*args, threshold=threshold, keep=keep)
+def _keep_mask(*args, keep):
+    order, kept = _sorted_keep(*args, keep=keep)
     return jnp.zeros_like(kept).at[order].set(kept, unique_indices=True)
 
 
-def _select_sorted(*args, threshold, max_outputs, keep):
+def _select_sorted(*args, max_outputs, keep):
     """The first `max_outputs` boxes kept, and how many there are."""
-    order, kept = _sorted_keep(*args, threshold=threshold, keep=keep)
+    order, kept = _sorted_keep(*args, keep=keep)
     slots = jnp.where(kept, jnp.cumsum(kept) - 1, max_outputs)
     indices = jnp.zeros(max_outputs, jnp.int32).at[slots].set(order, mode="drop")
     return indices, jnp.minimum(kept.sum(dtype=jnp.int32), max_outputs)
 
 
-def _select_greedy(rows, scores, valid, *, threshold, max_outputs):
+def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
     """The same without sorting: `max_outputs` times the best of what remains, or fewer if nothing does."""
     positions = jnp.arange(valid.size, dtype=jnp.int32)
 
@@ -129,30 +126,32 @@ def _prepared(boxes, scores, labels, valid):
     return (*_corners(boxes), labels), jnp.where(valid, scores, -jnp.inf), valid
 
 
-@partial(jax.jit, static_argnames="iou_threshold")
-def _nms(boxes, scores, labels, valid, iou_threshold):
+# Jitted, so that eager calls do not compile their loops anew each time.
+@jax.jit
+def _nms(boxes, scores, labels, valid, threshold):
     if boxes.shape[0] == 0:
         return jnp.zeros(0, bool)
-    form = partial(_keep_mask, threshold=_rounded_down(iou_threshold))
     return lax.platform_dependent(
         *_prepared(boxes, scores, labels, valid),
-        cpu=partial(form, keep=_keep_scan),
-        default=partial(form, keep=_keep_fixed_point),
+        threshold,
+        cpu=partial(_keep_mask, keep=_keep_scan),
+        default=partial(_keep_mask, keep=_keep_fixed_point),
     )
 
 
-@partial(jax.jit, static_argnames=("iou_threshold", "max_outputs"))
-def _nms_indices(boxes, scores, labels, valid, iou_threshold, max_outputs):
+@partial(jax.jit, static_argnames="max_outputs")
+def _nms_indices(boxes, scores, labels, valid, threshold, *, max_outputs):
     n = boxes.shape[0]
     if n == 0:
         return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, bool)
-    options = {"threshold": _rounded_down(iou_threshold), "max_outputs": max_outputs}
-    greedy = partial(_select_greedy, **options)
+    greedy = partial(_select_greedy, max_outputs=max_outputs)
+    in_order = partial(_select_sorted, max_outputs=max_outputs)
     few = n >= GREEDY_BOXES_PER_OUTPUT * max_outputs
     indices, count = lax.platform_dependent(
         *_prepared(boxes, scores, labels, valid),
-        cpu=greedy if few else partial(_select_sorted, **options, keep=_keep_scan),
-        default=greedy if few and n > FIXED_POINT_BOXES else partial(_select_sorted, **options, keep=_keep_fixed_point),
+        threshold,
+        cpu=greedy if few else partial(in_order, keep=_keep_scan),
+        default=greedy if few and n > FIXED_POINT_BOXES else partial(in_order, keep=_keep_fixed_point),
     )
     return indices, jnp.arange(max_outputs) < count
 
@@ -178,7 +177,7 @@ def nms(
     >>> nms(boxes, jnp.array([0.8, 0.9, 0.7]), iou_threshold=0.5).tolist()
     [False, True, True]
     """
-    return _nms(boxes, scores, None, valid, _checked(iou_threshold))
+    return _nms(boxes, scores, None, valid, _comparable(iou_threshold, boxes))
 
 
 def class_aware_nms(
@@ -198,7 +197,7 @@ def class_aware_nms(
     >>> class_aware_nms(boxes, jnp.array([0.8, 0.9, 0.7]), jnp.array([0, 1, 1]), iou_threshold=0.5).tolist()
     [True, True, False]
     """
-    return _nms(boxes, scores, labels, valid, _checked(iou_threshold))
+    return _nms(boxes, scores, labels, valid, _comparable(iou_threshold, boxes))
 
 
 def nms_indices(
@@ -224,4 +223,5 @@ def nms_indices(
     """
     if max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
-    return _nms_indices(boxes, scores, labels, valid, _checked(iou_threshold), max_outputs)
+    threshold = _comparable(iou_threshold, boxes)
+    return _nms_indices(boxes, scores, labels, valid, threshold, max_outputs=max_outputs)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -171,7 +170,7 @@ def _move_boxes(
 
 def _clip(targets: Targets, image_size: Int32[Array, " 2"]) -> Targets:
     """Targets whose boxes end at the border; those wholly beyond it are not valid."""
-    boxes = clip_boxes(targets.boxes, image_size.astype(jnp.float32))
+    boxes = clip_boxes(jnp.asarray(targets.boxes), image_size.astype(jnp.float32))
     visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return eqx.tree_at(lambda t: (t.boxes, t.valid), targets, (boxes, targets.valid & visible))
 

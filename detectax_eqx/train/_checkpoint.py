@@ -100,8 +100,8 @@ def load_checkpoint(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree,
 
     Arrays come back on the default device; where `like` has a NumPy array, as one.
 
-    Raises a `FileNotFoundError` if there is no checkpoint at `path`, and a `ValueError` that names checkpoint and leaf if
-    a leaf is missing, left over, of another shape or dtype, or damaged.
+    Raises a `FileNotFoundError` if there is no checkpoint at `path`, and a `ValueError` that names checkpoint and leaf
+    if a leaf is missing, left over, of another shape or dtype, or damaged.
     """
     path = Path(path)
     content = _read_index(path)
@@ -114,10 +114,11 @@ def load_checkpoint(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree,
             f"was it made with other options?"
         )
     for name, leaf in wanted.items():
-        if stored[name] != _describe(leaf):
+        there, here = stored[name], _describe(leaf)
+        if there != here:
             raise ValueError(
-                f"Checkpoint {path} does not fit: leaf {name!r} is {stored[name]['dtype']}{stored[name]['shape']} there, "
-                f"but {_describe(leaf)['dtype']}{_describe(leaf)['shape']} here; was it made with other options?"
+                f"Checkpoint {path} does not fit: leaf {name!r} is {there['dtype']}{there['shape']} there, but "
+                f"{here['dtype']}{here['shape']} here; was it made with other options?"
             )
     arrays = _read_arrays(path, {name: _stored_form(leaf) for name, leaf in wanted.items()})
     restored = {name: _from_host(arrays[name], leaf) for name, leaf in wanted.items()}
@@ -178,6 +179,13 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _key_impl(leaf: Any) -> Any:
+    """`jr.key_impl`, of a `ShapeDtypeStruct` too."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), leaf)
+    return found[0]
+
+
 def _describe(leaf: Any) -> dict[str, Any]:
     """What must agree between a leaf that was saved and the one it is loaded into."""
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -197,12 +205,12 @@ def _from_host(array: np.ndarray, leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray):
         return array
     if _is_key(leaf):
-        return jr.wrap_key_data(jnp.array(array), impl=jr.key_impl(leaf))
+        return jr.wrap_key_data(jnp.array(array), impl=_key_impl(leaf))
     return jnp.array(array)
 
 
 def _spec(path: Path, name: str, form: Any) -> dict[str, Any]:
-    """One chunk an array, uncompressed: floats hardly shrink, and a checkpoint is written while the accelerator waits."""
+    """One chunk an array, uncompressed: floats hardly shrink, and the accelerator waits meanwhile."""
     return {
         "driver": "zarr3",
         "kvstore": {

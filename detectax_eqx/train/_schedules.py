@@ -1,12 +1,11 @@
 """Learning rates as functions of the number of updates made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
-
-
-Schedule = Callable[[Int[Array, ""] | int], Float32[Array, ""]]
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float32, Int32
 
 
 def scale_learning_rate(learning_rate: float, *, batch_size: int, reference_batch_size: int = 16) -> float:
@@ -29,7 +28,7 @@ def warmup_multistep(
     decay: float = 0.1,
     warmup_steps: int = 500,
     warmup_factor: float = 1e-3,
-) -> Schedule:
+) -> optax.Schedule:
     """Linear warmup, then constant, times `decay` from each milestone on: the detection field's "1x" schedule.
 
     Update `t` (the first is 0) warms up from `warmup_factor` at 0 to the whole rate at `warmup_steps`, as torch's
@@ -44,7 +43,7 @@ def warmup_multistep(
     """
     _check_warmup(warmup_steps, warmup_factor)
 
-    def schedule(count: Int[Array, ""] | int) -> Float32[Array, ""]:
+    def schedule(count: ArrayLike) -> Float32[Array, ""]:
         count = jnp.asarray(count, jnp.int32)
         passed = jnp.sum(count >= jnp.asarray(milestones, jnp.int32)) if milestones else jnp.zeros((), jnp.int32)
         # A table rather than a power: rates are then those of repeated multiplication, to the last bit.
@@ -61,7 +60,7 @@ def warmup_cosine(
     warmup_steps: int = 500,
     warmup_factor: float = 1e-3,
     final_factor: float = 0.0,
-) -> Schedule:
+) -> optax.Schedule:
     """Linear warmup, then half a cosine (arXiv:1608.03983, equation 5) down to `final_factor` of the rate.
 
     The cosine starts where the warmup ends, and its end is reached at `total_steps` and kept.
@@ -76,7 +75,7 @@ def warmup_cosine(
     if total_steps <= warmup_steps:
         raise ValueError(f"warmup_steps must be less than total_steps, got {warmup_steps} and {total_steps}.")
 
-    def schedule(count: Int[Array, ""] | int) -> Float32[Array, ""]:
+    def schedule(count: ArrayLike) -> Float32[Array, ""]:
         count = jnp.asarray(count, jnp.int32)
         done = jnp.clip((count - warmup_steps).astype(jnp.float32) / (total_steps - warmup_steps), 0.0, 1.0)
         cosine = final_factor + (1 - final_factor) * 0.5 * (1 + jnp.cos(jnp.pi * done))
@@ -85,7 +84,7 @@ def warmup_cosine(
     return schedule
 
 
-def _warmup(count: Int[Array, ""], steps: int, factor: float) -> Float32[Array, ""]:
+def _warmup(count: Int32[Array, ""], steps: int, factor: float) -> Float32[Array, ""]:
     """From `factor` to 1 over `steps` updates."""
     if steps == 0:
         return jnp.ones(())

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int32, Key, PyTree
 
 
 class TrainState(eqx.Module):
@@ -18,13 +18,13 @@ class TrainState(eqx.Module):
     """
 
     step: Int32[Array, ""]
-    key: PRNGKeyArray
+    key: Key[Array, ""]
     model: PyTree
     opt_state: PyTree
 
 
 def init_train_state(
-    model: PyTree, optimizer: optax.GradientTransformation, *, trainable: PyTree[bool], key: PRNGKeyArray
+    model: PyTree, optimizer: optax.GradientTransformation, *, trainable: PyTree[bool], key: Key[Array, ""]
 ) -> TrainState:
     """The state before the first step.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float32, Key, PyTree
 
 from .._types import Batch, WeightedSum
 from ._state import TrainState, partition
@@ -23,9 +23,9 @@ RESERVED = ("loss", "gradient_norm", "overflow")
 def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, *, trainable: PyTree[bool]) -> Step:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update.
 
-    - `loss`: `loss(model, example, *, key) -> dict[str, WeightedSum]` for one example, a `Batch` without its batch axis.
-      Each term is summed over the batch and divided by its summed count once; the terms are then added. A batch cut in
-      two thus weighs every box as the whole batch does, however the boxes are spread over the images.
+    - `loss`: `loss(model, example, *, key) -> dict[str, WeightedSum]` for one example, a `Batch` without batch axis.
+      Each term is summed over the batch and divided by its summed count, once; the terms are then added. Every box thus
+      weighs the same, however boxes are spread over images and images over devices.
     - `trainable`: as for `init_train_state`. Everything else in the model stays bit for bit what it was, whatever the
       optimiser does (weight decay included), and takes no optimiser state.
 
@@ -69,7 +69,7 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, *, trai
         model = eqx.combine(eqx.apply_updates(parameters, updates), rest)
         metrics = terms | {
             "loss": total,
-            "gradient_norm": optax.global_norm(gradient).astype(jnp.float32),
+            "gradient_norm": jnp.asarray(optax.tree.norm(gradient), jnp.float32),
             "overflow": jnp.sum(jnp.where(batch.valid, batch.overflow, 0)).astype(jnp.float32),
         }
         return TrainState(state.step + 1, state.key, model, opt_state), metrics
@@ -80,7 +80,7 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, *, trai
     return step
 
 
-def _mean_losses(loss: Loss, model: PyTree, batch: Batch, keys: PRNGKeyArray) -> Metrics:
+def _mean_losses(loss: Loss, model: PyTree, batch: Batch, keys: Key[Array, " b"]) -> Metrics:
     """Every loss term over the batch, divided once."""
     # A filler may hold anything. It stands in for the first real example rather than run on its own data, whose
     # derivative could be infinite: zero times that is not zero.

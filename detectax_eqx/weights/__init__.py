@@ -1,0 +1,14 @@
+"""Weights from elsewhere, and to elsewhere: torchvision's names, `.pth` files read without torch, safetensors."""
+
+from ._pth import read_pth as read_pth
+from ._safetensors import (
+    load_safetensors as load_safetensors,
+    read_safetensors as read_safetensors,
+    save_safetensors as save_safetensors,
+)
+from ._torchvision import (
+    load_torchvision as load_torchvision,
+    load_torchvision_backbone as load_torchvision_backbone,
+    to_torchvision as to_torchvision,
+)
+from ._trees import WeightsError as WeightsError, named_leaves as named_leaves, replace_leaves as replace_leaves

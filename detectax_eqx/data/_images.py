@@ -1,0 +1,126 @@
+"""Images on disk to RGB pixels, whatever their mode and orientation."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
+
+from ._report import DatasetError
+
+
+# What undoes each EXIF orientation (EXIF 2.32, section 4.6.4): a camera held sideways stores its rows as columns.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Those that exchange width and height.
+SIDEWAYS = (5, 6, 7, 8)
+# The last bytes of a file that was written to its end.
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
+
+
+def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads an image file as RGB, as `(h, w, 3)` uint8.
+
+    Gray, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped, the colours below it stay. 16-bit gray
+    is scaled, 65535 becoming 255, not clipped. Of an animation, the first frame is read.
+
+    An EXIF orientation is applied, so that the image stands as viewers show it. `size`, if given, is the `(height,
+    width)` in whose pixels the image was annotated, and decides: if only the size as stored equals it, the annotator
+    did not see the orientation, so it is not applied. Where both sizes are equal, it is applied.
+
+    Raises a `DatasetError` that names the file if it is missing, truncated or no image, if it holds 32-bit numbers
+    beyond 0..65535 or fractions, whose range is not known, or if neither size equals `size`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("L", (3, 2), 200).save(f"{folder}/gray.png")
+    ...     image = read_image(f"{folder}/gray.png")
+    >>> image.shape, image[0, 0].tolist()
+    ((2, 3, 3), [200, 200, 200])
+    """
+    return np.array(open_rgb(Path(path), size))
+
+
+def open_rgb(path: Path, size: tuple[int, int] | None) -> Image.Image:
+    """What `read_image` does, the pixels still being Pillow's."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, path, size) else None
+            image = _to_rgb(image)
+            return image if transposition is None else image.transpose(transposition)
+    except DatasetError:
+        raise
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such image file.") from None
+    except Exception as error:  # Pillow's readers raise errors of many types
+        raise DatasetError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def check_image(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
+    """A quick look at a file: is it there, whole, and of that `(height, width)`, by `read_image`'s rule?
+
+    JPEG and PNG files that end as they must are not decoded, others are.
+
+    Returns what is wrong, and what to do about it, or `None`.
+    """
+    try:
+        with Image.open(path) as image:
+            end = ENDS.get(image.format or "")
+            if end is None or _last_bytes(path, len(end)) != end:
+                image.load()
+            _is_upright(image, path, size)
+    except DatasetError as error:
+        return str(error), 'Correct "width" and "height", and check that the boxes belong to this image.'
+    except FileNotFoundError:
+        return f"{path}: no such image file.", "Put it there, correct the folder, or remove the image's entry."
+    except Exception as error:
+        return f"{path}: cannot be read as an image: {error}.", "Fetch or write the file anew."
+    return None
+
+
+def _last_bytes(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - count))
+        return file.read()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # garbage where EXIF should be says nothing about the pixels
+        return 1
+
+
+def _is_upright(image: Image.Image, path: Path, size: tuple[int, int] | None) -> bool:
+    """Whether the size refers to the image as shown (true) or as stored. Raises a `DatasetError` if to neither."""
+    stored = image.height, image.width
+    shown = stored[::-1] if _orientation(image) in SIDEWAYS else stored
+    if size is None or shown == size:
+        return True
+    if stored == size:
+        return False
+    raise DatasetError(f"{path}: is {shown[1]}×{shown[0]} pixels, but annotated as {size[1]}×{size[0]}.")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # I;16, I;16B, I: Pillow's own conversion clips at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"32-bit values {values.min()}..{values.max()} have no known range; save it with 16 bits")
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("fractions have no known range; save it with 8 or 16 bits")
+    if "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")

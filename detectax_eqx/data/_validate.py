@@ -1,0 +1,258 @@
+"""The checks that each part of a COCO-format file has to pass, and what is made of it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from ._dataset import Category, ImageRecord, Segmentation
+from ._masks import rle_counts
+from ._report import Collector, DatasetError
+
+
+# Coordinates and areas beyond this are no measurement in pixels; NaN and infinities do not compare as less either.
+LARGEST = 1e9
+# Annotations are rounded to hundredths of a pixel; reaching out by less is no mistake of theirs.
+ROUNDING = 0.01
+
+
+class Annotation(NamedTuple):
+    """An annotation that passed: its box as `(x0, y0, x1, y1)` and its label."""
+
+    id: int
+    box: tuple[float, float, float, float]
+    label: int
+    crowd: bool
+    segmentation: Segmentation
+
+
+def parse_parts(content: Any, file: Path) -> tuple[list, list, list]:
+    """The file's lists of images, annotations and categories. Raises a `DatasetError` if there are none such."""
+    if not isinstance(content, dict):
+        raise DatasetError(f"{file}: a COCO file is a JSON object, this is a {type(content).__name__}.")
+    parts = []
+    for key in ("images", "annotations", "categories"):
+        if key not in content:
+            raise DatasetError(f'{file}: has no "{key}"; add it, as a list.')
+        if not isinstance(content[key], list):
+            raise DatasetError(f'{file}: "{key}" must be a list, but is a {type(content[key]).__name__}.')
+        parts.append(content[key])
+    for key, part in (("images", parts[0]), ("categories", parts[2])):
+        if not part:
+            raise DatasetError(f'{file}: "{key}" is empty.')
+    return parts[0], parts[1], parts[2]
+
+
+def parse_images(entries: list, folder: Path, problems: Collector) -> list[ImageRecord]:
+    """Those images that have an id of their own, a file name and a size."""
+    images, seen = [], set()
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.error("wrong type", f"images[{position}] is {_show(entry)}.", "Make it an object.")
+            continue
+        where = {"image_id": entry.get("id", f"at position {position}"), "image_file": _name(entry)}
+        if not _has(entry, ("id", "file_name", "width", "height"), problems, where):
+            continue
+        if not _is_int(entry["id"]):
+            problems.error("wrong type", f'"id" is {_show(entry["id"])}.', "Make it an integer.", **where)
+        elif entry["id"] in seen:
+            problems.error("duplicate image id", "another image has this id.", "Number images uniquely.", **where)
+        elif not isinstance(entry["file_name"], str) or not entry["file_name"]:
+            problems.error("wrong type", f'"file_name" is {_show(entry["file_name"])}.', "Make it a string.", **where)
+        elif not all(_is_int(entry[side]) and 0 < entry[side] < LARGEST for side in ("width", "height")):
+            what = f'"width" and "height" are {_show(entry["width"])} and {_show(entry["height"])}.'
+            problems.error("wrong image size", what, "Make them positive integers.", **where)
+        else:
+            images.append(ImageRecord(entry["id"], folder / entry["file_name"], entry["height"], entry["width"]))
+        if _is_int(entry["id"]):
+            seen.add(entry["id"])
+    return images
+
+
+def parse_categories(entries: list, problems: Collector) -> tuple[Category, ...]:
+    """The categories, sorted by id."""
+    categories: dict[int, Category] = {}
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not _is_int(entry.get("id")) or not isinstance(entry.get("name"), str):
+            what = f"categories[{position}] is {_show(entry)}."
+            problems.error("wrong category", what, 'Make it an object with an integer "id" and a string "name".')
+        elif entry["id"] in categories:
+            what = f'category id {entry["id"]} is both "{categories[entry["id"]].name}" and "{entry["name"]}".'
+            problems.error("duplicate category id", what, "Number categories uniquely.")
+        else:
+            categories[entry["id"]] = Category(entry["id"], entry["name"])
+    return tuple(categories[id] for id in sorted(categories))
+
+
+def parse_annotations(
+    entries: list, images: dict[int, ImageRecord], known_images: set, labels: dict[int, int], problems: Collector
+) -> dict[int, list[Annotation]]:
+    """The sound annotations of each image, by its id.
+
+    - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is told once.
+    - `labels`: of each category id.
+    """
+    found: dict[int, list[Annotation]] = {id: [] for id in images}
+    seen: set[int] = set()
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.error("wrong type", f"annotations[{position}] is {_show(entry)}.", "Make it an object.")
+            continue
+        image_id = entry.get("image_id")
+        image_known = _is_int(image_id) and image_id in known_images
+        image = images.get(image_id) if image_id is not None and image_known else None
+        where = {
+            "image_id": image_id,
+            "image_file": image.path.name if image else None,
+            "annotation_id": entry.get("id", f"at position {position}"),
+        }
+        if not _has(entry, ("id", "image_id", "category_id", "bbox"), problems, where):
+            continue
+        sound = _check_ids(entry, image_known, seen, labels, problems, where)
+        if image is None:
+            continue
+        box, whole = _parse_box(entry["bbox"], image, problems, where)
+        segmentation, fits = _parse_segmentation(entry.get("segmentation"), image, problems, where)
+        if sound and whole and fits and box is not None:
+            label, crowd = labels[entry["category_id"]], bool(entry.get("iscrowd", 0))
+            found[image.id].append(Annotation(entry["id"], box, label, crowd, segmentation))
+    return found
+
+
+def _check_ids(
+    entry: dict, image_known: bool, seen: set[int], labels: dict[int, int], problems: Collector, where: dict[str, Any]
+) -> bool:
+    """Whether an annotation's ids and its plain fields are right."""
+    before = len(problems.errors)
+    id, category = entry["id"], entry["category_id"]
+    if not _is_int(id):
+        problems.error("wrong type", f'"id" is {_show(id)}.', "Make it an integer.", **where)
+    elif id <= 0:
+        what = f'"id" is {id}; evaluation with pycocotools takes 0 for "no match".'
+        problems.error("annotation id not positive", what, "Number annotations from 1.", **where)
+    elif id in seen:
+        what = "another annotation has this id."
+        problems.error("duplicate annotation id", what, "Number annotations uniquely.", **where)
+    else:
+        seen.add(id)
+    if not image_known:
+        what = f'"image_id" is {_show(entry["image_id"])}, which no image has.'
+        problems.error("unknown image", what, "Correct it or remove the annotation.", **where)
+    if not _is_int(category) or category not in labels:
+        what = f'"category_id" is {_show(category)}, which is not among the categories {_show(sorted(labels))}.'
+        problems.error("unknown category", what, "Correct it or add the category.", **where)
+    if entry.get("iscrowd", 0) not in (0, 1):
+        problems.error("wrong type", f'"iscrowd" is {_show(entry["iscrowd"])}.', "Make it 0 or 1.", **where)
+    if "area" in entry and not (_is_number(entry["area"]) and entry["area"] >= 0):
+        problems.error("wrong area", f'"area" is {_show(entry["area"])}.', "Make it a number ≥ 0.", **where)
+    return len(problems.errors) == before
+
+
+def _parse_box(
+    bbox: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
+) -> tuple[tuple[float, float, float, float] | None, bool]:
+    """The box clipped to its image, or `None` if it is to be dropped; and false if it cannot be understood."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
+        what = f'"bbox" is {_show(bbox)}.'
+        problems.error("wrong box", what, "Make it [x, y, width, height], four finite numbers.", **where)
+        return None, False
+    x, y, width, height = bbox
+    clipped = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
+    x0, y0, x1, y1 = (float(np.float32(side)) for side in clipped)
+    text = f"[{x:g}, {y:g}, {width:g}, {height:g}]"
+    if width <= 0 or height <= 0:
+        problems.repair("box of no area", f"{text} has no area.", "Dropped.", **where)
+        return None, True
+    if x1 <= x0 or y1 <= y0:
+        what = f"{text} lies beside its {image.width}×{image.height} image, or is too thin to have an area."
+        problems.repair("box outside the image", what, "Dropped.", **where)
+        return None, True
+    if min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING:
+        what = f"{text} reaches out of its {image.width}×{image.height} image."
+        problems.repair("box partly outside", what, "Clipped.", **where)
+    return (x0, y0, x1, y1), True
+
+
+def _parse_segmentation(
+    value: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
+) -> tuple[Segmentation, bool]:
+    """The segmentation, if there is one; and false if it cannot be understood."""
+    if value is None or value == []:
+        return None, True
+    if isinstance(value, dict):
+        try:
+            return _parse_rle(value, image), True
+        except ValueError as error:
+            remedy = "Encode the mask anew, at the size of its image."
+            problems.error("malformed run-length encoding", f"{error}.", remedy, **where)
+            return None, False
+    if not isinstance(value, list):
+        what = f'"segmentation" is {_show(value)}.'
+        problems.error("wrong segmentation", what, "Make it a list of polygons or a run-length encoding.", **where)
+        return None, False
+    polygons, before = [], len(problems.errors)
+    for polygon in value:
+        if not isinstance(polygon, list) or not all(_is_number(number) for number in polygon):
+            what, remedy = f"it holds {_show(polygon)}.", "Make it a list [x1, y1, x2, y2, …] of finite numbers."
+            problems.error("wrong polygon", what, remedy, **where)
+        elif len(polygon) % 2:
+            what, remedy = f"it has {len(polygon)} numbers: {_show(polygon)}.", "Give an x and a y for each point."
+            problems.error("polygon of odd length", what, remedy, **where)
+        elif len(polygon) < 6 and len(value) == 1:
+            what, remedy = f"{_show(polygon)} has {len(polygon) // 2} of them.", "Give three or more."
+            problems.error("polygon with fewer than 3 points", what, remedy, **where)
+        elif len(polygon) < 6:
+            what = f"{_show(polygon)} is one of {len(value)} pieces."
+            problems.repair("piece with fewer than 3 points", what, "Dropped the piece.", **where)
+        else:
+            polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2))
+    if not polygons and len(problems.errors) == before:
+        problems.error("polygon with fewer than 3 points", "no piece has three.", "Give three or more.", **where)
+    return tuple(polygons), len(problems.errors) == before
+
+
+def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
+    """A run-length encoding with compressed counts. Raises a `ValueError` that says what is wrong with it."""
+    size, counts = rle.get("size"), rle.get("counts")
+    if size != [image.height, image.width]:
+        raise ValueError(f'its "size" is {_show(size)}, that of its image is [{image.height}, {image.width}]')
+    if isinstance(counts, str):
+        text = counts.encode("utf-8")
+        runs = rle_counts(text)
+    elif isinstance(counts, list) and counts and all(_is_int(count) and count < LARGEST for count in counts):
+        text, runs = None, np.asarray(counts, np.int64)
+    else:
+        raise ValueError(f'its "counts" are {_show(counts)}, no string and no list of integers')
+    if runs.min() < 0:
+        raise ValueError("its counts are not all ≥ 0")
+    if runs.sum() != image.height * image.width:
+        raise ValueError(f"its counts add up to {runs.sum()}, not to {image.height}·{image.width}")
+    if text is None:
+        return coco_mask.frPyObjects(cast(Any, {"size": size, "counts": counts}), image.height, image.width)
+    return {"size": [image.height, image.width], "counts": text}
+
+
+def _has(entry: dict, keys: tuple[str, ...], problems: Collector, where: dict[str, Any]) -> bool:
+    """Whether all keys are there, none being null."""
+    missing = [key for key in keys if entry.get(key) is None]
+    for key in missing:
+        problems.error("missing key", f'there is no "{key}".', "Add it.", **where)
+    return not missing
+
+
+def _name(entry: dict) -> str | None:
+    return entry["file_name"] if isinstance(entry.get("file_name"), str) else None
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int  # JSON's true is not 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

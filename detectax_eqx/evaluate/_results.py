@@ -1,0 +1,180 @@
+"""Detections in COCO's results format, in pixels of the original images."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+from pycocotools import mask as rle
+
+from .._types import Batch, Detections
+from ..ops import paste_masks
+
+
+# Masks are pasted this many at a time, or fewer if they are large: a single program for each canvas, of bounded memory.
+_CHUNK, _CHUNK_PIXELS = 16, 2**24
+# Canvas of an original larger than its batch's: its size rounded up, so that few programs serve many sizes.
+_CANVAS_STEP = 256
+
+
+def to_coco_results(
+    detections: Detections,
+    batch: Batch,
+    *,
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+    mask_threshold: float = 0.5,
+) -> list[dict[str, Any]]:
+    """The detections of a batch as a list that `evaluate_coco` and pycocotools' `loadRes` take, and JSON can hold.
+
+    - `detections`: batched as `batch` is, boxes in pixels of the images as they lie in the batch. Examples and rows
+      that are not valid give nothing.
+    - `image_ids`: the id of every image of the dataset, by its position there (`batch.indices`).
+    - `category_ids`: the category id of every label.
+    - `mask_threshold`: a pixel belongs to a mask if its probability is above. Masks are pasted into their boxes
+      (`detectax_eqx.ops.paste_masks`) at the original image's resolution, and given as compressed run lengths.
+
+    Each result has `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and `segmentation` if there are
+    masks, in the order of the detections. Boxes and masks are mapped to `batch.original_sizes`.
+
+    Raises a `ValueError` if a label has no category id, or a batch's index no image id.
+
+    >>> from detectax_eqx import Targets
+    >>> sizes, none = np.array([[60, 80]], np.int32), np.zeros((1, 0), np.int32)
+    >>> targets = Targets(np.zeros((1, 0, 4), np.float32), none, none.astype(bool))
+    >>> ones = np.ones(1, np.int32)
+    >>> batch = Batch(
+    ...     np.zeros((1, 64, 96, 3), np.uint8), sizes, 2 * sizes, targets, ones, ones > 0, ones * 0, canvas=(64, 96)
+    ... )
+    >>> boxes, scores = np.array([[[10, 20, 30, 30]]], np.float32), np.array([[0.5]], np.float32)
+    >>> detections = Detections(boxes, scores, ones[None], ones[None] > 0)
+    >>> to_coco_results(detections, batch, image_ids=[139, 285], category_ids=[1, 17])
+    [{'image_id': 285, 'category_id': 17, 'bbox': [20.0, 40.0, 40.0, 20.0], 'score': 0.5}]
+    """
+    detections, sizes = jax.tree.map(np.asarray, detections), np.asarray(batch.image_sizes)
+    if detections.boxes.ndim != 3 or sizes.ndim != 2 or len(detections.boxes) != len(sizes):
+        raise ValueError(
+            f"detections and batch must have one batch axis of the same length, got boxes {detections.boxes.shape} "
+            f"and image_sizes {sizes.shape}."
+        )
+    originals, indices = np.asarray(batch.original_sizes), np.asarray(batch.indices)
+    rows = np.argwhere(detections.valid & np.asarray(batch.valid)[:, None])  # (image of the batch, row)
+    scale = (originals / sizes.clip(1))[:, [1, 0, 1, 0]]
+    boxes = detections.boxes.astype(np.float64) * scale[:, None]
+    results, paste = [], {}
+    for i, row in rows:
+        label, index = int(detections.labels[i, row]), int(indices[i])
+        if not 0 <= label < len(category_ids):
+            raise ValueError(f"Label {label} has no category id: category_ids has {len(category_ids)}.")
+        if not 0 <= index < len(image_ids):
+            raise ValueError(f"Image {index} of the dataset has no image id: image_ids has {len(image_ids)}.")
+        x0, y0, x1, y1 = boxes[i, row].tolist()
+        result = {
+            "image_id": int(image_ids[index]),
+            "category_id": int(category_ids[label]),
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": float(detections.scores[i, row]),
+        }
+        if detections.masks is not None:
+            canvas = _canvas(originals[i], batch.images.shape[-3:-1])
+            paste.setdefault(canvas, []).append((len(results), i, row))
+            result["segmentation"] = None
+        results.append(result)
+    for canvas, entries in paste.items():
+        numbers, images, picked = (np.array(column) for column in zip(*entries, strict=True))
+        pasted = _paste(detections.masks[images, picked], boxes[images, picked], canvas, mask_threshold)
+        for number, i, mask in zip(numbers, images, pasted, strict=True):
+            height, width = originals[i]
+            results[number]["segmentation"] = encode_mask(mask[:height, :width])
+    return results
+
+
+def encode_mask(mask: Bool[np.ndarray, "h w"]) -> dict[str, Any]:
+    """A mask as COCO's compressed run lengths, with text for JSON instead of bytes.
+
+    >>> encode_mask(np.array([[False, True], [False, True]]))
+    {'size': [2, 2], 'counts': '22'}
+    """
+    encoded = rle.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Writes results as JSON. The file appears complete or not at all: it is written beside, then renamed.
+
+    Raises a `ValueError` for a number that is not finite, which JSON has no place for.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_results([{"image_id": 1, "score": 0.5}], f"{folder}/detections.json")
+    ...     read_results(f"{folder}/detections.json")
+    [{'image_id': 1, 'score': 0.5}]
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(list(results), file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The results in a JSON file.
+
+    Raises a `ValueError` that names the file if it is not JSON, or not a list of objects.
+
+    See `write_results` for an example.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise ValueError(f"{path} is not in COCO's results format, a list of objects.")
+    return results
+
+
+def _canvas(original: Int32[np.ndarray, " 2"], source: tuple[int, int]) -> tuple[int, int]:
+    """The size of canvas on which an image's masks are pasted: its batch's, unless the original is larger."""
+    height, width = (int(side) for side in original)
+    if height <= source[0] and width <= source[1]:
+        return source
+    return -(-height // _CANVAS_STEP) * _CANVAS_STEP, -(-width // _CANVAS_STEP) * _CANVAS_STEP
+
+
+def _paste(
+    masks: Float[np.ndarray, "n s t"], boxes: Float[np.ndarray, "n 4"], canvas: tuple[int, int], threshold: float
+) -> Iterator[Bool[np.ndarray, "h w"]]:
+    """The masks on the canvas one by one, computed in chunks of one shape."""
+    size = min(_CHUNK, max(1, _CHUNK_PIXELS // (canvas[0] * canvas[1])))
+    for start in range(0, len(masks), size):
+        chunk = slice(start, start + size)
+        count = len(masks[chunk])
+        padding = ((0, size - count), (0, 0), (0, 0))
+        pasted = _paste_chunk(
+            np.pad(masks[chunk].astype(np.float32), padding),
+            np.pad(boxes[chunk].astype(np.float32), padding[:2]),
+            threshold,
+            canvas=canvas,
+        )
+        yield from np.asarray(pasted)[:count]
+
+
+@partial(jax.jit, static_argnames="canvas")
+def _paste_chunk(
+    masks: Float[Array, "n s t"],
+    boxes: Float[Array, "n 4"],
+    threshold: float | Float[Array, ""],
+    *,
+    canvas: tuple[int, int],
+) -> Bool[Array, "n h w"]:
+    return paste_masks(masks, boxes, image_size=canvas) > threshold

@@ -1,0 +1,135 @@
+"""Masks between the frame of a box and the pixels of an image."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Num
+
+from ._boxes import _product, _upcast
+from ._sampling import box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
+
+
+# Boxes are clamped to this before they become integers, far outside any image.
+FARTHEST_PIXEL = 2.0**30
+
+
+def crop_masks(
+    masks: Num[Array, "n hm wm"] | Bool[Array, "n hm wm"],
+    mask_boxes: Float[Array, "n 4"],
+    rois: Float[Array, "n 4"],
+    *,
+    output_size: int | tuple[int, int],
+    sampling_ratio: int = 0,
+    aligned: bool = False,
+) -> Float[Array, "n p q"]:
+    """What each mask shows inside a region of the image, in 0..1: the targets of a mask head.
+
+    - `masks`: 0..255 if uint8, else 0..1 or bool. Mask `i` fills `mask_boxes[i]`, and is read in `rois[i]`; both
+      are `(x0, y0, x1, y1)` in pixels of the same image.
+    - `output_size`: `(p, q)` bins of a region, or a number for both.
+    - `sampling_ratio`, `aligned`: as in `roi_align`. A bin is the mean of bilinear samples: of `sampling_ratio**2`,
+      or, if that is 0, of `ceil(roi side / output side)` image pixels along each axis.
+
+    A mask pixel's value sits in its middle, so that a position `x` in the image (an index; the coordinate is `x +
+    0.5`) is position `(x + 0.5 - x0) / (x1 - x0) * wm - 0.5` in a mask that reaches from `x0` to `x1`. Masks of image
+    size in a frame of image size give what torchvision's `project_masks_on_boxes` gives; Detectron2 crops with
+    `aligned=True`. Outside its box by more than a mask pixel, a mask is 0. A box without extent, or one that is not
+    finite, gives 0.
+
+    Floating masks keep their dtype, others give float32. Differentiable in floating masks and in all boxes.
+
+    Raises a ValueError for an `output_size` below 1 or a negative `sampling_ratio`.
+
+    >>> masks = jnp.array([[[0, 255], [0, 255]]], jnp.uint8)
+    >>> boxes = jnp.array([[10.0, 10.0, 14.0, 14.0]])
+    >>> crop_masks(masks, boxes, boxes, output_size=(1, 4), aligned=True)[0].tolist()
+    [[0.0, 0.25, 0.75, 1.0]]
+    """
+    rows, columns = output_bins(output_size)
+    check_sampling_ratio(sampling_ratio)
+    dtype = masks.dtype if jnp.issubdtype(masks.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+    values = _upcast(masks.astype(dtype))
+    if masks.dtype == jnp.uint8:
+        values = values / 255.0
+    mask_boxes, rois = mask_boxes.astype(values.dtype), rois.astype(values.dtype)
+    options = {"sampling_ratio": sampling_ratio, "aligned": aligned}
+    vertical = _crop_weights(mask_boxes[:, 1::2], rois[:, 1::2], masks.shape[1], rows, **options)
+    horizontal = _crop_weights(mask_boxes[:, 0::2], rois[:, 0::2], masks.shape[2], columns, **options)
+    values = jnp.einsum("nph,nhw->npw", vertical, values, precision="highest")
+    return jnp.einsum("npw,nqw->npq", values, horizontal, precision="highest").astype(dtype)
+
+
+def _crop_weights(
+    frames: Float[Array, "n 2"], spans: Float[Array, "n 2"], size: int, bins: int, *, sampling_ratio: int, aligned: bool
+) -> Float[Array, "n {bins} {size}"]:
+    """Weight of every mask pixel in each bin, along one axis on which masks fill `frames` and regions are `spans`."""
+    start, length = box_axis(spans[:, 0], spans[:, 1], 1.0, bins=bins, aligned=aligned)
+    extent = frames[:, 1] - frames[:, 0]
+    some = (extent > 0) & jnp.isfinite(frames).all(axis=1)
+    scale = size / jnp.where(some, extent, size)
+    shift = _product(0.5 - jnp.where(some, frames[:, 0], 0), scale) - 0.5
+    sizes, pixels = jnp.full(spans.shape[0], size, jnp.int32), jnp.arange(size, dtype=jnp.int32)[None, None, :]
+    if sampling_ratio == 0:
+        weights = pixel_weights(start, length, sizes, pixels, bins=bins, frame=(scale, shift))
+    else:
+        samples = jnp.arange(sampling_ratio, dtype=start.dtype)
+        options = {"bins": bins, "sampling_ratio": sampling_ratio, "frame": (scale, shift)}
+        taps, tap_weights = sample_taps(start, length, sizes, samples, **options)
+        weights = jnp.where(taps[..., None] == pixels[..., None, :], tap_weights[..., None], 0).sum(axis=2)
+    return jnp.where(some[:, None, None], weights, 0)
+
+
+def paste_masks(
+    masks: Float[Array, "n s t"], boxes: Float[Array, "n 4"], *, image_size: tuple[int, int]
+) -> Float[Array, "n {image_size[0]} {image_size[1]}"]:
+    """Masks, each drawn where its box lies in an image of `image_size` = `(height, width)`, and 0 elsewhere.
+
+    - `masks`: values in the frame of their box, usually probabilities, to be compared with a threshold afterwards.
+    - `boxes`: `(x0, y0, x1, y1)` in pixels of the image.
+
+    torchvision's `paste_masks_in_image`, exactly. A mask gets a margin of one zero pixel and its box grows with it;
+    the grown box is cut to integers, towards zero, both ends included; the mask is resized to it, bilinear, with the
+    values of pixels at their middles; what falls outside the image is cut off. So a box without extent still paints a
+    few pixels. One that is outside the image, upside down or not finite paints nothing.
+
+    Differentiable in `masks`; the rounding of boxes has no gradient. The result has the dtype of `masks`.
+
+    Raises a ValueError for an `image_size` below 1 or masks without pixels.
+
+    >>> masks = jnp.array([[[1.0, 0.5], [0.25, 0.75]]])
+    >>> paste_masks(masks, jnp.array([[2.0, 1.0, 3.5, 2.5]]), image_size=(3, 5))[0].tolist()
+    [[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.25, 0.75, 0.0]]
+    """
+    height, width = output_bins(image_size, "image_size")
+    if 0 in masks.shape[1:]:
+        raise ValueError(f"masks must have at least one row and column, got {masks.shape}.")
+    values, boxes = _upcast(masks), _upcast(boxes)
+    vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)
+    horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)
+    rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
+    return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest").astype(masks.dtype)
+
+
+def _paste_weights(
+    low: Float[Array, " n"], high: Float[Array, " n"], size: int, canvas: int
+) -> Float[Array, "n {canvas} {size}"]:
+    """Weight of every mask pixel in each image pixel, along one axis."""
+    finite = jnp.isfinite(low) & jnp.isfinite(high)
+    low, high = jnp.where(finite, low, 0), jnp.where(finite, high, 0)
+    half = _product((high - low) * 0.5, (size + 2) / size)
+    middle = (low + high) * 0.5
+    first, last = _integer(middle - half)[:, None, None], _integer(middle + half)[:, None, None]
+    extent = jnp.maximum(last - first + 1, 1)
+
+    pixel = jnp.arange(canvas, dtype=jnp.int32)[None, :, None]
+    padded = size + 2
+    step = padded / extent.astype(low.dtype)
+    source = jnp.maximum(((pixel - first).astype(low.dtype) + 0.5) * step - 0.5, 0)
+    below = jnp.minimum(source.astype(jnp.int32), padded - 1)
+    fraction = source - below.astype(low.dtype)
+    # The last row of the margin is read for what would lie beyond it. Rows of the margin are 0 and have no weight.
+    row = jnp.arange(1, size + 1, dtype=jnp.int32)[None, None, :]
+    weight = jnp.where(row == below, 1 - fraction, jnp.where(row == below + 1, fraction, 0))
+    return jnp.where((pixel >= first) & (pixel <= last) & finite[:, None, None], weight, 0)
+
+
+def _integer(x: Float[Array, " n"]) -> Int32[Array, " n"]:
+    return jnp.clip(x, -FARTHEST_PIXEL, FARTHEST_PIXEL).astype(jnp.int32)

@@ -1,0 +1,318 @@
+"""Reading the tensors of a PyTorch checkpoint without PyTorch, and without running anything that is in the file.
+
+A checkpoint is a pickle, that is a program. Here it runs in a machine whose only instructions beyond plain containers
+are the few names below, none of which does more than note down what it was called with. Tensors are made of these notes
+afterwards, as views of the file's bytes, each bound checked.
+"""
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import reprlib
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+
+from ._trees import WeightsError
+
+
+_STORAGES = {
+    "torch.FloatStorage": "<f4",
+    "torch.DoubleStorage": "<f8",
+    "torch.HalfStorage": "<f2",
+    "torch.BFloat16Storage": ml_dtypes.bfloat16,
+    "torch.LongStorage": "<i8",
+    "torch.IntStorage": "<i4",
+    "torch.ShortStorage": "<i2",
+    "torch.CharStorage": "i1",
+    "torch.ByteStorage": "u1",
+    "torch.BoolStorage": "?",
+    "torch.ComplexFloatStorage": "<c8",
+    "torch.ComplexDoubleStorage": "<c16",
+    "torch.storage.UntypedStorage": "u1",
+}
+_DTYPES = {
+    **{f"torch.{name}": f"<{code}" for name, code in (("float32", "f4"), ("float64", "f8"), ("float16", "f2"))},
+    **{f"torch.{sign}int{8 * size}": f"<{sign[:1] or 'i'}{size}" for sign in ("", "u") for size in (1, 2, 4, 8)},
+    "torch.bool": "?",
+    "torch.complex64": "<c8",
+    "torch.complex128": "<c16",
+    "torch.bfloat16": ml_dtypes.bfloat16,
+    "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "torch.float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "torch.float8_e5m2": ml_dtypes.float8_e5m2,
+    "torch.float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "torch.float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
+}
+_WRAPPERS = ("state_dict", "model")
+_RESAVE = "Load it with torch and save it again with `torch.save(model.state_dict(), path)`."
+
+# The format before zip archives: these pickles in a row, then the storages' bytes.
+_LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+def read_pth(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The tensors of a `.pth` file by name, read without torch and without running anything in the file.
+
+    Reads what `torch.save` writes, in the zip format of today and in the one before it (torch < 1.6). The file holds a
+    state dict, or a mapping with one under `"state_dict"` or `"model"`, as training scripts write it: the rest of
+    such a mapping is left aside. All dtypes that NumPy or `ml_dtypes` know, bfloat16 and float8 included.
+
+    The arrays are read-only views of the file's content, with its strides: tensors that shared memory still do.
+
+    Raises a `WeightsError` that names the file if it refers to anything but tensors and plain containers (the offending
+    name is given, and nothing is run), is truncated or damaged, comes from a big-endian machine, or if a tensor reaches
+    beyond the file's content.
+
+    >>> arrays = read_pth("tests/data/zip.pth")
+    >>> arrays["conv.weight"].shape, str(arrays["conv.weight"].dtype)
+    ((2, 3, 2, 2), 'float32')
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            is_zip = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            root, read = _open_zip(file, size) if is_zip else _open_legacy(file.read())
+            cache = {}
+            return {name: _array(name, tensor, read, cache, size) for name, tensor in _state_dict(root).items()}
+        except Exception as error:
+            # A damaged pickle or archive may raise anything at all.
+            reason = str(error) if isinstance(error, WeightsError) else f"it is damaged or truncated ({error!r})."
+            raise WeightsError(f"Cannot read {path}: {reason}") from error
+
+
+class _Storage(NamedTuple):
+    """Where a tensor's numbers are: `length` items, as many as the record `key` has."""
+
+    key: str
+    dtype: np.dtype
+    length: int
+    view: tuple[int, int] | None = None  # offset and length in items, of a part that counts as a storage itself
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype
+
+    def __setstate__(self, state):
+        """Parameters of the oldest files carry `requires_grad` as a state. It is of no use here."""
+
+
+class _Mapping(dict):
+    """An ordered dictionary; its attributes (`_metadata`, of modules' versions) are of no use here."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Name(NamedTuple):
+    """One of the names that a file may refer to. Immutable, so that no pickle can bend it."""
+
+    name: str
+
+    def __call__(self, *args):
+        if self.name not in _CALLS:
+            raise WeightsError(f"it calls {self.name}, which is not among what a file of tensors may call.")
+        return _CALLS[self.name](*args)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    return _check_tensor(storage, offset, shape, strides, storage.dtype)
+
+
+def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_):
+    return _check_tensor(storage, offset, shape, strides, np.dtype(_DTYPES[dtype.name]))
+
+
+def _check_tensor(storage, offset, shape, strides, dtype):
+    if not isinstance(storage, _Storage):
+        raise WeightsError("it has a tensor without a storage.")
+    numbers = (offset, *shape, *strides)
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(strides):
+        raise WeightsError(f"it has a tensor with offset, shape and strides {reprlib.repr((offset, shape, strides))}.")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
+
+
+def _rebuild_parameter(tensor, *_):
+    return tensor
+
+
+def _rebuild_size(items=()):
+    return tuple(items)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _Mapping,
+    "torch.Size": _rebuild_size,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.nn.parameter.Parameter": _rebuild_parameter,  # torch < 0.4
+}
+_ALLOWED = frozenset((*_CALLS, *_STORAGES, *_DTYPES))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self.item_sizes: dict[str, int] = {}  # bytes an item of every storage, by its key
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        name = f"{module_name}.{global_name}"
+        if name not in _ALLOWED:
+            raise WeightsError(f"it refers to {name}. Only tensors and plain containers are read. Nothing was run.")
+        return _Name(name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise WeightsError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage.")
+        kind, key, length = pid[1], pid[2], pid[4]
+        if not isinstance(kind, _Name) or kind.name not in _STORAGES or type(key) is not str or type(length) is not int:
+            raise WeightsError(f"it has a storage {reprlib.repr(pid)}.")
+        dtype = np.dtype(_STORAGES[kind.name])
+        if self.item_sizes.setdefault(key, dtype.itemsize) != dtype.itemsize:
+            raise WeightsError(f"its storage {key!r} has two dtypes.")
+        view = None if len(pid) == 5 or pid[5] is None else (int(pid[5][1]), int(pid[5][2]))
+        return _Storage(key, dtype, length, view)
+
+
+def _unpickle(content: bytes, start: int = 0) -> tuple[Any, int, dict[str, int]]:
+    """The object pickled at `start`, where its pickle ends, and the item sizes of the storages it refers to."""
+    end = start
+    stream = io.BytesIO(content)
+    stream.seek(start)
+    # A dry reading of the instructions first: all of them are there, and none asks for memory out of proportion.
+    for opcode, argument, position in pickletools.genops(stream):
+        if "PUT" in opcode.name and int(argument or 0) > len(content):
+            raise WeightsError(f"its pickle has a memo entry {argument}.")
+        if opcode.name.startswith("EXT"):
+            raise WeightsError("it refers to a registered extension of pickle.")
+        end = (position or 0) + 1
+    unpickler = _Unpickler(content[start:end])
+    return unpickler.load(), end, unpickler.item_sizes
+
+
+Reader = Callable[[_Storage], bytes | memoryview]
+
+
+def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Reader]:
+    archive = zipfile.ZipFile(file)
+    names = archive.namelist()
+    roots = [name.removesuffix("data.pkl") for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise WeightsError("it is a zip archive, but not one that torch.save wrote.")
+    root = roots[0]
+    if f"{root}constants.pkl" in names:
+        raise WeightsError(f"it is a TorchScript program. {_RESAVE}")
+    # Stored, not deflated, and no more in all than the file has: nothing unpacks to something larger.
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    if not stored or sum(entry.file_size for entry in archive.infolist()) > size:
+        raise WeightsError("its archive has compressed or overlapping entries, which torch.save does not write.")
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise WeightsError(f"it was written on a big-endian machine. {_RESAVE}")
+
+    def read(storage: _Storage) -> bytes:
+        if f"{root}data/{storage.key}" not in names:
+            raise WeightsError(f"its storage {storage.key!r} is missing.")
+        return archive.read(f"{root}data/{storage.key}")
+
+    return _unpickle(archive.read(f"{root}data.pkl"))[0], read
+
+
+def _open_legacy(content: bytes) -> tuple[Any, Reader]:
+    if content[257:262] == b"ustar":
+        raise WeightsError(f"it is in the tar format of torch 0.1. {_RESAVE}")
+    if not content.startswith(b"\x80"):
+        raise WeightsError("it is not a file that torch.save wrote (neither a zip archive nor a pickle).")
+    magic, position, _ = _unpickle(content)
+    if magic != _LEGACY_MAGIC:
+        raise WeightsError("it is a pickle, but not one that torch.save wrote.")
+    version, position, _ = _unpickle(content, position)
+    system, position, _ = _unpickle(content, position)
+    if version != _LEGACY_VERSION or not isinstance(system, dict):
+        raise WeightsError(f"its format is version {reprlib.repr(version)}, not {_LEGACY_VERSION}.")
+    if system.get("little_endian") is not True:
+        raise WeightsError(f"it was written on a big-endian machine. {_RESAVE}")
+    root, position, item_sizes = _unpickle(content, position)
+    keys, position, _ = _unpickle(content, position)
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise WeightsError("its list of storages is damaged.")
+    view, records = memoryview(content), {}
+    for key in keys:
+        (length,) = struct.unpack_from("<q", content, position)
+        start, position = position + 8, position + 8 + length * item_sizes[key]
+        if length < 0 or position > len(content):
+            raise WeightsError(f"its storage {key!r} ends after the file does: it is truncated or damaged.")
+        records[key] = view[start:position]
+
+    def read(storage: _Storage) -> memoryview:
+        if storage.key not in records:
+            raise WeightsError(f"its storage {storage.key!r} is missing.")
+        return records[storage.key]
+
+    return root, read
+
+
+def _state_dict(root: Any) -> dict[str, _Tensor]:
+    """The state dict within what a file holds."""
+    if not isinstance(root, dict):
+        raise WeightsError(f"it holds a {type(root).__name__}, not a state dict.")
+    wrapped = [key for key in _WRAPPERS if isinstance(root.get(key), dict)]
+    if len(wrapped) > 1:
+        raise WeightsError("it has a state dict under 'state_dict' and another under 'model'.")
+    state = root[wrapped[0]] if wrapped else root
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, _Tensor):
+            kind = value.name if isinstance(value, _Name) else type(value).__name__
+            raise WeightsError(f"its entry {reprlib.repr(name)} is a {kind}, not a tensor.")
+    return state
+
+
+def _array(name: str, tensor: _Tensor, read: Reader, cache: dict[str, np.ndarray], limit: int) -> np.ndarray:
+    """The tensor as a view of its storage."""
+    storage, dtype = tensor.storage, tensor.dtype
+    if storage.key not in cache:
+        cache[storage.key] = np.frombuffer(read(storage), np.uint8)
+    content = cache[storage.key]
+    if len(content) != storage.length * storage.dtype.itemsize:
+        raise WeightsError(
+            f"the storage of {name} has {len(content)} bytes where {storage.length} items of {storage.dtype} "
+            "are announced: it is truncated or damaged."
+        )
+    start, length = (0, storage.length) if storage.view is None else storage.view
+    if start < 0 or length < 0 or start + length > storage.length:
+        raise WeightsError(f"the storage of {name} is a view beyond its {storage.length} items.")
+    content = content[start * storage.dtype.itemsize : (start + length) * storage.dtype.itemsize]
+    available = len(content) // dtype.itemsize
+    elements = math.prod(tensor.shape)
+    last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
+    if (elements and last >= available) or tensor.offset > available:
+        raise WeightsError(
+            f"{name} with shape {tensor.shape}, strides {tensor.strides} and offset {tensor.offset} reaches beyond "
+            f"the {available} items of its storage."
+        )
+    # Strides of 0 make a large tensor of one number; no honest file has more numbers than bytes.
+    if elements > limit:
+        raise WeightsError(f"{name} with shape {tensor.shape} has more elements than the file has bytes.")
+    if not elements:
+        return np.empty(tensor.shape, dtype)
+    strides = tuple(
+        step * dtype.itemsize if size > 1 else 0 for size, step in zip(tensor.shape, tensor.strides, strict=True)
+    )
+    return np.ndarray(tensor.shape, dtype, content, tensor.offset * dtype.itemsize, strides)

@@ -1,0 +1,79 @@
+"""A model's arrays as a safetensors file, by their names in the PyTree."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree, Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ._trees import WeightsError, named_leaves, replace_leaves
+
+
+Model = TypeVar("Model")
+
+
+def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes every array of `model` to a safetensors file, under its name in the tree (`named_leaves`).
+
+    - `model`: a module, or a flat dictionary of arrays such as `to_torchvision` gives, whose keys are then the names.
+    - `metadata`: strings to go with them, such as the categories that the labels stand for.
+
+    The file appears complete or not at all: it is written beside, then renamed.
+
+    Raises a `ValueError` for typed PRNG keys, which the format has no place for (`jax.random.key_data` gives numbers).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_safetensors({"w": jnp.ones(2)}, f"{folder}/model.safetensors", metadata={"classes": "cat dog"})
+    ...     load_safetensors({"w": jnp.zeros(2)}, f"{folder}/model.safetensors")
+    ...     read_safetensors(f"{folder}/model.safetensors")[1]
+    {'w': Array([1., 1.], dtype=float32)}
+    {'classes': 'cat dog'}
+    """
+    arrays = {}
+    for name, leaf in named_leaves(model).items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"{name} is a PRNG key, which safetensors cannot hold. Store jax.random.key_data of it.")
+        arrays[name] = np.ascontiguousarray(leaf).reshape(leaf.shape)  # NumPy makes scalars one-dimensional
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(arrays, temporary, metadata=None if metadata is None else dict(metadata))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
+    """A copy of `model` with the arrays of a file that `save_safetensors` wrote.
+
+    Raises a `WeightsError` that names the file if it is damaged, or lists every array of the model that it lacks, every
+    one that it has too many, and every one of another shape or dtype (with both).
+
+    See `save_safetensors` for an example.
+    """
+    return replace_leaves(model, read_safetensors(path)[0], source=str(path))
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
+    """The arrays of a safetensors file by name, and its metadata.
+
+    Raises a `WeightsError` that names the file if it is damaged.
+
+    See `save_safetensors` for an example.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"Cannot read {path}: it is damaged or no safetensors file ({error}).") from error

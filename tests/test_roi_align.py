@@ -1,0 +1,328 @@
+"""RoIAlign against a naive loop in float64, hand-computed tables, and finite differences."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx.ops import _pooling, _roi_align, multilevel_roi_align, roi_align
+
+
+def _axis_weights(low, high, size, bins, scale, ratio, aligned):
+    """Weight of each of `size` pixels in each bin, sample by sample."""
+    weights = np.zeros((bins, size))
+    start, end = low * scale - 0.5 * aligned, high * scale - 0.5 * aligned
+    length = end - start if aligned else max(end - start, 1.0)
+    samples = ratio or math.ceil(length / bins)
+    for p in range(bins):
+        for i in range(samples):
+            position = start + p * length / bins + (i + 0.5) * length / bins / samples
+            if position < -1 or position > size:
+                continue
+            position = min(max(position, 0), size - 1)
+            below = int(position)
+            weights[p, below] += (1 - position + below) / samples
+            weights[p, min(below + 1, size - 1)] += (position - below) / samples
+    return weights
+
+
+def _weights(shape, boxes, *, output_size, spatial_scale, sampling_ratio, aligned):
+    """`(n, p, q, h, w)`: what each bin takes of each cell."""
+    options = (spatial_scale, sampling_ratio, aligned)
+    return np.stack(
+        [
+            np.einsum(
+                "ph,qw->pqhw",
+                _axis_weights(y0, y1, shape[0], output_size[0], *options),
+                _axis_weights(x0, x1, shape[1], output_size[1], *options),
+            )
+            for x0, y0, x1, y1 in np.asarray(boxes, np.float64)
+        ]
+    )
+
+
+def _reference(features, boxes, **options):
+    weights = _weights(features.shape[1:], boxes, **options)
+    return np.einsum("npqhw,chw->ncpq", weights, np.asarray(features, np.float64))
+
+
+# Boxes on a map of 11×14 cells at scale 1/4: 44×56 pixels. Coordinates are exact in float32.
+BOXES = {
+    "inside": (7.25, 5.5, 31.75, 30.125),
+    "whole map": (0, 0, 56, 44),
+    "over the top left corner": (-9.5, -7.25, 12.5, 10.75),
+    "over the bottom right corner": (44.5, 30.25, 70.5, 61.75),
+    "far outside": (100, -200, 130, -150),
+    "edge on the last cell": (48, 36, 56, 44),
+    "tall": (20, -30, 23, 90),
+    "tiny": (10.5, 10.5, 10.625, 10.75),
+    "point": (10, 12, 10, 12),
+    "point on the origin": (0, 0, 0, 0),
+    "no width": (10, 4, 10, 40),
+    "corners swapped": (30, 25, 20, 10),
+    "huge": (-4000, -3000, 5000, 7000),
+    "very huge": (-100000, -160000, 140000, 120000),
+}
+
+
+def _value_and_gradients(features, boxes, cotangent, **options):
+    """RoIAlign and the gradients of its product with `cotangent`, in features and boxes."""
+
+    @jax.jit
+    def run(features, boxes):
+        out, pull = jax.vjp(lambda features, boxes: roi_align(features, boxes, **options), features, boxes)
+        return out, pull(cotangent)
+
+    return run(features, boxes)
+
+
+def _boxes():
+    return jnp.array(list(BOXES.values()), jnp.float32)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(
+    "sampling_ratio, output_size", [(0, (7, 7)), (1, (3, 2)), (2, (7, 7)), (3, (2, 5)), (4, (3, 2))]
+)
+def test_agrees_with_a_naive_loop(getkey, aligned, sampling_ratio, output_size):
+    features = jr.uniform(getkey(), (3, 11, 14))
+    corner, side = jr.uniform(getkey(), (12, 2), minval=-20, maxval=56), jr.uniform(getkey(), (12, 2), maxval=50)
+    boxes = jnp.concatenate([_boxes(), jnp.concatenate([corner, corner + side], axis=1)])
+    cotangent = jr.normal(getkey(), (26, 3, *output_size))
+    options = {
+        "output_size": output_size,
+        "spatial_scale": 0.25,
+        "sampling_ratio": sampling_ratio,
+        "aligned": aligned,
+    }
+    out, gradient = _value_and_gradients(features, boxes, cotangent, **options)
+    np.testing.assert_allclose(out, _reference(features, boxes, **options), atol=1e-5)
+    # The map is linear in features, so that the gradient is the transpose.
+    weights = _weights(features.shape[1:], boxes, **options)
+    expected = np.einsum("npqhw,ncpq->chw", weights, np.asarray(cotangent, np.float64))
+    np.testing.assert_allclose(gradient[0], expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+TABLES = [
+    # The half pixel taken off puts the bins' centres between cells: 5 * 0.75 + 0.75.
+    ("aligned", (5, 5), (1, 1, 3, 3), 4, True, [[4.5 + 2.5 * p + 0.5 * q for q in range(4)] for p in range(4)]),
+    ("not aligned", (5, 5), (1, 1, 3, 3), 4, False, [[7.5 + 2.5 * p + 0.5 * q for q in range(4)] for p in range(4)]),
+    # Half the samples of the first bins lie beyond index 0 and are clamped to it.
+    ("clamped", (2, 2), (0, 0, 1, 1), 2, True, [[0, 0.25], [0.5, 0.75]]),
+    # A point counts as one cell; here its samples are at 1.25 and 1.75.
+    ("least side", (5, 5), (1, 1, 1, 1), 1, False, [[9.0]]),
+    ("point", (5, 5), (1, 1, 1, 1), 1, True, [[3.0]]),
+    # Of the samples of a side, at 4.75 and 5.25, the first reads the last cell, of value 24, and the second 0.
+    ("beyond the border", (5, 5), (4.5, 4.5, 5.5, 5.5), 1, False, [[6.0]]),
+    # In x, the sample at -1.25 reads 0, and that at -0.75 column 0. In y, they are at 2.25 and 2.75.
+    ("beyond the origin", (5, 5), (-1.5, 2, -0.5, 3), 1, False, [[6.25]]),
+]
+
+
+@pytest.mark.parametrize(
+    "shape, box, output_size, aligned, expected", [row[1:] for row in TABLES], ids=[row[0] for row in TABLES]
+)
+def test_tables(shape, box, output_size, aligned, expected):
+    features = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(1, *shape)
+    boxes = jnp.array([box], jnp.float32)
+    out = roi_align(features, boxes, output_size=output_size, spatial_scale=1, sampling_ratio=2, aligned=aligned)
+    np.testing.assert_allclose(out[0, 0], expected, atol=1e-6)
+
+
+def test_gradient_table():
+    def total(features):
+        return roi_align(features, jnp.array([[0.0, 0, 1, 1]]), output_size=2, spatial_scale=1).sum()
+
+    gradient = jax.grad(total)(jnp.array([[[1.0, 2], [3, 4]]]))
+    np.testing.assert_allclose(gradient[0], [[3.0625, 0.4375], [0.4375, 0.0625]], atol=1e-6)
+
+
+def test_aligned_resizes_as_an_image_does(getkey):
+    """One aligned sample a bin in the box of the whole map is bilinear resizing: half pixels fall in the right place."""
+    features = jr.uniform(getkey(), (2, 5, 6))
+    box = jnp.array([[0.0, 0, 6, 5]])
+    for size in ((10, 12), (15, 18), (5, 6)):
+        out = roi_align(features, box, output_size=size, spatial_scale=1, sampling_ratio=1)[0]
+        np.testing.assert_allclose(out, jax.image.resize(features, (2, *size), "linear"), atol=1e-5)
+
+
+@pytest.mark.parametrize("limit, inside", [(-1.0, True), (5.0, True), (-1.0000001, False), (5.0000005, False)])
+@pytest.mark.parametrize("sampling_ratio", [0, 1])
+def test_the_limits_of_a_map_are_inside(limit, inside, sampling_ratio):
+    features = jnp.arange(1.0, 26).reshape(1, 5, 5)
+    boxes = jnp.array([[2.0, limit - 0.5, 3.0, limit + 0.5]], jnp.float32)
+    if not inside:  # by the least step of float32
+        edge = np.float32(round(limit))
+        step = np.nextafter(edge, np.float32(10 * limit)) - edge
+        boxes = jnp.array([[2.0, edge - 0.5 + 4 * step, 3.0, edge + 0.5 + 4 * step]], jnp.float32)
+    options = {"output_size": 1, "spatial_scale": 1, "sampling_ratio": sampling_ratio, "aligned": False}
+    value = roi_align(features, boxes, **options)[0, 0, 0, 0]
+    assert (value > 0) == inside
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_gradient_to_boxes_is_a_finite_difference(getkey, aligned, sampling_ratio):
+    features = jr.uniform(getkey(), (2, 11, 14))
+    boxes = jnp.array(
+        [[7.3, 5.6, 31.7, 30.2], [-9.4, -7.3, 12.6, 10.8], [44.6, 30.3, 70.4, 61.7], [10.2, 10.1, 10.8, 17.4]]
+    )
+    options = {"output_size": (3, 2), "spatial_scale": 0.25, "sampling_ratio": sampling_ratio, "aligned": aligned}
+    cotangent = jr.normal(getkey(), (4, 2, 3, 2))
+    _, (_, gradient) = _value_and_gradients(features, boxes, cotangent, **options)
+
+    boxes, step = np.asarray(boxes, np.float64), 1e-6
+    for axis in range(4):
+        shift = step * np.eye(4)[axis]
+        difference = _reference(features, boxes + shift, **options) - _reference(features, boxes - shift, **options)
+        expected = (difference * np.asarray(cotangent)).sum(axis=(1, 2, 3)) / (2 * step)
+        np.testing.assert_allclose(gradient[:, axis], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_finite_at_degenerate_boxes(getkey, aligned, sampling_ratio):
+    broken = jnp.array([[jnp.nan] * 4, [0, 0, jnp.inf, 5], [-jnp.inf, -jnp.inf, jnp.inf, jnp.inf], [0, jnp.nan, 9, 9]])
+    boxes = jnp.concatenate([jnp.zeros((2, 4)), _boxes(), broken])
+    features = jr.uniform(getkey(), (2, 11, 14))
+    cotangent = jr.normal(getkey(), (20, 2, 3, 2))
+    options = {"output_size": (3, 2), "spatial_scale": 0.25, "sampling_ratio": sampling_ratio, "aligned": aligned}
+    out, gradients = _value_and_gradients(features, boxes, cotangent, **options)
+    assert all(jnp.isfinite(x).all() for x in (out, *gradients))
+    np.testing.assert_array_equal(out[-4:], 0)
+    np.testing.assert_array_equal(gradients[1][-4:], 0)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_both_forms_eager_and_batched_agree(getkey, monkeypatch, sampling_ratio):
+    """The loop over boxes (CPU) and all boxes at once (elsewhere); jit and eager; vmap and a loop over examples."""
+    features = jr.uniform(getkey(), (2, 3, 11, 14))
+    boxes = jnp.stack([_boxes(), _boxes()[::-1] + 3])
+    cotangent = jr.normal(getkey(), (2, len(BOXES), 3, 3, 2))
+
+    def run(features, boxes, cotangent):
+        def align(features, boxes):
+            return roi_align(features, boxes, output_size=(3, 2), spatial_scale=0.25, sampling_ratio=sampling_ratio)
+
+        out, pull = jax.vjp(align, features, boxes)
+        return out, *pull(cotangent)
+
+    def check(results):
+        for result, reference in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result, reference, atol=1e-5 * float(jnp.abs(reference).max()))
+
+    examples = [run(features[i], boxes[i], cotangent[i]) for i in range(2)]
+    expected = [jnp.stack(values) for values in zip(*examples, strict=True)]
+    check(jax.jit(jax.vmap(run))(features, boxes, cotangent))
+    check([x[0] for x in jax.jit(jax.vmap(jax.vmap(run)))(features[None], boxes[None], cotangent[None])])
+    monkeypatch.setattr(_pooling.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    check(jax.jit(jax.vmap(run))(features, boxes, cotangent))
+    shared = jax.vmap(run, in_axes=(None, 0, 0))(features[0], boxes, cotangent)
+    check_one = run(features[0], boxes[1], cotangent[1])
+    np.testing.assert_allclose(shared[0][1], check_one[0], atol=1e-5)
+
+
+def test_rows_are_independent_and_may_be_none(getkey):
+    features, boxes = jr.uniform(getkey(), (2, 11, 14)), _boxes()
+    for ratio in (0, 2):
+        align = jax.jit(
+            lambda boxes, r=ratio: roi_align(features, boxes, output_size=2, spatial_scale=0.25, sampling_ratio=r)
+        )
+        padded = align(jnp.concatenate([boxes, jnp.zeros((3, 4)), jnp.full((1, 4), 1e9)]))
+        np.testing.assert_allclose(align(boxes), padded[: len(boxes)], atol=1e-6)
+        assert align(boxes[:0]).shape == (0, 2, 2, 2)
+    gradient = jax.grad(lambda f: roi_align(f, boxes[:0], output_size=2, spatial_scale=1).sum())(features)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_bfloat16_keeps_its_dtype(getkey, sampling_ratio):
+    features, boxes = jr.uniform(getkey(), (2, 11, 14), jnp.bfloat16), _boxes()
+    options = {"output_size": (3, 2), "spatial_scale": 0.25, "sampling_ratio": sampling_ratio, "aligned": True}
+    cotangent = jnp.ones((len(BOXES), 2, 3, 2), jnp.bfloat16)
+    out, (gradient, box_gradient) = _value_and_gradients(features, boxes, cotangent, **options)
+    assert out.dtype == gradient.dtype == jnp.bfloat16 and box_gradient.dtype == jnp.float32
+    # Sums are in float32: the only errors are those of rounding once.
+    exact = _reference(features.astype(jnp.float32), boxes, **options)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+# Levels of strides 4 to 32: the side of a square box, and the level whose map it reads.
+LEVELS = [(0, 2), (1, 2), (55.9, 2), (56, 2), (111.9, 2), (112, 3), (223.9, 3), (224, 4), (447, 4), (448, 5), (5000, 5)]
+
+
+def test_level_assignment():
+    boxes = jnp.array([[3.0, 5, 3 + side, 5 + side] for side, _ in LEVELS])
+    levels = _roi_align._levels(boxes, 2, 5, 224, 4)
+    np.testing.assert_array_equal(levels, [level for _, level in LEVELS])
+    odd = jnp.array([[0.0, 0, 448, 112], [0, 0, 112, 447], [9, 9, 5, 12], [jnp.nan] * 4, [-jnp.inf, 0, jnp.inf, 9]])
+    np.testing.assert_array_equal(_roi_align._levels(odd, 2, 5, 224, 4), [4, 3, 2, 2, 5])
+    np.testing.assert_array_equal(_roi_align._levels(boxes[-2:], 3, 4, 448, 4), [4, 4])
+
+
+@pytest.mark.parametrize("sampling_ratio, aligned", [(2, False), (0, True)])
+def test_each_box_reads_its_own_level(getkey, sampling_ratio, aligned):
+    strides = (4, 8, 16)
+    features = [jr.uniform(getkey(), (3, 64 // stride, 96 // stride)) for stride in strides]
+    boxes = jnp.array([[4.5, 3, 20, 17], [2, -5, 60, 30], [30, 5, 99, 70], [0, 0, 0, 0], [1, 9, 14, 60]])
+    sides = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) ** 0.5
+    levels = np.clip(np.floor(3 + np.log2(np.maximum(sides, 1) / 32) + 1e-6), 2, 4).astype(int) - 2
+    assert set(levels) == {0, 1, 2}
+    options = {"output_size": (3, 2), "sampling_ratio": sampling_ratio, "aligned": aligned}
+
+    @jax.jit
+    def run(features, boxes):
+        def align(features, boxes):
+            return multilevel_roi_align(
+                features, boxes, strides=strides, canonical_size=32, canonical_level=3, **options
+            )
+
+        out, pull = jax.vjp(align, features, boxes)
+        return out, *pull(cotangent)
+
+    cotangent = jr.normal(getkey(), (5, 3, 3, 2))
+    out, feature_gradient, box_gradient = run(features, boxes)
+    for level, stride in enumerate(strides):
+        rows = np.flatnonzero(levels == level)
+        single = _value_and_gradients(
+            features[level], boxes[rows], cotangent[rows], spatial_scale=1 / stride, **options
+        )
+        np.testing.assert_allclose(out[rows], single[0], atol=1e-5)
+        np.testing.assert_allclose(feature_gradient[level], single[1][0], atol=1e-5)
+        np.testing.assert_allclose(box_gradient[rows], single[1][1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"output_size": 0}, "output_size"),
+        ({"output_size": (3, -1)}, "output_size"),
+        ({"spatial_scale": 0}, "spatial_scale"),
+        ({"spatial_scale": math.nan}, "spatial_scale"),
+        ({"sampling_ratio": -1}, "sampling_ratio"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        roi_align(jnp.ones((1, 4, 4)), jnp.zeros((1, 4)), **{"output_size": 2, "spatial_scale": 1, **options})
+
+
+@pytest.mark.parametrize(
+    "shapes, strides, options, message",
+    [
+        ([(1, 4, 4)], (4, 8), {}, "strides"),
+        ([], (), {}, "strides"),
+        ([(1, 4, 4), (1, 2, 2)], (4, 16), {}, "strides"),
+        ([(1, 4, 4), (1, 2, 2)], (6, 12), {}, "strides"),
+        ([(1, 4, 4), (2, 2, 2)], (4, 8), {}, "channels"),
+        ([(1, 4, 4), (1, 0, 2)], (4, 8), {}, "row and column"),
+        ([(1, 4, 4)], (4,), {"canonical_size": 0}, "canonical_size"),
+    ],
+)
+def test_multilevel_refuses(shapes, strides, options, message):
+    features = [jnp.ones(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        multilevel_roi_align(features, jnp.zeros((1, 4)), output_size=2, strides=strides, **options)

@@ -1,0 +1,213 @@
+"""The training step: gradients by hand, frozen leaves, weighting, randomness, devices."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from detectax_eqx import Batch, Targets, WeightedSum, train
+
+
+class Toy(eqx.Module):
+    """Predicts a number for each box: `boxes @ weight + bias`, times a frozen `scale`."""
+
+    weight: jax.Array
+    bias: jax.Array
+    scale: jax.Array
+    name: str = eqx.field(static=True)
+    activation: object = jax.nn.relu
+
+    def __call__(self, boxes):
+        return (boxes @ self.weight + self.bias) * self.scale
+
+
+def toy(key):
+    return Toy(jr.normal(key, (4,)), jnp.array([0.3]), jnp.array([1.5]), "toy")
+
+
+TRAINABLE = Toy(True, True, False, "toy", False)
+ALL = Toy(True, True, True, "toy", False)
+
+
+def make_batch(boxes, box_valid, *, valid=None, overflow=None):
+    """A batch of `boxes` (b, n, 4) on images of nothing; NumPy, as a loader gives it."""
+    boxes, box_valid = np.asarray(boxes, np.float32), np.asarray(box_valid, bool)
+    b, n = box_valid.shape
+    sizes = np.full((b, 2), 8, np.int32)
+    return Batch(
+        images=np.arange(b * 8 * 8 * 3, dtype=np.uint8).reshape(b, 8, 8, 3),
+        image_sizes=sizes,
+        original_sizes=sizes,
+        targets=Targets(boxes, np.zeros((b, n), np.int32), box_valid),
+        indices=np.arange(b, dtype=np.int32),
+        valid=np.ones(b, bool) if valid is None else np.asarray(valid, bool),
+        overflow=np.zeros(b, np.int32) if overflow is None else np.asarray(overflow, np.int32),
+        canvas=(8, 8),
+    )
+
+
+def squares(model, example, *, key):
+    """Half the squared prediction over valid boxes, and a term that is 2 * bias for each image."""
+    valid = example.targets.valid
+    total = jnp.sum(jnp.where(valid, 0.5 * model(example.targets.boxes) ** 2, 0.0))
+    return {
+        "box": WeightedSum(total, jnp.sum(valid).astype(jnp.float32)),
+        "image": WeightedSum(2 * model.bias[0], jnp.ones(())),
+    }
+
+
+def noise(model, example, *, key):
+    """A loss that is its randomness."""
+    return {"noise": WeightedSum(jr.normal(key) * model.bias[0], jnp.ones(()))}
+
+
+BOXES = np.random.default_rng(0).normal(size=(4, 3, 4))
+BOX_VALID = [[True, True, True], [True, False, False], [False, False, False], [True, True, False]]
+
+
+def test_gradient_and_metrics_are_those_computed_by_hand(getkey):
+    model = toy(getkey())
+    w, b, s = (np.asarray(x, np.float64) for x in (model.weight, model.bias, model.scale))
+    optimizer = optax.sgd(0.1)
+    state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=getkey())
+    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
+    state, metrics = step(state, make_batch(BOXES, BOX_VALID, overflow=[0, 3, 0, 2]))
+    chosen = BOXES[np.asarray(BOX_VALID)]  # 6 boxes of the whole batch, each weighing a sixth
+    prediction = (chosen @ w + b) * s
+    grad_w, grad_b = (prediction * s) @ chosen / 6, np.sum(prediction * s) / 6 + 2
+    np.testing.assert_allclose(state.model.weight, w - 0.1 * grad_w, atol=1e-5)
+    np.testing.assert_allclose(state.model.bias, b - 0.1 * grad_b, atol=1e-5)
+    box, image = 0.5 * np.mean(prediction**2), 2 * b[0]
+    expected = {"box": box, "image": image, "loss": box + image, "overflow": 5.0}
+    expected["gradient_norm"] = np.sqrt(np.sum(grad_w**2) + grad_b**2)
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+    assert int(state.step) == 1
+
+
+def test_frozen_leaves_stay_bit_for_bit_under_weight_decay(getkey):
+    model = toy(getkey())
+    before = np.asarray(model.scale).tobytes(), np.asarray(model.weight).tobytes()
+    optimizer = train.sgd(0.1, weight_decay=0.5)
+    state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=getkey())
+    state_shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state.opt_state))
+    assert state_shapes == [(1,), (4,)]  # momentum of weight and bias only
+    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
+    for _ in range(3):
+        state, _ = step(state, make_batch(BOXES, BOX_VALID))
+    assert np.asarray(state.model.scale).tobytes() == before[0]
+    assert np.asarray(state.model.weight).tobytes() != before[1]
+    assert np.asarray(model.weight).tobytes() == before[1]  # the model given at the start is not consumed
+    assert state.model.name == "toy" and state.model.activation is jax.nn.relu
+
+
+def test_one_trace_and_the_state_is_donated(getkey):
+    optimizer = train.adamw(train.warmup_cosine(0.1, total_steps=10, warmup_steps=2))
+    weak = eqx.tree_at(lambda m: m.scale, toy(getkey()), jnp.broadcast_to(jnp.asarray(1.5), (1,)))
+    assert weak.scale.weak_type
+    state = train.init_train_state(weak, optimizer, trainable=ALL, key=getkey())
+    loss = eqx.debug.assert_max_traces(max_traces=1)(squares)
+    step = train.make_train_step(loss, optimizer, trainable=ALL)
+    first = state
+    for _ in range(3):
+        state, metrics = step(state, make_batch(BOXES, BOX_VALID))
+    assert first.model.weight.is_deleted()
+    assert np.isfinite(metrics["loss"])
+
+
+def test_invalid_examples_count_nothing(getkey):
+    """Even where they hold what has no finite derivative."""
+    model, key, optimizer = toy(getkey()), getkey(), train.sgd(0.1)
+
+    def roots(model, example, *, key):
+        return {"root": WeightedSum(jnp.sqrt(jnp.sum(model(example.targets.boxes) ** 2)), jnp.ones(()))}
+
+    def updated(batch):
+        step = train.make_train_step(roots, optimizer, trainable=TRAINABLE)
+        state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
+        state, metrics = step(state, batch)
+        return jax.tree.leaves(eqx.filter((state.model, metrics), eqx.is_array))
+
+    alone = updated(make_batch(BOXES[:2], np.ones((2, 3)), overflow=[1, 0]))
+    boxes = np.concatenate([np.full((1, 3, 4), np.nan), BOXES[:2], np.full((1, 3, 4), np.inf)])
+    filled = updated(make_batch(boxes, np.ones((4, 3)), valid=[0, 1, 1, 0], overflow=[9, 1, 0, 9]))
+    for a, b in zip(alone, filled, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_batch_without_a_valid_example_has_loss_zero(getkey):
+    optimizer = train.sgd(0.1, weight_decay=0.0)
+    model = toy(getkey())
+    state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=getkey())
+    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
+    state, metrics = step(state, make_batch(BOXES, BOX_VALID, valid=[0, 0, 0, 0]))
+    assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0
+    np.testing.assert_array_equal(state.model.weight, model.weight)
+
+
+def test_randomness_differs_by_step_and_example_and_repeats(getkey):
+    key, optimizer = getkey(), optax.sgd(0.0)
+    step = train.make_train_step(noise, optimizer, trainable=TRAINABLE)
+
+    def losses(batch, steps):
+        state = train.init_train_state(toy(jr.key(0)), optimizer, trainable=TRAINABLE, key=key)
+        values = []
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            values.append(float(metrics["noise"]))
+        assert (jr.key_data(state.key) == jr.key_data(key)).all()
+        return values
+
+    one = losses(make_batch(BOXES[:1], np.ones((1, 3))), 3)
+    assert len(set(one)) == 3
+    assert one == losses(make_batch(BOXES[:1], np.ones((1, 3))), 3)
+    keys = jr.split(jr.fold_in(key, 0), 4)
+    expected = 0.3 * np.mean([jr.normal(k) for k in keys])
+    np.testing.assert_allclose(losses(make_batch(BOXES, BOX_VALID), 1)[0], expected, rtol=1e-5)
+
+
+def test_two_devices_give_what_one_gives(getkey):
+    assert jax.device_count() >= 2
+    model, key, optimizer = toy(getkey()), getkey(), train.sgd(0.1)
+    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
+    one = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
+    mesh = train.make_mesh(2)
+    two = train.replicate(one, mesh)
+    one = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
+    batch = make_batch(BOXES, BOX_VALID, valid=[1, 1, 1, 0])
+    sharded = train.shard_batch(batch, mesh)
+    assert sharded.images.sharding == NamedSharding(mesh, PartitionSpec("data"))
+    for _ in range(3):
+        one, metrics_one = step(one, batch)
+        two, metrics_two = step(two, sharded)
+        for name, value in metrics_one.items():
+            np.testing.assert_allclose(metrics_two[name], value, atol=1e-5)
+    assert two.model.weight.sharding.is_fully_replicated
+    for a, b in zip(*(jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (one, two)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_refusals(getkey):
+    with pytest.raises(ValueError, match=r"model\.activation, which is of type custom_jvp.*arrays of floats"):
+        train.init_train_state(toy(getkey()), optax.sgd(0.1), trainable=True, key=getkey())
+    with pytest.raises(ValueError, match=r"model\['n'\], which is an array of int32"):
+        train.init_train_state({"n": jnp.arange(3)}, optax.sgd(0.1), trainable=True, key=getkey())
+    with pytest.raises(ValueError, match=r"batch\.images has shape \(3, 8, 8, 3\).*2 devices"):
+        train.shard_batch(make_batch(BOXES[:3], BOX_VALID[:3]), train.make_mesh(2))
+    with pytest.raises(ValueError, match="num_devices must be in"):
+        train.make_mesh(0)
+    optimizer = optax.sgd(0.1)
+    step = train.make_train_step(
+        lambda model, example, *, key: {"loss": WeightedSum(model.bias[0], jnp.ones(()))},
+        optimizer,
+        trainable=TRAINABLE,
+    )
+    state = train.init_train_state(toy(getkey()), optimizer, trainable=TRAINABLE, key=getkey())
+    with pytest.raises(ValueError, match="names a term 'loss'"):
+        step(state, make_batch(BOXES, BOX_VALID))
