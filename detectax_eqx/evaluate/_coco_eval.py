@@ -75,7 +75,7 @@ def evaluate_coco(
     ... }
     >>> found = [{"image_id": 1, "category_id": 7, "bbox": [10, 10, 50, 40], "score": 0.9}]
     >>> metrics = evaluate_coco(annotations, found)
-    >>> round(metrics.numbers["AP"], 3), metrics.numbers["AP50"], metrics.per_class[0].name
+    >>> round(metrics.numbers["AP"], 3), round(metrics.numbers["AP50"], 3), metrics.per_class[0].name
     (0.7, 1.0, 'cat')
     """
     if max_detections <= 10:
@@ -104,7 +104,7 @@ def evaluate_coco(
         evaluation.evaluate()
         evaluation.accumulate()
     return CocoMetrics(
-        {name: _mean(_select(evaluation, *row)) for name, *row in _rows(max_detections)},
+        {row[0]: _mean(_select(evaluation, *row[1:])) for row in _rows(max_detections)},
         tuple(
             ClassMetrics(
                 category_id=category_id,
@@ -112,7 +112,7 @@ def evaluate_coco(
                 ap=_mean(_select(evaluation, "precision", None, "all", 2)[:, :, k]),
                 ap50=_mean(_select(evaluation, "precision", 0.5, "all", 2)[:, :, k]),
             )
-            for k, category_id in enumerate(evaluation.params.catIds)
+            for k, category_id in enumerate(sorted(categories))
         ),
         iou_type,
         max_detections,
@@ -206,25 +206,26 @@ def _to_rle(segmentation: Any, image: Mapping[str, Any], where: str) -> dict[str
     """Polygons or run lengths as a compressed run-length encoding of the image's size."""
     if not segmentation:
         raise ValueError(f"{where} has no segmentation. Evaluate boxes, or leave it out.")
-    size = [image.get("height"), image.get("width")]
-    if None in size:
+    height, width = image.get("height"), image.get("width")
+    if height is None or width is None:
         raise ValueError(f"{where}: the annotations give no height and width of this image.")
     if isinstance(segmentation, list):
         try:
-            return rle.merge(rle.frPyObjects(segmentation, *size))
+            return dict(rle.merge(rle.frPyObjects(segmentation, height, width)))
         except Exception as error:
             raise ValueError(f"{where} has a segmentation that pycocotools cannot read: {error}") from error
-    if list(segmentation["size"]) != size:
-        raise ValueError(f"{where} has a mask of size {list(segmentation['size'])}, its image is {size}.")
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"{where} has a mask of size {list(segmentation['size'])}, its image is {[height, width]}.")
     if isinstance(segmentation["counts"], list):
-        return rle.frPyObjects(segmentation, *size)
-    return {"size": size, "counts": segmentation["counts"]}
+        return dict(rle.frPyObjects(segmentation, height, width))
+    return {"size": [height, width], "counts": segmentation["counts"]}
 
 
 def _index(base: dict[str, list[Any]], entries: list[dict[str, Any]]) -> COCO:
     """pycocotools' index of annotations or results, with ids from 1: it takes a match with id 0 for none."""
     coco = COCO()
-    coco.dataset = base | {"annotations": [entry | {"id": i} for i, entry in enumerate(entries, start=1)]}
+    dataset: Any = base | {"annotations": [entry | {"id": i} for i, entry in enumerate(entries, start=1)]}
+    coco.dataset = dataset
     coco.createIndex()
     return coco
 

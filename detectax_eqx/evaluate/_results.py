@@ -56,19 +56,20 @@ def to_coco_results(
     >>> to_coco_results(detections, batch, image_ids=[139, 285], category_ids=[1, 17])
     [{'image_id': 285, 'category_id': 17, 'bbox': [20.0, 40.0, 40.0, 20.0], 'score': 0.5}]
     """
-    detections, sizes = jax.tree.map(np.asarray, detections), np.asarray(batch.image_sizes)
-    if detections.boxes.ndim != 3 or sizes.ndim != 2 or len(detections.boxes) != len(sizes):
+    boxes, sizes = np.asarray(detections.boxes, np.float64), np.asarray(batch.image_sizes)
+    if boxes.ndim != 3 or sizes.ndim != 2 or len(boxes) != len(sizes):
         raise ValueError(
-            f"detections and batch must have one batch axis of the same length, got boxes {detections.boxes.shape} "
+            f"detections and batch must have one batch axis of the same length, got boxes {boxes.shape} "
             f"and image_sizes {sizes.shape}."
         )
+    scores, labels = np.asarray(detections.scores), np.asarray(detections.labels)
+    masks = None if detections.masks is None else np.asarray(detections.masks)
     originals, indices = np.asarray(batch.original_sizes), np.asarray(batch.indices)
-    rows = np.argwhere(detections.valid & np.asarray(batch.valid)[:, None])  # (image of the batch, row)
-    scale = (originals / sizes.clip(1))[:, [1, 0, 1, 0]]
-    boxes = detections.boxes.astype(np.float64) * scale[:, None]
+    source = batch.images.shape[-3], batch.images.shape[-2]
+    boxes = boxes * (originals / sizes.clip(1))[:, None, [1, 0, 1, 0]]
     results, paste = [], {}
-    for i, row in rows:
-        label, index = int(detections.labels[i, row]), int(indices[i])
+    for i, row in np.argwhere(np.asarray(detections.valid) & np.asarray(batch.valid)[:, None]):
+        label, index = int(labels[i, row]), int(indices[i])
         if not 0 <= label < len(category_ids):
             raise ValueError(f"Label {label} has no category id: category_ids has {len(category_ids)}.")
         if not 0 <= index < len(image_ids):
@@ -78,19 +79,19 @@ def to_coco_results(
             "image_id": int(image_ids[index]),
             "category_id": int(category_ids[label]),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": float(detections.scores[i, row]),
+            "score": float(scores[i, row]),
         }
-        if detections.masks is not None:
-            canvas = _canvas(originals[i], batch.images.shape[-3:-1])
-            paste.setdefault(canvas, []).append((len(results), i, row))
-            result["segmentation"] = None
+        if masks is not None:
+            paste.setdefault(_canvas(originals[i], source), []).append((result, i, row))
         results.append(result)
     for canvas, entries in paste.items():
-        numbers, images, picked = (np.array(column) for column in zip(*entries, strict=True))
-        pasted = _paste(detections.masks[images, picked], boxes[images, picked], canvas, mask_threshold)
-        for number, i, mask in zip(numbers, images, pasted, strict=True):
+        assert masks is not None
+        where = tuple(np.array([(i, row) for _, i, row in entries]).T)
+        for (result, i, _), mask in zip(
+            entries, _paste(masks[where], boxes[where], canvas, mask_threshold), strict=True
+        ):
             height, width = originals[i]
-            results[number]["segmentation"] = encode_mask(mask[:height, :width])
+            result["segmentation"] = encode_mask(mask[:height, :width])
     return results
 
 
@@ -100,7 +101,7 @@ def encode_mask(mask: Bool[np.ndarray, "h w"]) -> dict[str, Any]:
     >>> encode_mask(np.array([[False, True], [False, True]]))
     {'size': [2, 2], 'counts': '22'}
     """
-    encoded = rle.encode(np.asfortranarray(mask, np.uint8))
+    encoded: dict[str, Any] = dict(rle.encode(np.asfortranarray(mask, np.uint8)))
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 

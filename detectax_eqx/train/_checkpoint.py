@@ -92,11 +92,16 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return max(found, key=lambda path: (found[path], path.suffix == "")) if found else None
 
 
-def load_checkpoint(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def load_checkpoint(
+    path: str | os.PathLike[str], like: PyTree, *, partial: bool = False
+) -> tuple[PyTree, dict[str, Any]]:
     """The tree that was saved at `path`, bit for bit, and its metadata.
 
     - `like`: a tree of the same structure, shapes and dtypes, from the same code that built the saved one. Its arrays
       may be `jax.ShapeDtypeStruct`s (`eqx.filter_eval_shape`). Leaves that are not arrays are returned as they are.
+
+    - `partial`: `like` may lack leaves of the saved tree: only the model of a `TrainState`, say, or nothing (`{}`) to
+      read the metadata alone.
 
     Arrays come back on the default device; where `like` has a NumPy array, as one.
 
@@ -107,7 +112,7 @@ def load_checkpoint(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree,
     content = _read_index(path)
     stored, wanted = content["leaves"], _array_leaves(like)
     missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted]
+    extra = [] if partial else [name for name in stored if name not in wanted]
     if missing or extra:
         raise ValueError(
             f"Checkpoint {path} does not fit: {_listing('it lacks', missing)}{_listing('the model lacks', extra)}"
