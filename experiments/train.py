@@ -1,8 +1,8 @@
 """Trains a detector on a dataset in COCO format.
 
-    python experiments/train.py --train-annotations train.json --train-images train/ \
-        --val-annotations val.json --val-images val/ --output runs/mine --model faster_rcnn_resnet50_fpn \
-        --init resnet50-0676ba61.pth
+    python experiments/train.py --model faster_rcnn_resnet50_fpn --init resnet50-0676ba61.pth
+        --train-annotations train.json --train-images train/ --val-annotations val.json --val-images val/
+        --output runs/mine
 
 Defaults are the field's "1x" recipe: SGD .02 for 16 images a step, 12 epochs, decay at 8 and 11. A folder of `--output`
 holds `last/` and `best/` checkpoints, `metrics.jsonl` and the options. Ctrl-C saves; `--resume` goes on from the last
@@ -10,20 +10,17 @@ checkpoint to bit-identical parameters.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TextIO
 
-import equinox as eqx
-import jax
 import jax.random as jr
-import numpy as np
+import optax
 import tyro
-from _shared import ModelName, NormName, build, describe, evaluate_on, progress_bar
+from _shared import Detector, ModelName, NormName, build, console, evaluate_on, initialize, progress
 
-from detectax_eqx import data, models, train, weights
+from detectax_eqx import Batch, data, models, train
 
 
 @dataclass
@@ -94,65 +91,77 @@ class Options:
 
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C."""
-    if train.latest_checkpoint(options.output / "last") and not options.resume:
+    last, best = options.output / "last", options.output / "best"
+    if train.latest_checkpoint(last) and not options.resume:
         raise SystemExit(f"{options.output} holds a run already: pass --resume to go on with it, or another --output.")
-    train_set = data.load_coco(options.train_annotations, options.train_images)
-    print(train_set.report)
+    train_set = load(options.train_annotations, options.train_images)
     val_set = None
     if options.val_annotations is not None:
-        val_set = data.load_coco(options.val_annotations, options.val_images or options.train_images)
-        print(val_set.report)
+        val_set = load(options.val_annotations, options.val_images or options.train_images)
+        if val_set.category_ids != train_set.category_ids:
+            raise SystemExit(
+                f"{options.val_annotations} has categories {val_set.category_ids}, "
+                f"{options.train_annotations} {train_set.category_ids}: they must be the same."
+            )
     with_masks = options.model.startswith("mask")
 
-    buckets = data.make_buckets(
-        [(image.height, image.width) for image in train_set.images],
-        canvases=options.canvases,
-        min_size=max(options.min_sizes),
-        max_size=options.max_size,
-        max_source=2048,
-    )
+    # Data. Batch k is a pure function of (seed, k).
     loader = data.Loader(
         train_set,
         batch_size=options.batch_size,
-        buckets=buckets,
+        buckets=data.make_buckets(
+            train_set.sizes,
+            canvases=options.canvases,
+            min_size=max(options.min_sizes),
+            max_size=options.max_size,
+            max_source=2048,
+        ),
         seed=options.seed,
         max_objects=options.max_objects,
         mask_size=112 if with_masks else None,
         num_threads=options.threads,
     )
-    steps_per_epoch = loader.steps_per_epoch
-    total_steps = options.steps or options.epochs * steps_per_epoch
+    epoch_steps = loader.steps_per_epoch
+    total_steps = options.steps or options.epochs * epoch_steps
 
-    model = build(options.model, len(train_set.categories), options.norm, options.seed)
+    # Model and optimiser.
+    model = build(options.model, train_set.num_classes, options.norm, options.seed)
     if options.init is not None:
         model = initialize(model, options.init)
     layers = options.trainable_layers
     trainable = models.trainable(model, trainable_layers=layers if layers is not None else 3 if options.init else 5)
-    optimizer = make_optimizer(options, steps_per_epoch, total_steps)
+    schedule = make_schedule(options, epoch_steps, total_steps)
+    if options.optimizer == "sgd":
+        optimizer = train.sgd(schedule, momentum=options.momentum, weight_decay=options.weight_decay)
+    else:
+        optimizer = train.adamw(schedule, weight_decay=options.weight_decay)
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(options.seed))
-    metadata = {
+
+    # What a checkpoint tells besides the state.
+    metadata: dict[str, Any] = {
         "model": options.model,
         "norm": options.norm,
-        "categories": [{"id": category.id, "name": category.name} for category in train_set.categories],
+        "categories": [asdict(category) for category in train_set.categories],
         "min_size": max(options.min_sizes),
         "max_size": options.max_size,
         "canvases": options.canvases,
+        "best": -1.0,
     }
-    best = -1.0
-    if options.resume and (path := train.latest_checkpoint(options.output / "last")):
+    if options.resume and (path := train.latest_checkpoint(last)):
         state, saved = train.load_checkpoint(path, state)
         if saved["categories"] != metadata["categories"]:
-            raise SystemExit(f"{path} was trained on other categories than those of {options.train_annotations}.")
-        best = saved["best"]
-        print(f"Resuming at step {int(state.step)} from {path}")
+            raise SystemExit(f"{path} knows other categories than {options.train_annotations}.")
+        metadata["best"] = saved["best"]
+        console.print(f"Going on at step {int(state.step)} from {path}", highlight=False)
     mesh = train.make_mesh()
     state = train.replicate(state, mesh)
 
+    # The loss of one example: augmentation and detector, both inside the compiled step.
     detector_loss = models.mask_rcnn_loss if with_masks else models.faster_rcnn_loss
 
-    def loss(model, example, *, key):
+    def loss(model, example: Batch, *, key):
         augment_key, loss_key = jr.split(key)
-        image, size, targets = train.augment(
+        image, image_size, targets = train.augment(
             example.images,
             example.image_sizes,
             example.targets,
@@ -163,72 +172,97 @@ def main(options: Options) -> None:
             scale_range=options.jitter,
             key=augment_key,
         )
-        return detector_loss(model, image, size, targets, key=loss_key)
+        return detector_loss(model, image, image_size, targets, key=loss_key)
 
     step = train.make_train_step(loss, optimizer, trainable=trainable)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "options.json").write_text(json.dumps(asdict(options), default=str, indent=2))
-    log = MetricsLog(options.output / "metrics.jsonl", until=int(state.step))
 
-    def save(state, best):
-        train.save_checkpoint(
-            options.output / "last", state, step=int(state.step), metadata=metadata | {"best": best}, keep=2
+    def save(folder: Path, keep: int) -> None:
+        train.save_checkpoint(folder, state, step=int(state.step), metadata=metadata, keep=keep)
+
+    def evaluate() -> dict[str, float]:
+        detector = Detector(
+            state.model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases
         )
+        metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
+        return {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
 
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "options.json").write_text(json.dumps(asdict(options), default=str, indent=1))
     start = int(state.step)
-    clock, images = time.perf_counter(), 0
+    log = open_log(options.output / "metrics.jsonl", until=start)
     batches = loader.iterate(start, total_steps)
+    clock, images = time.perf_counter(), 0
     try:
-        with progress_bar() as bar:
+        with log, progress() as bar:
             task = bar.add_task("training", total=total_steps, completed=start, status="compiling")
             for k, batch in batches:
                 state, metrics = step(state, train.shard_batch(batch, mesh))
                 done, images = k + 1, images + options.batch_size
-                if done % options.log_every == 0 or done == total_steps:
-                    values = {name: float(value) for name, value in metrics.items()}
+                epoch_ends = done % epoch_steps == 0 or done == total_steps
+                if done % options.log_every == 0 or done == start + 1 or epoch_ends:
+                    values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = images / (time.perf_counter() - clock)
-                    log.write({"step": done, "epoch": done / steps_per_epoch, "images_per_second": rate} | values)
+                    write(log, step=done, epoch=done / epoch_steps, rate=float(schedule(k)), images_s=rate, **values)
                     status = f"loss {values['loss']:.3f}, {rate:.1f} images/s"
                     if values["overflow"]:
-                        status += f", {values['overflow']:.0f} objects over --max-objects"
+                        status += f", {values['overflow']:.0f} objects beyond --max-objects left out"
                     bar.update(task, completed=done, status=status)
                     clock, images = time.perf_counter(), 0
-                if done % steps_per_epoch == 0 or done == total_steps:
+                if epoch_ends:
+                    score = float(done)
                     if val_set is not None:
-                        bar.update(task, completed=done, status="evaluating")
-                        numbers = evaluate_on(val_set, state.model, metadata, folder=options.output / "evaluation")
-                        log.write({"step": done, "epoch": done / steps_per_epoch} | numbers)
-                        bar.console.print(f"epoch {done / steps_per_epoch:.2f}: {describe(numbers)}")
-                    score = next(iter(numbers.values())) if val_set is not None else done
-                    if score > best:
-                        best = score
-                        train.save_checkpoint(
-                            options.output / "best", state, step=done, metadata=metadata | {"best": best}, keep=1
+                        bar.stop()
+                        numbers = evaluate()
+                        bar.start()
+                        score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
+                        write(log, step=done, epoch=done / epoch_steps, **numbers)
+                        text = ", ".join(
+                            f"{name} {numbers[name]:.3f}" for name in numbers if name.endswith(("AP", "AP50"))
                         )
-                    save(state, best)
+                        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
+                    if score > metadata["best"]:
+                        metadata["best"] = score
+                        save(best, keep=1)
+                if epoch_ends or done % options.checkpoint_every == 0:
+                    save(last, keep=2)
                     clock, images = time.perf_counter(), 0
-                elif done % options.checkpoint_every == 0:
-                    save(state, best)
     except KeyboardInterrupt:
-        save(state, best)
-        print(f"Stopped and saved at step {int(state.step)}; --resume goes on from there.", file=sys.stderr)
+        save(last, keep=2)
+        console.print(f"Stopped and saved at step {int(state.step)}; --resume goes on from there.")
         raise SystemExit(130) from None
     finally:
         batches.close()
 
 
-def make_optimizer(options: Options, steps_per_epoch: int, total_steps: int):
-    """The optimiser with its schedule."""
+def load(annotations: Path, images: Path) -> data.CocoDataset:
+    """A dataset, with a word on what was repaired."""
+    dataset = data.load_coco(annotations, images)
+    console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
+    return dataset
+
+
+def make_schedule(options: Options, epoch_steps: int, total_steps: int) -> optax.Schedule:
+    """The learning rate at each step."""
     rate = train.scale_learning_rate(options.lr, batch_size=options.batch_size)
-    if options.schedule == "multistep":
-        milestones = [epoch * steps_per_epoch for epoch in options.decay_epochs]
-        schedule = train.warmup_multistep(rate, milestones=milestones, warmup_steps=options.warmup_steps)
-    else:
-        schedule = train.warmup_cosine(rate, total_steps=total_steps, warmup_steps=options.warmup_steps)
-    if options.optimizer == "adamw":
-        return train.adamw(schedule, weight_decay=options.weight_decay)
-    return train.sgd(schedule, momentum=options.momentum, weight_decay=options.weight_decay)
+    if options.schedule == "cosine":
+        return train.warmup_cosine(rate, total_steps=total_steps, warmup_steps=options.warmup_steps)
+    milestones = [epoch * epoch_steps for epoch in options.decay_epochs]
+    return train.warmup_multistep(rate, milestones=milestones, warmup_steps=options.warmup_steps)
+
+
+def open_log(path: Path, *, until: int) -> TextIO:
+    """The metrics file, opened to append, without the lines that came after step `until`."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= until]
+    path.write_text("".join(kept))
+    return path.open("a")
+
+
+def write(log: TextIO, **values: float) -> None:
+    """Adds a line of metrics."""
+    log.write(json.dumps(values) + "\n")
+    log.flush()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))

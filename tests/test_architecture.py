@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "draw": {"ops", "_types"},
     "__init__": {"_types", "_typecheck"},
 }
-# ops compute: arrays, shapes, their rearrangement, and the standard library.
-OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "equinox"}
+# ops compute: arrays, their shapes, static numbers, and the standard library.
+OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy"}
 BINDING_NAMES = {
     "detectax_eqx.ops": "box_area clip_boxes xyxy_to_cxcywh cxcywh_to_xyxy xyxy_to_xywh xywh_to_xyxy pairwise_iou "
     "pairwise_ioa pairwise_giou pairwise_diou pairwise_ciou encode_boxes decode_boxes anchor_grid nms class_aware_nms "

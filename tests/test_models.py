@@ -108,7 +108,9 @@ def test_an_image_alone_and_in_a_batch_give_the_same(case, getkey):
     images = jnp.stack([_image(getkey(), (50, 70)) for _ in range(3)])
     options = {"min_size": 64, "max_size": 96, "score_threshold": 0.1, "max_detections": 10}
     alone = eqx.filter_jit(lambda model, image: models.detect(model, image, **options))
-    together = eqx.filter_jit(lambda model, images: jax.vmap(lambda image: models.detect(model, image, **options))(images))
+    together = eqx.filter_jit(
+        lambda model, images: jax.vmap(lambda image: models.detect(model, image, **options))(images)
+    )
     batch = together(model, images)
     assert batch.valid.sum() > 10
     for i in range(3):
@@ -228,7 +230,9 @@ def test_parameter_counts_equal_torchvisions(build, parameters):
     assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
 
 
-@pytest.mark.parametrize("layers, stem, first, last", [(5, True, True, True), (3, False, False, True), (0, False, False, False)])
+@pytest.mark.parametrize(
+    "layers, stem, first, last", [(5, True, True, True), (3, False, False, True), (0, False, False, False)]
+)
 def test_trainable(getkey, layers, stem, first, last):
     mask = models.trainable(tiny_mask_rcnn(getkey()), trainable_layers=layers)
     body = mask.faster_rcnn.backbone.body

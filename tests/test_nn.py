@@ -64,7 +64,9 @@ def test_group_norm(getkey):
     module = eqx.tree_at(lambda m: [m.weight, m.bias], module, [jr.normal(getkey(), (6,)), jr.normal(getkey(), (6,))])
     x = 3.0 + 2.0 * jr.normal(getkey(), (6, 4, 5))
     grouped = np.asarray(x, np.float64).reshape(3, -1)
-    normal = ((grouped - grouped.mean(1, keepdims=True)) / np.sqrt(grouped.var(1, keepdims=True) + 1e-5)).reshape(x.shape)
+    normal = ((grouped - grouped.mean(1, keepdims=True)) / np.sqrt(grouped.var(1, keepdims=True) + 1e-5)).reshape(
+        x.shape
+    )
     expected = normal * np.asarray(module.weight)[:, None, None] + np.asarray(module.bias)[:, None, None]
     np.testing.assert_allclose(module(x), expected, atol=1e-5)
     constant = jax.grad(lambda x: module(x).sum())(jnp.full((6, 4, 5), 7.0))

@@ -1,10 +1,9 @@
 """Segmentations to coverage: how much of each cell of a box is the object."""
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
-from pycocotools import mask as coco_mask
 
 from ._dataset import Segmentation
 
@@ -30,7 +29,7 @@ def mask_in_box(
         raise ValueError("segmentation is None: the object has a box only.")
     x0, y0, x1, y1 = (float(side) for side in box)
     if isinstance(segmentation, dict):
-        pixels = coco_mask.decode(cast(Any, segmentation))  # (h, w)
+        pixels = decode_rle(segmentation)
         top, left = max(0, int(np.floor(y0))), max(0, int(np.floor(x0)))
         pixels = pixels[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
         rows = _overlap(y0 - top, y1 - top, size, pixels.shape[0])
@@ -81,6 +80,18 @@ def polygon_coverage(points: Float64[np.ndarray, "p 2"], *, size: tuple[int, int
     area = np.bincount(np.append(cell, cell + 1), np.append(rise - rest, rest), height * (width + 2))
     signed = np.cumsum(area.reshape(height, width + 2)[:, :width], axis=1)
     return np.minimum(np.abs(signed), 1.0)
+
+
+def decode_rle(rle: dict[str, Any]) -> UInt8[np.ndarray, "h w"]:
+    """The pixels of a run-length encoding with compressed counts, 1 for the object.
+
+    >>> decode_rle({"size": [2, 3], "counts": b"132"}).tolist()
+    [[0, 1, 0], [1, 1, 0]]
+    """
+    height, width = rle["size"]
+    runs = rle_counts(rle["counts"])
+    pixels = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
+    return pixels.reshape(width, height).T  # runs go down the columns
 
 
 def rle_counts(text: bytes) -> Int64[np.ndarray, " n"]:

@@ -21,6 +21,8 @@ SIZE_RANGES = ((10.0, 30.0), (36.0, 90.0), (100.0, 180.0))
 SIZE_SHARES = (0.45, 0.45, 0.1)
 # A shape is placed where it leaves at least this part of every other visible.
 MIN_VISIBLE = 0.5
+# Specks of fewer pixels that a shape leaves of another are nothing that an annotator would outline.
+MIN_PIECE = 6
 ATTEMPTS = 20
 
 
@@ -147,7 +149,8 @@ def _place(rng: np.random.Generator, image_size: tuple[int, int], shapes: list[_
             continue
         visible = shape.coverage * (1 - coverage)
         outlines, has_hole = trace_outlines(visible >= 0.5)
-        if has_hole or visible.sum() < MIN_VISIBLE * shape.area:
+        outlines = [outline for outline in outlines if signed_area(outline) >= MIN_PIECE]
+        if has_hole or not outlines or visible.sum() < MIN_VISIBLE * shape.area:
             return None
         kept.append(shape._replace(coverage=visible, outlines=outlines))
     return [*kept, _Shape(kind, float(coverage.sum()), coverage, [outline])]

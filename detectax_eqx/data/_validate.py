@@ -1,7 +1,11 @@
-"""The checks that each part of a COCO-format file has to pass, and what is made of it."""
+"""The checks that each part of a COCO-format file has to pass, and what is made of it.
+
+A file may hold a million annotations. What is called for each of them is left out of the package's checking of types,
+which would take ten times as long as the checks themselves.
+"""
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, no_type_check
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -120,6 +124,7 @@ def parse_annotations(
     return found
 
 
+@no_type_check
 def _check_ids(
     entry: dict, image_known: bool, seen: set[int], labels: dict[int, int], problems: Collector, where: dict[str, Any]
 ) -> bool:
@@ -144,16 +149,17 @@ def _check_ids(
         problems.error("unknown category", what, "Correct it or add the category.", **where)
     if entry.get("iscrowd", 0) not in (0, 1):
         problems.error("wrong type", f'"iscrowd" is {_show(entry["iscrowd"])}.', "Make it 0 or 1.", **where)
-    if "area" in entry and not (_is_number(entry["area"]) and entry["area"] >= 0):
+    if "area" in entry and not (_are_numbers([entry["area"]]) and entry["area"] >= 0):
         problems.error("wrong area", f'"area" is {_show(entry["area"])}.', "Make it a number ≥ 0.", **where)
     return len(problems.errors) == before
 
 
+@no_type_check
 def _parse_box(
     bbox: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[tuple[float, float, float, float] | None, bool]:
     """The box clipped to its image, or `None` if it is to be dropped; and false if it cannot be understood."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not _are_numbers(bbox):
         what = f'"bbox" is {_show(bbox)}.'
         problems.error("wrong box", what, "Make it [x, y, width, height], four finite numbers.", **where)
         return None, False
@@ -174,6 +180,7 @@ def _parse_box(
     return (x0, y0, x1, y1), True
 
 
+@no_type_check
 def _parse_segmentation(
     value: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[Segmentation, bool]:
@@ -191,9 +198,13 @@ def _parse_segmentation(
         what = f'"segmentation" is {_show(value)}.'
         problems.error("wrong segmentation", what, "Make it a list of polygons or a run-length encoding.", **where)
         return None, False
+    if _are_numbers(value):
+        what, remedy = f"it is a flat list {_show(value)}.", "Make it a list of polygons: put it into another list."
+        problems.error("wrong polygon", what, remedy, **where)
+        return None, False
     polygons, before = [], len(problems.errors)
     for polygon in value:
-        if not isinstance(polygon, list) or not all(_is_number(number) for number in polygon):
+        if not isinstance(polygon, list) or not _are_numbers(polygon):
             what, remedy = f"it holds {_show(polygon)}.", "Make it a list [x1, y1, x2, y2, …] of finite numbers."
             problems.error("wrong polygon", what, remedy, **where)
         elif len(polygon) % 2:
@@ -212,6 +223,7 @@ def _parse_segmentation(
     return tuple(polygons), len(problems.errors) == before
 
 
+@no_type_check
 def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
     """A run-length encoding with compressed counts. Raises a `ValueError` that says what is wrong with it."""
     size, counts = rle.get("size"), rle.get("counts")
@@ -220,7 +232,7 @@ def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
     if isinstance(counts, str):
         text = counts.encode("utf-8")
         runs = rle_counts(text)
-    elif isinstance(counts, list) and counts and all(_is_int(count) and count < LARGEST for count in counts):
+    elif isinstance(counts, list) and counts and _are_numbers(counts) and float not in map(type, counts):
         text, runs = None, np.asarray(counts, np.int64)
     else:
         raise ValueError(f'its "counts" are {_show(counts)}, no string and no list of integers')
@@ -233,6 +245,7 @@ def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
     return {"size": [image.height, image.width], "counts": text}
 
 
+@no_type_check
 def _has(entry: dict, keys: tuple[str, ...], problems: Collector, where: dict[str, Any]) -> bool:
     """Whether all keys are there, none being null."""
     missing = [key for key in keys if entry.get(key) is None]
@@ -241,16 +254,19 @@ def _has(entry: dict, keys: tuple[str, ...], problems: Collector, where: dict[st
     return not missing
 
 
+@no_type_check
 def _name(entry: dict) -> str | None:
     return entry["file_name"] if isinstance(entry.get("file_name"), str) else None
 
 
+@no_type_check
 def _is_int(value: Any) -> bool:
     return type(value) is int  # JSON's true is not 1
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -LARGEST < value < LARGEST
+@no_type_check
+def _are_numbers(values: list) -> bool:
+    return set(map(type, values)) <= {int, float} and all(-LARGEST < value < LARGEST for value in values)
 
 
 def _show(value: Any) -> str:

@@ -113,8 +113,8 @@ def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike)
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_results([{"image_id": 1, "score": 0.5}], f"{folder}/detections.json")
-    ...     read_results(f"{folder}/detections.json")
-    [{'image_id': 1, 'score': 0.5}]
+    ...     Path(f"{folder}/detections.json").read_text()
+    '[{"image_id": 1, "score": 0.5}]'
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -133,7 +133,11 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises a `ValueError` that names the file if it is not JSON, or not a list of objects.
 
-    See `write_results` for an example.
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_results([{"image_id": 1, "score": 0.5}], f"{folder}/detections.json")
+    ...     read_results(f"{folder}/detections.json")
+    [{'image_id': 1, 'score': 0.5}]
     """
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))

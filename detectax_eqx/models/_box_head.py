@@ -157,4 +157,3 @@ def box_detections(
         jnp.where(valid, labels[keep], 0),
         valid,
     )
-

@@ -81,7 +81,9 @@ class FasterRCNN(eqx.Module):
 
     def normalize(self, image: Num[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> Float[Array, "3 h w"]:
         """Pixel values 0..255 to the backbone's scale; what lies outside `image_size` becomes 0, as in torchvision."""
-        x = (image.astype(jnp.float32) - jnp.asarray(self.pixel_mean)[None, None]) / jnp.asarray(self.pixel_std)[None, None]
+        x = (image.astype(jnp.float32) - jnp.asarray(self.pixel_mean)[None, None]) / jnp.asarray(self.pixel_std)[
+            None, None
+        ]
         rows = jnp.arange(image.shape[0])[:, None, None] < image_size[0]
         columns = jnp.arange(image.shape[1])[None, :, None] < image_size[1]
         return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)

@@ -71,7 +71,9 @@ def mask_loss(
     go); the defaults are torchvision's. Counted by the positives' pixels.
     """
     if targets.masks is None or targets.mask_boxes is None:
-        raise ValueError("targets have no masks: a Mask R-CNN needs annotations with segmentations. Use a Faster R-CNN.")
+        raise ValueError(
+            "targets have no masks: a Mask R-CNN needs annotations with segmentations. Use a Faster R-CNN."
+        )
     size = logits.shape[1]
     wanted = crop_masks(
         targets.masks[sampled.matched],

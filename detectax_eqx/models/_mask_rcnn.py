@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-import jax.random as jr
-from jaxtyping import Array, Float, Int32, Num, PRNGKeyArray
+from jaxtyping import Array, Int32, Num, PRNGKeyArray
 
 from .._types import Detections, Targets, WeightedSum
 from ._faster_rcnn import TORCHVISION_SAMPLING, FasterRCNN, Sampling, two_stage_losses
@@ -92,9 +91,7 @@ def mask_rcnn_loss(
     positives = jax.tree.map(lambda x: x[: max_positives(sampled.boxes.shape[0], sampling)], sampled)
     pooled = model.faster_rcnn.pool(features, positives.boxes, output_size=model.mask_head.pool_size)
     logits = model.mask_head(pooled, targets.labels[positives.matched])
-    return losses | mask_loss(
-        logits, positives, targets, sampling_ratio=mask_sampling_ratio, aligned=mask_aligned
-    )
+    return losses | mask_loss(logits, positives, targets, sampling_ratio=mask_sampling_ratio, aligned=mask_aligned)
 
 
 def max_positives(num_sampled: int, sampling: Sampling) -> int:

@@ -97,9 +97,7 @@ class Upsample2x2(eqx.Module):
         return y.reshape(-1, 2 * height, 2 * width) + self.bias[:, None, None]
 
 
-def max_pool2d(
-    x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0
-) -> Float[Array, "c h2 w2"]:
+def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
     """The largest value of each window; padding never wins.
 
     >>> max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), kernel_size=2, stride=2).tolist()

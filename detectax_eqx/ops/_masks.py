@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Num
 
 from ._boxes import _product, _upcast
-from ._sampling import box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
+from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
 
 
 # Boxes are clamped to this before they become integers, far outside any image.
@@ -63,7 +63,7 @@ def _crop_weights(
     """Weight of every mask pixel in each bin, along one axis on which masks fill `frames` and regions are `spans`."""
     start, length = box_axis(spans[:, 0], spans[:, 1], 1.0, bins=bins, aligned=aligned)
     extent = frames[:, 1] - frames[:, 0]
-    some = (extent > 0) & jnp.isfinite(frames).all(axis=1)
+    some = (extent > 1 / FARTHEST) & (jnp.abs(frames) < FARTHEST).all(axis=1)
     scale = size / jnp.where(some, extent, size)
     shift = _product(0.5 - jnp.where(some, frames[:, 0], 0), scale) - 0.5
     sizes, pixels = jnp.full(spans.shape[0], size, jnp.int32), jnp.arange(size, dtype=jnp.int32)[None, None, :]

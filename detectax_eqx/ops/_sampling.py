@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from ._boxes import _product
 
 
-# Beyond this, far outside any map, positions would overflow float32. Bins so long or so far away have no samples.
-LONGEST_BIN = 2.0**60
+# Positions further out than this are far outside any map, and their products would overflow float32.
+FARTHEST = 2.0**40
 
 
 def output_bins(output_size: int | tuple[int, int], name: str = "output_size") -> tuple[int, int]:
@@ -41,10 +41,13 @@ def box_axis(
 
     `aligned` subtracts the half pixel between a coordinate and an index: pixel `i` covers `[i, i + 1)` and its value
     sits in the middle, at coordinate `i + 0.5`. Without it, boxes lie half a pixel too far down and right, and are at
-    least one pixel long: the original RoIAlign, to which many published weights were trained.
+    least one pixel long: the original RoIAlign, to which many published weights were trained. Boxes that are not finite, or farther
+    away than float32 serves, are moved far outside any map.
     """
     offset = 0.5 if aligned else 0.0
     start, end = _product(low, scale) - offset, _product(high, scale) - offset
+    near = (jnp.abs(start) < FARTHEST) & (jnp.abs(end) < FARTHEST)  # false for NaN
+    start, end = jnp.where(near, start, 4 * FARTHEST), jnp.where(near, end, 4 * FARTHEST)
     length = end - start
     if not aligned:
         length = jnp.where(length > 1, length, 1)
@@ -94,8 +97,8 @@ def pixel_weights(
     first = _bin_starts(start, length, bins)  # (n, p, 1)
     length, size = length[:, None, None], size[:, None, None].astype(first.dtype)
     pixel = pixels.astype(first.dtype)
-    some = (length > 0) & (length < LONGEST_BIN) & (jnp.abs(first) < LONGEST_BIN)
-    first, length = jnp.where(some, first, 0), jnp.where(some, length, 1)
+    some = length > 0
+    length = jnp.where(some, length, 1)
     count = lax.stop_gradient(jnp.ceil(length))
     step = length / count if frame is None else length / count * frame[0][:, None, None]
 
@@ -130,7 +133,7 @@ def pixel_range(
     first, last = _bin_starts(start, length, bins), (size[:, None, None] - 1).astype(start.dtype)
 
     def pixel(position):
-        return jnp.clip(jnp.where(jnp.isnan(position), 0, position), 0, last).astype(jnp.int32)
+        return jnp.clip(position, 0, last).astype(jnp.int32)
 
     return pixel(first), pixel(first + length[:, None, None] + 1)
 

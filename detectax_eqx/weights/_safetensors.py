@@ -31,10 +31,8 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_safetensors({"w": jnp.ones(2)}, f"{folder}/model.safetensors", metadata={"classes": "cat dog"})
-    ...     load_safetensors({"w": jnp.zeros(2)}, f"{folder}/model.safetensors")
-    ...     read_safetensors(f"{folder}/model.safetensors")[1]
-    {'w': Array([1., 1.], dtype=float32)}
-    {'classes': 'cat dog'}
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['model.safetensors']
     """
     arrays = {}
     for name, leaf in named_leaves(model).items():
@@ -58,7 +56,11 @@ def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
     Raises a `WeightsError` that names the file if it is damaged, or lists every array of the model that it lacks, every
     one that it has too many, and every one of another shape or dtype (with both).
 
-    See `save_safetensors` for an example.
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_safetensors({"w": jnp.ones(2)}, f"{folder}/model.safetensors")
+    ...     load_safetensors({"w": jnp.zeros(2)}, f"{folder}/model.safetensors")
+    {'w': Array([1., 1.], dtype=float32)}
     """
     return replace_leaves(model, read_safetensors(path)[0], source=str(path))
 
@@ -68,7 +70,11 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarr
 
     Raises a `WeightsError` that names the file if it is damaged.
 
-    See `save_safetensors` for an example.
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_safetensors({"w": jnp.ones(2)}, f"{folder}/model.safetensors", metadata={"classes": "cat dog"})
+    ...     read_safetensors(f"{folder}/model.safetensors")
+    ({'w': array([1., 1.], dtype=float32)}, {'classes': 'cat dog'})
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")

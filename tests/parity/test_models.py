@@ -3,7 +3,9 @@
 import pytest
 
 
-torch = pytest.importorskip("torch", reason="torch is not installed; `make parity` runs this in an environment of its own")
+torch = pytest.importorskip(
+    "torch", reason="torch is not installed; `make parity` runs this in an environment of its own"
+)
 pytest.importorskip("torchvision", reason="torchvision is not installed; `make parity` runs this")
 
 import equinox as eqx
@@ -12,7 +14,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import torchvision
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detectax_eqx import Targets, models, ops
 from detectax_eqx.weights import load_torchvision, to_torchvision

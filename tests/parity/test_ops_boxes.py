@@ -15,9 +15,9 @@ from detectax_eqx import ops
 torchvision = pytest.importorskip("torchvision", reason="needs the environment of `make parity`")
 torch = pytest.importorskip("torch", reason="needs the environment of `make parity`")
 
-from torchvision.models.detection import _utils  # noqa: E402
-from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E402
-from torchvision.ops.boxes import _batched_nms_vanilla  # noqa: E402
+from torchvision.models.detection import _utils
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops.boxes import _batched_nms_vanilla
 
 
 CASES = 1000

@@ -13,9 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 def random_detector(kind: type[FasterRCNN] | type[MaskRCNN], *, body="resnet50", num_classes=91, seed=0, **options):
     """A detector whose scores are decisive: random frozen statistics, and predictors scaled up."""
     torch.manual_seed(seed)
-    backbone = resnet_fpn_backbone(
-        backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
-    )
+    backbone = resnet_fpn_backbone(backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5)
     model = kind(backbone, num_classes, **options)
     generator = torch.Generator().manual_seed(seed + 1)
 

@@ -1,0 +1,141 @@
+"""Trains a small Mask R-CNN on synthetic images, evaluates it on others and draws what it finds.
+
+    python experiments/quickstart.py
+
+Takes about 6 minutes on two CPU cores and reaches a box AP50 above .75 and a mask AP50 above .70 on images that it
+never trained on/quickstart`: the images, `demo.png`, `detections.json`, `metrics.json` and the weights.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import tyro
+from _shared import Detector, console, evaluate_on, progress
+from PIL import Image
+
+from detectax_eqx import Batch, data, draw, evaluate, models, nn, train, weights
+
+
+@dataclass
+class Options:
+    """Options of the demo."""
+
+    output: Path = Path("runs/quickstart")
+    """Folder for everything that it makes."""
+    steps: int = 700
+    """Training steps."""
+    batch_size: int = 8
+    """Images a step."""
+    train_images: int = 1200
+    """Synthetic images to train on."""
+    test_images: int = 100
+    """Synthetic images to evaluate on."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    seed: int = 0
+    """Seed of the weights and of the order of images."""
+
+
+SIZE = 128
+# What is sampled for the losses, scaled to small images with few objects.
+SAMPLING = models.Sampling(pre_nms_top_n=64, post_nms_top_n=64, rpn_samples=64, box_samples=32)
+
+
+@eqx.filter_jit
+def build(key, num_classes: int) -> models.MaskRCNN:
+    """A narrow ResNet-18 with GroupNorm, which trains from scratch, a pyramid of 48 channels, small heads."""
+    body_key, fpn_key, box_key, mask_key = jr.split(key, 4)
+    body = nn.resnet18(key=body_key, norm=nn.GroupNorm, width=16)
+    backbone = nn.ResNetFPN(body, key=fpn_key, channels=48)
+    sizes = ((12.0,), (24.0,), (48.0,), (96.0,), (128.0,))
+    boxes = models.FasterRCNN(backbone, num_classes, key=box_key, hidden_size=128, anchor_sizes=sizes, roi_aligned=True)
+    return models.MaskRCNN(boxes, key=mask_key, hidden_channels=32)
+
+
+def loss(model: models.MaskRCNN, example: Batch, *, key):
+    """The loss of one image: a random flip, then Mask R-CNN's five terms."""
+    augment_key, loss_key = jr.split(key)
+    image, image_size, targets = train.augment(
+        example.images,
+        example.image_sizes,
+        example.targets,
+        canvas=example.canvas,
+        min_sizes=(SIZE,),
+        max_size=SIZE,
+        key=augment_key,
+    )
+    return models.mask_rcnn_loss(model, image, image_size, targets, key=loss_key, sampling=SAMPLING, mask_aligned=True)
+
+
+def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
+    """Makes the data, trains, evaluates and draws; returns the metrics."""
+    began = time.perf_counter()
+    train_set, test_set = (
+        data.load_coco(
+            *data.write_shapes_dataset(options.output / name, num_images=count, seed=seed, image_size=(SIZE, SIZE))
+        )
+        for name, count, seed in (("train", options.train_images, 0), ("test", options.test_images, 1))
+    )
+    loader = data.Loader(
+        train_set,
+        batch_size=options.batch_size,
+        buckets=data.make_buckets(train_set.sizes, canvases=[(SIZE, SIZE)], min_size=SIZE, max_size=SIZE),
+        max_objects=8,
+        mask_size=28,
+        seed=options.seed,
+    )
+
+    model = build(jr.key(options.seed), train_set.num_classes)
+    trainable = models.trainable(model)
+    warmup = min(50, options.steps // 10)
+    schedule = train.warmup_cosine(options.learning_rate, total_steps=options.steps, warmup_steps=warmup)
+    optimizer = train.adamw(schedule, weight_decay=1e-2)
+    state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(options.seed + 1))
+    step = train.make_train_step(loss, optimizer, trainable=trainable)
+
+    console.print(f"A Mask R-CNN of {models.num_parameters(model):,} parameters; compiling it takes a moment")
+    with progress() as bar:
+        task = bar.add_task("training", total=options.steps, status="compiling")
+        for k, batch in loader.iterate(0, options.steps):
+            state, metrics = step(state, batch)
+            if k % 10 == 9 or k == 0:
+                bar.update(task, completed=k + 1, status=f"loss {float(metrics['loss']):.2f}")
+        bar.update(task, completed=options.steps)
+
+    detector = Detector(state.model, train_set.categories, SIZE, SIZE, ((SIZE, SIZE),))
+    metrics = evaluate_on(detector, test_set, options.output, batch_size=10)
+    for kind in metrics.values():
+        print(evaluate.format_metrics(kind))
+    weights.save_safetensors(state.model, options.output / "model.safetensors")
+    picture = draw_sheet(detector, test_set, columns=4, rows=2)
+    picture.save(options.output / "demo.png")
+    minutes = (time.perf_counter() - began) / 60
+    console.print(f"{options.output / 'demo.png'} shows what it found. {minutes:.1f} minutes in all.")
+    return metrics
+
+
+def draw_sheet(detector: Detector, dataset: data.CocoDataset, *, columns: int, rows: int) -> Image.Image:
+    """The first images of a dataset, enlarged, with the detections drawn in."""
+    names = [category.name for category in dataset.categories]
+    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, min_size=SIZE, max_size=SIZE)
+    batch = next(iter(data.eval_batches(dataset, batch_size=columns * rows, buckets=buckets)))
+    found = models.detect_batch(detector.model, batch, min_size=SIZE, max_size=SIZE)
+    zoom, gap = 3, 6
+    side = zoom * SIZE
+    sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")
+    for i in range(columns * rows):
+        one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), found)
+        one = eqx.tree_at(lambda d: d.boxes, one, one.boxes * zoom)
+        image = Image.fromarray(np.asarray(batch.images[i])).resize((side, side), Image.Resampling.BICUBIC)
+        picture = draw.draw_detections(np.asarray(image), one, class_names=names)
+        sheet.paste(picture, (i % columns * (side + gap), i // columns * (side + gap)))
+    return sheet
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

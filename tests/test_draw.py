@@ -1,0 +1,205 @@
+"""Pictures: what is drawn lies where it belongs, can be seen and can be read."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectax_eqx import Detections, Targets
+from detectax_eqx.draw import class_color, draw_detections, draw_targets
+
+
+GRAY = np.full((120, 160, 3), 90, np.uint8)
+TINY = {"line_width": 1, "font_size": 8}
+
+
+def detections_of(*boxes, scores=None, labels=None, valid=None, masks=None):
+    n = len(boxes)
+    return Detections(
+        boxes=np.array(boxes, np.float32).reshape(n, 4),
+        scores=np.array(np.linspace(0.99, 0.6, n) if scores is None else scores, np.float32),
+        labels=np.array(range(n) if labels is None else labels, np.int32),
+        valid=np.ones(n, bool) if valid is None else np.array(valid),
+        masks=None if masks is None else np.array(masks, np.float32),
+    )
+
+
+def differs(picture, image=GRAY):
+    """Which pixels were drawn on."""
+    assert isinstance(picture, Image.Image) and picture.mode == "RGB"
+    return (np.asarray(picture) != image).any(axis=-1)
+
+
+def has_color(picture, label):
+    return (np.asarray(picture) == class_color(label)).all(axis=-1)
+
+
+def test_a_box_is_outlined_on_its_pixels():
+    picture = draw_detections(GRAY, detections_of([20, 40, 100, 90]), **TINY)
+    colored = has_color(picture, 0)
+    assert colored[40, 20:100].all() and colored[89, 20:100].all()
+    assert colored[40:90, 20].all() and colored[40:90, 99].all()
+    assert not differs(picture)[42:88, 22:98].any()
+    assert not differs(picture)[92:].any() and not differs(picture)[:, 102:].any()
+    assert differs(picture)[31:39, 20:40].all()  # the label stands above
+
+
+def test_an_image_without_detections_comes_back_as_it_was():
+    nothing = detections_of([20, 40, 100, 90], [0, 0, 9, 9], scores=[0.49, 0.9], valid=[True, False])
+    assert not differs(draw_detections(GRAY, nothing)).any()
+    assert differs(draw_detections(GRAY, nothing, score_threshold=0.4)).any()
+    assert not differs(draw_detections(GRAY, detections_of())).any()
+    assert (GRAY == 90).all()
+
+
+def test_a_mask_fills_its_box_alone():
+    half = np.zeros((1, 28, 28))
+    half[:, :, :14] = 1
+    picture = draw_detections(GRAY, detections_of([20, 40, 100, 90], masks=half), mask_opacity=0.5, **TINY)
+    inside = differs(picture)[42:88, 22:98]
+    assert inside[:, :36].all() and not inside[:, 40:].any()
+    expected = (np.array(class_color(0)) + 90) / 2
+    assert np.abs(np.asarray(picture)[65, 40] - expected).max() <= 1
+    empty = draw_detections(GRAY, detections_of([20, 40, 100, 90], masks=half * 0.5), **TINY)
+    assert not differs(empty)[42:88, 22:98].any()
+    low = draw_detections(GRAY, detections_of([20, 40, 100, 90], masks=half * 0.5), mask_threshold=0.4, **TINY)
+    assert differs(low)[65, 40]
+
+
+def test_a_mask_reaching_beyond_the_image_is_cut_not_squeezed():
+    mask = np.zeros((1, 20, 20))
+    mask[:, :, 10:] = 1  # the right half of a box of which the left half lies outside
+    picture = draw_detections(GRAY, detections_of([-80, 20, 80, 100], masks=mask), **TINY)
+    assert differs(picture)[60, 2:80].all() and not differs(picture)[60, 82:].any()
+    mask = 1 - mask
+    picture = draw_detections(GRAY, detections_of([-80, 20, 80, 100], masks=mask), **TINY)
+    assert not differs(picture)[60, 3:78].any()
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [-1e9, -1e9, 1e9, 1e9],
+        [np.nan, 0, 10, 10],
+        [0, 0, np.inf, 10],
+        [30, 30, 30, 30],
+        [50, 50, 20, 20],
+        [500, 500, 600, 600],
+        [-60, -60, -50, -50],
+    ],
+)
+def test_awkward_boxes_are_survived(box):
+    for masks in (None, np.ones((1, 4, 4))):
+        assert draw_detections(GRAY, detections_of(box, masks=masks)).size == (160, 120)
+
+
+@pytest.mark.parametrize("image_size", [(120, 160), (700, 90), (12, 9), (1, 1)])
+def test_any_size_of_image(image_size):
+    image = np.zeros((*image_size, 3), np.uint8)
+    picture = draw_detections(image, detections_of([0, 0, 8, 8], masks=np.ones((1, 3, 3))), class_names=["cat"])
+    assert picture.size == image_size[::-1]
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (150, 0), (0, 110), (150, 110), (-30, -30)])
+def test_labels_lie_within_the_image_and_hold_ink(corner):
+    x, y = corner
+    box = [x, y, x + 10, y + 10]
+    picture = draw_detections(GRAY, detections_of(box), class_names=["traffic light"], font_size=12)
+    ground = has_color(picture, 0)
+    columns = np.flatnonzero(ground.sum(axis=0) > 8)
+    rows = np.flatnonzero(ground.sum(axis=1) > 30)
+    assert len(columns) > 60 and len(rows) > 8  # "traffic light 0.99" in full
+    patch = np.asarray(picture)[rows[0] : rows[-1], columns[0] : columns[-1]]
+    black = (patch.max(axis=-1) < 30).sum()
+    white = (patch.min(axis=-1) > 225).sum()
+    assert max(black, white) > 40
+
+
+def test_labels_make_room_for_each_other():
+    """Two objects in one place: both labels are seen in full."""
+    options = {"class_names": ["apple", "pear"], "font_size": 12}
+    box = [40, 50, 120, 100]
+    alone = [has_color(draw_detections(GRAY, detections_of(box, labels=[k]), **options), k).sum() for k in (0, 1)]
+    both = draw_detections(GRAY, detections_of(box, box), **options)
+    outline = 2 * (80 + 50)
+    for label in (0, 1):
+        assert has_color(both, label).sum() > alone[label] - outline
+
+
+def test_the_best_is_on_top_in_any_order():
+    boxes, masks = ([20, 40, 100, 90], [20, 40, 100, 90]), np.ones((2, 4, 4))
+    for scores in ([0.9, 0.6], [0.6, 0.9]):
+        picture = draw_detections(GRAY, detections_of(*boxes, scores=scores, masks=masks), mask_opacity=1.0, **TINY)
+        assert has_color(picture, int(np.argmax(scores)))[65, 60]
+
+
+def test_class_names_change_the_label_only():
+    box = detections_of([20, 40, 100, 90], labels=[1])
+    named, numbered = draw_detections(GRAY, box, class_names=["a", "b"]), draw_detections(GRAY, box)
+    assert differs(named, np.asarray(numbered)).any()
+    assert not differs(named, np.asarray(draw_detections(GRAY, box, class_names=["", "b"]))).any()
+    short = draw_detections(GRAY, box, class_names=["a"])  # label 1 has no name
+    assert not differs(short, np.asarray(numbered)).any()
+
+
+def test_colors_are_distinct_stable_and_bright_enough():
+    colors = [class_color(label) for label in range(90)]
+    assert len(set(colors)) == 90
+    assert colors[:3] == [class_color(label) for label in range(3)]
+    for a, b in itertools.combinations(colors[:8], 2):
+        assert np.abs(np.subtract(a, b)).sum() > 100
+    assert all(np.dot(color, [0.299, 0.587, 0.114]) > 100 for color in colors)
+    assert all(min(color) < 200 for color in colors)  # none is near white
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, bool])
+def test_targets_use_the_frame_of_their_masks(dtype):
+    mask = np.zeros((1, 20, 20), dtype)
+    mask[:, :, 10:] = 255 if dtype == np.uint8 else 1
+    targets = Targets(
+        boxes=np.array([[0, 20, 80, 100]], np.float32),  # clipped
+        labels=np.array([0], np.int32),
+        valid=np.array([True]),
+        masks=mask,
+        mask_boxes=np.array([[-80, 20, 80, 100]], np.float32),
+    )
+    picture = draw_targets(GRAY, targets, class_names=["cat"], **TINY)
+    assert differs(picture)[60, 2:80].all() and not differs(picture)[60, 82:].any()
+    assert has_color(picture, 0)[20, 20:80].all()
+    hidden = Targets(targets.boxes, targets.labels, np.array([False]), targets.masks, targets.mask_boxes)
+    assert not differs(draw_targets(GRAY, hidden)).any()
+
+
+def test_arrays_of_jax_and_read_only_arrays():
+    detections = detections_of([20, 40, 100, 90], masks=np.ones((1, 4, 4)))
+    expected = np.asarray(draw_detections(GRAY, detections))
+    arrays = Detections(
+        *(jnp.asarray(getattr(detections, name)) for name in ("boxes", "scores", "labels", "valid", "masks"))
+    )
+    np.testing.assert_array_equal(draw_detections(jnp.asarray(GRAY), arrays), expected)
+    half = Detections(
+        *(
+            arrays.boxes,
+            arrays.scores.astype(jnp.bfloat16),
+            arrays.labels,
+            arrays.valid,
+            arrays.masks.astype(jnp.bfloat16),
+        )
+    )
+    assert not differs(draw_detections(GRAY, half, class_names=[""]), expected)[42:88, 22:98].any()
+
+
+def test_a_batch_is_refused():
+    batch = Detections(
+        np.zeros((2, 1, 4), np.float32),
+        np.zeros((2, 1), np.float32),
+        np.zeros((2, 1), np.int32),
+        np.zeros((2, 1), bool),
+    )
+    with pytest.raises(ValueError, match=r"one image, got boxes of shape \(2, 1, 4\)"):
+        draw_detections(GRAY, batch)
+    targets = Targets(batch.boxes, batch.labels, batch.valid)
+    with pytest.raises(ValueError, match="one image"):
+        draw_targets(GRAY, targets)
