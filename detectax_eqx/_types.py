@@ -4,10 +4,19 @@ Every field may carry leading batch axes (`*b`), so that one type holds a single
 variable is padded to a capacity; `valid` alone says which rows are real.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, Num, UInt8
+
+
+# The host fills these with NumPy arrays, which JAX takes wherever it takes its own.
+if TYPE_CHECKING:
+    AnyArray = Any
+else:
+    AnyArray = Array | np.ndarray
 
 
 class Targets(eqx.Module):
@@ -21,11 +30,11 @@ class Targets(eqx.Module):
       `mask_boxes` keeps reaching past the border, so that a mask never has to be resampled. `None` if `masks` is.
     """
 
-    boxes: Float[Array | np.ndarray, "*b n 4"]
-    labels: Int32[Array | np.ndarray, "*b n"]
-    valid: Bool[Array | np.ndarray, "*b n"]
-    masks: Num[Array | np.ndarray, "*b n s t"] | Bool[Array | np.ndarray, "*b n s t"] | None = None
-    mask_boxes: Float[Array | np.ndarray, "*b n 4"] | None = None
+    boxes: Float[AnyArray, "*b n 4"]
+    labels: Int32[AnyArray, "*b n"]
+    valid: Bool[AnyArray, "*b n"]
+    masks: Num[AnyArray, "*b n s t"] | Bool[AnyArray, "*b n s t"] | None = None
+    mask_boxes: Float[AnyArray, "*b n 4"] | None = None
 
 
 class Detections(eqx.Module):
@@ -33,14 +42,14 @@ class Detections(eqx.Module):
 
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image that was given.
     - `scores`: 0..1. `labels`: `0..K-1`. `valid`: which rows are detections.
-    - `masks`: probabilities 0..1, each filling its box, or `None`. `detectax_eqx.ops.paste_masks` puts them on a canvas.
+    - `masks`: probabilities 0..1, each filling its box, or `None`. `ops.paste_masks` puts them on a canvas.
     """
 
-    boxes: Float[Array | np.ndarray, "*b n 4"]
-    scores: Float[Array | np.ndarray, "*b n"]
-    labels: Int32[Array | np.ndarray, "*b n"]
-    valid: Bool[Array | np.ndarray, "*b n"]
-    masks: Float[Array | np.ndarray, "*b n s t"] | None = None
+    boxes: Float[AnyArray, "*b n 4"]
+    scores: Float[AnyArray, "*b n"]
+    labels: Int32[AnyArray, "*b n"]
+    valid: Bool[AnyArray, "*b n"]
+    masks: Float[AnyArray, "*b n s t"] | None = None
 
 
 class Batch(eqx.Module):
@@ -54,13 +63,13 @@ class Batch(eqx.Module):
     - `canvas`: `(height, width)` that the network is to see, static: a program is compiled for each.
     """
 
-    images: UInt8[Array | np.ndarray, "*b h w 3"]
-    image_sizes: Int32[Array | np.ndarray, "*b 2"]
-    original_sizes: Int32[Array | np.ndarray, "*b 2"]
+    images: UInt8[AnyArray, "*b h w 3"]
+    image_sizes: Int32[AnyArray, "*b 2"]
+    original_sizes: Int32[AnyArray, "*b 2"]
     targets: Targets
-    indices: Int32[Array | np.ndarray, "*b"]
-    valid: Bool[Array | np.ndarray, "*b"]
-    overflow: Int32[Array | np.ndarray, "*b"]
+    indices: Int32[AnyArray, "*b"]
+    valid: Bool[AnyArray, "*b"]
+    overflow: Int32[AnyArray, "*b"]
     canvas: tuple[int, int] = eqx.field(static=True)
 
 

@@ -3,8 +3,8 @@
     python experiments/benchmark.py                       # everything, about half an hour on two CPU cores
     python experiments/benchmark.py --quick               # small sizes, about two minutes
 
-Where torchvision can be imported it runs beside ours in the same call, in turn (A B A B …), operators after a check that
-both give the same result; a row then has its time and the ratio. Rows of other hardware stay as they are.
+Where torchvision can be imported it runs beside ours in the same call, in turn (A B A B …), operators after a check
+that both give the same result; a row then has its time and the ratio. Rows of other hardware stay as they are.
 """
 
 import os
@@ -15,6 +15,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,10 +30,10 @@ import tyro
 from _shared import console
 
 from detectax_eqx import Targets, models, ops
-from detectax_eqx.weights import to_torchvision
 
 
-HAS_TORCH = find_spec("torchvision") is not None
+# The peer, where it is installed.
+torchvision = import_module("_torchvision") if find_spec("torchvision") else None
 MEASURED = ("faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn")
 Row = tuple[str, ...]
 
@@ -89,7 +91,7 @@ def write_table(file: Path, name: str, machine: str, header: Row, rows: list[Row
     old, after = rest.split(end, 1)
     machine = machine + (", quick" if quick else "")
     kept = [line for line in old.splitlines()[3:] if line.startswith("|") and f"| {machine} |" not in line]
-    versions = f"jax {version('jax')}" + (f", torchvision {version('torchvision')}" if HAS_TORCH else "")
+    versions = f"jax {version('jax')}" + (f", torchvision {version('torchvision')}" if torchvision else "")
     head = (*header, "hardware", "versions", "commit")
     lines = ["", "| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |", *kept]
     lines += ["| " + " | ".join((*row, machine, versions, commit())) + " |" for row in rows]
@@ -146,116 +148,64 @@ def size_rows(options: Options) -> list[Row]:
 
 
 def op_rows(options: Options) -> list[Row]:
-    """Operators on random boxes and maps of an 800×1216 image."""
+    """Operators on random boxes and maps of an 800×1216 image, each after a check that both sides agree."""
     rng = np.random.default_rng(0)
-    channels = 64 if options.quick else 256
     rows = []
 
-    def random_boxes(n):
+    def random_boxes(n: int) -> np.ndarray:
         corners = rng.uniform(0, (1100, 700), (n, 2))
         sides = np.exp(rng.uniform(np.log(16), np.log(400), (n, 2)))
         return np.minimum(np.concatenate([corners, corners + sides], axis=1), [1216, 800] * 2).astype(np.float32)
 
-    def add(name, ours, theirs):
+    def add(name: str, ours: Callable, theirs: Callable | None) -> None:
         if theirs is not None:
             np.testing.assert_allclose(np.asarray(ours()), np.asarray(theirs()), atol=1e-3, err_msg=name)
         a, b, spread = side_by_side(ours, theirs, options.repeats)
         rows.append((name, *times(a, b, scale=1e3, digits=2), spread))
 
+    keep = jax.jit(partial(ops.nms, iou_threshold=0.5))
     for n in (1000,) if options.quick else (1000, 10_000):
         boxes, scores = random_boxes(n), rng.permutation(n).astype(np.float32)
-        keep = jax.jit(lambda b, s: ops.nms(b, s, iou_threshold=0.5))
-        b, s = jnp.asarray(boxes), jnp.asarray(scores)
-        theirs = None
-        if HAS_TORCH:
-            import torch
-            import torchvision
+        arrays = jnp.asarray(boxes), jnp.asarray(scores)
+        add(f"nms, {n:,} boxes", partial(keep, *arrays), torchvision and torchvision.nms(boxes, scores, 0.5))
 
-            tb, ts = torch.from_numpy(boxes), torch.from_numpy(scores)
-
-            def theirs(tb=tb, ts=ts, n=n):
-                mask = torch.zeros(n, dtype=torch.bool)
-                mask[torchvision.ops.nms(tb, ts, 0.5)] = True
-                return mask
-
-        add(f"nms, {n:,} boxes", lambda keep=keep, b=b, s=s: keep(b, s), theirs)
-
-    boxes = random_boxes(200 if options.quick else 1000)
-    maps = [rng.normal(size=(channels, 800 // s, 1216 // s)).astype(np.float32) for s in (4, 8, 16, 32)]
-    align = jax.jit(
-        lambda maps, boxes: ops.multilevel_roi_align(
-            maps, boxes, output_size=7, strides=(4, 8, 16, 32), sampling_ratio=2, aligned=False
-        )
-    )
-    ours_maps, ours_boxes = [jnp.asarray(m) for m in maps], jnp.asarray(boxes)
-    theirs = None
-    if HAS_TORCH:
-        pooler = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
-        tensors = {str(i): torch.from_numpy(m)[None] for i, m in enumerate(maps)}
-        theirs = lambda: pooler(tensors, [torch.from_numpy(boxes)], [(800, 1216)])  # noqa: E731
-    add(f"multi-level RoIAlign, {len(boxes)}×{channels}×7×7", lambda: align(ours_maps, ours_boxes), theirs)
+    channels, count = (64, 200) if options.quick else (256, 1000)
+    boxes, strides = random_boxes(count), (4, 8, 16, 32)
+    maps = [rng.normal(size=(channels, 800 // s, 1216 // s)).astype(np.float32) for s in strides]
+    align = partial(ops.multilevel_roi_align, output_size=7, strides=strides, sampling_ratio=2, aligned=False)
+    arrays = [jnp.asarray(m) for m in maps], jnp.asarray(boxes)
+    theirs = torchvision and torchvision.multilevel_roi_align(maps, boxes, (800, 1216))
+    add(f"multi-level RoIAlign, {count}×{channels}×7×7", partial(jax.jit(align), *arrays), theirs)
 
     masks = rng.uniform(size=(100, 28, 28)).astype(np.float32)
-    paste = jax.jit(lambda m, b: ops.paste_masks(m, b, image_size=(800, 1216)))
-    m, b = jnp.asarray(masks), jnp.asarray(boxes[:100])
-    theirs = None
-    if HAS_TORCH:
-        from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-        tm, tb = torch.from_numpy(masks)[:, None], torch.from_numpy(boxes[:100])
-        theirs = lambda: paste_masks_in_image(tm, tb, (800, 1216))[:, 0]  # noqa: E731
-    add("mask paste, 100 onto 800×1216", lambda: paste(m, b), theirs)
+    paste = jax.jit(partial(ops.paste_masks, image_size=(800, 1216)))
+    arrays = jnp.asarray(masks), jnp.asarray(boxes[:100])
+    theirs = torchvision and torchvision.paste_masks(masks, boxes[:100], (800, 1216))
+    add("mask paste, 100 onto 800×1216", partial(paste, *arrays), theirs)
     return rows
 
 
-def _pair(name: str):
-    """One of our detectors, and torchvision's at the same weights if it can be had."""
-    model = getattr(models, name)(90, key=jr.key(0))
-    if not HAS_TORCH:
-        return model, None
-    import torch
-    from torchvision.models.detection import FasterRCNN, MaskRCNN
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-    from torchvision.ops import FrozenBatchNorm2d
-
-    body = re.search(r"resnet\d+", name)[0]  # type: ignore[index]
-    backbone = resnet_fpn_backbone(backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5)
-    reference = (MaskRCNN if name.startswith("mask") else FasterRCNN)(backbone, 91)
-    reference.load_state_dict({key: torch.from_numpy(array) for key, array in to_torchvision(model).items()})
-    return model, reference
-
-
 def inference_rows(options: Options) -> list[Row]:
-    """Whole detection of one image, decoding apart, masks pasted on neither side."""
+    """Whole detection of one image at equal random weights; masks stay in their boxes on our side."""
     size = (320, 480) if options.quick else (800, 1216)
+    sizes = {"min_size": min(size), "max_size": max(size)}
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    detect = eqx.filter_jit(models.detect)
     rows = []
-    for name in (
-        ("faster_rcnn_resnet50_fpn",) if options.quick else ("faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn")
-    ):
-        model, reference = _pair(name)
-        detect = eqx.filter_jit(models.detect)
-        sizes = {"min_size": min(size), "max_size": max(size)}
-        theirs = None
-        if reference is not None:
-            import torch
-
-            reference.eval()
-            reference.transform.min_size, reference.transform.max_size = (min(size),), max(size)
-            tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255
-
-            def theirs(reference=reference, tensor=tensor):
-                with torch.no_grad():
-                    return reference([tensor])[0]["boxes"].numpy()
-
-        ours = lambda detect=detect, model=model, sizes=sizes: detect(model, image, **sizes).boxes  # noqa: E731
-        a, b, spread = side_by_side(ours, theirs, options.repeats)
+    for name in MEASURED[: 1 if options.quick else None]:
+        model = getattr(models, name)(90, key=jr.key(0))
+        theirs = torchvision and torchvision.inference(name, model, image, **sizes)
+        a, b, spread = side_by_side(partial(_boxes, detect, model, image, sizes), theirs, options.repeats)
         rows.append((name, f"{size[0]}×{size[1]}", *times(a, b, scale=1, digits=2), spread))
     return rows
 
 
+def _boxes(detect, model, image, sizes):
+    return detect(model, image, **sizes).boxes
+
+
 def training_rows(options: Options) -> list[Row]:
-    """Forward and backward of a step on two images 320×480 with five objects each; the optimiser is left out."""
+    """Forward and backward of a step on two images with five objects each; the optimiser is left out."""
     size, objects = (160, 240) if options.quick else (320, 480), 5
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, *size, 3)).astype(np.uint8)
@@ -264,48 +214,30 @@ def training_rows(options: Options) -> list[Row]:
     labels = rng.integers(0, 90, (2, objects)).astype(np.int32)
     masks = np.full((2, objects, 28, 28), 255, np.uint8)
     targets = jax.tree.map(jnp.asarray, Targets(boxes, labels, np.ones((2, objects), bool), masks, boxes))
-    image_size = jnp.array(size, jnp.int32)
     rows = []
-    for name in (
-        ("faster_rcnn_resnet50_fpn",) if options.quick else ("faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn")
-    ):
-        model, reference = _pair(name)
+    for name in MEASURED[: 1 if options.quick else None]:
+        model = getattr(models, name)(90, key=jr.key(0))
         loss = models.mask_rcnn_loss if name.startswith("mask") else models.faster_rcnn_loss
 
         def total(model, loss=loss):
             def one(image, target, key):
-                return loss(model, image, image_size, target, key=key)
+                return loss(model, image, jnp.array(size, jnp.int32), target, key=key)
 
             terms = jax.vmap(one)(jnp.asarray(images), targets, jr.split(jr.key(0), 2))
             return sum(jax.tree.map(jnp.sum, term).mean() for term in terms.values())
 
-        began = time.perf_counter()
-        step = eqx.filter_jit(eqx.filter_grad(total)).lower(model).compile()
-        compiling = time.perf_counter() - began
-        memory = step.compiled.memory_analysis().temp_size_in_bytes / 1e6
-        theirs = None
-        if reference is not None:
-            import torch
-
-            reference.train()
-            reference.transform.min_size, reference.transform.max_size = (min(size),), max(size)
-            tensors = [torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 for pixels in images]
-            given = []
-            for b, l in zip(boxes, labels, strict=True):
-                full = torch.zeros((objects, *size), dtype=torch.uint8)
-                for mask, (x0, y0, x1, y1) in zip(full, b.astype(int), strict=True):
-                    mask[y0:y1, x0:x1] = 1
-                given.append({"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + 1).long(), "masks": full})
-
-            def theirs(reference=reference, tensors=tensors, given=given):
-                reference.zero_grad()
-                sum(reference(tensors, given).values()).backward()
-
-        ours = lambda step=step, model=model: jax.tree.leaves(step(model))  # noqa: E731
-        a, b, _ = side_by_side(ours, theirs, max(3, options.repeats // 2))
-        rows.append(
-            (name, f"2 × {size[0]}×{size[1]}", *times(a, b, scale=1, digits=2), f"{compiling:.0f}", f"{memory:.0f}")
+        arrays, static = eqx.partition(model, eqx.is_array)
+        gradient = jax.jit(
+            lambda arrays, static=static, total=total: eqx.filter_grad(total)(eqx.combine(arrays, static))
         )
+        began = time.perf_counter()
+        step = gradient.lower(arrays).compile()
+        compiling = time.perf_counter() - began
+        analysis = step.memory_analysis()
+        memory = f"{analysis.temp_size_in_bytes / 1e6:.0f}" if analysis else "not told by this platform"
+        theirs = torchvision and torchvision.training(name, model, images, boxes, labels)
+        a, b, _ = side_by_side(partial(step, arrays), theirs, max(3, options.repeats // 2))
+        rows.append((name, f"2 × {size[0]}×{size[1]}", *times(a, b, scale=1, digits=2), f"{compiling:.0f}", memory))
     return rows
 
 

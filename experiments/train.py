@@ -10,11 +10,14 @@ checkpoint to bit-identical parameters.
 """
 
 import json
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, TextIO
 
+import jax.numpy as jnp
 import jax.random as jr
 import optax
 import tyro
@@ -175,11 +178,12 @@ def main(options: Options) -> None:
         return detector_loss(model, image, image_size, targets, key=loss_key)
 
     step = train.make_train_step(loss, optimizer, trainable=trainable)
+    stop = stop_on_signals()
 
     def save(folder: Path, keep: int) -> None:
         train.save_checkpoint(folder, state, step=int(state.step), metadata=metadata, keep=keep)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(val_set: data.CocoDataset) -> dict[str, float]:
         detector = Detector(
             state.model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases
         )
@@ -202,7 +206,14 @@ def main(options: Options) -> None:
                 if done % options.log_every == 0 or done == start + 1 or epoch_ends:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = images / (time.perf_counter() - clock)
-                    write(log, step=done, epoch=done / epoch_steps, rate=float(schedule(k)), images_s=rate, **values)
+                    write(
+                        log,
+                        step=done,
+                        epoch=done / epoch_steps,
+                        rate=float(jnp.asarray(schedule(k))),
+                        images_s=rate,
+                        **values,
+                    )
                     status = f"loss {values['loss']:.3f}, {rate:.1f} images/s"
                     if values["overflow"]:
                         status += f", {values['overflow']:.0f} objects beyond --max-objects left out"
@@ -212,7 +223,7 @@ def main(options: Options) -> None:
                     score = float(done)
                     if val_set is not None:
                         bar.stop()
-                        numbers = evaluate()
+                        numbers = evaluate(val_set)
                         bar.start()
                         score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
                         write(log, step=done, epoch=done / epoch_steps, **numbers)
@@ -226,12 +237,30 @@ def main(options: Options) -> None:
                 if epoch_ends or done % options.checkpoint_every == 0:
                     save(last, keep=2)
                     clock, images = time.perf_counter(), 0
-    except KeyboardInterrupt:
-        save(last, keep=2)
-        console.print(f"Stopped and saved at step {int(state.step)}; --resume goes on from there.")
-        raise SystemExit(130) from None
+                if stop.is_set() and done < total_steps:
+                    save(last, keep=2)
+                    console.print(f"Stopped and saved at step {done}; --resume goes on from there.")
+                    raise SystemExit(130)
     finally:
         batches.close()
+
+
+def stop_on_signals() -> Event:
+    """An event that Ctrl-C or SIGTERM sets, to be looked at between steps; a second signal stops at once.
+
+    A step consumes the state that it is given: an exception in its midst would leave nothing to save.
+    """
+    event = Event()
+
+    def handle(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        console.print("Stopping after this step (once more to stop at once) …")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return event
 
 
 def load(annotations: Path, images: Path) -> data.CocoDataset:

@@ -250,5 +250,5 @@ def test_frozen_norms_are_never_trainable(getkey):
     mask = models.trainable(arrays)
     assert mask.backbone.body.conv1.weight is True
     assert not any(jax.tree.leaves(mask.backbone.body.layers[3][0].norm1))
-    with pytest.raises(ValueError, match="trainable_layers must be in 0..5, got 6"):
+    with pytest.raises(ValueError, match=r"trainable_layers must be in 0\.\.5, got 6"):
         models.trainable(arrays, trainable_layers=6)

@@ -109,7 +109,7 @@ def test_pyramid_levels_and_upsampling(getkey):
 
 def test_pyramid_refuses_other_canvases(getkey):
     model = nn.ResNetFPN(nn.resnet18(key=getkey(), width=8), key=getkey(), channels=16)
-    with pytest.raises(ValueError, match="multiple of 32 .* 40×64"):
+    with pytest.raises(ValueError, match=r"multiple of 32 .* 40×64"):
         model(jnp.zeros((3, 40, 64)))
 
 

@@ -186,6 +186,14 @@ def test_aligned_resizes_as_an_image_does(getkey):
         np.testing.assert_allclose(out, jax.image.resize(features, (2, *size), "linear"), atol=1e-5)
 
 
+def test_bins_of_whole_length_get_as_many_samples(getkey):
+    """84 / 14 is 6 samples a bin, not 7: the number must not hinge on how a compiler divides."""
+    features, boxes = jr.uniform(getkey(), (1, 84, 84)), jnp.array([[0.0, 0, 84, 84], [3, 5, 45, 33]])
+    options = {"output_size": (14, 14), "spatial_scale": 1, "sampling_ratio": 0, "aligned": False}
+    out = jax.jit(lambda *args: roi_align(*args, **options))(features, boxes)
+    np.testing.assert_allclose(out, _reference(features, boxes, **options), atol=1e-5)
+
+
 @pytest.mark.parametrize("limit, inside", [(-1.0, True), (5.0, True), (-1.0000001, False), (5.0000005, False)])
 @pytest.mark.parametrize("sampling_ratio", [0, 1])
 def test_the_limits_of_a_map_are_inside(limit, inside, sampling_ratio):

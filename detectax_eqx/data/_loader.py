@@ -1,7 +1,7 @@
 """Batches of images with their ground truth, read by threads ahead of time."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
 
@@ -90,7 +90,7 @@ class Loader:
             _fill(batch, slot, self._dataset)
         return batch
 
-    def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Batch]]:
+    def iterate(self, start: int = 0, stop: int | None = None) -> Generator[tuple[int, Batch], None, None]:
         """`(k, batch(k))` for `k` from `start` up to `stop`, or without end, read ahead by threads.
 
         The threads end when the iterator is exhausted, closed or dropped. Raises what `batch` raises, when the batch
@@ -138,7 +138,7 @@ def eval_batches(
 
 def _read_ahead(
     empty: Iterator[tuple[int, Batch]], dataset: CocoDataset, num_threads: int, prefetch: int
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """Fills batches in order. `prefetch` of them are in work while another is with the caller."""
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="detectax-data")
     pending: deque[tuple[int, Batch, list[Future]]] = deque()

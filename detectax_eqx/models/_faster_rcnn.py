@@ -1,6 +1,5 @@
 """Faster R-CNN (arXiv:1506.01497) on a feature pyramid."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -9,6 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int32, Num, PRNGKeyArray
 
 from .._types import Detections, Targets, WeightedSum
+from ..nn import Backbone
 from ..ops import multilevel_roi_align
 from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
 from ._rpn import RPN, RPNOutput, propose, rpn_loss
@@ -34,7 +34,7 @@ class FasterRCNN(eqx.Module):
     3
     """
 
-    backbone: Callable
+    backbone: Backbone
     rpn: RPN
     box_head: BoxHead
     roi_aligned: bool = eqx.field(static=True)
@@ -44,7 +44,7 @@ class FasterRCNN(eqx.Module):
 
     def __init__(
         self,
-        backbone: Callable,
+        backbone: Backbone,
         num_classes: int,
         *,
         key: PRNGKeyArray,
@@ -56,7 +56,7 @@ class FasterRCNN(eqx.Module):
         pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
         pixel_std: tuple[float, float, float] = IMAGENET_STD,
     ):
-        """Builds the heads on `backbone`, which maps an image `(3, h, w)` to pyramid levels and has `channels`, `strides`.
+        """Builds the heads on `backbone`, which maps `(3, h, w)` to pyramid levels and has `channels`, `strides`.
 
         - `num_classes`: foreground classes.
         - `anchor_sizes`: a tuple for each level, in canvas pixels; `aspect_ratios`: height / width.

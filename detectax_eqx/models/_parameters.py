@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ..nn import FrozenBatchNorm, ResNet
+from ..nn import FrozenBatchNorm, ResNetFPN
 from ._faster_rcnn import FasterRCNN
 from ._mask_rcnn import MaskRCNN
 
@@ -28,9 +28,10 @@ def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyT
     )
 
     def frozen_parts(tree: PyTree) -> list[PyTree]:
-        body = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone.body
-        if not isinstance(body, ResNet):
-            raise ValueError(f"trainable_layers is for ResNet backbones, got {type(body).__name__}.")
+        backbone = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone
+        if not isinstance(backbone, ResNetFPN):
+            raise ValueError(f"trainable_layers is for ResNet backbones, got {type(backbone).__name__}.")
+        body = backbone.body
         parts = [body.conv1, body.norm1] if trainable_layers < 5 else []
         return parts + list(body.layers[: max(0, 4 - trainable_layers)])
 

@@ -7,7 +7,7 @@ from ._conv import (
     max_pool2d as max_pool2d,
     relu as relu,
 )
-from ._fpn import FPN as FPN, ResNetFPN as ResNetFPN
+from ._fpn import FPN as FPN, Backbone as Backbone, ResNetFPN as ResNetFPN
 from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
 from ._resnet import (
     BasicBlock as BasicBlock,

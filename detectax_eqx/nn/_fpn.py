@@ -1,5 +1,7 @@
 """Feature pyramid network (arXiv:1612.03144) over a bottom-up backbone."""
 
+from typing import Protocol, runtime_checkable
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -7,6 +9,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._conv import Conv2d, lecun_uniform
 from ._resnet import ResNet
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What a detector is built on: a map from an image to pyramid levels, the coarsest for anchors only.
+
+    `channels` is the width of all levels, `strides` are theirs in pixels.
+    """
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+
+    def __call__(self, image: Float[Array, "3 h w"]) -> tuple[Float[Array, "c _ _"], ...]: ...
 
 
 class FPN(eqx.Module):

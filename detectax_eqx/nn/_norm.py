@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 class FrozenBatchNorm(eqx.Module):
     """Batch normalisation with fixed statistics and a fixed affine map: `(x - mean) / sqrt(var + eps) * weight + bias`.
 
-    For imported ImageNet backbones, whose statistics a detector's small batches would spoil. None of the four vectors is
-    to be trained: leave them out by partition (`detectax_eqx.models.trainable`), since a stopped gradient alone does not
-    stop weight decay. torchvision's published COCO checkpoints were trained with `eps=0`.
+    For imported ImageNet backbones, whose statistics a detector's small batches would spoil. None of the four vectors
+    is to be trained: leave them out by partition (`detectax_eqx.models.trainable`), since a stopped gradient alone does
+    not stop weight decay. torchvision's published COCO checkpoints were trained with `eps=0`.
     """
 
     weight: Float[Array, " c"]

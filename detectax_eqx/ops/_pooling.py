@@ -5,7 +5,6 @@ whole rows of channels. Differentiable in the maps and in the boxes, in reverse 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +20,7 @@ from ._sampling import pixel_range, pixel_weights, sample_taps
 PIXELS_A_STEP = 4
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def pool(
+def _pool_boxes(
     bins: tuple[int, int],
     sampling_ratio: int,
     cells: Float[Array, "l c"],
@@ -34,6 +32,8 @@ def pool(
     - `cells`: the cells of all maps, row by row, map after map.
     - `grids`: `(y, bin height, x, bin width)` of each box, in cells of its map, see `box_axis`.
     - `maps`: `(height, width, first cell)` of the map that each box reads.
+
+    On a CPU box by box, which keeps the sum in its cache; elsewhere all at once.
     """
 
     def all_boxes(cells, grids, maps):
@@ -45,8 +45,11 @@ def pool(
     return lax.platform_dependent(cells, grids, maps, cpu=one_by_one, default=all_boxes)
 
 
+pool = jax.custom_vjp(_pool_boxes, nondiff_argnums=(0, 1))
+
+
 def _pool_forward(bins, sampling_ratio, cells, grids, maps):
-    return pool(bins, sampling_ratio, cells, grids, maps), (cells, grids, maps)
+    return _pool_boxes(bins, sampling_ratio, cells, grids, maps), (cells, grids, maps)
 
 
 def _pool_backward(bins, sampling_ratio, residuals, cotangent):

@@ -48,7 +48,7 @@ def resize_image(
     """Resizes the top-left `image_size` part of `image` to `output_size` and lays it on a canvas of static shape.
 
     Bilinear, without antialiasing, pixel centres at half integers: `torch.nn.functional.interpolate(mode="bilinear",
-    align_corners=False)` between the two sizes, both of which may be traced. What the resized image does not cover is 0.
+    align_corners=False)` between the two sizes, both of which may be traced. What the image does not cover is 0.
 
     - `image_size`, `output_size`: `(height, width)` in pixels.
     - `offset`: `(y, x)`, the resized image's pixel that falls on the canvas' origin: a crop where positive, a margin

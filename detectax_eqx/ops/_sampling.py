@@ -41,8 +41,8 @@ def box_axis(
 
     `aligned` subtracts the half pixel between a coordinate and an index: pixel `i` covers `[i, i + 1)` and its value
     sits in the middle, at coordinate `i + 0.5`. Without it, boxes lie half a pixel too far down and right, and are at
-    least one pixel long: the original RoIAlign, to which many published weights were trained. Boxes that are not finite, or farther
-    away than float32 serves, are moved far outside any map.
+    least one pixel long: the original RoIAlign, to which many published weights were trained. Boxes that are not finite,
+    or farther away than float32 serves, are moved far outside any map.
     """
     offset = 0.5 if aligned else 0.0
     start, end = _product(low, scale) - offset, _product(high, scale) - offset
@@ -51,7 +51,7 @@ def box_axis(
     length = end - start
     if not aligned:
         length = jnp.where(length > 1, length, 1)
-    return start, length / bins
+    return start, _quotient(length, bins)
 
 
 def sample_taps(
@@ -70,7 +70,7 @@ def sample_taps(
     positions into those of another grid. A sample outside the map has weights of 0.
     """
     first = _bin_starts(start, length, bins)
-    offset = (samples[None, None, :] + 0.5) * length[:, None, None] / float(sampling_ratio)
+    offset = _quotient((samples[None, None, :] + 0.5) * length[:, None, None], sampling_ratio)
     position = _to_frame(first + offset, frame)
     low, high, fraction, inside = _bilinear(position, size[:, None, None])
     weight = jnp.where(inside, 1 / sampling_ratio, 0).astype(position.dtype)
@@ -136,6 +136,15 @@ def pixel_range(
         return jnp.clip(position, 0, last).astype(jnp.int32)
 
     return pixel(first), pixel(first + length[:, None, None] + 1)
+
+
+def _quotient(x, divisor: int):
+    """`x / divisor`, correctly rounded.
+
+    Compilers multiply by the rounded reciprocal of a constant instead: 84 pixels in 14 bins are then a little more than 6
+    each, and get 7 samples. So the divisor is made to look as if it depended on `x`.
+    """
+    return x / jnp.where(jnp.isnan(x), 1, divisor).astype(x.dtype)
 
 
 def _bin_starts(start, length, bins):

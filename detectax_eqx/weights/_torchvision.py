@@ -46,8 +46,8 @@ _FIRST_NAMES = (
 def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
     """A copy of `model` with torchvision's parameters.
 
-    - `model`: a `FasterRCNN` or `MaskRCNN` of one of the builders, or a `ResNet` for an ImageNet classifier's checkpoint,
-      whose `fc` layer is left aside.
+    - `model`: a `FasterRCNN` or `MaskRCNN` of one of the builders, or a `ResNet` for an ImageNet classifier's
+      checkpoint, whose `fc` layer is left aside.
     - `source`: a `.pth` file, read without torch and without running anything in it, or a mapping from torchvision's
       names to arrays.
 

@@ -1,0 +1,142 @@
+"""The scripts as a user runs them: two steps of training, resuming, evaluation, prediction."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectax_eqx import data
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.name for path in (ROOT / "experiments").glob("[!_]*.py"))
+SMALL = ["--min-sizes", "64", "--max-size", "64", "--canvases", "64", "64"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    """One device, wide output, and compiled programs kept from one run of a script to the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        patch.setenv("COLUMNS", "200")
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def start(script, *arguments):
+    """A script, started."""
+    command = [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(script, *arguments, status=0):
+    """What a script prints, after a check of its exit status."""
+    process = start(script, *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == status, output
+    return output
+
+
+def interrupt(script, *arguments, after):
+    """Runs a script until a file is there, then presses Ctrl-C."""
+    process = start(script, *arguments)
+    while not after.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert "Stopped and saved at step" in output
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Annotation file and image folder of a few small images."""
+    return data.write_shapes_dataset(tmp_path_factory.mktemp("shapes"), num_images=6, seed=0, image_size=(64, 64))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script):
+    text = run(script, "--help")
+    assert "usage" in text
+
+
+@pytest.mark.timeout(900)
+def test_train_resume_evaluate_predict(shapes, tmp_path):
+    annotations, images = shapes
+    common = ["--train-annotations", annotations, "--train-images", images, "--model", "faster_rcnn_resnet18_fpn"]
+    common += ["--norm", "group", "--batch-size", "2", "--checkpoint-every", "1", "--log-every", "1", *SMALL]
+
+    # Five steps at once, and five with a Ctrl-C in between: the same parameters to the last bit.
+    common += ["--steps", "5"]
+    run("train.py", *common, "--output", tmp_path / "whole")
+    interrupt("train.py", *common, "--output", tmp_path / "parts", after=tmp_path / "parts" / "last" / "00000001")
+    refused = run("train.py", *common, "--output", tmp_path / "parts", status=1)
+    assert "pass --resume" in refused
+    resumed = run("train.py", *common, "--output", tmp_path / "parts", "--resume")
+    assert "Going on at step" in resumed
+    assert _arrays(tmp_path / "whole") == _arrays(tmp_path / "parts")
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+    output = run(
+        "evaluate.py", "--checkpoint", tmp_path / "whole", "--annotations", annotations, "--images", images,
+        "--output", tmp_path / "evaluation",
+    )  # fmt: skip
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95" in output
+    assert "triangle" in output
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert len(metrics["bbox"]["numbers"]) == 12
+
+    # One file is broken; the others are done all the same, and the status says so.
+    broken = tmp_path / "pictures" / "broken.jpg"
+    broken.parent.mkdir()
+    broken.write_bytes(b"no image")
+    Image.open(sorted(images.iterdir())[0]).save(tmp_path / "pictures" / "good.png")
+    arguments = ["--checkpoint", tmp_path / "whole", "--output", tmp_path / "out", tmp_path / "pictures"]
+    output = run("predict.py", *arguments, "--score-threshold", "0.0", status=1)
+    assert "broken.jpg" in output
+    assert "1 of 2 files failed" in output
+    assert Image.open(tmp_path / "out" / "good.png.png").size == (64, 64)
+    assert json.loads((tmp_path / "out" / "images.json").read_text())[0]["height"] == 64
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {result["category_id"] for result in results} <= {1, 3, 4, 7}
+
+
+def _arrays(run_folder):
+    """Every stored array of the last checkpoint, as bytes."""
+    import tensorstore as ts
+
+    checkpoint = max((run_folder / "last").iterdir())
+    store = ts.KvStore.open(f"file://{checkpoint}/arrays/|ocdbt:").result()
+    return {key: bytes(store.read(key).result().value) for key in store.list().result()}
+
+
+@pytest.mark.timeout(600)
+def test_quickstart_runs(tmp_path):
+    run(
+        "quickstart.py", "--output", tmp_path, "--steps", "2", "--train-images", "4", "--test-images", "8",
+        "--batch-size", "2",
+    )  # fmt: skip
+    assert Image.open(tmp_path / "demo.png").size[0] > 1000
+    assert {"bbox", "segm"} == json.loads((tmp_path / "metrics.json").read_text()).keys()
+
+
+def test_training_refuses_bad_data(shapes, tmp_path):
+    annotations, images = shapes
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["category_id"] = 99
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(content))
+    text = run("train.py", "--train-annotations", bad, "--train-images", images, "--output", tmp_path / "o", status=1)
+    assert "99" in text
+    assert "bad.json" in text
+    assert "jax/_src" not in text
