@@ -1,7 +1,7 @@
 """What the scripts share: detectors by name or from a file, and detection over a dataset."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -107,15 +107,28 @@ def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
     return Detector(weights.load_torchvision(model, arrays) if is_torch else weights.load_safetensors(model, path))
 
 
-def load_detector(name: ModelName | None, norm: NormName, path: Path | None, checkpoint: Path | None) -> Detector:
-    """A detector from either of the two kinds of file that the scripts take."""
+def load_detector(
+    name: ModelName | None,
+    norm: NormName,
+    path: Path | None,
+    checkpoint: Path | None,
+    min_size: int | None,
+    max_size: int | None,
+) -> Detector:
+    """A detector from either of the two kinds of file that the scripts take, looking at images of a given size."""
     if (path is None) == (checkpoint is None):
         raise SystemExit("Give either --weights (with --model) or --checkpoint.")
     if checkpoint is not None:
-        return load_run(checkpoint)
-    if name is None or path is None:
+        detector = load_run(checkpoint)
+    elif name is not None and path is not None:
+        detector = load_weights(name, norm, path)
+    else:
         raise SystemExit("--weights needs --model: which detector they belong to.")
-    return load_weights(name, norm, path)
+    if min_size is None and max_size is None:
+        return detector
+    short, long = min_size or detector.min_size, max_size or detector.max_size
+    low, high = (-(-side // 32) * 32 for side in (short, max(short, long)))
+    return replace(detector, min_size=short, max_size=long, canvases=((low, high), (high, low)))
 
 
 def initialize(model: Model, path: Path) -> Model:
@@ -150,7 +163,10 @@ def evaluate_on(
     detector: Detector, dataset: data.CocoDataset, folder: Path, **options: Any
 ) -> dict[str, evaluate.CocoMetrics]:
     """COCO's numbers for boxes, and masks if there are any; `detections.json` and `metrics.json` go to `folder`."""
-    results = detect_dataset(detector, dataset, **options)
+    found = detect_dataset(detector, dataset, **options)
+    results = [result for result in found if result["category_id"] in dataset.category_ids]
+    if len(results) < len(found):
+        console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
     folder.mkdir(parents=True, exist_ok=True)
     evaluate.write_results(results, folder / "detections.json")
     has_masks = isinstance(detector.model, models.MaskRCNN) and all(

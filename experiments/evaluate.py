@@ -34,6 +34,10 @@ class Options:
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     batch_size: int = 1
     """Images a step."""
+    min_size: int | None = None
+    """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
+    max_size: int | None = None
+    """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
     score_threshold: float = 0.05
     """Detections of a lower score (0..1) are dropped."""
     nms_threshold: float = 0.5
@@ -46,7 +50,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Evaluates and prints."""
-    detector = load_detector(options.model, options.norm, options.weights, options.checkpoint)
+    detector = load_detector(
+        options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
+    )
     dataset = data.load_coco(options.annotations, options.images)
     console.print(f"{options.annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     metrics = evaluate_on(

@@ -43,6 +43,10 @@ class Options:
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     annotations: Path | None = None
     """COCO JSON whose categories name the classes, for weights that come without names."""
+    min_size: int | None = None
+    """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
+    max_size: int | None = None
+    """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
     score_threshold: float = 0.5
     """Detections of a lower score (0..1) are neither drawn nor written."""
     nms_threshold: float = 0.5
@@ -53,7 +57,9 @@ class Options:
 
 def main(options: Options) -> int:
     """Predicts, and returns the number of files that failed."""
-    detector = load_detector(options.model, options.norm, options.weights, options.checkpoint)
+    detector = load_detector(
+        options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
+    )
     category_ids = detector.category_ids()
     names = category_names(detector, options.annotations)
     class_names = [names.get(category_id, str(category_id)) for category_id in category_ids]

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Real
 
 
 # Keeps the distance terms of DIoU and CIoU finite for boxes that meet in a point; the value is torchvision's.
@@ -111,7 +111,7 @@ def box_area(boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
 
 
 def clip_boxes(
-    boxes: Float[Array, "n 4"], image_size: Num[Array | np.ndarray, "2"] | tuple[float, float]
+    boxes: Float[Array, "n 4"], image_size: Real[Array | np.ndarray, "2"] | tuple[float, float]
 ) -> Float[Array, "n 4"]:
     """Boxes cut to the image: x to `0..width`, y to `0..height`.
 

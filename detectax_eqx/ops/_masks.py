@@ -1,7 +1,7 @@
 """Masks between the frame of a box and the pixels of an image."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, Num
+from jaxtyping import Array, Bool, Float, Int32, Real
 
 from ._boxes import _product, _upcast
 from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
@@ -12,7 +12,7 @@ FARTHEST_PIXEL = 2.0**30
 
 
 def crop_masks(
-    masks: Num[Array, "n hm wm"] | Bool[Array, "n hm wm"],
+    masks: Real[Array, "n hm wm"] | Bool[Array, "n hm wm"],
     mask_boxes: Float[Array, "n 4"],
     rois: Float[Array, "n 4"],
     *,

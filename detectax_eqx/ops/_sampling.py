@@ -41,8 +41,8 @@ def box_axis(
 
     `aligned` subtracts the half pixel between a coordinate and an index: pixel `i` covers `[i, i + 1)` and its value
     sits in the middle, at coordinate `i + 0.5`. Without it, boxes lie half a pixel too far down and right, and are at
-    least one pixel long: the original RoIAlign, to which many published weights were trained. Boxes that are not finite,
-    or farther away than float32 serves, are moved far outside any map.
+    least one pixel long: the original RoIAlign, to which many published weights were trained. Boxes that are not
+    finite, or farther away than float32 serves, are moved far outside any map.
     """
     offset = 0.5 if aligned else 0.0
     start, end = _product(low, scale) - offset, _product(high, scale) - offset
@@ -141,8 +141,8 @@ def pixel_range(
 def _quotient(x, divisor: int):
     """`x / divisor`, correctly rounded.
 
-    Compilers multiply by the rounded reciprocal of a constant instead: 84 pixels in 14 bins are then a little more than 6
-    each, and get 7 samples. So the divisor is made to look as if it depended on `x`.
+    Compilers multiply by the rounded reciprocal of a constant instead: 84 pixels in 14 bins are then a little more
+    than 6 each, and get 7 samples. So the divisor is made to look as if it depended on `x`.
     """
     return x / jnp.where(jnp.isnan(x), 1, divisor).astype(x.dtype)
 

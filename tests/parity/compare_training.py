@@ -11,6 +11,7 @@ the same loader; what differs is the random sampling of anchors and proposals. R
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,11 @@ import numpy as np
 import tyro
 
 from detectax_eqx import Detections, data, evaluate, models, nn, train
-from detectax_eqx.weights import to_torchvision
+from detectax_eqx.weights import load_torchvision, save_safetensors, to_torchvision
 
 
 MIN_SIZE, MAX_SIZE, CANVAS = 160, 224, (160, 224)
+SIZES = {"canvases": [CANVAS], "min_size": MIN_SIZE, "max_size": MAX_SIZE}
 HIDDEN = 256
 ANCHORS = ((16.0,), (32.0,), (64.0,), (96.0,), (128.0,))
 SAMPLING = models.Sampling(pre_nms_top_n=200, post_nms_top_n=200, rpn_samples=128, box_samples=64)
@@ -57,8 +59,32 @@ def build(key, num_classes):
     return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=HIDDEN, anchor_sizes=ANCHORS)
 
 
+def torchvision_of(model):
+    """torchvision's detector with the parameters of ours."""
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=lambda channels: torch.nn.GroupNorm(32, channels),
+        trainable_layers=5,
+    )
+    reference = FasterRCNN(
+        backbone,
+        min_size=MIN_SIZE,
+        max_size=MAX_SIZE,
+        rpn_anchor_generator=AnchorGenerator(ANCHORS, ((0.5, 1.0, 2.0),) * 5),
+        box_head=TwoMLPHead(256 * 49, HIDDEN),
+        box_predictor=FastRCNNPredictor(HIDDEN, model.num_classes + 1),
+        rpn_pre_nms_top_n_train=SAMPLING.pre_nms_top_n,
+        rpn_post_nms_top_n_train=SAMPLING.post_nms_top_n,
+        rpn_batch_size_per_image=SAMPLING.rpn_samples,
+        box_batch_size_per_image=SAMPLING.box_samples,
+    )
+    reference.load_state_dict({name: torch.from_numpy(array) for name, array in to_torchvision(model).items()})
+    return reference
+
+
 def train_ours(model, loader, schedule, options):
-    """Returns a function from a batch to detections."""
+    """The trained model."""
 
     def loss(model, example, *, key):
         image, size, targets = train.augment(
@@ -79,48 +105,15 @@ def train_ours(model, loader, schedule, options):
     for k, batch in loader.iterate(0, options.steps):
         state, metrics = step(state, batch)
         report(k, float(metrics["loss"]))
-    return lambda batch: models.detect_batch(state.model, batch, min_size=MIN_SIZE, max_size=MAX_SIZE)
+    return state.model
 
 
 def train_torchvision(model, loader, schedule, options):
-    """Returns a function from a batch to detections."""
-    import torch
-    from torchvision.models.detection import FasterRCNN
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-
+    """The trained model, as ours."""
     torch.manual_seed(options.seed)
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet18",
-        weights=None,
-        norm_layer=lambda channels: torch.nn.GroupNorm(32, channels),
-        trainable_layers=5,
-    )
-    reference = FasterRCNN(
-        backbone,
-        min_size=MIN_SIZE,
-        max_size=MAX_SIZE,
-        rpn_anchor_generator=AnchorGenerator(ANCHORS, ((0.5, 1.0, 2.0),) * 5),
-        box_head=TwoMLPHead(256 * 49, HIDDEN),
-        box_predictor=FastRCNNPredictor(HIDDEN, model.num_classes + 1),
-        rpn_pre_nms_top_n_train=SAMPLING.pre_nms_top_n,
-        rpn_post_nms_top_n_train=SAMPLING.post_nms_top_n,
-        rpn_batch_size_per_image=SAMPLING.rpn_samples,
-        box_batch_size_per_image=SAMPLING.box_samples,
-    )
-    reference.load_state_dict({name: torch.from_numpy(array) for name, array in to_torchvision(model).items()})
+    reference = torchvision_of(model).train()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1.0, weight_decay=1e-2)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: float(schedule(k)))
-    reference.train()
-
-    def images_of(batch):
-        sizes = np.asarray(batch.image_sizes)
-        return [
-            torch.from_numpy(np.asarray(image[:h, :w])).permute(2, 0, 1).float() / 255
-            for image, (h, w) in zip(batch.images, sizes, strict=True)
-        ]
-
     for k, batch in loader.iterate(0, options.steps):
         t = batch.targets
         targets = [
@@ -133,20 +126,40 @@ def train_torchvision(model, loader, schedule, options):
         optimizer.step()
         rates.step()
         report(k, float(total))
-    reference.eval()
+    return load_torchvision(model, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
 
-    def detect(batch):
-        with torch.no_grad():
-            found = reference(images_of(batch))
-        boxes, scores = np.zeros((len(found), 100, 4), np.float32), np.zeros((len(found), 100), np.float32)
-        labels, valid = np.zeros((len(found), 100), np.int32), np.zeros((len(found), 100), bool)
-        for i, one in enumerate(found):
-            n = len(one["scores"])
-            boxes[i, :n], scores[i, :n], labels[i, :n] = one["boxes"], one["scores"], one["labels"] - 1
-            valid[i, :n] = True
-        return Detections(boxes, scores, labels, valid)
 
-    return detect
+def images_of(batch):
+    """The images of a batch as torchvision takes them."""
+    return [
+        torch.from_numpy(image[:height, :width]).permute(2, 0, 1).float() / 255
+        for image, (height, width) in zip(batch.images, batch.image_sizes, strict=True)
+    ]
+
+
+def detect_with_torchvision(reference, batch):
+    """torchvision's detections, padded as ours are."""
+    with torch.no_grad():
+        found = reference(images_of(batch))
+    n = len(found)
+    boxes, scores = np.zeros((n, 100, 4), np.float32), np.zeros((n, 100), np.float32)
+    labels, valid = np.zeros((n, 100), np.int32), np.zeros((n, 100), bool)
+    for i, one in enumerate(found):
+        rows = slice(0, len(one["scores"]))
+        boxes[i, rows], scores[i, rows], labels[i, rows] = one["boxes"], one["scores"], one["labels"] - 1
+        valid[i, rows] = True
+    return Detections(boxes, scores, labels, valid)
+
+
+def evaluate_with(detect, dataset):
+    """COCO's numbers of a function from batches to detections."""
+    results, image_ids = [], [image.id for image in dataset.images]
+    buckets = data.make_buckets(dataset.sizes, **SIZES)
+    for batch in data.eval_batches(dataset, batch_size=4, buckets=buckets):
+        results += evaluate.to_coco_results(
+            detect(batch), batch, image_ids=image_ids, category_ids=dataset.category_ids
+        )
+    return evaluate.evaluate_coco(dataset.annotations_path, results)
 
 
 def report(k, loss):
@@ -156,14 +169,13 @@ def report(k, loss):
 
 
 def main(options: Options) -> None:
-    """Trains one side and writes its numbers."""
+    """Trains one side, and evaluates its weights in both."""
     images = options.data / "images"
     train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
-    sizes = {"canvases": [CANVAS], "min_size": MIN_SIZE, "max_size": MAX_SIZE}
     loader = data.Loader(
         train_set,
         batch_size=options.batch_size,
-        buckets=data.make_buckets(train_set.sizes, **sizes),
+        buckets=data.make_buckets(train_set.sizes, **SIZES),
         seed=options.seed,
         max_objects=40,
         mask_size=None,
@@ -171,20 +183,22 @@ def main(options: Options) -> None:
     model = build(jr.key(options.seed), train_set.num_classes)
     schedule = train.warmup_cosine(options.learning_rate, total_steps=options.steps, warmup_steps=50)
     began = time.perf_counter()
-    run = train_ours if options.side == "ours" else train_torchvision
-    detect = run(model, loader, schedule, options)
+    model = (train_ours if options.side == "ours" else train_torchvision)(model, loader, schedule, options)
     seconds = time.perf_counter() - began
-    results = []
-    image_ids = [image.id for image in test_set.images]
-    for batch in data.eval_batches(test_set, batch_size=4, buckets=data.make_buckets(test_set.sizes, **sizes)):
-        results += evaluate.to_coco_results(
-            detect(batch), batch, image_ids=image_ids, category_ids=test_set.category_ids
-        )
-    metrics = evaluate.evaluate_coco(test_set.annotations_path, results)
-    print(evaluate.format_metrics(metrics))
-    print(evaluate.format_per_class(metrics))
+    ours = evaluate_with(
+        lambda batch: models.detect_batch(model, batch, min_size=MIN_SIZE, max_size=MAX_SIZE), test_set
+    )
+    theirs = evaluate_with(partial(detect_with_torchvision, torchvision_of(model).eval()), test_set)
+    print(evaluate.format_metrics(ours))
+    print(evaluate.format_per_class(ours))
+    differences = {name: abs(ours.numbers[name] - theirs.numbers[name]) for name in ours.numbers}
+    print(
+        f"torchvision's detections at these weights: AP {theirs.numbers['AP']:.4f}, AP50 {theirs.numbers['AP50']:.4f}"
+    )
+    print(f"largest difference of the twelve numbers: {max(differences.values()):.5f}")
     options.output.mkdir(parents=True, exist_ok=True)
-    summary = {"side": options.side, "steps": options.steps, "seconds": round(seconds, 1)} | metrics.numbers
+    save_safetensors(model, options.output / f"{options.side}.safetensors")
+    summary = {"side": options.side, "steps": options.steps, "seconds": round(seconds, 1)} | ours.numbers
     (options.output / f"{options.side}.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
 

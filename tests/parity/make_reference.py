@@ -1,4 +1,4 @@
-"""Writes torchvision's own results for tests/test_reference.py: `.venv-parity/bin/python tests/parity/make_reference.py`.
+"""Writes torchvision's own results for tests: `.venv-parity/bin/python tests/parity/make_reference.py`.
 
 `tests/data/torchvision_ops.npz` holds inputs and results of its operators, under `<operator>.<what>`;
 `tests/data/torchvision_names.json` the names and shapes of its detectors' parameters, as trees.
@@ -54,7 +54,7 @@ def special_boxes(height, width):
 
 def overlaps(rng):
     a, b = random_boxes(rng, 24, 100, 120), random_boxes(rng, 20, 100, 120)
-    b[:4], a[4, 2:], a[5, 2] = a[:4], a[4, :2], a[5, 0]  # equal boxes, a point, a line
+    b[:4], a[4, 3], a[5, 2] = a[:4], a[4, 1], a[5, 0]  # equal boxes, two lines; of points, CIoU is NaN there
     measures = {
         "iou": ops.box_iou,
         "giou": ops.generalized_box_iou,
@@ -181,7 +181,7 @@ def masks(rng):
 
 def losses(rng):
     a, b = random_boxes(rng, 16, 100, 120), random_boxes(rng, 16, 100, 120)
-    b[:3], a[3, 2:] = a[:3], a[3, :2]
+    b[:3], a[3, 3], a[4, 2] = a[:3], a[3, 1], a[4, 0]
     logits = rng.normal(size=(6, 8)).astype(np.float32) * 6
     targets = (rng.random((6, 8)) < 0.3).astype(np.float32)
     ta, tb, tl, tt = (torch.from_numpy(x) for x in (a, b, logits, targets))

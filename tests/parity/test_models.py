@@ -127,8 +127,8 @@ def test_losses_and_gradients(kind):
     grads, losses = total(model)
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(float(losses[name]), float(value), rtol=1e-4, atol=1e-4, err_msg=name)
-        print(f"{kind} {name}: {float(losses[name]):.6f} torchvision {float(value):.6f}")
+        np.testing.assert_allclose(float(losses[name]), value.item(), rtol=1e-4, atol=1e-4, err_msg=name)
+        print(f"{kind} {name}: {float(losses[name]):.6f} torchvision {value.item():.6f}")
     ours = to_torchvision(grads)
     assert gradients.keys() <= ours.keys()
     worst = max((_relative(ours[name], grad), name) for name, grad in gradients.items())

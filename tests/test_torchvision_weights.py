@@ -1,0 +1,211 @@
+"""torchvision's parameters by name, both ways: on tiny models of random numbers, and the real names and shapes."""
+
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx import models, nn
+from detectax_eqx.weights import WeightsError, load_torchvision, load_torchvision_backbone, named_leaves, to_torchvision
+
+
+def _body():
+    return nn.resnet18(key=jr.key(0), width=8)
+
+
+def _faster_rcnn(num_classes=3):
+    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
+    return models.FasterRCNN(backbone, num_classes, key=jr.key(0), hidden_size=32)
+
+
+def _mask_rcnn():
+    return models.MaskRCNN(_faster_rcnn(), key=jr.key(0), hidden_channels=16)
+
+
+BUILDERS = {"resnet": _body, "faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn}
+
+
+@cache
+def _shapes(build):
+    """What `build` makes, with shapes for arrays: nothing is computed."""
+    return eqx.filter_eval_shape(build)
+
+
+def _random(build, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), _shapes(build))
+
+
+def _check_equal(ours, theirs):
+    ours, theirs = named_leaves(ours), named_leaves(theirs)
+    assert list(ours) == list(theirs)
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+@pytest.fixture(params=BUILDERS)
+def build(request):
+    return BUILDERS[request.param]
+
+
+def test_round_trips(build):
+    model, other = _random(build), _random(build, seed=1)
+    arrays = to_torchvision(model)
+    assert len(arrays) == len(named_leaves(model))
+    loaded = load_torchvision(other, arrays)
+    _check_equal(loaded, model)
+    again = to_torchvision(loaded)
+    assert list(again) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def test_order_does_not_matter(build):
+    model = _random(build)
+    arrays = to_torchvision(model)
+    _check_equal(load_torchvision(_random(build, seed=1), dict(reversed(arrays.items()))), model)
+
+
+def test_arrays_are_copies():
+    model = _random(_body)
+    arrays = to_torchvision(model)
+    loaded = load_torchvision(model, arrays)
+    for array in arrays.values():
+        array[...] = 0
+    _check_equal(loaded, model)
+    _check_equal(model, _random(_body))
+
+
+@pytest.mark.parametrize("body", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn"])
+def test_real_names_and_shapes(head, body):
+    """Of every builder with torchvision's 91 outputs: as torchvision itself has them (make_reference.py)."""
+    stored = json.loads((Path(__file__).parent / "data" / "torchvision_names.json").read_text(encoding="utf-8"))
+    expected = _flat(stored["backbones"][body], "backbone.") | _flat(stored["heads"][head])
+    shapes = eqx.filter_eval_shape(getattr(models, f"{head}_{body}_fpn"), 90, key=jr.key(0))
+    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), shapes))  # a byte a number
+    assert {name: array.shape for name, array in arrays.items()} == expected
+
+
+def _flat(tree, prefix=""):
+    """Dotted names and shapes of a tree of names whose leaves are shapes as text."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(int(side) for side in value.split("x"))
+    return flat
+
+
+def _first_name(name):
+    """A parameter's name in the checkpoints that torchvision published first."""
+    for block in ("inner_blocks", "layer_blocks"):
+        for level in "0123":
+            name = name.replace(f"{block}.{level}.0.", f"{block}.{level}.")
+    name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+    for layer in range(4):
+        name = name.replace(f"mask_head.{layer}.0.", f"mask_head.mask_fcn{layer + 1}.")
+    return name
+
+
+@pytest.mark.parametrize("build", [_faster_rcnn, _mask_rcnn])
+def test_first_names(build):
+    model = _random(build)
+    arrays = {_first_name(name): array for name, array in to_torchvision(model).items()}
+    assert {"rpn.head.conv.weight", "backbone.fpn.inner_blocks.0.weight", "backbone.fpn.layer_blocks.3.bias"} <= set(
+        arrays
+    )
+    assert ("roi_heads.mask_head.mask_fcn1.weight" in arrays) == (build is _mask_rcnn)
+    _check_equal(load_torchvision(_random(build, seed=1), arrays), model)
+
+
+def test_counters_are_ignored(build):
+    model = _random(build)
+    arrays = to_torchvision(model)
+    counters = {
+        name.replace("running_var", "num_batches_tracked"): np.array(7) for name in arrays if "running_var" in name
+    }
+    assert counters
+    _check_equal(load_torchvision(_random(build, seed=1), arrays | counters), model)
+
+
+def test_other_dtypes_are_cast():
+    model = _random(_body)
+    arrays = {name: array.astype(np.float64) for name, array in to_torchvision(model).items()}
+    _check_equal(load_torchvision(_random(_body, seed=1), arrays), model)
+
+
+def test_misfits_are_listed(build):
+    model = _random(build)
+    arrays = to_torchvision(model)
+    names = list(arrays)
+    first, last = names[0], names[-1]
+    del arrays[first]
+    arrays[last] = np.append(arrays[last], 0)
+    arrays["somewhere.else"] = np.zeros(1, np.float32)
+    with pytest.raises(WeightsError) as caught:
+        load_torchvision(model, arrays)
+    error, message = caught.value, str(caught.value)
+    leaves = list(named_leaves(model))
+    assert error.missing == (leaves[0],)
+    assert error.unused == ("somewhere.else",)
+    assert len(error.mismatched) == 1 and leaves[-1] in error.mismatched[0]
+    assert all(entry in message for entry in (*error.missing, *error.unused, *error.mismatched))
+    shape = named_leaves(model)[leaves[-1]].shape
+    assert str(shape) in message and str((int(np.prod(shape)) + 1,)) in message
+
+
+def test_other_number_of_classes():
+    """Weights for other classes do not fit: the four arrays of the box predictor are listed."""
+    arrays = to_torchvision(_random(_faster_rcnn))
+    other = _random(partial(_faster_rcnn, num_classes=5))
+    with pytest.raises(WeightsError) as caught:
+        load_torchvision(other, arrays)
+    assert not caught.value.missing and not caught.value.unused
+    assert len(caught.value.mismatched) == 4
+    assert all("class_logits" in line or "box_deltas" in line for line in caught.value.mismatched)
+
+
+CLASSIFIER = {"fc.weight": np.zeros((10, 64), np.float32), "fc.bias": np.zeros(10, np.float32)}
+
+
+def test_classifier_of_a_backbone():
+    body = _random(_body)
+    _check_equal(load_torchvision(_random(_body, seed=1), to_torchvision(body) | CLASSIFIER), body)
+
+
+@pytest.mark.parametrize("build", [_faster_rcnn, _mask_rcnn])
+def test_load_torchvision_backbone(build):
+    body, model = _random(_body, seed=1), _random(build)
+    loaded = load_torchvision_backbone(model, to_torchvision(body) | CLASSIFIER)
+    detector = loaded.faster_rcnn if build is _mask_rcnn else loaded
+    _check_equal(detector.backbone.body, body)
+    before, after = named_leaves(model), named_leaves(loaded)
+    others = [name for name in before if ".body." not in name]
+    assert len(others) > 10
+    for name in others:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_classifier_layer_is_for_backbones_only():
+    """In a detector's file an `fc` layer is something unknown, and not passed over."""
+    model = _random(_faster_rcnn)
+    with pytest.raises(WeightsError) as caught:
+        load_torchvision(model, to_torchvision(model) | CLASSIFIER)
+    assert set(caught.value.unused) == set(CLASSIFIER)
+
+
+def test_backbone_of_a_detectors_file():
+    """A detector's file is none of a classifier: every parameter is missing, and the message says so."""
+    arrays = to_torchvision(_random(_faster_rcnn))
+    with pytest.raises(WeightsError, match="missing in the source") as caught:
+        load_torchvision(_random(_body), arrays)
+    assert len(caught.value.missing) == len(named_leaves(_random(_body)))
+    assert len(caught.value.unused) == len(arrays)
