@@ -44,7 +44,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format
 
 parity: $(PARITY)/.installed
-	$(PARITY)/bin/python -m pytest tests/parity -s
+	$(PARITY)/bin/python -m pytest tests/parity -s -n 0 -p no:cacheprovider --override-ini norecursedirs=
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python experiments/benchmark.py

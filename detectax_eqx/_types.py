@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, Num, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32, Real, UInt8
 
 
 # The host fills these with NumPy arrays, which JAX takes wherever it takes its own.
@@ -33,7 +33,7 @@ class Targets(eqx.Module):
     boxes: Float[AnyArray, "*b n 4"]
     labels: Int32[AnyArray, "*b n"]
     valid: Bool[AnyArray, "*b n"]
-    masks: Num[AnyArray, "*b n s t"] | Bool[AnyArray, "*b n s t"] | None = None
+    masks: Real[AnyArray, "*b n s t"] | Bool[AnyArray, "*b n s t"] | None = None
     mask_boxes: Float[AnyArray, "*b n 4"] | None = None
 
 

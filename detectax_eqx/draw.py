@@ -144,6 +144,10 @@ def _draw(
     font_size: int | None,
 ) -> Image.Image:
     """Masks below boxes below labels; of each, the first row comes on top."""
+    if not 0 <= mask_opacity <= 1:
+        raise ValueError(f"mask_opacity must be in 0..1, got {mask_opacity}.")
+    if line_width is not None and line_width < 1:
+        raise ValueError(f"line_width must be at least 1, got {line_width}.")
     height, width = image.shape[:2]
     line_width = max(1, round(min(height, width) / 240)) if line_width is None else line_width
     font = ImageFont.load_default(max(10, round(min(height, width) / 38)) if font_size is None else font_size)

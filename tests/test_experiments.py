@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,15 +101,20 @@ def test_train_resume_evaluate_predict(shapes, tmp_path):
     broken = tmp_path / "pictures" / "broken.jpg"
     broken.parent.mkdir()
     broken.write_bytes(b"no image")
-    Image.open(sorted(images.iterdir())[0]).save(tmp_path / "pictures" / "good.png")
+    shutil.copy(sorted(images.iterdir())[0], tmp_path / "pictures" / "good.png")
     arguments = ["--checkpoint", tmp_path / "whole", "--output", tmp_path / "out", tmp_path / "pictures"]
     output = run("predict.py", *arguments, "--score-threshold", "0.0", status=1)
     assert "broken.jpg" in output
     assert "1 of 2 files failed" in output
-    assert Image.open(tmp_path / "out" / "good.png.png").size == (64, 64)
+    assert _size(tmp_path / "out" / "good.png.png") == (64, 64)
     assert json.loads((tmp_path / "out" / "images.json").read_text())[0]["height"] == 64
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {result["category_id"] for result in results} <= {1, 3, 4, 7}
+
+
+def _size(path):
+    with Image.open(path) as image:
+        return image.size
 
 
 def _arrays(run_folder):
@@ -126,7 +132,7 @@ def test_quickstart_runs(tmp_path):
         "quickstart.py", "--output", tmp_path, "--steps", "2", "--train-images", "4", "--test-images", "8",
         "--batch-size", "2",
     )  # fmt: skip
-    assert Image.open(tmp_path / "demo.png").size[0] > 1000
+    assert _size(tmp_path / "demo.png")[0] > 1000
     assert {"bbox", "segm"} == json.loads((tmp_path / "metrics.json").read_text()).keys()
 
 

@@ -1,5 +1,6 @@
 """Detectors on synthetic arrays: one program, batch = vmap, finite losses whatever the targets, learning."""
 
+import functools
 from dataclasses import replace
 
 import equinox as eqx
@@ -7,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
 
-from detectax_eqx import Detections, Targets, models, nn
+from detectax_eqx import Detections, Targets, models, nn, train
 
 
 CANVAS = (64, 96)
@@ -20,7 +20,8 @@ SAMPLING = models.Sampling(pre_nms_top_n=50, post_nms_top_n=40, rpn_samples=32, 
 
 def tiny_faster_rcnn(key, num_classes=3):
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = nn.ResNetFPN(nn.resnet18(key=body_key, width=8, norm=nn.GroupNorm), key=fpn_key, channels=16)
+    body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=body_key, width=8, norm=nn.GroupNorm)
+    backbone = nn.ResNetFPN(body, key=fpn_key, channels=16)
     sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
     return models.FasterRCNN(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes)
 
@@ -49,10 +50,29 @@ def targets_of(boxes, labels, capacity=4):
     )
 
 
+@functools.cache
+def made(kind):
+    """The model of a kind, made once."""
+    return eqx.filter_jit(MODELS[kind][0])(jr.key(0))
+
+
 @pytest.fixture(params=MODELS)
-def case(request, getkey):
-    build, loss, names = MODELS[request.param]
-    return build(getkey()), loss, names
+def case(request):
+    return made(request.param), *MODELS[request.param][1:]
+
+
+@eqx.filter_jit
+@eqx.filter_value_and_grad(has_aux=True)
+def value_and_gradient(model, loss, image, targets, key):
+    """The sum of a loss's terms, the terms, and the gradient: compiled once for each model and capacity."""
+    terms = loss(model, image, SIZE, targets, key=key, sampling=SAMPLING)
+    return sum(term.mean() for term in terms.values()), terms
+
+
+@eqx.filter_jit
+def terms_of(model, loss, image, targets, key):
+    """The terms of a loss."""
+    return loss(model, image, SIZE, targets, key=key, sampling=SAMPLING)
 
 
 def _image(key, size=CANVAS):
@@ -72,14 +92,7 @@ SIZE = jnp.array(CANVAS, jnp.int32)
 )
 def test_losses_are_finite(case, getkey, boxes, labels):
     model, loss, names = case
-
-    @eqx.filter_jit
-    @eqx.filter_value_and_grad(has_aux=True)
-    def total(model, image, targets, key):
-        terms = loss(model, image, SIZE, targets, key=key, sampling=SAMPLING)
-        return sum(term.mean() for term in terms.values()), terms
-
-    (value, terms), grads = total(model, _image(getkey()), targets_of(boxes, labels), getkey())
+    (value, terms), grads = value_and_gradient(model, loss, _image(getkey()), targets_of(boxes, labels), getkey())
     assert terms.keys() == names
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -91,16 +104,12 @@ def test_losses_are_finite(case, getkey, boxes, labels):
 def test_padded_rows_of_targets_change_nothing(case, getkey):
     model, loss, _ = case
     image, key = _image(getkey()), getkey()
-    boxes, labels = [[10, 10, 40, 50], [50, 5, 90, 60]], [2, 0]
-    evaluate = eqx.filter_jit(lambda model, targets: loss(model, image, SIZE, targets, key=key, sampling=SAMPLING))
-    small, padded = (targets_of(boxes, labels, capacity) for capacity in (2, 6))
+    padded = targets_of([[10, 10, 40, 50], [50, 5, 90, 60]], [2, 0])
     rubbish = replace(padded, boxes=padded.boxes.at[2:].set(33.0), labels=padded.labels.at[2:].set(1))
-    # Sampling draws for a padded row too, so that the rows' keys differ; the anchors do not and give the same terms.
-    a, b = evaluate(model, padded), evaluate(model, rubbish)
+    a, b = terms_of(model, loss, image, padded, key), terms_of(model, loss, image, rubbish, key)
     for name in a:
         np.testing.assert_allclose(a[name].total, b[name].total, rtol=1e-5)
-    c = evaluate(model, small)
-    np.testing.assert_allclose(a["loss_objectness"].total, c["loss_objectness"].total, rtol=1e-5)
+        assert a[name].count == b[name].count > 0
 
 
 def test_an_image_alone_and_in_a_batch_give_the_same(case, getkey):
@@ -156,14 +165,14 @@ def test_detect_is_one_program_without_callbacks(case, getkey):
         ({"image_size": jnp.array([3, 4])}, "image_size, resized and canvas go together"),
     ],
 )
-def test_detect_refuses(getkey, options, message):
-    model = tiny_faster_rcnn(getkey())
+def test_detect_refuses(options, message):
+    model = made("faster")
     with pytest.raises(ValueError, match=message):
         models.detect(model, jnp.zeros((50, 70, 3), jnp.uint8), min_size=64, max_size=96, **options)
 
 
 def test_mask_loss_refuses_targets_without_masks(getkey):
-    model = tiny_mask_rcnn(getkey())
+    model = made("mask")
     targets = replace(targets_of([], []), masks=None, mask_boxes=None)
     with pytest.raises(ValueError, match="targets have no masks"):
         models.mask_rcnn_loss(model, _image(getkey()), SIZE, targets, key=getkey(), sampling=SAMPLING)
@@ -172,8 +181,7 @@ def test_mask_loss_refuses_targets_without_masks(getkey):
 @pytest.mark.parametrize("kind", MODELS)
 def test_overfits_a_handful_of_images(kind):
     """Bright rectangles on a dark ground: after 60 steps each is found, with its class."""
-    build, loss, _ = MODELS[kind]
-    model = build(jr.key(0))
+    model, loss = made(kind), MODELS[kind][1]
     rng = np.random.default_rng(0)
     images, targets, truths = [], [], []
     for _ in range(4):
@@ -187,7 +195,7 @@ def test_overfits_a_handful_of_images(kind):
         truths.append((boxes, labels))
     images = jnp.asarray(np.stack(images))
     targets = jax.tree.map(lambda *leaves: jnp.stack(leaves), *targets)
-    optimizer = optax.adam(2e-3)
+    optimizer = train.adamw(2e-3, weight_decay=0.0)
     state = optimizer.init(eqx.filter(model, eqx.is_array))
 
     @eqx.filter_jit
@@ -198,7 +206,7 @@ def test_overfits_a_handful_of_images(kind):
             return sum(jax.tree.map(lambda x: x.sum(), term).mean() for term in terms.values())
 
         value, grads = eqx.filter_value_and_grad(total)(model)
-        updates, state_ = optimizer.update(grads, state)
+        updates, state_ = optimizer.update(grads, state, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), state_, value
 
     for i in range(60):
@@ -233,13 +241,13 @@ def test_parameter_counts_equal_torchvisions(build, parameters):
 @pytest.mark.parametrize(
     "layers, stem, first, last", [(5, True, True, True), (3, False, False, True), (0, False, False, False)]
 )
-def test_trainable(getkey, layers, stem, first, last):
-    mask = models.trainable(tiny_mask_rcnn(getkey()), trainable_layers=layers)
+def test_trainable(layers, stem, first, last):
+    mask = models.trainable(made("mask"), trainable_layers=layers)
     body = mask.faster_rcnn.backbone.body
     assert body.conv1.weight is stem
     assert body.norm1.weight is stem
     assert body.layers[0][0].conv1.weight is first
-    assert body.layers[3][1].conv2.weight is last
+    assert body.layers[3][0].conv2.weight is last
     assert mask.faster_rcnn.backbone.fpn.lateral[0].weight is True
     assert mask.mask_head.mask_logits.weight is True
 

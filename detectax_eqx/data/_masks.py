@@ -27,6 +27,8 @@ def mask_in_box(
     """
     if segmentation is None:
         raise ValueError("segmentation is None: the object has a box only.")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}.")
     x0, y0, x1, y1 = (float(side) for side in box)
     if isinstance(segmentation, dict):
         pixels = decode_rle(segmentation)

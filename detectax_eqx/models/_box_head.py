@@ -139,6 +139,10 @@ def box_detections(
     Every proposal may yield a detection of every class whose softmax score exceeds `score_threshold`; boxes are clipped
     to the image and those with a side below `min_size` pixels dropped. No candidate is cut off before suppression.
     """
+    if not 0 <= nms_threshold <= 1:
+        raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
     num_proposals, num_classes = logits.shape[0], logits.shape[1] - 1
     scores = jax.nn.softmax(logits)[:, 1:]
     boxes = decode_boxes(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int32, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, Real, PRNGKeyArray
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
@@ -79,7 +79,7 @@ class FasterRCNN(eqx.Module):
         """Number of foreground classes."""
         return self.box_head.num_classes
 
-    def normalize(self, image: Num[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> Float[Array, "3 h w"]:
+    def normalize(self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> Float[Array, "3 h w"]:
         """Pixel values 0..255 to the backbone's scale; what lies outside `image_size` becomes 0, as in torchvision."""
         x = (image.astype(jnp.float32) - jnp.asarray(self.pixel_mean)[None, None]) / jnp.asarray(self.pixel_std)[
             None, None
@@ -88,7 +88,7 @@ class FasterRCNN(eqx.Module):
         columns = jnp.arange(image.shape[1])[None, :, None] < image_size[1]
         return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)
 
-    def extract(self, image: Num[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
+    def extract(self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
         """The pyramid's features and the proposal head's output for an image on its canvas."""
         features = self.backbone(self.normalize(image, image_size))
         return features, self.rpn(features, (image.shape[0], image.shape[1]))
@@ -106,7 +106,7 @@ class FasterRCNN(eqx.Module):
 
     def __call__(
         self,
-        image: Num[Array, "h w 3"],
+        image: Real[Array, "h w 3"],
         image_size: Int32[Array, " 2"],
         *,
         score_threshold: float = 0.05,
@@ -133,7 +133,7 @@ class FasterRCNN(eqx.Module):
 
     def detect_boxes(
         self,
-        image: Num[Array, "h w 3"],
+        image: Real[Array, "h w 3"],
         image_size: Int32[Array, " 2"],
         *,
         score_threshold: float,
@@ -186,7 +186,7 @@ TORCHVISION_SAMPLING = Sampling()
 
 def faster_rcnn_loss(
     model: FasterRCNN,
-    image: Num[Array, "h w 3"],
+    image: Real[Array, "h w 3"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,
@@ -206,7 +206,7 @@ def faster_rcnn_loss(
 
 def two_stage_losses(
     model: FasterRCNN,
-    image: Num[Array, "h w 3"],
+    image: Real[Array, "h w 3"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Int32, Num, PRNGKeyArray
+from jaxtyping import Array, Int32, Real, PRNGKeyArray
 
 from .._types import Detections, Targets, WeightedSum
 from ._faster_rcnn import TORCHVISION_SAMPLING, FasterRCNN, Sampling, two_stage_losses
@@ -39,7 +39,7 @@ class MaskRCNN(eqx.Module):
 
     def __call__(
         self,
-        image: Num[Array, "h w 3"],
+        image: Real[Array, "h w 3"],
         image_size: Int32[Array, " 2"],
         *,
         score_threshold: float = 0.05,
@@ -67,7 +67,7 @@ class MaskRCNN(eqx.Module):
 
 def mask_rcnn_loss(
     model: MaskRCNN,
-    image: Num[Array, "h w 3"],
+    image: Real[Array, "h w 3"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,

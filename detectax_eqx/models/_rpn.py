@@ -114,6 +114,12 @@ def propose(
 
     torchvision's rule and defaults (at training time it keeps 2000 and 2000).
     """
+    if not 0 <= nms_threshold <= 1:
+        raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")
+    if pre_nms_top_n < 1 or post_nms_top_n < 1:
+        raise ValueError(
+            f"pre_nms_top_n and post_nms_top_n must be at least 1, got {pre_nms_top_n} and {post_nms_top_n}."
+        )
     boxes, scores, valid = [], [], []
     for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True):
         top_logits, top = lax.top_k(lax.stop_gradient(logits), min(pre_nms_top_n, logits.shape[0]))
@@ -150,6 +156,8 @@ def rpn_loss(
     An anchor is positive if its IoU with an object reaches `positive_iou`, or is that object's best; negative below
     `negative_iou`. Both terms are counted by the number of sampled anchors, as in torchvision.
     """
+    if not negative_iou <= positive_iou:
+        raise ValueError(f"negative_iou must be at most positive_iou, got {negative_iou} and {positive_iou}.")
     logits, deltas = jnp.concatenate(output.logits), jnp.concatenate(output.deltas)
     anchors = jnp.concatenate(output.anchors)
     matches = match_boxes(

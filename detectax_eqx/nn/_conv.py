@@ -35,6 +35,8 @@ def conv2d(
     >>> conv2d(x, jnp.full((1, 1, 1, 1), 2.0)).tolist()
     [[[0.0, 2.0], [4.0, 6.0]]]
     """
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}.")
     if weight.shape[2:] == (1, 1) and padding == 0:
         y = jnp.einsum("oi,ihw->ohw", weight[:, :, 0, 0], x[:, ::stride, ::stride])
     else:
@@ -103,6 +105,8 @@ def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, paddi
     >>> max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), kernel_size=2, stride=2).tolist()
     [[[5.0, 7.0], [13.0, 15.0]]]
     """
+    if kernel_size < 1 or stride < 1:
+        raise ValueError(f"kernel_size and stride must be at least 1, got {kernel_size} and {stride}.")
     window, strides, pads = (1, kernel_size, kernel_size), (1, stride, stride), ((0, 0), *((padding, padding),) * 2)
     return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, pads)
 

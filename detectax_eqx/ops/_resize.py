@@ -5,6 +5,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from ._sampling import output_bins
+
 
 def resized_size(
     image_size: tuple[int, int], *, min_size: float, max_size: float, canvas: tuple[int, int] | None = None
@@ -32,6 +34,7 @@ def resized_size(
         raise ValueError(f"min_size and max_size must be positive, got {min_size} and {max_size}.")
     scale = min(min_size / min(height, width), max_size / max(height, width))
     if canvas is not None:
+        output_bins(canvas, "canvas")
         scale = min(scale, canvas[0] / height, canvas[1] / width)
     return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 
@@ -57,11 +60,14 @@ def resize_image(
 
     Differentiable in `image`. The separable weights are applied by two gathers and a linear interpolation an axis.
 
+    Raises a `ValueError` for a canvas without pixels.
+
     >>> image = jnp.array([[0.0], [1.0]])[..., None]  # 2×1 pixels, one channel
     >>> size, output = jnp.array([2, 1]), jnp.array([4, 1])
     >>> resize_image(image, image_size=size, output_size=output, canvas=(4, 1))[:, 0, 0].tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
+    output_bins(canvas, "canvas")
     rows, row_inside = _axis_taps(canvas[0], image_size[0], output_size[0], None if offset is None else offset[0], None)
     columns, column_inside = _axis_taps(
         canvas[1], image_size[1], output_size[1], None if offset is None else offset[1], flip

@@ -90,9 +90,10 @@ def multilevel_roi_align(
     first = strides[0].bit_length() - 1
     if strides[0] < 1 or strides != tuple(2 ** (first + i) for i in range(len(strides))):
         raise ValueError(f"strides must be powers of two, each twice the one before, got {strides}.")
-    if len({feature.shape[0] for feature in features}) > 1 or len({feature.dtype for feature in features}) > 1:
+    # The type checker looks at one map of the sequence only.
+    if len({(feature.ndim, feature.shape[0], feature.dtype) for feature in features}) > 1:
         maps = ", ".join(f"{feature.dtype}{list(feature.shape)}" for feature in features)
-        raise ValueError(f"features must have the same number of channels and dtype on all levels, got {maps}.")
+        raise ValueError(f"features must have the same axes, channels and dtype on all levels, got {maps}.")
     if not canonical_size > 0:
         raise ValueError(f"canonical_size must be positive, got {canonical_size}.")
     level = _levels(boxes, first, first + len(strides) - 1, canonical_size, canonical_level) - first
