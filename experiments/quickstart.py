@@ -27,11 +27,11 @@ class Options:
 
     output: Path = Path("runs/quickstart")
     """Folder for everything that it makes."""
-    steps: int = 700
+    steps: int = 400
     """Training steps."""
     batch_size: int = 8
     """Images a step."""
-    train_images: int = 1200
+    train_images: int = 1000
     """Synthetic images to train on."""
     test_images: int = 100
     """Synthetic images to evaluate on."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, TextIO
 
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 import tyro
 from _shared import Detector, ModelName, NormName, build, console, evaluate_on, initialize, progress
@@ -195,13 +196,14 @@ def main(options: Options) -> None:
     start = int(state.step)
     log = open_log(options.output / "metrics.jsonl", until=start)
     batches = loader.iterate(start, total_steps)
-    clock, images = time.perf_counter(), 0
+    clock, images, left_out = time.perf_counter(), 0, 0
     try:
         with log, progress() as bar:
             task = bar.add_task("training", total=total_steps, completed=start, status="compiling")
             for k, batch in batches:
                 state, metrics = step(state, train.shard_batch(batch, mesh))
                 done, images = k + 1, images + options.batch_size
+                left_out += int(np.sum(batch.overflow))
                 epoch_ends = done % epoch_steps == 0 or done == total_steps
                 if done % options.log_every == 0 or done == start + 1 or epoch_ends:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
@@ -212,11 +214,13 @@ def main(options: Options) -> None:
                         epoch=done / epoch_steps,
                         rate=float(jnp.asarray(schedule(k))),
                         images_s=rate,
+                        left_out=left_out,
                         **values,
                     )
-                    status = f"loss {values['loss']:.3f}, {rate:.1f} images/s"
-                    if values["overflow"]:
-                        status += f", {values['overflow']:.0f} objects beyond --max-objects left out"
+                    terms = [f"{n.removeprefix('loss_')} {v:.2f}" for n, v in values.items() if n.startswith("loss_")]
+                    status = f"loss {values['loss']:.3f} ({', '.join(terms)}), {rate:.1f} images/s"
+                    if left_out:
+                        status += f", {left_out} objects beyond --max-objects left out so far"
                     bar.update(task, completed=done, status=status)
                     clock, images = time.perf_counter(), 0
                 if epoch_ends:

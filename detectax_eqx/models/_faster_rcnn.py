@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int32, Real, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone

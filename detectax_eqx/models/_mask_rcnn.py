@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Int32, Real, PRNGKeyArray
+from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ._faster_rcnn import TORCHVISION_SAMPLING, FasterRCNN, Sampling, two_stage_losses
