@@ -21,6 +21,7 @@ from ._detect import detect as detect, detect_batch as detect_batch
 from ._faster_rcnn import (
     FasterRCNN as FasterRCNN,
     Sampling as Sampling,
+    Selection as Selection,
     faster_rcnn_loss as faster_rcnn_loss,
 )
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss

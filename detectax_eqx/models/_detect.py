@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32, UInt8
 
 from .._types import Batch, Detections
 from ..ops import resize_image, resized_size
-from ._faster_rcnn import FasterRCNN
+from ._faster_rcnn import FasterRCNN, Selection
 from ._mask_rcnn import MaskRCNN
 
 
@@ -68,13 +68,7 @@ def detect(
     pixels = resize_image(
         jnp.asarray(image).astype(jnp.float32), image_size=image_size, output_size=resized, canvas=canvas
     )
-    detections = model(
-        pixels,
-        resized,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-    )
+    detections = model(pixels, resized, selection=Selection(score_threshold, nms_threshold, max_detections))
     ratio = image_size.astype(jnp.float32) / resized.astype(jnp.float32)
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
     return replace(detections, boxes=detections.boxes * scale[None])
@@ -98,30 +92,18 @@ def detect_batch(
         resized_size((int(height), int(width)), min_size=min_size, max_size=max_size, canvas=batch.canvas)
         for height, width in np.asarray(batch.image_sizes)
     ]
-    return _detect_images(
-        model,
-        batch.images,
-        batch.image_sizes,
-        np.array(resized, np.int32),
-        batch.canvas,
-        score_threshold,
-        nms_threshold,
-        max_detections,
-    )
+    options = {
+        "canvas": batch.canvas,
+        "score_threshold": score_threshold,
+        "nms_threshold": nms_threshold,
+        "max_detections": max_detections,
+    }
+    return _detect_images(model, batch.images, batch.image_sizes, np.array(resized, np.int32), options)
 
 
 @eqx.filter_jit
-def _detect_images(model, images, image_sizes, resized, canvas, score_threshold, nms_threshold, max_detections):
+def _detect_images(model, images, image_sizes, resized, options):
     def one(image, image_size, resized):
-        return detect(
-            model,
-            image,
-            canvas=canvas,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-            image_size=image_size,
-            resized=resized,
-        )
+        return detect(model, image, image_size=image_size, resized=resized, **options)
 
     return jax.vmap(one)(jnp.asarray(images), jnp.asarray(image_sizes), jnp.asarray(resized))

@@ -21,6 +21,26 @@ IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 Features = tuple[Float[Array, "c _ _"], ...]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which proposals and detections a two-stage detector keeps; the defaults are torchvision's.
+
+    - `score_threshold`: detections need a score above it, 0..1.
+    - `nms_threshold`: IoU above which the lower of two detections of a class is dropped.
+    - `max_detections`: detections an image.
+    - `pre_nms_top_n`, `post_nms_top_n`: proposals a level before, and in all after, suppression.
+    """
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+    pre_nms_top_n: int = 1000
+    post_nms_top_n: int = 1000
+
+
+TORCHVISION_SELECTION = Selection()
+
+
 class FasterRCNN(eqx.Module):
     """A two-stage box detector: backbone with pyramid, region proposals, box head.
 
@@ -109,52 +129,34 @@ class FasterRCNN(eqx.Module):
         image: Real[Array, "h w 3"],
         image_size: Int32[Array, " 2"],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
-        pre_nms_top_n: int = 1000,
-        post_nms_top_n: int = 1000,
+        selection: Selection = TORCHVISION_SELECTION,
     ) -> Detections:
         """Detections in canvas pixels.
 
         - `image`: RGB in 0..255, of whatever dtype, on a canvas of multiples of 32; `image_size`: its `(height, width)`
           there.
-        - `pre_nms_top_n`, `post_nms_top_n`: proposals a level before, and in all after, suppression.
+        - `selection`: which proposals and detections are kept.
         """
-        return self.detect_boxes(
-            image,
-            image_size,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-            pre_nms_top_n=pre_nms_top_n,
-            post_nms_top_n=post_nms_top_n,
-        )[1]
+        return self.detect_boxes(image, image_size, selection=selection)[1]
 
     def detect_boxes(
-        self,
-        image: Real[Array, "h w 3"],
-        image_size: Int32[Array, " 2"],
-        *,
-        score_threshold: float,
-        nms_threshold: float,
-        max_detections: int,
-        pre_nms_top_n: int,
-        post_nms_top_n: int,
+        self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"], *, selection: Selection
     ) -> tuple[Features, Detections]:
         """What the call does, and the features it did it on, for heads beside the box head."""
         features, output = self.extract(image, image_size)
         size = image_size.astype(jnp.float32)
-        proposals = propose(output, size, pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
+        proposals = propose(
+            output, size, pre_nms_top_n=selection.pre_nms_top_n, post_nms_top_n=selection.post_nms_top_n
+        )
         logits, deltas = self.box_head(self.pool(features, proposals.boxes, output_size=self.box_head.pool_size))
         detections = box_detections(
             logits,
             deltas,
             proposals,
             size,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
+            score_threshold=selection.score_threshold,
+            nms_threshold=selection.nms_threshold,
+            max_detections=selection.max_detections,
         )
         return features, detections
 

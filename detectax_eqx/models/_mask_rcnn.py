@@ -7,7 +7,14 @@ import jax
 from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
-from ._faster_rcnn import TORCHVISION_SAMPLING, FasterRCNN, Sampling, two_stage_losses
+from ._faster_rcnn import (
+    TORCHVISION_SAMPLING,
+    TORCHVISION_SELECTION,
+    FasterRCNN,
+    Sampling,
+    Selection,
+    two_stage_losses,
+)
 from ._mask_head import MaskHead, mask_loss
 
 
@@ -42,25 +49,13 @@ class MaskRCNN(eqx.Module):
         image: Real[Array, "h w 3"],
         image_size: Int32[Array, " 2"],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
-        pre_nms_top_n: int = 1000,
-        post_nms_top_n: int = 1000,
+        selection: Selection = TORCHVISION_SELECTION,
     ) -> Detections:
         """Detections in canvas pixels, with masks of 28×28 probabilities in the frame of their box.
 
         Arguments are those of `FasterRCNN`.
         """
-        features, detections = self.faster_rcnn.detect_boxes(
-            image,
-            image_size,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-            pre_nms_top_n=pre_nms_top_n,
-            post_nms_top_n=post_nms_top_n,
-        )
+        features, detections = self.faster_rcnn.detect_boxes(image, image_size, selection=selection)
         pooled = self.faster_rcnn.pool(features, detections.boxes, output_size=self.mask_head.pool_size)
         return replace(detections, masks=jax.nn.sigmoid(self.mask_head(pooled, detections.labels)))
 
