@@ -1,5 +1,6 @@
 """torchvision detectors at random weights under which they find something, and real images to find it in."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,21 @@ def random_detector(kind: type[FasterRCNN] | type[MaskRCNN], *, body="resnet50",
         predictor.bbox_pred.weight.mul_(10)
         if isinstance(model, MaskRCNN):
             model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
-    return model.eval()
+    model.eval()
+    _spread_classes(model, torch.rand(3, 320, 480, generator=generator))
+    return model
+
+
+def _spread_classes(model, image):
+    """Centres and scales the class logits, so that proposals differ in class and are sure of it."""
+    logits = []
+    hook = model.roi_heads.box_predictor.register_forward_hook(lambda _, __, output: logits.append(output[0]))
+    with torch.no_grad():
+        model([image])
+        hook.remove()
+        layer, scale = model.roi_heads.box_predictor.cls_score, 2.5 / logits[0].std(dim=0).mean()
+        layer.weight.mul_(scale)
+        layer.bias.sub_(logits[0].mean(dim=0)).mul_(scale)
 
 
 def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -48,6 +63,9 @@ def real_images(count: int) -> list[np.ndarray]:
     if not folder.is_dir():
         return []
     images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.jpg"))]
+    # A program is compiled for each size: the commonest sizes first.
+    common = Counter(image.shape for image in images)
+    images.sort(key=lambda image: (-common[image.shape], image.shape))
     wide = [image for image in images if image.shape[0] <= image.shape[1]]
     tall = [image for image in images if image.shape[0] > image.shape[1]]
     return [image for pair in zip(tall, wide, strict=False) for image in pair][:count]
