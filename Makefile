@@ -10,7 +10,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
 .PHONY: help demo test lint format parity bench clean
 
 help:
-	@echo "make demo    train, evaluate and draw a small Mask R-CNN on synthetic images (about 6 minutes on two cores)"
+	@echo "make demo    train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
 	@echo "make format  mend style"
