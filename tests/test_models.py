@@ -237,8 +237,7 @@ def _iou(a, b):
 )
 def test_parameter_counts_equal_torchvisions(build, parameters):
     model = eqx.filter_eval_shape(build, 90, key=jr.key(0))
-    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
-    assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
+    assert models.num_parameters(model) == parameters
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyT
 
 
 def num_parameters(model: PyTree) -> int:
-    """Number of trainable numbers in a model, `FrozenBatchNorm`s left out as torchvision leaves out its buffers."""
+    """Number of trainable numbers in a model, `FrozenBatchNorm`s left out as torchvision leaves out its buffers.
+
+    The model may be one of shapes alone (`eqx.filter_eval_shape`).
+    """
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm))
-    return sum(leaf.size for leaf in leaves if eqx.is_array(leaf))
+    return sum(leaf.size for leaf in leaves if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
