@@ -4,13 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
 from ..nn import Conv2d, Upsample2x2, relu
 from ..ops import crop_masks
 from ._box_head import SampledProposals
+from ._rpn import binary_cross_entropy
 
 
 class MaskHead(eqx.Module):
@@ -39,8 +39,7 @@ class MaskHead(eqx.Module):
         widths = (channels,) + (hidden_channels,) * depth
         self.convs = tuple(Conv2d(i, o, 3, key=k) for i, o, k in zip(widths[:-1], widths[1:], keys[2:], strict=True))
         self.upsample = Upsample2x2(widths[-1], hidden_channels, key=keys[0])
-        init = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)
-        self.mask_logits = Conv2d(hidden_channels, num_classes + 1, 1, init=init, key=keys[1])
+        self.mask_logits = Conv2d(hidden_channels, num_classes + 1, 1, key=keys[1])
         self.pool_size = pool_size
 
     def __call__(self, features: Float[Array, "n c s s"], labels: Int32[Array, " n"]) -> Float[Array, "n 2*s 2*s"]:
@@ -83,6 +82,6 @@ def mask_loss(
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )
-    losses = (jax.nn.softplus(logits) - wanted * logits).sum(axis=(1, 2))
+    losses = binary_cross_entropy(logits, wanted).sum(axis=(1, 2))
     count = sampled.positive.sum().astype(jnp.float32) * float(size * size)
     return {"loss_mask": WeightedSum(jnp.where(sampled.positive, losses, 0.0).sum(), count)}

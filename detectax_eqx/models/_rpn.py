@@ -173,7 +173,7 @@ def rpn_loss(
     positive = matches.positive[sampled] & valid
     wanted = encode_boxes(targets.boxes[matches.indices[sampled]], anchors[sampled], weights=RPN_WEIGHTS)
     box_losses = smooth_l1_loss(deltas[sampled], wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
-    logit_losses = _binary_cross_entropy(logits[sampled], positive.astype(jnp.float32))
+    logit_losses = binary_cross_entropy(logits[sampled], positive.astype(jnp.float32))
     count = valid.sum().astype(jnp.float32)
     return {
         "loss_objectness": WeightedSum(jnp.where(valid, logit_losses, 0.0).sum(), count),
@@ -181,7 +181,8 @@ def rpn_loss(
     }
 
 
-def _binary_cross_entropy(logits: Float[Array, "*s"], targets: Float[Array, "*s"]) -> Float[Array, "*s"]:
+def binary_cross_entropy(logits: Float[Array, "*s"], targets: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Elementwise cross entropy of sigmoid logits with targets 0..1."""
     return jax.nn.softplus(logits) - targets * logits
 
 

@@ -88,9 +88,7 @@ class Upsample2x2(eqx.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, key: PRNGKeyArray):
         # torch counts the fan-out of a transposed kernel on its first axis.
-        self.weight = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)(
-            key, (in_channels, out_channels, 2, 2)
-        )
+        self.weight = he_fan_out(key, (in_channels, out_channels, 2, 2))
         self.bias = jnp.zeros(out_channels)
 
     def __call__(self, x: Float[Array, "i h w"]) -> Float[Array, "o 2*h 2*w"]:
