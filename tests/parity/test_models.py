@@ -1,5 +1,7 @@
 """torchvision's detectors at the same weights: the same detections, the same losses, the same gradients."""
 
+from copy import deepcopy
+
 import pytest
 
 
@@ -42,9 +44,37 @@ def _mask_iou(a, b):
     return (a & b).sum() / union if union else 1.0
 
 
-@pytest.mark.timeout(1800)
+def _torchvision_detections(reference, image):
+    dtype = next(reference.parameters()).dtype
+    with torch.no_grad():
+        tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).to(dtype) / 255
+        return {name: value.numpy() for name, value in reference([tensor])[0].items()}
+
+
+def _assert_same(found, expected, image):
+    """Fails unless the detections agree; gives the IoU of each pair of pasted masks."""
+    n = int(found.valid.sum())
+    assert n == len(expected["scores"])
+    boxes, labels, scores = (np.asarray(x)[:n] for x in (found.boxes, found.labels + 1, found.scores))
+    order = _order(boxes, labels, expected)
+    expected = {name: value[order] for name, value in expected.items()}
+    np.testing.assert_array_equal(labels, expected["labels"])
+    np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
+    np.testing.assert_allclose(boxes, expected["boxes"], atol=0.05)
+    if found.masks is None:
+        return []
+    pasted = np.asarray(ops.paste_masks(found.masks[:n], found.boxes[:n], image_size=image.shape[:2]))
+    return [_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)]
+
+
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", CASES)
 def test_detections_on_real_images(kind):
+    """torchvision's detections; where its float32 turned a decision at a threshold, those of its own float64.
+
+    Among the 20,000 proposals of 20 images one lay within 5e-6 of the IoU threshold .7, on either side of it by how the
+    convolutions round. There torchvision in double precision is the judge, of the whole image and as strictly.
+    """
     torch_class, build = CASES[kind]
     images = real_images(20)
     if len(images) < 20:
@@ -52,25 +82,18 @@ def test_detections_on_real_images(kind):
     reference = random_detector(torch_class)
     model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
     detect = eqx.filter_jit(models.detect)
-    ious, total = [], 0
-    for image in images:
-        with torch.no_grad():
-            tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
-            expected = {name: value.numpy() for name, value in reference([tensor])[0].items()}
+    ious, total, judged_in_double = [], 0, []
+    for i, image in enumerate(images):
         found = detect(model, image)
-        n = int(found.valid.sum())
-        total += n
-        assert n == len(expected["scores"])
-        order = _order(np.asarray(found.boxes)[:n], np.asarray(found.labels)[:n] + 1, expected)
-        expected = {name: value[order] for name, value in expected.items()}
-        np.testing.assert_array_equal(np.asarray(found.labels)[:n] + 1, expected["labels"])
-        np.testing.assert_allclose(np.asarray(found.scores)[:n], expected["scores"], atol=1e-4)
-        np.testing.assert_allclose(np.asarray(found.boxes)[:n], expected["boxes"], atol=0.05)
-        if kind == "mask":
-            pasted = np.asarray(ops.paste_masks(found.masks[:n], found.boxes[:n], image_size=image.shape[:2]))
-            ious += [_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)]
+        total += int(found.valid.sum())
+        try:
+            ious += _assert_same(found, _torchvision_detections(reference, image), image)
+        except AssertionError:
+            judged_in_double.append(i)
+            ious += _assert_same(found, _torchvision_detections(deepcopy(reference).double(), image), image)
+    print(f"{kind}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
-    print(f"{kind}: {total} detections on {len(images)} images")
+    assert len(judged_in_double) <= 2
     if kind == "mask":
         print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}")
         assert min(ious) > 0.99
