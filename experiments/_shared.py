@@ -1,6 +1,7 @@
 """What the scripts share: detectors by name or from a file, and detection over a dataset."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax.random as jr
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -104,7 +106,7 @@ def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
     if outputs is None:
         raise SystemExit(f"{path} has no entry …{ends}: it does not hold a detector.")
     model = build(name, outputs - 1, norm)
-    return Detector(weights.load_torchvision(model, arrays) if is_torch else weights.load_safetensors(model, path))
+    return Detector(weights.load_torchvision(model, path) if is_torch else weights.load_safetensors(model, path))
 
 
 def load_detector(
@@ -131,14 +133,28 @@ def load_detector(
     return replace(detector, min_size=short, max_size=long, canvases=((low, high), (high, low)))
 
 
-def initialize(model: Model, path: Path) -> Model:
-    """`model` with the weights of a detector, or of an ImageNet ResNet in its backbone."""
-    if path.suffix == ".safetensors":
-        return weights.load_safetensors(model, path)
-    arrays = weights.read_pth(path)
-    if any(name.startswith("backbone.") for name in arrays):
-        return weights.load_torchvision(model, arrays)
-    return weights.load_torchvision_backbone(model, arrays)
+# The layers whose size is the number of classes, by torchvision's names.
+PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+
+
+def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Model:
+    """`model` with the weights of a detector of its name, or of an ImageNet ResNet in its backbone.
+
+    A detector of another number of classes gives all but its predictors, which stay as they are: to be fine-tuned.
+    """
+    if path.suffix != ".safetensors" and not any(key.startswith("backbone.") for key in weights.read_pth(path)):
+        return weights.load_torchvision_backbone(model, path)
+    source = load_weights(name, norm, path).model
+    arrays = weights.to_torchvision(source)
+    if source.num_classes != model.num_classes:
+        console.print(
+            f"{path} knows {source.num_classes} classes and this model {model.num_classes}: "
+            "the layers that tell classes apart start at random.",
+            highlight=False,
+        )
+        own = weights.to_torchvision(model)
+        arrays |= {key: array for key, array in own.items() if key.startswith(PREDICTORS)}
+    return weights.load_torchvision(model, arrays)
 
 
 def detect_dataset(
@@ -178,6 +194,14 @@ def evaluate_on(
     }
     (folder / "metrics.json").write_text(json.dumps({kind: asdict(m) for kind, m in metrics.items()}, indent=1))
     return metrics
+
+
+def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
+    """Runs a script on its command line; an error of the user's files is told in its own words, without a traceback."""
+    try:
+        main(tyro.cli(options, description=description))
+    except (data.DatasetError, weights.WeightsError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 def progress() -> Progress:

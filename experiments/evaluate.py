@@ -8,8 +8,7 @@ Writes `detections.json` (COCO results format, in the original images' pixels) a
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from _shared import ModelName, NormName, console, evaluate_on, load_detector
+from _shared import ModelName, NormName, console, evaluate_on, load_detector, run
 
 from detectax_eqx import data, evaluate
 
@@ -71,4 +70,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -7,14 +7,12 @@ the position in `images.json`. A file that cannot be read is reported and the ot
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
-from _shared import Detector, ModelName, NormName, console, load_detector
+from _shared import Detector, ModelName, NormName, console, load_detector, run
 from tyro.conf import Positional
 
 from detectax_eqx import Batch, Targets, data, draw, evaluate, models
@@ -55,8 +53,8 @@ class Options:
     """Detections an image."""
 
 
-def main(options: Options) -> int:
-    """Predicts, and returns the number of files that failed."""
+def main(options: Options) -> None:
+    """Predicts; the exit status is 1 if a file failed."""
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
@@ -98,7 +96,7 @@ def main(options: Options) -> int:
     (options.output / "images.json").write_text(json.dumps(images, indent=1))
     if failures:
         console.print(f"{failures} of {failures + len(images)} files failed.")
-    return failures
+        raise SystemExit(1)
 
 
 def category_names(detector: Detector, annotations: Path | None) -> dict[int, str]:
@@ -153,4 +151,4 @@ def first_of(detections):
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(tyro.cli(Options, description=__doc__)) else 0)
+    run(main, Options, __doc__)

@@ -14,8 +14,7 @@ import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
-import tyro
-from _shared import Detector, console, evaluate_on, progress
+from _shared import Detector, console, evaluate_on, progress, run
 from PIL import Image
 
 from detectax_eqx import Batch, data, draw, evaluate, models, nn, train, weights
@@ -138,4 +137,4 @@ def draw_sheet(detector: Detector, dataset: data.CocoDataset, *, columns: int, r
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import tyro
-from _shared import Detector, ModelName, NormName, build, console, evaluate_on, initialize, progress
+from _shared import Detector, ModelName, NormName, build, console, evaluate_on, initialize, progress, run
 
 from detectax_eqx import Batch, data, models, train
 
@@ -46,7 +45,8 @@ class Options:
     norm: NormName = "frozen_batch"
     """Norm of the backbone: frozen_batch for imported weights, group for training from scratch."""
     init: Path | None = None
-    """Weights to start from: a torchvision .pth of this detector or of an ImageNet ResNet, or .safetensors."""
+    """Weights to start from: a torchvision .pth of this detector, of whatever classes, or of an ImageNet ResNet, or
+    .safetensors of this detector."""
     trainable_layers: int | None = None
     """Parts of the backbone that are trained, from the top: 0..5. Default 3 with --init, else 5."""
     epochs: int = 12
@@ -131,7 +131,7 @@ def main(options: Options) -> None:
     # Model and optimiser.
     model = build(options.model, train_set.num_classes, options.norm, options.seed)
     if options.init is not None:
-        model = initialize(model, options.init)
+        model = initialize(model, options.model, options.norm, options.init)
     layers = options.trainable_layers
     trainable = models.trainable(model, trainable_layers=layers if layers is not None else 3 if options.init else 5)
     schedule = make_schedule(options, epoch_steps, total_steps)
@@ -298,4 +298,4 @@ def write(log: TextIO, **values: float) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax.random as jr
 import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import data
+from detectax_eqx import data, nn, weights
 
 
 ROOT = Path(__file__).parents[1]
@@ -146,3 +147,26 @@ def test_training_refuses_bad_data(shapes, tmp_path):
     assert "99" in text
     assert "bad.json" in text
     assert "jax/_src" not in text
+
+
+def test_a_detector_of_other_classes_gives_all_but_its_predictors(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from _shared import build, initialize
+
+    name = "faster_rcnn_resnet18_fpn"
+    source, model = build(name, 90, "frozen_batch", 0), build(name, 3, "frozen_batch", 1)
+    weights.save_safetensors(source, tmp_path / "source.safetensors")
+    loaded = initialize(model, name, "frozen_batch", tmp_path / "source.safetensors")
+    theirs, before, after = map(weights.to_torchvision, (source, model, loaded))
+    for key, array in after.items():
+        expected = before if key.startswith("roi_heads.box_predictor.") else theirs
+        assert np.array_equal(array, expected[key]), key
+
+
+def test_weights_of_another_detector_are_refused_by_name(shapes, tmp_path):
+    annotations, images = shapes
+    path = tmp_path / "resnet18.safetensors"
+    weights.save_safetensors(nn.resnet18(key=jr.key(0), width=8), path)
+    common = ["--train-annotations", annotations, "--train-images", images, "--output", tmp_path, "--init", path]
+    text = run("train.py", *common, "--model", "faster_rcnn_resnet18_fpn", status=1)
+    assert "resnet18.safetensors" in text and "Traceback" not in text
