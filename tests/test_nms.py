@@ -101,6 +101,32 @@ def test_forms_on_a_long_chain(keep):
     np.testing.assert_array_equal(keep(rows, jnp.ones(101, bool), 0.3), np.arange(101) % 2 == 0)
 
 
+def test_few_and_many_valid_boxes_among_very_many():
+    """Both branches of packing, alone and in a batch, against the plain greedy form."""
+    n, room, max_outputs = forms.PACKED_BOXES + 500, forms.PACKED_BOXES, 20
+    boxes, scores, labels, _ = random_case(5, n)
+    counts = jnp.array([0, 3, 300, room, room + 1])
+    places = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(jax.random.key(0), len(counts)))
+    valid = places < counts[:, None]
+
+    def packed(valid):
+        return nms_indices(boxes, scores, valid, iou_threshold=0.5, max_outputs=max_outputs, labels=labels)
+
+    expected = []
+    for row in valid:
+        indices, count = forms._select_greedy(
+            *forms._prepared(boxes, scores, labels, row), jnp.float32(0.5), max_outputs=max_outputs
+        )
+        expected.append((indices, jnp.arange(max_outputs) < count))
+    for i, row in enumerate(valid):
+        for found, wanted in zip(packed(row), expected[i], strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    for some in ([0, 1, 2, 3], [0, 1, 2, 3, 4]):
+        indices, kept = jax.vmap(packed)(valid[jnp.array(some)])
+        np.testing.assert_array_equal(indices, jnp.stack([expected[i][0] for i in some]))
+        np.testing.assert_array_equal(kept, jnp.stack([expected[i][1] for i in some]))
+
+
 @pytest.mark.parametrize("threshold", [0.30, 0.35])
 def test_chain_by_hand(threshold):
     np.testing.assert_allclose(pairwise_iou(CHAIN[:1], CHAIN[1:])[0], [0.408, 0.087], atol=1e-3)

@@ -6,7 +6,8 @@ IoU with a kept one exceeds the threshold. Three forms compute it, and the platf
 - `_keep_scan`, for CPU: one pass over the sorted boxes, each kept box suppressing the later ones as a vector.
 - `_keep_fixed_point`, for accelerators: iterate "keep what no kept earlier box overlaps" until nothing changes. After k
   rounds the first k boxes are right, but a handful is usually enough, and each is one large parallel step.
-- `_select_greedy`, for few outputs of many boxes: take the best remaining, drop what it overlaps, repeat. No sort.
+- `_select_greedy`, for few outputs of many boxes: take the best remaining, drop what it overlaps, repeat. No sort. On
+  CPU the valid boxes are first moved together where they are few, as a score threshold leaves them.
 
 IoU rows are computed on the fly; nothing of size n × n is stored.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from ._batching import largest_of_batch
 from ._boxes import _corners, _intersection_and_union
 
 
@@ -27,6 +29,8 @@ from ._boxes import _corners, _intersection_and_union
 GREEDY_BOXES_PER_OUTPUT = 4
 # Up to here a round of the fixed-point form, n² IoUs, takes an accelerator about as long as starting it.
 FIXED_POINT_BOXES = 4096
+# Valid boxes that greedy selection moves together. A detector's candidates above its score threshold are fewer.
+PACKED_BOXES = 8192
 
 
 def _comparable(iou_threshold, boxes):
@@ -119,6 +123,22 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
     return indices, count
 
 
+def _select_packed(rows, scores, valid, threshold, *, max_outputs):
+    """`_select_greedy` on the valid boxes alone, if there is room for them."""
+    select = partial(_select_greedy, max_outputs=max_outputs)
+    if valid.size <= PACKED_BOXES:
+        return select(rows, scores, valid, threshold)
+    total = valid.sum(dtype=jnp.int32)
+
+    def few():
+        packed = jnp.nonzero(valid, size=PACKED_BOXES, fill_value=0)[0].astype(jnp.int32)
+        there = jnp.arange(PACKED_BOXES) < total
+        indices, count = select(_at(rows, packed), scores[packed], there, threshold)
+        return jnp.where(jnp.arange(max_outputs) < count, packed[indices], 0), count
+
+    return lax.cond(largest_of_batch(total) <= PACKED_BOXES, few, lambda: select(rows, scores, valid, threshold))
+
+
 def _prepared(boxes, scores, labels, valid):
     """Corners and labels as rows, scores, and validity; a NaN score makes a row invalid."""
     boxes, scores = lax.stop_gradient((boxes, scores))
@@ -150,7 +170,7 @@ def _nms_indices(boxes, scores, labels, valid, threshold, *, max_outputs):
     indices, count = lax.platform_dependent(
         *_prepared(boxes, scores, labels, valid),
         threshold,
-        cpu=greedy if few else partial(in_order, keep=_keep_scan),
+        cpu=partial(_select_packed, max_outputs=max_outputs) if few else partial(in_order, keep=_keep_scan),
         default=greedy if few and n > FIXED_POINT_BOXES else partial(in_order, keep=_keep_fixed_point),
     )
     return indices, jnp.arange(max_outputs) < count

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int32
 
+from ._batching import largest_of_batch
 from ._sampling import pixel_range, pixel_weights, sample_taps
 
 
@@ -167,19 +167,8 @@ def _steps(bins, sampling_ratio, grids, maps):
     counts = []
     for axis in range(2):
         first, last = pixel_range(grids[:, 2 * axis], grids[:, 2 * axis + 1], maps[:, axis], bins=bins[axis])
-        counts.append(_largest_of_batch((last - first).max() // PIXELS_A_STEP + 1))
+        counts.append(largest_of_batch((last - first).max() // PIXELS_A_STEP + 1))
     return tuple(counts)
-
-
-@custom_vmap
-def _largest_of_batch(count):
-    """Makes a loop's bound common to a batch. Were it not, `vmap` would copy the whole carry at every step."""
-    return count
-
-
-@_largest_of_batch.def_vmap
-def _(axis_size, in_batched, count):
-    return _largest_of_batch(count.max()), False
 
 
 def _accumulate(add: Callable[[tuple[Any, Any], Any], Any], total: Any, steps: tuple[Any, Any]) -> Any:
