@@ -18,7 +18,12 @@ from typing import Literal
 import equinox as eqx
 import jax.random as jr
 import numpy as np
+import torch
 import tyro
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from detectax_eqx import Detections, data, evaluate, models, nn, train
 from detectax_eqx.weights import load_torchvision, save_safetensors, to_torchvision
