@@ -3,9 +3,10 @@
     python experiments/benchmark.py                       # everything, about 40 minutes on two CPU cores
     python experiments/benchmark.py --quick               # small sizes, about two minutes
     python experiments/benchmark.py --tables ops --only nms
+    python experiments/benchmark.py --check               # fails where a ratio fell by a fifth
 
 torchvision runs beside this project, each in a process of its own, in turn (A B A B …) and after a check that both give
-the same result. It is looked for in this environment, or in that of `--peer-python`. A row that disagrees is not
+the same result. It is looked for in this environment, or in that of `--peer-python`. A row whose sides disagree is not
 written. Rows of other hardware stay as they are.
 """
 
@@ -19,22 +20,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import rich.table
 import tyro
-from _benchmark import rows_detectors, rows_ops
+from _benchmark import rows_data, rows_detectors, rows_ops, rows_programs
 from _benchmark.agreement import Disagreement
-from _benchmark.bench import Bench, Table
+from _benchmark.bench import Bench, Row, Table
+from _benchmark.check import Verdict, committed_ratios, judge
 from _benchmark.process import WorkerError, own_python
-from _benchmark.tables import Run, write_rows
+from _benchmark.tables import Run, merge, read_table, register
+from _benchmark.targets import figure, write_targets
 from rich.console import Console
 
 
-TableName = Literal["training", "inference", "ops"]
+TableName = Literal["size", "compile", "ops", "inference", "accuracy", "training", "memory", "techniques", "data"]
+# In the order in which they are measured: later ones use what earlier ones found out.
 TABLES: dict[TableName, Table] = {
-    "training": rows_detectors.training_table(),
-    "inference": rows_detectors.inference_table(),
+    "size": rows_programs.size_table(),
+    "compile": rows_programs.compile_table(),
     "ops": rows_ops.table(),
+    "inference": rows_detectors.inference_table(),
+    "accuracy": rows_detectors.accuracy_table(),
+    "training": rows_detectors.training_table(),
+    "memory": rows_detectors.memory_table(),
+    "techniques": rows_programs.techniques_table(),
+    "data": rows_data.table(),
 }
-console = Console(highlight=False)
+CHECKED: tuple[TableName, ...] = ("ops", "inference", "training")
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -43,10 +55,13 @@ class Options:
 
     quick: bool = False
     """Small sizes and few repeats; the rows say so."""
-    tables: tuple[TableName, ...] = tuple(TABLES)
-    """Which tables to measure."""
+    tables: tuple[TableName, ...] = ()
+    """Which tables to measure. Default: all, or with --check those of operators, detection and training."""
     only: str | None = None
     """A regular expression: measure only rows in whose name it is found; the others stay."""
+    check: bool = False
+    """Write nothing, but measure again what has a ratio in the file for this hardware, and fail if one fell by over
+    20 %, twice in a row."""
     peer_python: Path | None = None
     """The interpreter of an environment with torchvision. Default: this one, if it has it."""
     file: Path = Path(__file__).parents[1] / "BENCHMARKS.md"
@@ -56,45 +71,98 @@ class Options:
 def main(options: Options) -> None:
     """Measures table after table and writes each as soon as it is there."""
     peer = options.peer_python or (own_python() if find_spec("torchvision") else None)
-    failures = []
+    names = options.tables or (CHECKED if options.check else tuple(TABLES))
+    tables = [TABLES[name] for name in names]
+    for table in tables:
+        read_table(options.file, table.name)  # markers that are missing are told before anything is measured
+    failures: list[str] = []
     with TemporaryDirectory() as folder:
         bench = Bench(quick=options.quick, peer_python=peer, folder=Path(folder))
         try:
             run = describe(bench)
-            for name in options.tables:
-                table = TABLES[name]
-                rows = table.rows(bench)
-                chosen = [row for row in rows if options.only is None or re.search(options.only, " ".join(row.key))]
-                console.print(f"[bold]{name}[/bold]: " + ", ".join((*table.keys, *table.columns)), soft_wrap=True)
-                done = []
-                for i, row in enumerate(chosen):
-                    label = " | ".join(row.key)
-                    try:
-                        with console.status(f"{i + 1} of {len(chosen)}: {label}"):
-                            done.append((*row.key, *row.measure()))
-                        console.print("  " + " | ".join(done[-1]), soft_wrap=True)
-                    except (Disagreement, WorkerError) as error:
-                        failures.append(f"{name}: {label}: {error}")
-                        console.print(f"  {label}: [red]not written[/red]: {error}", soft_wrap=True)
-                bench.release()
-                if done:
-                    whole = len(done) == len(rows)
-                    header = (*table.keys, *table.columns)
-                    write_rows(options.file, name, header, done, run, num_keys=len(table.keys), whole=whole)
+            console.print(f"{run.hardware}; {run.versions}; commit {run.commit}")
+            if options.check:
+                check(options, bench, tables, run.hardware)
+            else:
+                for table in tables:
+                    failures += measure(options, bench, table, run)
+                write_targets(options.file, run.hardware)
+        except KeyboardInterrupt:
+            console.print("Stopped; the tables that were finished are written.")
+            raise SystemExit(130) from None
         finally:
             bench.release()
     if failures:
         raise SystemExit("Not written:\n" + "\n".join(failures))
 
 
+def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]:
+    """Measures the rows of a table and writes them; tells of those that failed."""
+    rows = chosen(options, bench, table)
+    console.print(f"[bold]{table.name}[/bold]: " + ", ".join(table.header))
+    done, failures = [], []
+    for i, row in enumerate(rows):
+        label = " | ".join(row.key)
+        try:
+            with console.status(f"{i + 1} of {len(rows)}: {label}"):
+                done.append((*row.key, *row.measure()))
+            console.print("  " + " | ".join(done[-1]))
+        except (Disagreement, WorkerError) as error:
+            failures.append(f"{table.name}: {label}: {error}")
+            console.print(f"  {label}: [red]not written[/red]: {error}")
+    bench.release()
+    if done:
+        name = register(options.file, run)
+        keys = {row.key for row in rows}
+        measured = {cells[: len(table.keys)] for cells in done}
+
+        def replaced(cells: tuple[str, ...]) -> bool:
+            key = cells[: len(table.keys)]
+            return key in measured or (options.only is None and key not in keys)
+
+        merge(options.file, table.name, (*table.header, "run"), [(*cells, name) for cells in done], replaced=replaced)
+    return failures
+
+
+def check(options: Options, bench: Bench, tables: list[Table], hardware: str) -> None:
+    """Measures what has a ratio in the file, and exits with status 1 if one regressed, or if there is none."""
+    if bench.peer_python is None:
+        raise SystemExit("--check compares with torchvision: name its interpreter with --peer-python.")
+    verdicts: list[Verdict] = []
+    for table in tables:
+        committed = committed_ratios(options.file, table, hardware)
+
+        def ratio_of(row: Row, table: Table = table) -> float:
+            return figure(row.measure()[table.columns.index("ratio")]) or 0.0
+
+        for row in chosen(options, bench, table):
+            if row.key in committed:
+                with console.status(" | ".join(row.key)):
+                    verdicts.append(judge(row, committed[row.key], ratio_of))
+        bench.release()
+    if not verdicts:
+        raise SystemExit(f"{options.file} has no ratios of {hardware}: run `make bench` on it first.")
+    shown = rich.table.Table("row", "committed", "now", "")
+    for verdict in verdicts:
+        word = "" if verdict.passes else "[red]regressed[/red]"
+        shown.add_row(verdict.row, f"{verdict.committed:.2f}×", f"{verdict.now:.2f}×", word)
+    console.print(shown)
+    if not all(verdict.passes for verdict in verdicts):
+        raise SystemExit(1)
+
+
+def chosen(options: Options, bench: Bench, table: Table) -> list[Row]:
+    """The rows of a table that were asked for."""
+    rows = table.rows(bench)
+    return [row for row in rows if options.only is None or re.search(options.only, " ".join(row.key))]
+
+
 def describe(bench: Bench) -> Run:
     """This machine and what runs on it."""
-    with bench.pair() as workers:
-        abouts = [worker.about() for worker in workers if worker is not None]
-    versions = {name: version for about in abouts for name, version in about["versions"].items()}
-    here = abouts[0]
+    here = bench.abouts[0]
     count, kind = here["count"], here["kind"]
-    hardware = f"{count} CPU cores ({kind})" if here["platform"] == "cpu" else f"{count} × {kind}"
+    hardware = f"{count} CPU cores ({kind})" if bench.on_host else f"{count} × {kind}"
+    versions = {name: version for about in bench.abouts for name, version in about["versions"].items()}
     return Run(
         hardware=hardware + (", quick" if bench.quick else ""),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -106,11 +174,10 @@ def describe(bench: Bench) -> Run:
 
 def commit() -> str:
     """The commit that is measured, and whether files differ from it."""
-    here = str(Path(__file__).parent)
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/BENCHMARKS.md")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (", changed" if changed else "")

@@ -32,6 +32,14 @@ def require_close(ours: Arrays, theirs: Arrays, *, atol: float = 1e-4) -> None:
             raise Disagreement(f"{name}: differs from torchvision's by {worst:.2g}, more than {atol:g}")
 
 
+def require_close_in_norm(ours: Arrays, theirs: Arrays, *, rtol: float = 5e-3) -> None:
+    """Raises a `Disagreement` unless each array differs by at most `rtol` of its norm: for gradients of whole nets."""
+    for name, expected in theirs.items():
+        worst = np.linalg.norm(ours[name] - expected) / np.linalg.norm(expected)
+        if not worst <= rtol:
+            raise Disagreement(f"{name}: differs from torchvision's by {worst:.2g} of its norm, more than {rtol:g}")
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How closely detections agreed: their number, and the worst differences among them."""

@@ -1,9 +1,12 @@
 """What the tables are measured with, and what a table is."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .process import Comparison, Worker, own_python
 
@@ -18,26 +21,29 @@ class Bench:
     - `quick`: small sizes and few repeats.
     - `peer_python`: an interpreter with torchvision, or `None`.
     - `folder`: for files of this run.
+    - `memo`: what more than one table needs and is measured once.
     """
 
     def __init__(self, *, quick: bool, peer_python: Path | None, folder: Path):
         self.quick = quick
         self.peer_python = peer_python
         self.folder = folder
+        self.memo: dict[Any, Any] = {}
         self._stack = ExitStack()
         self._shared: Pair | None = None
 
     @property
     def budget(self) -> float:
         """Seconds that the turns of a row may take together."""
-        return 2.0 if self.quick else 15.0
+        return 2.0 if self.quick else 12.0
 
-    def ours(self, **environment: str) -> Worker:
+    def ours(self, environment: dict[str, str] | None = None) -> Worker:
         """A fresh worker of this project, with variables added to its environment."""
-        # On a GPU the other side needs memory too.
-        return Worker(
-            own_python(), "_benchmark.ours", environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": ".45", **environment}
-        )
+        variables = {
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45",  # on a GPU the other side needs memory too
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.folder / "programs")),
+        }
+        return Worker(own_python(), "_benchmark.ours", environment=variables | (environment or {}))
 
     def theirs(self) -> Worker | None:
         """A fresh worker of torchvision, if there is one."""
@@ -63,9 +69,19 @@ class Bench:
         self._stack.close()
         self._shared = None
 
-    def weights(self, *name: str) -> str | None:
+    @cached_property
+    def abouts(self) -> list[dict[str, Any]]:
+        """Versions and device of both sides, ours first."""
+        return [worker.about() for worker in self.shared() if worker is not None]
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the CPU is what is measured."""
+        return self.abouts[0]["platform"] == "cpu"
+
+    def weights(self, name: str) -> str | None:
         """A file in which torchvision's side leaves the parameters that ours is to take."""
-        return str(self.folder / ("-".join(name) + ".npz")) if self.peer_python else None
+        return str(self.folder / f"{name}.npz") if self.peer_python else None
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,11 @@ class Table:
     keys: tuple[str, ...]
     columns: tuple[str, ...]
     rows: Callable[[Bench], list[Row]]
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """All columns."""
+        return (*self.keys, *self.columns)
 
 
 def ratio_cells(comparison: Comparison) -> tuple[str, str]:

@@ -1,5 +1,8 @@
 """What both sides get: boxes, scores, maps, masks and pictures, drawn from a seed."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -81,3 +84,51 @@ def ellipse_in_box(side: int) -> np.ndarray:
     fine = (np.arange(side * 8) + 0.5) / (side * 4) - 1
     inside = (fine[:, None] ** 2 + fine[None] ** 2 <= 1).astype(np.float32)
     return np.rint(inside.reshape(side, 8, side, 8).mean(axis=(1, 3)) * 255).astype(np.uint8)
+
+
+def write_coco_folder(folder: Path, *, images: int, objects: int = 7) -> None:
+    """A dataset in COCO's format and of its sizes, landscape and portrait in turn: JPEGs and polygons.
+
+    COCO's images are 640×480 as a rule and 160 kB, and hold 7.3 objects.
+    """
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    content: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    for i in range(images):
+        height, width = ((480, 640), (640, 480))[i % 2]
+        name = f"{i:06}.jpg"
+        Image.fromarray(photograph(rng, (height, width))).save(folder / "images" / name, quality=95)
+        content["images"].append({"id": i + 1, "file_name": name, "height": height, "width": width})
+        for box in random_boxes(rng, objects, image_size=(height, width), sides=(16, 300)):
+            polygon = _blob(rng, box)
+            low, high = polygon.min(axis=0), polygon.max(axis=0)
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": i + 1,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "bbox": [*low.tolist(), *(high - low).tolist()],
+                    "area": float(np.prod(high - low)),
+                    "segmentation": [polygon.reshape(-1).tolist()],
+                }
+            )
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def _blob(rng: np.random.Generator, box: np.ndarray) -> np.ndarray:
+    """A star-shaped polygon `(points, 2)` within a box."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 25))
+    radii = rng.uniform(0.6, 1.0, 25)
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.round(centre + half * radii[:, None] * directions, 2).astype(np.float64)
+
+
+def coco_sizes(rng: np.random.Generator, images: int) -> list[tuple[int, int]]:
+    """`(height, width)` of images as COCO has them: long side 640, three of four landscape, the usual formats."""
+    shorts = rng.choice(
+        [480, 427, 426, 425, 428, 640, 361, 512], images, p=[0.34, 0.3, 0.1, 0.08, 0.05, 0.03, 0.05, 0.05]
+    )
+    tall = rng.random(images) < 0.25
+    return [(640, int(short)) if t else (int(short), 640) for short, t in zip(shorts, tall, strict=True)]

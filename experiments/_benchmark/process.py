@@ -39,7 +39,7 @@ class Worker:
         self._log = TemporaryFile("w+")  # noqa: SIM115
         self._files = 0
         self._process = subprocess.Popen(
-            [str(python), "-m", module],
+            [str(python), "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -65,12 +65,11 @@ class Worker:
         return self._ask("about")
 
     def build(self, case: str, arrays: Mapping[str, np.ndarray] | None = None, **options: Any) -> dict[str, float]:
-        """Makes a case the current one; gives the seconds that took and the case's facts."""
+        """Makes a case the current one; gives its facts, and the seconds and the host's memory that this took."""
         path = None if arrays is None else self._path()
         if arrays is not None:
             np.savez(path, **arrays)  # type: ignore[arg-type]
-        reply = self._ask("build", case=case, arrays=path, options=options)
-        return {"seconds": reply["seconds"], **reply["facts"]}
+        return self._ask("build", case=case, arrays=path, options=options)["facts"]
 
     def time(self, runs: int = 1) -> float:
         """Seconds a run, over some runs."""

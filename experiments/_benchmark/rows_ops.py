@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import inputs
-from .agreement import Disagreement, require_close
+from .agreement import Disagreement, require_close, require_close_in_norm
 from .bench import Bench, Row, Table, number, ratio_cells
 from .process import side_by_side
 
@@ -59,7 +59,7 @@ def _operators(bench: Bench) -> list[Operator]:
     nms = {"iou_threshold": 0.5}
     selection = {"score_threshold": 0.05, "iou_threshold": 0.5, "max_detections": 100}
     pooling = {"levels": len(inputs.STRIDES), "backward": False}
-    weights = {"body": body, "weights": bench.weights("backbone", body), "backward": False}
+    weights = {"body": body, "weights": bench.weights(f"backbone-{body}"), "backward": False}
     return [
         *(
             Operator(f"nms, {n:,} boxes{where}", "nms", partial(boxes, n=n), nms)
@@ -93,7 +93,7 @@ def _operators(bench: Bench) -> list[Operator]:
         ),
         Operator(
             f"backbone + FPN, {body}, 2 × {batch[0]}×{batch[1]}, forward + backward",
-            "backbone", partial(_images, shape=(2, 3, *batch)), weights | {"backward": True},
+            "backbone", partial(_images, shape=(2, 3, *batch)), weights | {"backward": True}, require_close_in_norm,
         ),
     ]  # fmt: skip
 

@@ -1,16 +1,17 @@
-"""The tables of BENCHMARKS.md: read, and written between their markers, other hardware's rows kept.
+"""The tables of BENCHMARKS.md: read, and written between their markers.
 
-The last column of a measured table, `run`, names a row of the table `runs`: hardware, versions, commit, date and
-command.
+The last column of a measured table, `run`, names a row of the table `runs`, which says on what, with what and when it
+was measured. Rows of other hardware stay.
 """
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 
 Cells = tuple[str, ...]
-RUN_COLUMNS = ("run", "hardware", "versions", "commit", "date", "command")
 
 
 class MarkerError(ValueError):
@@ -28,81 +29,80 @@ class Run:
     command: str
 
 
+RUN_COLUMNS = ("run", *(field.name for field in fields(Run)))
+
+
 def read_table(file: Path, name: str) -> tuple[Cells, list[Cells]]:
-    """The header and the rows of a table; both empty if nothing lies between its markers."""
-    lines = [line for line in _split(file, name)[1].splitlines() if line.startswith("|")]
-    cells = [tuple(cell.strip() for cell in line.strip().strip("|").split("|")) for line in lines]
+    """Header and rows of a table; both empty if nothing lies between its markers."""
+    lines = [line.strip() for line in _parts(file, name)[1].splitlines() if line.startswith("|")]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    cells = [tuple(cell.strip().replace(r"\|", "|") for cell in row) for row in rows]
     return (cells[0], cells[2:]) if cells else ((), [])
 
 
-def write_rows(
-    file: Path, name: str, header: Cells, rows: list[Cells], run: Run, *, num_keys: int, whole: bool
-) -> None:
-    """Puts a run's rows into a table, in place of those that were measured on the same hardware.
-
-    - `header`, `rows`: without the column `run`. The first `num_keys` cells name a row.
-    - `whole`: these are all rows of the table, so that none of the same hardware stays; else only those of the same
-      name are replaced.
-    """
-    run_id, runs = _register(file, run)
-    same = {row[0] for row in runs if row[1] == run.hardware}
-    old_header, old = read_table(file, name)
-    columns = (*header, "run")
-    keys = {row[:num_keys] for row in rows}
-    # Rows of other columns are of an older form of the table.
-    kept = [
-        row
-        for row in (old if old_header == columns else [])
-        if row[-1] not in same or not (whole or row[:num_keys] in keys)
-    ]
-    _write(file, name, columns, [*kept, *((*row, run_id) for row in rows)])
-    _write(file, "runs", RUN_COLUMNS, runs)
-    prune_runs(file)
+def write_table(file: Path, name: str, header: Cells, rows: list[Cells]) -> None:
+    """Replaces a table. The file is whole at every moment."""
+    before, _, after = _parts(file, name)
+    lines = [[cell.replace("|", r"\|") for cell in row] for row in (header, ("---",) * len(header), *rows)]
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(before + "".join(f"| {' | '.join(line)} |\n" for line in lines) + after)
+    temporary.replace(file)
 
 
-def prune_runs(file: Path) -> None:
-    """Drops runs that no row refers to."""
-    used = {
-        row[-1]
-        for name in _names(file)
-        for header, rows in [read_table(file, name)]
-        if header[-1:] == ("run",)
-        for row in rows
-    }
+def runs_on(file: Path, hardware: str) -> set[str]:
+    """The names of the runs on some hardware."""
+    return {row[0] for row in read_table(file, "runs")[1] if row[1] == hardware}
+
+
+def register(file: Path, run: Run) -> str:
+    """The name of a run in the table of runs, where it is entered if it is new."""
     _, runs = read_table(file, "runs")
-    _write(file, "runs", RUN_COLUMNS, [row for row in runs if row[0] in used])
-
-
-def _register(file: Path, run: Run) -> tuple[str, list[Cells]]:
-    """The id of a run, a new one if it has none, and the table of runs with it."""
-    _, runs = read_table(file, "runs")
-    cells = (run.hardware, run.versions, run.commit, run.date, run.command)
+    cells = astuple(run)
     for row in runs:
         if row[1:] == cells:
-            return row[0], runs
-    run_id = str(1 + max((int(row[0]) for row in runs), default=0))
-    return run_id, [*runs, (run_id, *cells)]
+            return row[0]
+    name = str(1 + max((int(row[0]) for row in runs), default=0))
+    write_table(file, "runs", RUN_COLUMNS, [*runs, (name, *cells)])
+    return name
+
+
+def merge(file: Path, name: str, header: Cells, rows: list[Cells], *, replaced: Callable[[Cells], bool]) -> None:
+    """Puts rows, the name of their run last, into a table, and drops runs that are not referred to any more.
+
+    Rows of the same hardware go where `replaced` says so of them, those of other hardware stay, and so do columns: what
+    an old row has not measured is empty. A row that names no run goes.
+    """
+    hardware = {run[0]: run[1] for run in read_table(file, "runs")[1]}
+    here = {hardware[row[-1]] for row in rows}
+    old_header, old = read_table(file, name)
+    kept = []
+    for cells in old:
+        row = tuple(dict(zip(old_header, cells, strict=False)).get(column, "") for column in header)
+        known = hardware.get(row[-1])
+        if known is not None and not (known in here and replaced(row)):
+            kept.append(row)
+    write_table(file, name, header, [*kept, *rows])
+    _prune(file)
+
+
+def _prune(file: Path) -> None:
+    tables = [read_table(file, name) for name in _names(file) if name != "runs"]
+    used = {row[-1] for header, rows in tables if header[-1:] == ("run",) for row in rows}
+    write_table(file, "runs", RUN_COLUMNS, [row for row in read_table(file, "runs")[1] if row[0] in used])
 
 
 def _names(file: Path) -> list[str]:
     lines = file.read_text().splitlines()
-    return [line[len("<!-- /") : -len(" -->")] for line in lines if line.startswith("<!-- /") and line.endswith(" -->")]
+    return [line[5:-4] for line in lines if line.startswith("<!-- ") and line.endswith(" -->") and line[5] != "/"]
 
 
-def _split(file: Path, name: str) -> tuple[str, str, str]:
-    text, begin, end = file.read_text(), f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, found, rest = text.partition(begin)
+def _parts(file: Path, name: str) -> tuple[str, str, str]:
+    """The file before, between and after a table's markers."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = file.read_text().partition(begin)
     inside, closed, after = rest.partition(end)
     if not (found and closed):
-        raise MarkerError(f"{file} lacks the markers <!-- {name} --> … <!-- /{name} -->, between which a table goes.")
+        raise MarkerError(
+            f"{file} lacks the markers <!-- {name} --> and <!-- /{name} -->, between which its table goes."
+        )
     return before + begin, inside, end + after
-
-
-def _write(file: Path, name: str, header: Cells, rows: list[Cells]) -> None:
-    before, _, after = _split(file, name)
-    lines = [header, ("---",) * len(header), *rows]
-    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    # The file is whole at every moment.
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(before + table + after)
-    temporary.replace(file)

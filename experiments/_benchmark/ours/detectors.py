@@ -32,9 +32,7 @@ def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str)
         pasted = None if found.masks is None else ops.paste_masks(found.masks, found.boxes, image_size=size)
         return found, pasted
 
-    began = time.perf_counter()
-    program = lower(eqx.filter_jit(eqx.filter_vmap(detect, in_axes=(None, 0))), model, images).compile()
-    facts = {"compile": time.perf_counter() - began}
+    program, facts = compiled_program(eqx.filter_jit(eqx.filter_vmap(detect, in_axes=(None, 0))), model, images)
 
     def detections(result: Any) -> Arrays:
         found, pasted = result
@@ -50,11 +48,14 @@ def training(arrays: Arrays, *, name: str, weights: str | None, precision: str, 
     """A step as `train.py` makes it: resize, forward, backward, SGD; `facts` tell of the compiled program."""
     set_precision(precision)
     step, state, batch = make_step(arrays, name=name, weights=weights, learning_rate=learning_rate)
-    program, facts = compile_step(step, state, batch)
+    update = eqx.filter_jit(lambda batch, state: step(state, batch), donate="all-except-first")
+    program, facts = compiled_program(update, batch, state)
     holder = [state]
+    del state  # a step consumes it
 
     def run():
-        holder[0], metrics = program(holder[0], batch)
+        state, metrics = program(batch, holder.pop())
+        holder.append(state)
         return jax.block_until_ready(metrics)
 
     def losses(metrics: Any) -> Arrays:
@@ -111,24 +112,21 @@ def make_batch(arrays: Arrays, *, with_masks: bool, max_objects: int = 100, mask
     return Batch(images, size, size, targets, np.arange(count, dtype=np.int32), *everything, (height, width))
 
 
-def compile_step(step, state, batch) -> tuple[Any, dict[str, float]]:
-    """The program of a step, and what it says of itself: seconds to compile it, and its memory."""
+def compiled_program(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
+    """A jitted function compiled for some arguments, the seconds that took, and what it says of its memory."""
     began = time.perf_counter()
-    lowered = lower(eqx.filter_jit(step, donate="all"), state, batch)
+    lowered = function.lower(*args)
     traced = time.perf_counter()
     program = lowered.compile()
-    facts = {"trace": traced - began, "compile": time.perf_counter() - traced}
+    facts = {"trace s": traced - began, "compile s": time.perf_counter() - traced}
     analysis = program.compiled.memory_analysis()
-    if analysis is not None:
-        parts = ("argument", "temp", "output")
-        facts |= {f"{part} MB": getattr(analysis, f"{part}_size_in_bytes") / 1e6 for part in parts}
-        facts["alias MB"] = analysis.alias_size_in_bytes / 1e6
+    if analysis is not None:  # not every platform tells
+        parts = {
+            part: getattr(analysis, f"{part}_size_in_bytes") / 1e6 for part in ("argument", "output", "alias", "temp")
+        }
+        facts |= {"arguments MB": parts["argument"], "temp MB": parts["temp"]}
+        facts["program MB"] = parts["argument"] + parts["output"] - parts["alias"] + parts["temp"]
     return program, facts
-
-
-def lower(function: Any, *args: Any) -> Any:
-    """A jitted function traced for some arguments, to be compiled."""
-    return function.lower(*args)
 
 
 def set_precision(precision: str) -> None:
@@ -136,4 +134,10 @@ def set_precision(precision: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else "default")
 
 
-CASES = {case.__name__: case for case in (inference, training)}
+def size(arrays: Arrays, *, name: str) -> Case:
+    """Trainable numbers of the named detector."""
+    model = eqx.filter_eval_shape(lambda key: getattr(models, name)(NUM_CLASSES, key=key), jr.key(0))
+    return Case(lambda: None, facts={"parameters": models.num_parameters(model)})
+
+
+CASES = {case.__name__: case for case in (inference, training, size)}

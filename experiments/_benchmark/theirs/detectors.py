@@ -1,13 +1,14 @@
 """torchvision's detectors: whole detection, and whole training steps."""
 # pyright: reportMissingImports=false
 
-import re
 from typing import Any
 
 import numpy as np
 import torch
 from _torchvision import arrays_of, random_detector
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..inputs import NUM_CLASSES, ellipses
 from ..worker import Case
@@ -16,10 +17,8 @@ from .ops import DEVICE, Arrays, ready
 
 def load(name: str, weights: str, size: tuple[int, int]) -> torch.nn.Module:
     """The named detector at random weights, which are left in the file `weights` for the other side."""
-    kind = MaskRCNN if name.startswith("mask") else FasterRCNN
-    body = re.search(r"resnet\d+", name)[0]  # type: ignore[index]
     sizes = {"min_size": min(size), "max_size": max(size)}
-    model = random_detector(kind, body=body, num_classes=NUM_CLASSES + 1, **sizes)
+    model = random_detector(kind_of(name), body=body_of(name), num_classes=NUM_CLASSES + 1, **sizes)
     np.savez(weights, **arrays_of(model))  # type: ignore[arg-type]
     return model.to(DEVICE)
 
@@ -93,4 +92,24 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(array, [(0, rows - len(array)), *[(0, 0)] * (array.ndim - 1)])
 
 
-CASES = {case.__name__: case for case in (inference, training)}
+def size(arrays: Arrays, *, name: str) -> Case:
+    """Trainable numbers of the named detector."""
+    with torch.device("meta"):
+        backbone = resnet_fpn_backbone(
+            backbone_name=body_of(name), weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
+        )
+        model = kind_of(name)(backbone, NUM_CLASSES + 1)
+    return Case(lambda: None, facts={"parameters": sum(parameter.numel() for parameter in model.parameters())})
+
+
+def kind_of(name: str) -> type[FasterRCNN] | type[MaskRCNN]:
+    """The class of the named detector."""
+    return MaskRCNN if name.startswith("mask") else FasterRCNN
+
+
+def body_of(name: str) -> str:
+    """Its ResNet."""
+    return name.split("_")[2]
+
+
+CASES = {case.__name__: case for case in (inference, training, size)}
