@@ -113,14 +113,8 @@ def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]
     bench.release()
     if done:
         name = register(options.file, run)
-        keys = {row.key for row in rows}
-        measured = {cells[: len(table.keys)] for cells in done}
-
-        def replaced(cells: tuple[str, ...]) -> bool:
-            key = cells[: len(table.keys)]
-            return key in measured or (options.only is None and key not in keys)
-
-        merge(options.file, table.name, (*table.header, "run"), [(*cells, name) for cells in done], replaced=replaced)
+        keys = [row.key for row in table.rows(bench)]
+        merge(options.file, table.name, (*table.header, "run"), [(*cells, name) for cells in done], keys=keys)
     return failures
 
 

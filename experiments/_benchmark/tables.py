@@ -6,7 +6,6 @@ was measured. Rows of other hardware stay.
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -66,22 +65,27 @@ def register(file: Path, run: Run) -> str:
     return name
 
 
-def merge(file: Path, name: str, header: Cells, rows: list[Cells], *, replaced: Callable[[Cells], bool]) -> None:
+def merge(file: Path, name: str, header: Cells, rows: list[Cells], *, keys: list[Cells]) -> None:
     """Puts rows, the name of their run last, into a table, and drops runs that are not referred to any more.
 
-    Rows of the same hardware go where `replaced` says so of them, those of other hardware stay, and so do columns: what
-    an old row has not measured is empty. A row that names no run goes.
+    - `keys`: the first cells of every row that the table has on this hardware, in order. Rows of this hardware stay if
+      they are among those and not measured anew.
+
+    Rows of other hardware stay, whatever their names. Columns may change: what an old row has not measured is empty. A
+    row that names no run goes.
     """
     hardware = {run[0]: run[1] for run in read_table(file, "runs")[1]}
-    here = {hardware[row[-1]] for row in rows}
+    size, here = len(keys[0]), {hardware[row[-1]] for row in rows}
+    unchanged = set(keys) - {row[:size] for row in rows}
     old_header, old = read_table(file, name)
-    kept = []
-    for cells in old:
-        row = tuple(dict(zip(old_header, cells, strict=False)).get(column, "") for column in header)
-        known = hardware.get(row[-1])
-        if known is not None and not (known in here and replaced(row)):
-            kept.append(row)
-    write_table(file, name, header, [*kept, *rows])
+    kept = [tuple(dict(zip(old_header, row, strict=True)).get(column, "") for column in header) for row in old]
+    kept = [row for row in kept if row[-1] in hardware and (hardware[row[-1]] not in here or row[:size] in unchanged)]
+    places = list(dict.fromkeys(hardware[row[-1]] for row in [*kept, *rows]))
+
+    def place(row: Cells) -> tuple[int, int]:
+        return places.index(hardware[row[-1]]), keys.index(row[:size]) if row[:size] in keys else 0
+
+    write_table(file, name, header, sorted([*kept, *rows], key=place))
     _prune(file)
 
 

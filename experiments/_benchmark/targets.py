@@ -74,7 +74,7 @@ def write_targets(file: Path, hardware: str) -> None:
                     met = "yes" if target.met(value) else "no"
                     rows.append((target.work, target.wanted, cell, met, row[-1]))
     if rows:
-        merge(file, "targets", HEADER, rows, replaced=lambda row: True)
+        merge(file, "targets", HEADER, rows, keys=[row[:1] for row in rows])
 
 
 def figure(cell: str) -> float | None:
