@@ -11,7 +11,7 @@ XLA's gradients, elsewhere. It is no `custom_vjp` because there `vmap` would mak
 a batch, to be summed afterwards; here they are summed within the products.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def _sum_of_products(subscripts, a, b):
     a, b = (maps.reshape(*maps.shape[:2], -1) for maps in (a, b))
     if len(a) > IMAGES_APART:
         return jnp.einsum(subscripts.replace("p", "np"), a.swapaxes(0, 1), b.swapaxes(0, 1))
-    return sum(jnp.einsum(subscripts, *pair) for pair in zip(a, b, strict=True))
+    return reduce(jnp.add, [jnp.einsum(subscripts, *pair) for pair in zip(a, b, strict=True)])
 
 
 def _batch(args, dims, **options):
