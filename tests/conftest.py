@@ -1,9 +1,9 @@
-"""Tests run with strict promotion, on two host devices, warnings being errors (pyproject.toml)."""
+"""Tests run with strict promotion, on eight host devices, warnings being errors (pyproject.toml)."""
 
 import os
 
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.random as jr
