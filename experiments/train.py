@@ -7,9 +7,14 @@
 Defaults are the field's "1x" recipe: SGD .02 for 16 images a step, 12 epochs, decay at 8 and 11. A folder of `--output`
 holds `last/` and `best/` checkpoints, `metrics.jsonl` and the options. Ctrl-C saves; `--resume` goes on from the last
 checkpoint to bit-identical parameters.
+
+All devices are used, a batch being spread over them. On several machines, start the script on each of them with
+`--coordinator`; `--output` must be a folder that all of them see.
 """
 
 import json
+import math
+import os
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -17,11 +22,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Literal, TextIO
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 from _shared import Detector, ModelName, NormName, build, console, evaluate_on, initialize, progress, run
+from jax.experimental import multihost_utils
 
 from detectax_eqx import Batch, data, models, train
 
@@ -55,6 +62,10 @@ class Options:
     """Stop after this many steps instead."""
     batch_size: int = 16
     """Images a step, over all devices."""
+    accumulate: int = 1
+    """Parts that a device takes its images in, to save memory. The update is that of the whole batch, but slower."""
+    parameter_shards: int = 1
+    """Devices that share one copy of parameters and optimiser state, each keeping a piece (FSDP). 1: a copy on each."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: float = 0.02
@@ -63,6 +74,16 @@ class Options:
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """Weight decay, on all trained parameters."""
+    decay_vectors: bool = True
+    """Weight decay on norms and biases too, as torchvision."""
+    backbone_lr: float = 1.0
+    """Learning rate of the ResNet, relative to that of pyramid and heads."""
+    clip_norm: float | None = None
+    """Scale gradients down to this norm, taken over all parameters. Default off."""
+    ema: float | None = None
+    """Keep an average of the model, of this decay a step (.999, say), and evaluate and export it. Default off."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """On a loss or gradient that is not finite, stop, or leave out the step and count it in the metrics."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     """Learning rate after warmup: a tenth after each of --decay-epochs, or a cosine to 0."""
     decay_epochs: tuple[int, ...] = (8, 11)
@@ -91,10 +112,19 @@ class Options:
     """Steps between checkpoints; one is also written after each epoch."""
     resume: bool = False
     """Go on from the last checkpoint in --output."""
+    coordinator: str | None = None
+    """host:port of process 0, to train with several processes; `auto` if the launcher tells (Slurm, MPI, a TPU pod)."""
+    num_processes: int | None = None
+    """Number of processes, with --coordinator."""
+    process_id: int | None = None
+    """This process's number, from 0, with --coordinator."""
 
 
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C."""
+    if options.coordinator is not None:
+        connect(options.coordinator, options.num_processes, options.process_id)
+    writes = jax.process_index() == 0
     last, best = options.output / "last", options.output / "best"
     if train.latest_checkpoint(last) and not options.resume:
         raise SystemExit(f"{options.output} holds a run already: pass --resume to go on with it, or another --output.")
@@ -109,7 +139,14 @@ def main(options: Options) -> None:
             )
     with_masks = options.model.startswith("mask")
 
-    # Data. Batch k is a pure function of (seed, k).
+    # Devices.
+    if options.parameter_shards < 1 or jax.device_count() % options.parameter_shards:
+        raise SystemExit(f"--parameter-shards must divide the {jax.device_count()} devices.")
+    mesh = train.make_mesh(model=options.parameter_shards)
+    if options.batch_size % (mesh.size * options.accumulate):
+        raise SystemExit(f"--batch-size must be a multiple of {mesh.size} devices times --accumulate.")
+
+    # Data. Batch k is a pure function of (seed, k), and each process reads its part.
     loader = data.Loader(
         train_set,
         batch_size=options.batch_size,
@@ -124,6 +161,7 @@ def main(options: Options) -> None:
         max_objects=options.max_objects,
         mask_size=112 if with_masks else None,
         num_threads=options.threads,
+        rows=train.local_rows(mesh, options.batch_size),
     )
     epoch_steps = loader.steps_per_epoch
     total_steps = options.steps or options.epochs * epoch_steps
@@ -135,11 +173,10 @@ def main(options: Options) -> None:
     layers = options.trainable_layers
     trainable = models.trainable(model, trainable_layers=layers if layers is not None else 3 if options.init else 5)
     schedule = make_schedule(options, epoch_steps, total_steps)
-    if options.optimizer == "sgd":
-        optimizer = train.sgd(schedule, momentum=options.momentum, weight_decay=options.weight_decay)
-    else:
-        optimizer = train.adamw(schedule, weight_decay=options.weight_decay)
-    state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(options.seed))
+    optimizer = make_optimizer(options, schedule)
+    state = train.init_train_state(
+        model, optimizer, trainable=trainable, key=jr.key(options.seed), ema=options.ema is not None
+    )
 
     # What a checkpoint tells besides the state.
     metadata: dict[str, Any] = {
@@ -149,6 +186,7 @@ def main(options: Options) -> None:
         "min_size": max(options.min_sizes),
         "max_size": options.max_size,
         "canvases": options.canvases,
+        "ema": options.ema is not None,
         "best": -1.0,
     }
     if options.resume and (path := train.latest_checkpoint(last)):
@@ -157,8 +195,7 @@ def main(options: Options) -> None:
             raise SystemExit(f"{path} knows other categories than {options.train_annotations}.")
         metadata["best"] = saved["best"]
         console.print(f"Going on at step {int(state.step)} from {path}", highlight=False)
-    mesh = train.make_mesh()
-    state = train.replicate(state, mesh)
+    state = train.shard_state(state, mesh)
 
     # The loss of one example: augmentation and detector, both inside the compiled step.
     detector_loss = models.mask_rcnn_loss if with_masks else models.faster_rcnn_loss
@@ -178,25 +215,37 @@ def main(options: Options) -> None:
         )
         return detector_loss(model, image, image_size, targets, key=loss_key)
 
-    step = train.make_train_step(loss, optimizer, trainable=trainable)
+    step = train.make_train_step(
+        loss, optimizer, trainable=trainable, mesh=mesh, accumulate=options.accumulate, ema_decay=options.ema or 0.0
+    )
     stop = stop_on_signals()
 
     def save(folder: Path, keep: int) -> None:
-        train.save_checkpoint(folder, state, step=int(state.step), metadata=metadata, keep=keep)
+        whole = train.to_host(state)
+        if writes:
+            train.save_checkpoint(folder, whole, step=int(state.step), metadata=metadata, keep=keep)
+
+    def refuse_non_finite(k: int, skipped: jax.Array) -> None:
+        if options.non_finite == "stop" and int(skipped) > skipped_before:
+            ids = [train_set.images[i].id for i in loader.indices(k)]
+            raise SystemExit(
+                f"Step {k + 1}: loss or gradient is not finite, on the images with ids {ids}. The last good checkpoint "
+                f"is {train.latest_checkpoint(last)}. A lower --lr or --clip-norm may help; --non-finite skip goes on."
+            )
 
     def evaluate(val_set: data.CocoDataset) -> dict[str, float]:
-        detector = Detector(
-            state.model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases
-        )
+        model = train.to_host(state.inference_model)
+        detector = Detector(model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases)
         metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
         return {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "options.json").write_text(json.dumps(asdict(options), default=str, indent=1))
-    start = int(state.step)
-    log = open_log(options.output / "metrics.jsonl", until=start)
+    start, skipped_before = int(state.step), int(state.skipped)
+    if writes:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "options.json").write_text(json.dumps(asdict(options), default=str, indent=1))
+    log = open_log(options.output / "metrics.jsonl" if writes else Path(os.devnull), until=start)
     batches = loader.iterate(start, total_steps)
-    clock, images, left_out = time.perf_counter(), 0, 0
+    clock, images, left_out, unchecked = time.perf_counter(), 0, 0, None
     try:
         with log, progress() as bar:
             task = bar.add_task("training", total=total_steps, completed=start, status="compiling")
@@ -205,6 +254,13 @@ def main(options: Options) -> None:
                 done, images = k + 1, images + options.batch_size
                 left_out += int(np.sum(batch.overflow))
                 epoch_ends = done % epoch_steps == 0 or done == total_steps
+                saves = epoch_ends or done % options.checkpoint_every == 0
+                stops = stop.is_set() or multihost_utils.reached_preemption_sync_point(done)
+                if unchecked is not None:
+                    refuse_non_finite(*unchecked)  # a step late: to wait for this one would leave the device idle
+                unchecked = k, metrics["skipped"]
+                if saves or stops:
+                    refuse_non_finite(*unchecked)
                 if done % options.log_every == 0 or done == start + 1 or epoch_ends:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = images / (time.perf_counter() - clock)
@@ -238,10 +294,10 @@ def main(options: Options) -> None:
                     if score > metadata["best"]:
                         metadata["best"] = score
                         save(best, keep=1)
-                if epoch_ends or done % options.checkpoint_every == 0:
+                if saves:
                     save(last, keep=2)
                     clock, images = time.perf_counter(), 0
-                if stop.is_set() and done < total_steps:
+                if stops and done < total_steps:
                     save(last, keep=2)
                     console.print(f"Stopped and saved at step {done}; --resume goes on from there.")
                     raise SystemExit(130)
@@ -255,6 +311,8 @@ def stop_on_signals() -> Event:
     A step consumes the state that it is given: an exception in its midst would leave nothing to save.
     """
     event = Event()
+    if jax.process_count() > 1:
+        return event  # then JAX agrees with the other processes on a step to stop at
 
     def handle(number: int, frame: object) -> None:
         if event.is_set():
@@ -265,6 +323,17 @@ def stop_on_signals() -> Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return event
+
+
+def connect(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes; all but the first are silent."""
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif num_processes is None or process_id is None:
+        raise SystemExit("--coordinator needs --num-processes and --process-id, or to be `auto`.")
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    console.quiet = jax.process_index() > 0
 
 
 def load(annotations: Path, images: Path) -> data.CocoDataset:
@@ -283,6 +352,20 @@ def make_schedule(options: Options, epoch_steps: int, total_steps: int) -> optax
     return train.warmup_multistep(rate, milestones=milestones, warmup_steps=options.warmup_steps)
 
 
+def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimiser, between a bound on the gradient and the backbone's own rate."""
+    decay = {"weight_decay": options.weight_decay, "decay_mask": None if options.decay_vectors else train.no_vectors}
+    if options.optimizer == "sgd":
+        optimizer = train.sgd(schedule, momentum=options.momentum, **decay)
+    else:
+        optimizer = train.adamw(schedule, **decay)
+    if options.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
+    if options.backbone_lr != 1:
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(options.backbone_lr), models.in_resnet))
+    return optimizer
+
+
 def open_log(path: Path, *, until: int) -> TextIO:
     """The metrics file, opened to append, without the lines that came after step `until`."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -292,8 +375,8 @@ def open_log(path: Path, *, until: int) -> TextIO:
 
 
 def write(log: TextIO, **values: float) -> None:
-    """Adds a line of metrics."""
-    log.write(json.dumps(values) + "\n")
+    """Adds a line of metrics; a number that is not finite becomes null, since JSON has none."""
+    log.write(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}) + "\n")
     log.flush()
 
 
