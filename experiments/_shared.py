@@ -82,19 +82,34 @@ class _Saved(NamedTuple):
 
 
 def load_run(path: Path) -> Detector:
-    """The best detector of a run of `train.py`, or that of one of its checkpoints."""
-    if (path / "index.json").exists():
-        checkpoint = path
+    """The best detector of a run of `train.py`, or that of one of its checkpoints.
+
+    A damaged checkpoint of a run is told, and the one before it taken. One that was asked for by its own path is not
+    replaced by another.
+    """
+    folder = next(filter(train.latest_checkpoint, (path / "best", path / "last", path)), None)
+    if folder is None:
+        _, metadata = train.load_checkpoint(path, {}, partial=True)
     else:
-        checkpoint = next(filter(None, map(train.latest_checkpoint, (path / "best", path / "last", path))), None)
-    if checkpoint is None:
-        raise SystemExit(f"{path} holds no checkpoint. Give an --output folder of train.py.")
-    _, metadata = train.load_checkpoint(checkpoint, {}, partial=True)
-    categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
-    like = eqx.filter_eval_shape(build, metadata["model"], len(categories), metadata["norm"])
-    saved, _ = train.load_checkpoint(checkpoint, _Saved(like), partial=True)
-    canvases = tuple((height, width) for height, width in metadata["canvases"])
-    return Detector(saved.model, categories, metadata["min_size"], metadata["max_size"], canvases)
+        metadata = train.load_latest_checkpoint(folder, {}, partial=True).metadata
+    try:
+        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
+        canvases = tuple((height, width) for height, width in metadata["canvases"])
+        name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
+        like = eqx.filter_eval_shape(build, name, len(categories), norm)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
+    like = _Saved(like)
+    saved, _ = load_newest(folder, like, partial=True) if folder else train.load_checkpoint(path, like, partial=True)
+    return Detector(saved.model, categories, min_size, max_size, canvases)
+
+
+def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
+    """What `train.load_checkpoint` gives of the newest checkpoint that is whole; the others are told."""
+    restored = train.load_latest_checkpoint(folder, like, partial=partial)
+    for error in restored.refused:
+        console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)
+    return restored.tree, restored.metadata
 
 
 def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
@@ -192,15 +207,22 @@ def evaluate_on(
         kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
-    (folder / "metrics.json").write_text(json.dumps({kind: asdict(m) for kind, m in metrics.items()}, indent=1))
+    write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})
     return metrics
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, which appears complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, default=str, indent=1))
+    temporary.replace(path)
 
 
 def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
     """Runs a script on its command line; an error of the user's files is told in its own words, without a traceback."""
     try:
         main(tyro.cli(options, description=description))
-    except (data.DatasetError, weights.WeightsError, OSError) as error:
+    except (data.DatasetError, weights.WeightsError, train.CheckpointError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 

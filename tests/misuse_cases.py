@@ -124,7 +124,16 @@ ELSEWHERE = {
     models: {"mask_rcnn_loss", "detect_batch", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
-    train: {"latest_checkpoint", "load_checkpoint", "replicate", "shard_batch", "init_train_state", "make_train_step"}
+    train: {
+        "latest_checkpoint",
+        "load_checkpoint",
+        "load_latest_checkpoint",
+        "lock_folder",
+        "replicate",
+        "shard_batch",
+        "init_train_state",
+        "make_train_step",
+    }
     | {"adamw", "sgd"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {"load_torchvision_backbone", "to_torchvision", "named_leaves", "replace_leaves"},
