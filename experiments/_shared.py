@@ -79,20 +79,35 @@ def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0) -> M
 
 
 def load_run(path: Path) -> Detector:
-    """The best detector of a run of `train.py`, or that of one of its checkpoints; the averaged one if there is."""
-    if (path / "index.json").exists():
-        checkpoint = path
+    """The best detector of a run of `train.py`, or that of one of its checkpoints; the average, if one was kept.
+
+    A damaged checkpoint of a run is told, and the one before it taken. One that was asked for by its own path is not
+    replaced by another.
+    """
+    folder = next(filter(train.latest_checkpoint, (path / "best", path / "last", path)), None)
+    if folder is None:
+        _, metadata = train.load_checkpoint(path, {}, partial=True)
     else:
-        checkpoint = next(filter(None, map(train.latest_checkpoint, (path / "best", path / "last", path))), None)
-    if checkpoint is None:
-        raise SystemExit(f"{path} holds no checkpoint. Give an --output folder of train.py.")
-    _, metadata = train.load_checkpoint(checkpoint, {}, partial=True)
-    categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
-    like = eqx.filter_eval_shape(build, metadata["model"], len(categories), metadata["norm"])
-    name = "ema" if metadata["ema"] else "model"  # the part of a `TrainState` that detection needs
-    saved, _ = train.load_checkpoint(checkpoint, {name: like}, partial=True)
-    canvases = tuple((height, width) for height, width in metadata["canvases"])
-    return Detector(saved[name], categories, metadata["min_size"], metadata["max_size"], canvases)
+        metadata = train.load_latest_checkpoint(folder, {}, partial=True).metadata
+    try:
+        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
+        canvases = tuple((height, width) for height, width in metadata["canvases"])
+        name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
+        part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
+        like = eqx.filter_eval_shape(build, name, len(categories), norm)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
+    like = {part: like}
+    saved, _ = load_newest(folder, like, partial=True) if folder else train.load_checkpoint(path, like, partial=True)
+    return Detector(saved[part], categories, min_size, max_size, canvases)
+
+
+def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
+    """What `train.load_checkpoint` gives of the newest checkpoint that is whole; the others are told."""
+    restored = train.load_latest_checkpoint(folder, like, partial=partial)
+    for error in restored.refused:
+        console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)
+    return restored.tree, restored.metadata
 
 
 def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
@@ -189,9 +204,8 @@ def gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     text = np.frombuffer(json.dumps(results).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(text.size))
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - text.size)))
-    return [
-        result for text, length in zip(texts, lengths, strict=True) for result in json.loads(text[:length].tobytes())
-    ]
+    parts = [json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)]
+    return [result for part in parts for result in part]
 
 
 def evaluate_on(
@@ -202,8 +216,7 @@ def evaluate_on(
     results = [result for result in found if result["category_id"] in dataset.category_ids]
     if len(results) < len(found):
         console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
-    writes = jax.process_index() == 0
-    if writes:
+    if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
     has_masks = isinstance(detector.model, models.MaskRCNN) and all(
@@ -213,16 +226,24 @@ def evaluate_on(
         kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
-    if writes:
-        (folder / "metrics.json").write_text(json.dumps({kind: asdict(m) for kind, m in metrics.items()}, indent=1))
+    write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})
     return metrics
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, which appears complete or not at all. Of several processes, the first one does."""
+    if jax.process_index() > 0:
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, default=str, indent=1))
+    temporary.replace(path)
 
 
 def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
     """Runs a script on its command line; an error of the user's files is told in its own words, without a traceback."""
     try:
         main(tyro.cli(options, description=description))
-    except (data.DatasetError, weights.WeightsError, OSError) as error:
+    except (data.DatasetError, weights.WeightsError, train.CheckpointError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 

@@ -124,7 +124,16 @@ ELSEWHERE = {
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
-    train: {"latest_checkpoint", "load_checkpoint", "shard_batch", "shard_state", "to_host", "init_train_state"}
+    train: {
+        "latest_checkpoint",
+        "load_checkpoint",
+        "load_latest_checkpoint",
+        "lock_folder",
+        "shard_batch",
+        "shard_state",
+        "to_host",
+        "init_train_state",
+    }
     | {"adamw", "no_vectors", "sgd"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {"load_torchvision_backbone", "to_torchvision", "named_leaves", "replace_leaves"},

@@ -2,11 +2,17 @@
 
 from ._augment import augment as augment, jitter_colors as jitter_colors
 from ._checkpoint import (
+    CheckpointError as CheckpointError,
+    DamagedCheckpointError as DamagedCheckpointError,
+    Restored as Restored,
     latest_checkpoint as latest_checkpoint,
     load_checkpoint as load_checkpoint,
+    load_latest_checkpoint as load_latest_checkpoint,
     save_checkpoint as save_checkpoint,
 )
+from ._lock import lock_folder as lock_folder
 from ._optimizers import adamw as adamw, no_vectors as no_vectors, sgd as sgd
+from ._saver import CheckpointSaver as CheckpointSaver
 from ._schedules import (
     scale_learning_rate as scale_learning_rate,
     warmup_cosine as warmup_cosine,

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, PyTree
+from jaxtyping import Int, PyTree, Shaped
 
 
 # Examples are spread over all devices, the pieces of a parameter over those of `model`.
@@ -120,14 +120,21 @@ def to_host(tree: PyTree) -> PyTree:
     'ndarray'
     """
 
-    def fetch(leaf: jax.Array) -> np.ndarray | jax.Array:
+    def fetch(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
         if _is_key(leaf):
-            return jr.wrap_key_data(jnp.asarray(fetch(jr.key_data(leaf))), impl=jr.key_impl(leaf))
-        if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.array(leaf)
-        return np.array(multihost_utils.process_allgather(leaf, tiled=True))
+            return jr.wrap_key_data(jnp.asarray(host_copy(jr.key_data(leaf))), impl=jr.key_impl(leaf))
+        return host_copy(leaf)
 
-    return jax.tree.map(lambda leaf: fetch(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+    return jax.tree.map(fetch, tree)
+
+
+def host_copy(array: jax.Array | np.ndarray) -> Shaped[np.ndarray, "..."]:
+    """The whole array; a copy, never a view: on a CPU that would be of memory that the next step writes to."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.array(array, order="C", copy=True)
 
 
 def state_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
