@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _shared import Detector, ModelName, NormName, console, load_detector, run
+from _shared import Detector, ModelName, NormName, console, load_detector, run, write_json
 from tyro.conf import Positional
 
 from detectax_eqx import Batch, Targets, data, draw, evaluate, models
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
         images.append({"id": len(images), "file_name": str(path), "height": image.shape[0], "width": image.shape[1]})
         console.print(f"{path}: {len(found)} objects, {target}", highlight=False, soft_wrap=True)
     evaluate.write_results(results, options.output / "detections.json")
-    (options.output / "images.json").write_text(json.dumps(images, indent=1))
+    write_json(options.output / "images.json", images)
     if failures:
         console.print(f"{failures} of {failures + len(images)} files failed.")
         raise SystemExit(1)

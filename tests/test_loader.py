@@ -61,6 +61,33 @@ def _threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("detectax-data")]
 
 
+def test_rows_are_those_of_the_whole_batch(dataset, buckets):
+    """Two processes' parts make up the batch, in any order of rows."""
+    options = {"batch_size": 4, "buckets": buckets, "max_objects": 3, "mask_size": 14, "seed": 5}
+    whole = Loader(dataset, **options)
+    parts = [Loader(dataset, rows=rows, **options) for rows in ([0, 2], np.array([3, 1]))]
+    for k in (0, 3, 6):
+        joined = jax.tree.map(lambda *x: np.concatenate(x)[[0, 3, 1, 2]], *(part.batch(k) for part in parts))
+        _same(joined, whole.batch(k))
+    assert parts[0].steps_per_epoch == whole.steps_per_epoch
+    for wrong in ([], [4], [-1, 0]):
+        with pytest.raises(ValueError, match=r"rows must be some of 0\.\.3"):
+            Loader(dataset, rows=wrong, **options)
+
+
+def test_shards_of_evaluation_hold_every_image_once(dataset, buckets):
+    def images(**options):
+        batches = eval_batches(dataset, batch_size=2, buckets=buckets, **options)
+        return [int(i) for batch in batches for i in batch.indices[batch.valid]]
+
+    shards = [images(shard=(i, 3)) for i in range(3)]
+    assert sorted(i for shard in shards for i in shard) == sorted(images()) == list(range(13))
+    assert all(shards)
+    for wrong in ((3, 3), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="shard must be"):
+            eval_batches(dataset, batch_size=2, buckets=buckets, shard=wrong)
+
+
 def test_a_batch_holds_the_images_and_their_objects(dataset, buckets):
     loader = Loader(dataset, batch_size=4, buckets=buckets, max_objects=3, mask_size=14)
     seen = set()

@@ -33,6 +33,7 @@ class Loader:
     - `mask_size`: side of the masks, each in its box's frame; `None` for boxes only.
     - `num_threads`: that read images. `prefetch`: batches read ahead of the one in use.
     - `drop_empty`: leave out images without objects. Otherwise they teach what background is.
+    - `rows`: which of a batch's images to read, where several processes share them; default all.
 
     Raises a `ValueError` if an option is out of its range, if the buckets are not those of the dataset or no image is
     left, and a `DatasetError` if masks are asked for and an object has none.
@@ -61,10 +62,14 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         drop_empty: bool = False,
+        rows: Sequence[int] | Int[np.ndarray, " r"] | None = None,
     ):
         _check(dataset, buckets, batch_size, max_objects, mask_size, num_threads, prefetch)
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if not (len(self._rows) and np.isin(self._rows, np.arange(batch_size)).all()):
+            raise ValueError(f"rows must be some of 0..{batch_size - 1}, got {rows}.")
         groups = [[i for i in bucket.indices if not drop_empty or _has_objects(dataset, i)] for bucket in buckets]
         self._dataset = dataset
         self._buckets = [bucket for bucket, group in zip(buckets, groups, strict=True) if group]
@@ -82,6 +87,10 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """Batches a pass: the number of images over the batch size, rounded, and at least 1."""
         return self._order.steps_per_epoch
+
+    def indices(self, k: int) -> Int[np.ndarray, " b"]:
+        """The images of batch `k`, all rows of it, by their position in the dataset."""
+        return self._order(k)[1]
 
     def batch(self, k: int) -> Batch:
         """Batch `k`, counted over all passes. Raises a `DatasetError` that names the image that cannot be read."""
@@ -102,6 +111,7 @@ class Loader:
 
     def _empty(self, k: int) -> Batch:
         group, indices = self._order(k)
+        indices = indices[self._rows]
         return _make_empty(indices, len(indices), self._buckets[group], self._max_objects, self._mask_size)
 
 
@@ -114,10 +124,13 @@ def eval_batches(
     mask_size: int | None = None,
     num_threads: int = 2,
     prefetch: int = 2,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Every image once, bucket by bucket, each bucket's last batch filled up with black images that are not `valid`.
 
     There are `sum(ceil(len(bucket.indices) / batch_size))` batches. Options, errors and threads are `Loader`'s.
+
+    - `shard`: `(i, n)` for the batches `i`, `i + n`, `i + 2n`, …: those of one of `n` processes.
 
     >>> import tempfile
     >>> from detectax_eqx.data import load_coco, make_buckets, write_shapes_dataset
@@ -128,10 +141,12 @@ def eval_batches(
     [[True, True], [True, False]]
     """
     _check(dataset, buckets, batch_size, max_objects, mask_size, num_threads, prefetch)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}.")
+    parts = ((bucket, i) for bucket in buckets for i in range(0, len(bucket.indices), batch_size))
     empty = (
         _make_empty(np.asarray(bucket.indices[i : i + batch_size]), batch_size, bucket, max_objects, mask_size)
-        for bucket in buckets
-        for i in range(0, len(bucket.indices), batch_size)
+        for bucket, i in islice(parts, shard[0], None, shard[1])
     )
     return (batch for _, batch in _read_ahead(enumerate(empty), dataset, num_threads, prefetch))
 
