@@ -203,8 +203,9 @@ def evaluate_on(
     has_masks = isinstance(detector.model, models.MaskRCNN) and all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
+    annotations = data.read_annotations(dataset.annotations_path)
     metrics = {
-        kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind)
+        kind: evaluate.evaluate_coco(annotations, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
     write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})

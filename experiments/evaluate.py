@@ -17,10 +17,10 @@ from detectax_eqx import data, evaluate
 class Options:
     """Options of an evaluation."""
 
-    annotations: Path
-    """COCO JSON of the images."""
-    images: Path
-    """Folder that its file names refer to."""
+    annotations: str
+    """COCO JSON of the images: a path, or a URL of http, https, gs or s3."""
+    images: str
+    """Folder that its file names refer to, or a URL."""
     output: Path
     """Folder for detections.json and metrics.json."""
     checkpoint: Path | None = None

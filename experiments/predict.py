@@ -6,9 +6,9 @@ Each picture goes to `--output` under its own name; `detections.json` there hold
 the position in `images.json`. A file that cannot be read is reported and the others go on; the exit status is then 1.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ class Options:
     """Which detector --weights are for."""
     norm: NormName = "frozen_batch"
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
-    annotations: Path | None = None
+    annotations: str | None = None
     """COCO JSON whose categories name the classes, for weights that come without names."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
@@ -99,13 +99,17 @@ def main(options: Options) -> None:
         raise SystemExit(1)
 
 
-def category_names(detector: Detector, annotations: Path | None) -> dict[int, str]:
+def category_names(detector: Detector, annotations: str | None) -> dict[int, str]:
     """Names by category id, from the checkpoint or from an annotation file."""
     if detector.categories is not None:
         return {category.id: category.name for category in detector.categories}
     if annotations is None:
         return {}
-    return {entry["id"]: entry["name"] for entry in json.loads(annotations.read_text())["categories"]}
+    entries: Any = data.read_annotations(annotations).get("categories")
+    try:
+        return {entry["id"]: entry["name"] for entry in entries}
+    except (TypeError, KeyError):
+        raise data.DatasetError(f'{annotations}: "categories" is not a list of objects with "id" and "name".') from None
 
 
 def targets_of(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]]:

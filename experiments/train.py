@@ -42,15 +42,15 @@ from detectax_eqx import Batch, data, models, train
 class Options:
     """Options of a training run."""
 
-    train_annotations: Path
-    """COCO JSON of the training images."""
-    train_images: Path
+    train_annotations: str
+    """COCO JSON of the training images. This and the three others: a path, or a URL of http, https, gs or s3."""
+    train_images: str
     """Folder that its file names refer to."""
     output: Path
     """Folder for checkpoints and metrics."""
-    val_annotations: Path | None = None
+    val_annotations: str | None = None
     """COCO JSON of the validation images; without it nothing is evaluated and the last checkpoint is the best."""
-    val_images: Path | None = None
+    val_images: str | None = None
     """Folder of the validation images."""
     model: ModelName = "mask_rcnn_resnet50_fpn"
     """Which detector."""
@@ -267,7 +267,7 @@ def fit(options: Options) -> None:
                     clock, images = time.perf_counter(), 0
 
 
-def load(annotations: Path, images: Path) -> data.CocoDataset:
+def load(annotations: str, images: str) -> data.CocoDataset:
     """A dataset, with a word on what was repaired."""
     dataset = data.load_coco(annotations, images)
     console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
