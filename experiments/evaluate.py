@@ -8,7 +8,7 @@ Writes `detections.json` (COCO results format, in the original images' pixels) a
 from dataclasses import dataclass
 from pathlib import Path
 
-from _shared import ModelName, NormName, console, evaluate_on, load_detector, run
+from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run
 
 from detectax_eqx import data, evaluate
 
@@ -47,8 +47,12 @@ class Options:
     """Threads that decode images."""
 
 
+RANGES = {"positive": "batch_size min_size max_size max_detections threads", "in 0..1": "score_threshold nms_threshold"}
+
+
 def main(options: Options) -> None:
     """Evaluates and prints."""
+    check_ranges(options, RANGES)
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )

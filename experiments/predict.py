@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from _shared import Detector, ModelName, NormName, console, load_detector, run, write_json
+from _shared import Detector, ModelName, NormName, check_ranges, console, load_detector, run, write_json
 from tyro.conf import Positional
 
 from detectax_eqx import Batch, Targets, data, draw, evaluate, models
@@ -53,8 +53,12 @@ class Options:
     """Detections an image."""
 
 
+RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}
+
+
 def main(options: Options) -> None:
     """Predicts; the exit status is 1 if a file failed."""
+    check_ranges(options, RANGES)
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
@@ -87,7 +91,7 @@ def main(options: Options) -> None:
             picture.save(target)
         except (OSError, ValueError) as error:
             failures += 1
-            console.print(f"[red]failed[/red] {path}: {error}", highlight=False, soft_wrap=True)
+            console.print(f"failed {path}: {error}", style="red", highlight=False, soft_wrap=True)
             continue
         results += found
         images.append({"id": len(images), "file_name": str(path), "height": image.shape[0], "width": image.shape[1]})

@@ -26,6 +26,7 @@ from _shared import (
     ModelName,
     NormName,
     build,
+    check_ranges,
     console,
     evaluate_on,
     initialize,
@@ -97,6 +98,10 @@ class Options:
     """Seed of the initial weights, of the order of images and of augmentation."""
     threads: int = 2
     """Threads that decode images."""
+    cache: Path | None = None
+    """Folder to keep decoded training images in, read several times faster from the second pass on. Default off."""
+    max_bad_images: int = 10
+    """Images that may turn out unreadable amid training: they are left out, told and counted. One more stops it."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500
@@ -105,8 +110,17 @@ class Options:
     """Go on from the last checkpoint in --output."""
 
 
+RANGES = {
+    "positive": "epochs steps batch_size lr min_sizes max_size jitter max_objects threads log_every checkpoint_every",
+    "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
+    "in 0..1": "momentum flip",
+    "a positive multiple of 32": "canvases",
+}
+
+
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C, if no other run is using the output folder."""
+    check_ranges(options, RANGES)
     with train.lock_folder(options.output):
         fit(options)
 
@@ -142,6 +156,8 @@ def fit(options: Options) -> None:
         max_objects=options.max_objects,
         mask_size=112 if with_masks else None,
         num_threads=options.threads,
+        max_bad_images=options.max_bad_images,
+        cache=options.cache,
     )
     epoch_steps = loader.steps_per_epoch
     total_steps = options.steps or options.epochs * epoch_steps
@@ -160,7 +176,7 @@ def fit(options: Options) -> None:
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(options.seed))
 
     # What a checkpoint tells besides the state. `so_far` is what a resumed run has to know of the steps before.
-    so_far = {"best": -1.0, "evaluated": 0, "left_out": 0}
+    so_far = {"best": -1.0, "evaluated": 0, "left_out": 0, "bad_images": 0}
     metadata: dict[str, Any] = {
         "model": options.model,
         "norm": options.norm,
@@ -232,7 +248,7 @@ def fit(options: Options) -> None:
     log = open_log(options.output / "metrics.jsonl", until=start, evaluated=so_far["evaluated"])
     timing = (options.output / "timing.jsonl").open("ab", buffering=0)
     batches = loader.iterate(start, total_steps)
-    clock, images = time.perf_counter(), 0
+    clock, images, told = time.perf_counter(), 0, 0
     with saver, log, timing, closing(batches):
         if val_set is not None and ends_epoch(start) and so_far["evaluated"] < start:
             evaluate(val_set, start)  # the run ended before it could
@@ -243,10 +259,17 @@ def fit(options: Options) -> None:
                 saver.check()
                 done, images = k + 1, images + options.batch_size
                 so_far["left_out"] += int(np.sum(batch.overflow))
+                so_far["bad_images"] += int(np.sum(~np.asarray(batch.valid)))
+                for error in loader.bad_images[told:]:
+                    console.print(
+                        f"Left out ({told + 1} of {options.max_bad_images} allowed): {error}", highlight=False
+                    )
+                    told += 1
                 if done % options.log_every == 0 or done == 1 or ends_epoch(done):
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = float(jnp.asarray(schedule(k)))
-                    write(log, step=done, epoch=done / epoch_steps, rate=rate, left_out=so_far["left_out"], **values)
+                    counts = {name: so_far[name] for name in ("left_out", "bad_images")}
+                    write(log, step=done, epoch=done / epoch_steps, rate=rate, **counts, **values)
                     speed = images / (time.perf_counter() - clock)
                     write(timing, step=done, time=time.time(), images_s=speed)
                     terms = [f"{n.removeprefix('loss_')} {v:.2f}" for n, v in values.items() if n.startswith("loss_")]

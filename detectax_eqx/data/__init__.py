@@ -4,5 +4,5 @@ from ._dataset import Category as Category, CocoDataset as CocoDataset, ImageRec
 from ._images import read_image as read_image
 from ._loader import Loader as Loader, eval_batches as eval_batches
 from ._masks import mask_in_box as mask_in_box
-from ._report import DatasetError as DatasetError, Problem as Problem, Report as Report
+from ._report import BadImageError as BadImageError, DatasetError as DatasetError, Problem as Problem, Report as Report
 from ._shapes import write_shapes_dataset as write_shapes_dataset

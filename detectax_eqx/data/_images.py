@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from ._report import DatasetError
+from ._report import BadImageError
 from ._store import Location, read_bytes, to_location
 
 
@@ -37,9 +37,9 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
     width)` in whose pixels the image was annotated, and decides: if only the size as stored equals it, the annotator
     did not see the orientation, so it is not applied. Where both sizes are equal, it is applied.
 
-    Raises a `DatasetError` that names the file if it is missing, truncated or no image, if it holds 32-bit numbers
-    beyond 0..65535 or fractions, whose range is not known, or if neither size equals `size`; and a `ConnectionError`
-    with URL and status if a store does not give it.
+    Raises a `BadImageError` (a `DatasetError`) that names the file if it is missing, truncated or no image, if it holds
+    32-bit numbers beyond 0..65535 or fractions, whose range is not known, or if neither size equals `size`; and a
+    `ConnectionError` with URL and status if a store does not give it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +62,12 @@ def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
             transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, location, size) else None
             image = _to_rgb(image)
             return image if transposition is None else image.transpose(transposition)
-    except (DatasetError, ConnectionError):
+    except (BadImageError, ConnectionError):
         raise
     except FileNotFoundError:
-        raise DatasetError(f"{location}: no such image file.") from None
+        raise BadImageError(f"{location}: no such image file.") from None
     except Exception as error:  # Pillow's readers raise errors of many types
-        raise DatasetError(f"{location}: cannot be read as an image: {error}") from error
+        raise BadImageError(f"{location}: cannot be read as an image: {error}") from error
 
 
 def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | None:
@@ -80,7 +80,7 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
     if not isinstance(location, Path):
         try:
             open_rgb(location, size)
-        except DatasetError as error:
+        except BadImageError as error:
             return str(error), "Put it there, write it anew, or correct its entry and the folder."
         return None
     try:
@@ -89,7 +89,7 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
             if end is None or _last_bytes(location, len(end)) != end:
                 image.load()
             _is_upright(image, location, size)
-    except DatasetError as error:
+    except BadImageError as error:
         return str(error), 'Correct "width" and "height", and check that the boxes belong to this image.'
     except FileNotFoundError:
         return f"{location}: no such image file.", "Put it there, correct the folder, or remove the image's entry."
@@ -113,7 +113,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_upright(image: Image.Image, location: Location, size: tuple[int, int] | None) -> bool:
-    """Whether the size refers to the image as shown (true) or as stored. Raises a `DatasetError` if to neither."""
+    """Whether the size refers to the image as shown (true) or as stored. Raises a `BadImageError` if to neither."""
     stored = image.height, image.width
     shown = (image.width, image.height) if _orientation(image) in SIDEWAYS else stored
     if size is None or shown == size:
@@ -123,8 +123,8 @@ def _is_upright(image: Image.Image, location: Location, size: tuple[int, int] | 
     raise _wrong_size(location, shown, size)
 
 
-def _wrong_size(location: Location, found: tuple[int, int], size: tuple[int, int]) -> DatasetError:
-    return DatasetError(f"{location}: is {found[1]}×{found[0]} pixels, but annotated as {size[1]}×{size[0]}.")
+def _wrong_size(location: Location, found: tuple[int, int], size: tuple[int, int]) -> BadImageError:
+    return BadImageError(f"{location}: is {found[1]}×{found[0]} pixels, but annotated as {size[1]}×{size[0]}.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from ._dataset import CocoDataset, ImageRecord, Objects
 from ._images import open_rgb
 from ._masks import mask_in_box
 from ._order import BatchOrder
-from ._report import DatasetError
+from ._report import BadImageError, DatasetError
 
 
 class Loader:
@@ -87,7 +87,7 @@ class Loader:
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._max_bad_images = max_bad_images
-        self._bad_images: dict[int, DatasetError] = {}
+        self._bad_images: dict[int, BadImageError] = {}
         self._cache = None if cache is None else ImageCache(Path(cache), dataset)
 
     @property
@@ -96,7 +96,7 @@ class Loader:
         return self._order.steps_per_epoch
 
     @property
-    def bad_images(self) -> tuple[DatasetError, ...]:
+    def bad_images(self) -> tuple[BadImageError, ...]:
         """What was wrong with each image that could not be read, in the order of the batches that wanted them."""
         return tuple(self._bad_images.values())
 
@@ -124,7 +124,7 @@ class Loader:
         empty = ((k, self._empty(k)) for k in steps)
         return _read_ahead(empty, self._dataset, self._num_threads, self._prefetch, self._leave_out, self._cache)
 
-    def _leave_out(self, batch: Batch, slot: int, error: DatasetError) -> None:
+    def _leave_out(self, batch: Batch, slot: int, error: BadImageError) -> None:
         """Notes an image that cannot be read, and empties its place. That depends on the image alone."""
         self._bad_images.setdefault(int(batch.indices[slot]), error)
         if len(self._bad_images) > self._max_bad_images:
@@ -174,7 +174,7 @@ def eval_batches(
         for i in range(0, len(bucket.indices), batch_size)
     )
 
-    def refuse(batch: Batch, slot: int, error: DatasetError) -> None:
+    def refuse(batch: Batch, slot: int, error: BadImageError) -> None:
         raise error  # to leave an image out would change the numbers
 
     return (batch for _, batch in _read_ahead(enumerate(empty), dataset, num_threads, prefetch, refuse, None))
@@ -185,7 +185,7 @@ def _read_ahead(
     dataset: CocoDataset,
     num_threads: int,
     prefetch: int,
-    on_bad: Callable[[Batch, int, DatasetError], None],
+    on_bad: Callable[[Batch, int, BadImageError], None],
     cache: ImageCache | None,
 ) -> Generator[tuple[int, Batch], None, None]:
     """Fills batches in order. `prefetch` of them are in work while another is with the caller.
@@ -207,7 +207,7 @@ def _read_ahead(
             for slot, future in zip(np.flatnonzero(batch.valid).tolist(), futures, strict=True):
                 try:
                     future.result()
-                except DatasetError as error:
+                except BadImageError as error:
                     on_bad(batch, slot, error)
             submit(1)
             yield k, batch

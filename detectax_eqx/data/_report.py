@@ -66,6 +66,10 @@ class DatasetError(ValueError):
         self.problems = problems
 
 
+class BadImageError(DatasetError):
+    """An image file that is missing, damaged, or of another size than annotated."""
+
+
 class Collector:
     """Gathers problems while a dataset is read, so that all are reported at once."""
 
