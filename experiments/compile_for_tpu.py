@@ -63,7 +63,11 @@ def main(options: Options) -> None:
             for canvas in options.canvases:
                 images = options.batch_size // mesh.size
                 for what, each, compile_one in (
-                    (f"training, {options.batch_size} images", images, partial(compile_step, batch_size=options.batch_size)),
+                    (
+                        f"training, {options.batch_size} images",
+                        images,
+                        partial(compile_step, batch_size=options.batch_size),
+                    ),
                     ("detection, 1 image a core", 1, compile_detection),
                 ):
                     cells = measure(partial(compile_one, name, canvas, mesh=mesh), limit, each)
