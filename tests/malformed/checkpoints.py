@@ -4,12 +4,9 @@ import copy
 import json
 import math
 import shutil
-import sys
 from functools import cache
-from pathlib import Path
 from tempfile import mkdtemp
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np

@@ -1,16 +1,11 @@
 """Options of the scripts out of range, contradictory, or naming files that are not what they should be."""
 
 import importlib
-import json
 import sys
 from functools import cache
 from pathlib import Path
 
-import tyro
-
-from detectax_eqx import data, train, weights
-
-from . import Case
+from detectax_eqx import train
 
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

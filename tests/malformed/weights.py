@@ -10,11 +10,10 @@ from functools import cache
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from safetensors.numpy import save
 
-from detectax_eqx import nn, weights
+from detectax_eqx import weights
 
 from ..test_pth import dump, name, state_dict, tensor, write_legacy, write_zip
 from . import Case, damage
@@ -199,7 +198,8 @@ HARM = (
     "os.system", "posix.system", "nt.system", "subprocess.Popen", "subprocess.check_output", "builtins.eval",
     "builtins.exec", "builtins.getattr", "builtins.__import__", "builtins.open", "__builtin__.compile", "sys.exit",
     "importlib.import_module", "runpy.run_path", "shutil.rmtree", "socket.socket", "ctypes.CDLL", "pty.spawn",
-    "webbrowser.open", "code.interact", "torch.load", "torch.hub.load", "torch.jit.load", "torch._utils._rebuild_wrapper",
+    "webbrowser.open", "code.interact", "torch.load", "torch.hub.load", "torch.jit.load",
+    "torch._utils._rebuild_wrapper",
     "numpy.load", "numpy.core.multiarray._reconstruct", "operator.attrgetter", "functools.partial", "types.CodeType",
     "collections.OrderedDict.__init__", "torch.Size.__class__", "detectax_eqx.weights.read_pth", "pickle.loads",
 )  # fmt: skip
