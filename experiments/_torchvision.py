@@ -25,6 +25,10 @@ def random_detector(kind: type[FasterRCNN] | type[MaskRCNN], *, body="resnet50",
                 module.bias.copy_(uniform(module.bias, -0.1, 0.1))
                 module.running_mean.copy_(uniform(module.running_mean, -0.1, 0.1))
                 module.running_var.copy_(uniform(module.running_var, 0.8, 1.2))
+        # Features would grow with every block: beyond six a stage, blocks share what six add. ResNet-50 has no more.
+        for stage in (getattr(backbone.body, f"layer{i}") for i in range(1, 5)):
+            for block in stage if len(stage) > 6 else ():
+                block.bn3.weight.mul_((6 / len(stage)) ** 0.5)
         model.rpn.head.cls_logits.weight.mul_(20)
         model.rpn.head.bbox_pred.weight.mul_(10)
         predictor = model.roi_heads.box_predictor

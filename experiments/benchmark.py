@@ -13,6 +13,7 @@ written. Rows of other hardware stay as they are.
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
@@ -104,9 +105,10 @@ def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]
     for i, row in enumerate(rows):
         label = " | ".join(row.key)
         try:
+            began = time.perf_counter()
             with console.status(f"{i + 1} of {len(rows)}: {label}"):
                 done.append((*row.key, *row.measure()))
-            console.print("  " + " | ".join(done[-1]))
+            console.print("  " + " | ".join(done[-1]) + f" [dim]({time.perf_counter() - began:.0f} s)[/dim]")
         except (Disagreement, WorkerError) as error:
             failures.append(f"{table.name}: {label}: {error}")
             console.print(f"  {label}: [red]not written[/red]: {error}")

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .process import Comparison, Worker, own_python
+from .process import Comparison, Worker, own_python, side_by_side
 
 
 Pair = tuple[Worker, Worker | None]
@@ -32,10 +32,10 @@ class Bench:
         self._stack = ExitStack()
         self._shared: Pair | None = None
 
-    @property
-    def budget(self) -> float:
-        """Seconds that the turns of a row may take together."""
-        return 2.0 if self.quick else 12.0
+    def compare(self, ours: Worker, theirs: Worker | None, *, share: float = 1.0) -> Comparison:
+        """Times both sides' current cases in turn, for `share` times ten seconds or what a quick run can spare."""
+        budget, least = (0.7, 3) if self.quick else (10.0, 5)
+        return side_by_side(ours, theirs, budget=share * budget, least=least)
 
     def ours(self, environment: dict[str, str] | None = None) -> Worker:
         """A fresh worker of this project, with variables added to its environment."""

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -20,6 +21,8 @@ EXPERIMENTS = Path(__file__).parents[1]
 TURN_SECONDS = 0.1
 LONG_SECONDS = 5.0
 MAX_PAIRS = 15
+# A worker that is idle ends when nothing more is asked; one that is not is killed after this.
+END_SECONDS = 3.0
 
 
 class WorkerError(RuntimeError):
@@ -38,6 +41,7 @@ class Worker:
         self._folder = TemporaryDirectory()
         self._log = TemporaryFile("w+")  # noqa: SIM115
         self._files = 0
+        self.latest = 0.0  # seconds of a run, when one was last made
         self._process = subprocess.Popen(
             [str(python), "-P", "-m", module],
             stdin=subprocess.PIPE,
@@ -55,8 +59,16 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
-        self._process.kill()
-        self._process.communicate()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._log.close()
         self._folder.cleanup()
 
@@ -73,12 +85,13 @@ class Worker:
 
     def time(self, runs: int = 1) -> float:
         """Seconds a run, over some runs."""
-        return self._ask("time", runs=runs)["seconds"]
+        self.latest = self._ask("time", runs=runs)["seconds"]
+        return self.latest
 
     def result(self) -> dict[str, np.ndarray]:
         """The arrays of a run."""
         path = self._path()
-        self._ask("save", path=path)
+        self.latest = self._ask("save", path=path)["seconds"]
         with np.load(path) as arrays:
             return dict(arrays)
 
@@ -124,15 +137,16 @@ class Comparison:
         return statistics.median(self.ratios) if self.ratios else None
 
 
-def side_by_side(ours: Worker, theirs: Worker | None, *, budget: float) -> Comparison:
+def side_by_side(ours: Worker, theirs: Worker | None, *, budget: float, least: int = 5) -> Comparison:
     """Times the current cases of two workers in turn, A B A B …, for about `budget` seconds.
 
-    At least five pairs, or three where a run takes longer than five seconds. Both cases should have run once before.
+    At least `least` pairs, or three where a run takes longer than five seconds. Both cases must have run before: the
+    first run of a program is slower.
     """
     sides = [ours] if theirs is None else [ours, theirs]
-    firsts = [worker.time() for worker in sides]
+    firsts = [worker.latest if worker.latest > LONG_SECONDS else worker.time() for worker in sides]
     runs = [min(1000, max(1, math.ceil(TURN_SECONDS / seconds))) for seconds in firsts]
-    least = 3 if max(firsts) > LONG_SECONDS else 5
+    least = min(least, 3) if max(firsts) > LONG_SECONDS else least
     pairs = min(MAX_PAIRS, max(least, int(budget / sum(n * t for n, t in zip(runs, firsts, strict=True)))))
     turns = [[worker.time(n) for worker, n in zip(sides, runs, strict=True)] for _ in range(pairs)]
     medians = [statistics.median(column) for column in zip(*turns, strict=True)]

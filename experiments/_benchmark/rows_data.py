@@ -1,13 +1,12 @@
 """The table of the data pipeline."""
 
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+
+import numpy as np
 
 from . import inputs
 from .agreement import Disagreement
 from .bench import Bench, Row, Table, number, ratio_cells
-from .process import side_by_side
 
 
 BATCH_SIZE = 2
@@ -28,19 +27,24 @@ def _rows(bench: Bench) -> list[Row]:
 
 
 def _measure(bench: Bench, masks: bool, count: int) -> tuple[str, ...]:
-    with TemporaryDirectory() as folder, bench.pair() as (ours, theirs):
-        inputs.write_coco_folder(Path(folder) / "coco", images=count)
-        options = {"folder": f"{folder}/coco", "masks": masks, "batch_size": BATCH_SIZE, "workers": WORKERS}
-        ours.build("feed", **options)
-        sums = ours.result()
-        if theirs is not None:
-            theirs.build("feed", **options)
-            expected = theirs.result()
-            for name in sums:
-                # Polygons cover parts of pixels here and whole ones there.
-                tolerance = 0.02 if name == "area" else 1e-6
-                if (abs(sums[name] - expected[name]) > tolerance * abs(expected[name])).any():
-                    raise Disagreement(f"{name} add up to {sums[name]}, torch's to {expected[name]}")
-        compared = side_by_side(ours, theirs, budget=bench.budget)
+    folder = bench.folder / "coco"
+    if not folder.exists():
+        inputs.write_coco_folder(folder, images=count)
+    options = {"folder": str(folder), "masks": masks, "batch_size": BATCH_SIZE, "workers": WORKERS}
+    ours, theirs = bench.shared()
+    ours.build("feed", **options)
+    sums = ours.result()
+    if theirs is not None:
+        theirs.build("feed", **options)
+        _require_same(sums, theirs.result())
+    compared = bench.compare(ours, theirs)
     rates = (number(None if seconds is None else count / seconds, 1) for seconds in (compared.ours, compared.theirs))
     return *rates, *ratio_cells(compared)
+
+
+def _require_same(sums: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, value in expected.items():
+        # Polygons cover parts of pixels here and whole ones there.
+        tolerance = 0.02 if name == "area" else 1e-6
+        if not (abs(sums[name] - value) <= tolerance * abs(value)).all():
+            raise Disagreement(f"{name} add up to {sums[name]}, torch's to {value}")

@@ -9,7 +9,7 @@ import numpy as np
 from . import inputs
 from .agreement import Agreement, compare_detections, compare_losses
 from .bench import NO_PEER, Bench, Row, Table, number, ratio_cells
-from .process import Worker, side_by_side
+from .process import Worker
 
 
 COCO_TRAIN_IMAGES = 118_287  # train2017
@@ -101,7 +101,7 @@ def _build_detection(bench: Bench, work: Work, ours: Worker, theirs: Worker | No
 def _infer(bench: Bench, work: Work) -> tuple[str, ...]:
     with bench.pair() as (ours, theirs):
         _build_detection(bench, work, ours, theirs)
-        compared = side_by_side(ours, theirs, budget=2 * bench.budget)
+        compared = bench.compare(ours, theirs, share=2)
     rates = [None if seconds is None else work.batch / seconds for seconds in (compared.ours, compared.theirs)]
     seconds = number(compared.ours), number(compared.theirs)
     return *seconds, *ratio_cells(compared), *(number(rate) for rate in rates)
@@ -161,12 +161,10 @@ def _train(bench: Bench, work: Work) -> tuple[str, ...]:
         losses = ours.result()
         if theirs is not None:
             compare_losses(losses, theirs.result(), rtol=0.05 if work.precision == "float32" else 0.1)
-        compared = side_by_side(ours, theirs, budget=2 * bench.budget)
+        compared = bench.compare(ours, theirs, share=2)
         other = None if theirs is None else theirs.memory()
-    # A process that compiled keeps some of what that took; one that finds the program in the cache is like any later.
-    with bench.ours() as ours:
-        ours.build("training", arrays, **options)
-        peak = bench.memo["training peak", work] = ours.memory()
+    peak = _footprint(bench, work, options["weights"], measured=True)[1]
+    assert peak is not None
     rate = work.batch / compared.ours
     return (
         number(compared.ours), number(compared.theirs), *ratio_cells(compared), number(rate),
@@ -175,9 +173,22 @@ def _train(bench: Bench, work: Work) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _footprint(
+    bench: Bench, work: Work, weights: str | None, *, measured: bool
+) -> tuple[dict[str, float], float | None]:
+    """What a step's program says of its memory, and the peak of a process that runs it."""
+    if ("footprint", work) not in bench.memo:
+        # A process that compiled keeps some of what that took; the next, which finds the program, is like any later.
+        with bench.ours() as ours:
+            options = {"name": work.model, "precision": work.precision, "weights": weights}
+            facts = ours.build("training", training_batch(work), **options, learning_rate=LEARNING_RATE)
+            bench.memo["footprint", work] = facts, ours.memory() if measured else None
+    return bench.memo["footprint", work]
+
+
 def _memory_rows(bench: Bench) -> list[Row]:
     if bench.quick:
-        works = [Work("faster_rcnn_resnet18_fpn", batch, (160, 256)) for batch in (1, 2)]
+        works = [Work("faster_rcnn_resnet18_fpn", 2, (160, 256))]
     else:
         batches = [(batch, (320, 480)) for batch in (1, 2, 4, 8)] + [(batch, (800, 1344)) for batch in (1, 2)]
         works = [Work(f"{kind}_rcnn_resnet50_fpn", *batch) for kind in ("faster", "mask") for batch in batches]
@@ -185,10 +196,7 @@ def _memory_rows(bench: Bench) -> list[Row]:
 
 
 def _needs(bench: Bench, work: Work) -> tuple[str, ...]:
-    with bench.ours() as ours:
-        facts = ours.build("training", training_batch(work), **work.options(bench), learning_rate=LEARNING_RATE)
-        peak = bench.memo.get(("training peak", work))
-        if peak is None and work.batch * work.size[0] * work.size[1] <= 1.1e6:
-            peak = ours.memory(runs=1)
+    quick_to_run = work.batch * work.size[0] * work.size[1] <= 800 * 1344
+    facts, peak = _footprint(bench, work, None, measured=quick_to_run)
     parts = ("arguments MB", "temp MB", "program MB")
     return *(number(facts.get(part), 0) for part in parts), number(peak, 0)

@@ -10,7 +10,6 @@ import numpy as np
 from . import inputs
 from .agreement import Disagreement, require_close, require_close_in_norm
 from .bench import Bench, Row, Table, number, ratio_cells
-from .process import side_by_side
 
 
 Arrays = dict[str, np.ndarray]
@@ -45,7 +44,7 @@ def _measure(bench: Bench, operator: Operator) -> tuple[str, ...]:
     result = ours.result()
     if theirs is not None:
         operator.compare(result, theirs.result())
-    compared = side_by_side(ours, theirs, budget=bench.budget)
+    compared = bench.compare(ours, theirs)
     theirs_ms = None if compared.theirs is None else compared.theirs * 1e3
     return number(compared.ours * 1e3), number(theirs_ms), *ratio_cells(compared)
 

@@ -11,7 +11,7 @@ import numpy as np
 from . import inputs
 from .agreement import Disagreement
 from .bench import Bench, Row, Table, number, ratio_cells
-from .process import WorkerError, side_by_side
+from .process import WorkerError
 from .rows_detectors import LEARNING_RATE, Work, detection_batch, training_batch
 
 
@@ -49,7 +49,8 @@ def techniques_table() -> Table:
 
 
 def _size_rows(bench: Bench) -> list[Row]:
-    names = [f"{kind}_rcnn_resnet{depth}_fpn" for kind in ("faster", "mask") for depth in (18, 34, 50, 101)]
+    depths = (18,) if bench.quick else (18, 34, 50, 101)
+    names = [f"{kind}_rcnn_resnet{depth}_fpn" for kind in ("faster", "mask") for depth in depths]
     return [Row((name,), partial(_size, bench, name)) for name in names]
 
 
@@ -138,6 +139,6 @@ def _try(bench: Bench, technique: Technique) -> tuple[str, ...]:
         ]
         for worker in (off, on):
             worker.time()
-        compared = side_by_side(on, off, budget=bench.budget)
+        compared = bench.compare(on, off)
     memory = (number(fact.get("temp MB"), 0) for fact in facts)
     return number(compared.theirs), number(compared.ours), *ratio_cells(compared), *memory
