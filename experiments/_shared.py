@@ -1,6 +1,8 @@
 """What the scripts share: detectors by name or from a file, and detection over a dataset."""
 
 import json
+import math
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,6 +18,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import detectax_eqx
 from detectax_eqx import data, evaluate, models, nn, train, weights
 
 
@@ -37,7 +40,7 @@ NORMS = {
     "frozen_batch_eps0": partial(nn.FrozenBatchNorm, eps=0.0),
     "group": nn.GroupNorm,
 }
-console = Console()
+console = Console(markup=False)  # what is printed may hold brackets of its own: names of files, boxes
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,9 @@ def evaluate_on(
     has_masks = isinstance(detector.model, models.MaskRCNN) and all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
+    annotations = data.read_annotations(dataset.annotations_path)
     metrics = {
-        kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind)
+        kind: evaluate.evaluate_coco(annotations, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
     write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})
@@ -239,12 +243,41 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+RANGES: dict[str, Callable[[float], bool]] = {
+    "positive": lambda number: 0 < number < math.inf,
+    "at least 0": lambda number: 0 <= number < math.inf,
+    "in 0..1": lambda number: 0 <= number <= 1,
+    "a positive multiple of 32": lambda number: number > 0 and number % 32 == 0,
+}
+
+
+def check_ranges(options: Any, ranges: dict[str, str]) -> None:
+    """Refuses options that are out of range, by name, before anything is read.
+
+    `ranges`: names of options, with spaces between, by what each of their numbers has to be (`RANGES`). `None` is fine.
+    """
+    for what, names in ranges.items():
+        for name in names.split():
+            value = getattr(options, name)
+            numbers = np.ravel(value) if isinstance(value, tuple) else [value]
+            if value is not None and not all(RANGES[what](number) for number in numbers):
+                raise SystemExit(f"--{name.replace('_', '-')} is {value}: it must be {what}.")
+
+
 def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
-    """Runs a script on its command line; an error of the user's files is told in its own words, without a traceback."""
+    """Runs a script on its command line; an error of the user's files or options is told without a traceback."""
     try:
         main(tyro.cli(options, description=description))
-    except (data.DatasetError, weights.WeightsError, train.CheckpointError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) or is_ours(error):
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+        raise
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the package raised an error itself, in words for its user."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").startswith(detectax_eqx.__name__)
 
 
 def progress() -> Progress:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from _run import Stop, open_log, write
 from _shared import (
@@ -30,6 +29,7 @@ from _shared import (
     ModelName,
     NormName,
     build,
+    check_ranges,
     console,
     evaluate_on,
     initialize,
@@ -46,15 +46,15 @@ from detectax_eqx import Batch, data, models, train
 class Options:
     """Options of a training run."""
 
-    train_annotations: Path
-    """COCO JSON of the training images."""
-    train_images: Path
+    train_annotations: str
+    """COCO JSON of the training images. This and the three others: a path, or a URL of http, https, gs or s3."""
+    train_images: str
     """Folder that its file names refer to."""
     output: Path
     """Folder for checkpoints and metrics."""
-    val_annotations: Path | None = None
+    val_annotations: str | None = None
     """COCO JSON of the validation images; without it nothing is evaluated and the last checkpoint is the best."""
-    val_images: Path | None = None
+    val_images: str | None = None
     """Folder of the validation images."""
     model: ModelName = "mask_rcnn_resnet50_fpn"
     """Which detector."""
@@ -115,6 +115,10 @@ class Options:
     """Seed of the initial weights, of the order of images and of augmentation."""
     threads: int = 2
     """Threads that decode images."""
+    cache: Path | None = None
+    """Folder to keep decoded training images in, read several times faster from the second pass on. Default off."""
+    max_bad_images: int = 10
+    """Images that may turn out unreadable amid training: they are left out, told and counted. One more stops it."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 500
@@ -129,8 +133,18 @@ class Options:
     """This process's number, from 0, with --coordinator."""
 
 
+RANGES = {
+    "positive": "epochs steps batch_size accumulate parameter_shards lr backbone_lr clip_norm min_sizes max_size "
+    "jitter max_objects threads log_every checkpoint_every",
+    "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
+    "in 0..1": "momentum flip ema",
+    "a positive multiple of 32": "canvases",
+}
+
+
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C, if no other run is using the output folder."""
+    check_ranges(options, RANGES)
     if options.coordinator is not None:
         connect(options.coordinator, options.num_processes, options.process_id)
     with train.lock_folder(options.output):
@@ -176,6 +190,8 @@ def fit(options: Options) -> None:
         mask_size=112 if with_masks else None,
         num_threads=options.threads,
         rows=train.local_rows(mesh, options.batch_size),
+        max_bad_images=options.max_bad_images,
+        cache=options.cache,
     )
     epoch_steps = loader.steps_per_epoch
     total_steps = options.steps or options.epochs * epoch_steps
@@ -193,7 +209,7 @@ def fit(options: Options) -> None:
     )
 
     # What a checkpoint tells besides the state. `so_far` is what a resumed run has to know of the steps before.
-    so_far = {"best": -1.0, "evaluated": 0, "left_out": 0}
+    so_far = {"best": -1.0, "evaluated": 0, "left_out": 0, "bad_images": 0}
     metadata: dict[str, Any] = {
         "model": options.model,
         "norm": options.norm,
@@ -243,9 +259,11 @@ def fit(options: Options) -> None:
     def save(*folders: Path) -> None:
         saver.save(folders, state, step=int(state.step), metadata=metadata)
 
-    def refuse_non_finite(k: int, skipped: jax.Array) -> None:
-        """Ends the run if batch `k` made no update, unless it is to go on."""
-        if options.non_finite == "stop" and int(skipped) > skipped_before:
+    def account(k: int, metrics: dict[str, jax.Array]) -> None:
+        """Counts what batch `k` left out, and ends the run if it made no update, unless that is to be gone on from."""
+        so_far["left_out"] += int(metrics["overflow"])
+        so_far["bad_images"] += int(metrics["invalid"])
+        if options.non_finite == "stop" and int(metrics["skipped"]) > skipped_before:
             saver.wait()
             ids = [train_set.images[i].id for i in loader.indices(k)]
             raise SystemExit(
@@ -276,7 +294,7 @@ def fit(options: Options) -> None:
     log = open_log(options.output / "metrics.jsonl", until=start, evaluated=so_far["evaluated"])
     timing = (options.output / "timing.jsonl").open("ab", buffering=0)
     batches = loader.iterate(start, total_steps)
-    clock, images, unchecked = time.perf_counter(), 0, None
+    clock, images, told, pending = time.perf_counter(), 0, 0, None
     with saver, log, timing, closing(batches):
         if val_set is not None and ends_epoch(start) and so_far["evaluated"] < start:
             evaluate(val_set, start)  # the run ended before it could
@@ -288,16 +306,23 @@ def fit(options: Options) -> None:
                 done, images = k + 1, images + options.batch_size
                 stopping = stop.after(done) and done < total_steps
                 saving = ends_epoch(done) or done % options.checkpoint_every == 0 or stopping
-                if unchecked is not None:
-                    refuse_non_finite(*unchecked)  # a step late: to wait for this one would leave the devices idle
-                unchecked = k, metrics["skipped"]
-                if saving:
-                    refuse_non_finite(*unchecked)
-                so_far["left_out"] += int(np.sum(batch.overflow))
-                if done % options.log_every == 0 or done == 1 or ends_epoch(done):
+                logging = done % options.log_every == 0 or done == 1 or ends_epoch(done)
+                if pending:
+                    account(*pending)  # a step late: to wait for this one would leave the devices idle
+                pending = k, metrics
+                if saving or logging:
+                    account(*pending)
+                    pending = None
+                for error in loader.bad_images[told:]:
+                    console.print(
+                        f"Left out ({told + 1} of {options.max_bad_images} allowed): {error}", highlight=False
+                    )
+                    told += 1
+                if logging:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = float(jnp.asarray(schedule(k)))
-                    write(log, step=done, epoch=done / epoch_steps, rate=rate, left_out=so_far["left_out"], **values)
+                    counts = {name: so_far[name] for name in ("left_out", "bad_images")}
+                    write(log, step=done, epoch=done / epoch_steps, rate=rate, **counts, **values)
                     speed = images / (time.perf_counter() - clock)
                     write(timing, step=done, time=time.time(), images_s=speed)
                     terms = [f"{n.removeprefix('loss_')} {v:.2f}" for n, v in values.items() if n.startswith("loss_")]
@@ -328,7 +353,7 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
     console.quiet = jax.process_index() > 0
 
 
-def load(annotations: Path, images: Path) -> data.CocoDataset:
+def load(annotations: str, images: str) -> data.CocoDataset:
     """A dataset, with a word on what was repaired."""
     dataset = data.load_coco(annotations, images)
     console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)

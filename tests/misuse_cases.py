@@ -118,7 +118,7 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"load_coco", "read_image"},
+    data: {"load_coco", "read_annotations", "read_image"},
     draw: {"class_color"},
     evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"},
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}

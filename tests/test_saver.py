@@ -1,11 +1,14 @@
 """Saving while training goes on, what a save that fails leaves, and one run at a time."""
 
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from detectax_eqx import train
+from detectax_eqx import data, models, train
 from detectax_eqx.train import CheckpointError, CheckpointSaver, DamagedCheckpointError, _checkpoint
 
 from .test_checkpoint import assert_identical
@@ -237,3 +240,47 @@ def test_a_lock_dies_with_its_process(tmp_path, tally):
     holder.communicate()
     with train.lock_folder(tmp_path):
         tally("second run in one folder", 1, True, "refused, naming process and host; free again after kill -9")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_save_stops_training_for_less_than_a_step(tmp_path, tally):
+    """Mask R-CNN R50-FPN with SGD, two small images a step: a large state beside a short step."""
+    canvas = (160, 256)
+    dataset = data.load_coco(*data.write_shapes_dataset(tmp_path / "data", num_images=2, image_size=canvas))
+    buckets = data.make_buckets(dataset.sizes, canvases=[canvas], min_size=160, max_size=256)
+    batch = data.Loader(dataset, batch_size=2, buckets=buckets, max_objects=6).batch(0)
+    model = models.mask_rcnn_resnet50_fpn(dataset.num_classes, key=jr.key(0))
+    trainable, optimizer = models.trainable(model), train.sgd(0.001)
+
+    def loss(model, example, *, key):
+        image = jnp.asarray(example.images, jnp.float32) / 255
+        return models.mask_rcnn_loss(model, image, example.image_sizes, example.targets, key=key)
+
+    step = train.make_train_step(loss, optimizer, trainable=trainable)
+    state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(1))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array)))
+    seconds = {"step": [], "save": [], "step beside a save": [], "whole save": []}
+
+    def clock(what, function, *arguments, **options):
+        began = time.perf_counter()
+        result = jax.block_until_ready(function(*arguments, **options))
+        seconds[what].append(time.perf_counter() - began)
+        return result
+
+    with CheckpointSaver() as saver:
+        for k in range(8):
+            state, _ = clock("step" if k % 2 else "step beside a save", step, state, batch)
+            if k % 2:
+                began = time.perf_counter()
+                clock("save", saver.save, [tmp_path / "last"], state, step=k, metadata={})
+                saver.wait()
+                seconds["whole save"].append(time.perf_counter() - began)
+                clock("save", saver.save, [tmp_path / "last"], state, step=k, metadata={})
+    seconds["step beside a save"].pop(0)  # compiled
+    wait, alone, beside, whole = (
+        statistics.median(seconds[what]) for what in ("save", "step", "step beside a save", "whole save")
+    )
+    figures = f"waits {wait:.2f} s of a step's {alone:.2f} s ({beside:.2f} s beside the writing); alone {whole:.2f} s"
+    tally(f"saving {size / 1e6:.0f} MB while training", len(seconds["save"]), len(seconds["save"]), figures)
+    assert max(seconds["save"]) < min(seconds["step"])
