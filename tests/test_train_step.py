@@ -133,7 +133,7 @@ def test_invalid_examples_count_nothing(getkey):
         step = train.make_train_step(roots, optimizer, trainable=TRAINABLE)
         state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
         state, metrics = step(state, batch)
-        assert metrics.pop("invalid") == sum(~batch.valid)
+        assert metrics.pop("invalid") == float(np.sum(~batch.valid))
         return jax.tree.leaves(eqx.filter((state.model, metrics), eqx.is_array))
 
     alone = updated(make_batch(BOXES[:2], np.ones((2, 3)), overflow=[1, 0]))
