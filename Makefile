@@ -7,16 +7,18 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
 
-.PHONY: help demo test test-all lint format parity bench clean
+.PHONY: help demo test test-all lint format parity bench bench-quick bench-check clean
 
 help:
-	@echo "make demo    train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
-	@echo "make test    run the tests"
-	@echo "make test-all  run the long ones too"
-	@echo "make lint    check style and types"
-	@echo "make format  mend style"
-	@echo "make parity  compare with torchvision, in an environment of its own (5 GB)"
-	@echo "make bench   measure, and write the tables of BENCHMARKS.md"
+	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
+	@echo "make test         run the tests"
+	@echo "make test-all     run the long ones too"
+	@echo "make lint         check style and types"
+	@echo "make format       mend style"
+	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
+	@echo "make bench        measure beside torchvision, if make parity was run, and write the tables of BENCHMARKS.md"
+	@echo "make bench-quick  the same at small sizes, in two minutes"
+	@echo "make bench-check  fail if a ratio to torchvision fell by over 20 % from what BENCHMARKS.md says"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,8 +52,16 @@ format: $(VENV)/.installed
 parity: $(PARITY)/.installed
 	$(PARITY)/bin/python -m pytest tests/parity -s -n 0 -p no:cacheprovider --override-ini norecursedirs=
 
+BENCHMARK = $(VENV)/bin/python experiments/benchmark.py $(addprefix --peer-python ,$(wildcard $(PARITY)/bin/python))
+
 bench: $(VENV)/.installed
-	$(VENV)/bin/python experiments/benchmark.py
+	$(BENCHMARK)
+
+bench-quick: $(VENV)/.installed
+	$(BENCHMARK) --quick
+
+bench-check: $(VENV)/.installed
+	$(BENCHMARK) --check
 
 clean:
 	rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache runs

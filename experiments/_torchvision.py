@@ -1,80 +1,54 @@
-"""torchvision's counterparts of what the benchmark measures, as functions without arguments to be timed."""
-
-import re
+"""torchvision's detectors at random weights under which they find something."""
+# pyright: reportMissingImports=false
 
 import numpy as np
 import torch
-from torchvision import ops
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-from detectax_eqx.weights import to_torchvision
+from torchvision.ops import FrozenBatchNorm2d
 
 
-def nms(boxes, scores, threshold):
-    """Keep mask of boxes."""
-    boxes, scores = torch.from_numpy(boxes), torch.from_numpy(scores)
+def random_detector(kind: type[FasterRCNN] | type[MaskRCNN], *, body="resnet50", num_classes=91, seed=0, **options):
+    """A detector whose scores are decisive: random frozen statistics, and predictors scaled up."""
+    torch.manual_seed(seed)
+    backbone = resnet_fpn_backbone(backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5)
+    model = kind(backbone, num_classes, **options)
+    generator = torch.Generator().manual_seed(seed + 1)
 
-    def run():
-        keep = torch.zeros(len(boxes), dtype=torch.bool)
-        keep[ops.nms(boxes, scores, threshold)] = True
-        return keep
+    def uniform(like, low, high):
+        return low + (high - low) * torch.rand(like.shape, generator=generator)
 
-    return run
-
-
-def multilevel_roi_align(maps, boxes, image_size):
-    """Pooled features of boxes, 7×7 with two samples a bin and axis."""
-    pooler = ops.MultiScaleRoIAlign([str(i) for i in range(len(maps))], 7, 2)
-    tensors = {str(i): torch.from_numpy(m)[None] for i, m in enumerate(maps)}
-    boxes = torch.from_numpy(boxes)
-    return lambda: pooler(tensors, [boxes], [image_size])
-
-
-def paste_masks(masks, boxes, image_size):
-    """Masks on an image."""
-    masks, boxes = torch.from_numpy(masks)[:, None], torch.from_numpy(boxes)
-    return lambda: paste_masks_in_image(masks, boxes, image_size)[:, 0]
-
-
-def detector(name, model, **sizes):
-    """The named detector with the parameters of ours."""
-    body = re.search(r"resnet\d+", name)[0]
-    norm = ops.FrozenBatchNorm2d
-    backbone = resnet_fpn_backbone(backbone_name=body, weights=None, norm_layer=norm, trainable_layers=5)
-    reference = (MaskRCNN if name.startswith("mask") else FasterRCNN)(backbone, model.num_classes + 1, **sizes)
-    reference.load_state_dict({key: torch.from_numpy(array) for key, array in to_torchvision(model).items()})
-    return reference
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.weight.copy_(uniform(module.weight, 0.6, 1.0))
+                module.bias.copy_(uniform(module.bias, -0.1, 0.1))
+                module.running_mean.copy_(uniform(module.running_mean, -0.1, 0.1))
+                module.running_var.copy_(uniform(module.running_var, 0.8, 1.2))
+        model.rpn.head.cls_logits.weight.mul_(20)
+        model.rpn.head.bbox_pred.weight.mul_(10)
+        predictor = model.roi_heads.box_predictor
+        predictor.cls_score.weight.mul_(20)
+        predictor.bbox_pred.weight.mul_(10)
+        if isinstance(model, MaskRCNN):
+            model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
+    model.eval()
+    _spread_classes(model, torch.rand(3, 320, 480, generator=generator))
+    return model
 
 
-def inference(name, model, image, **sizes):
-    """Detection in one image."""
-    reference = detector(name, model, **sizes).eval()
-    tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+def _spread_classes(model, image):
+    """Centres and scales the class logits, so that proposals differ in class and are sure of it."""
+    logits = []
+    hook = model.roi_heads.box_predictor.register_forward_hook(lambda _, __, output: logits.append(output[0]))
+    with torch.no_grad():
+        model([image])
+        hook.remove()
+        layer, scale = model.roi_heads.box_predictor.cls_score, 2.5 / logits[0].std(dim=0).mean()
+        layer.weight.mul_(scale)
+        layer.bias.sub_(logits[0].mean(dim=0)).mul_(scale)
 
-    def run():
-        with torch.no_grad():
-            return reference([tensor])[0]["boxes"].numpy()
 
-    return run
-
-
-def training(name, model, images, boxes, labels):
-    """Forward and backward on a batch with rectangular masks."""
-    size = images.shape[1:3]
-    reference = detector(name, model, min_size=min(size), max_size=max(size)).train()
-    tensors = [torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in images]
-    targets = []
-    for image_boxes, image_labels in zip(boxes, labels, strict=True):
-        masks = torch.zeros((len(image_boxes), *size), dtype=torch.uint8)
-        for mask, (x0, y0, x1, y1) in zip(masks, image_boxes.astype(np.int64), strict=True):
-            mask[y0:y1, x0:x1] = 1
-        labels_ = torch.from_numpy(image_labels + 1).long()
-        targets.append({"boxes": torch.from_numpy(image_boxes), "labels": labels_, "masks": masks})
-
-    def run():
-        reference.zero_grad()
-        sum(reference(tensors, targets).values()).backward()
-
-    return run
+def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The state dict as arrays."""
+    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}

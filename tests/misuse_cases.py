@@ -96,6 +96,7 @@ TREES = [
     call(models.SampledProposals, f32(M, 4), flags(M), flags(M), i32(M)),
 ]
 OTHERS = [
+    call(nn.cast, {"w": f32(2)}, jnp.bfloat16),
     call(data.mask_in_box, (np.ones((3, 2)),), np.ones(4), size=7),
     call(draw.draw_detections, PICTURE, DETECTIONS),
     call(draw.draw_targets, PICTURE, TARGETS),

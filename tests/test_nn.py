@@ -50,6 +50,49 @@ def test_max_pool_ignores_padding():
     np.testing.assert_array_equal(out[0], [[-1, -2], [-4, -5]])
 
 
+def test_max_pool_gradient_goes_to_the_first_of_equals(getkey):
+    """As XLA's own does, of a map with many ties; NaN stays NaN."""
+    x = jnp.maximum(jnp.round(jr.normal(getkey(), (3, 11, 14))), 0)
+    weights = jr.normal(getkey(), (3, 6, 7))
+
+    def by_xla(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1)))
+
+    def ours(x):
+        return nn.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+    for a, b in zip(
+        *(jax.value_and_grad(lambda x, f=f: (f(x) * weights).sum())(x) for f in (ours, by_xla)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert jnp.isnan(ours(x.at[0, 4, 4].set(jnp.nan))).sum() == jnp.isnan(by_xla(x.at[0, 4, 4].set(jnp.nan))).sum() > 0
+
+
+def test_cast_leaves_norms_alone(getkey):
+    body = nn.resnet18(key=getkey(), width=8)
+    half = nn.cast(body, jnp.bfloat16)
+    assert half.conv1.weight.dtype == jnp.bfloat16
+    assert half.norm1.running_var.dtype == jnp.float32
+    x = jr.normal(getkey(), (3, 64, 64))
+    for a, b in zip(half(x), body(x), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.03 * jnp.linalg.norm(b)
+
+
+def test_checkpointing_changes_no_gradient(getkey):
+    key, x = getkey(), jr.normal(getkey(), (3, 64, 64))
+
+    def gradient(checkpoint):
+        body = nn.resnet18(key=key, width=8, checkpoint=checkpoint)
+        run = eqx.filter_grad(lambda body, x: sum(jnp.sin(y).sum() for y in body(x)))
+        return jax.tree.leaves(run(body, x)), str(eqx.filter_make_jaxpr(run)(body, x)[0])
+
+    (plain, without), (again, program) = gradient(False), gradient(True)
+    for a, b in zip(again, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+    assert program.count(" convolve[") > without.count(" convolve[")  # the forward pass is there twice
+
+
 def test_frozen_batch_norm(getkey):
     module = nn.FrozenBatchNorm(4)
     values = [jr.uniform(getkey(), (4,), minval=0.5, maxval=2.0) for _ in range(4)]

@@ -8,60 +8,77 @@ from ._faster_rcnn import FasterRCNN
 from ._mask_rcnn import MaskRCNN
 
 
-def faster_rcnn_resnet18_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> FasterRCNN:
+def faster_rcnn_resnet18_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> FasterRCNN:
     """Faster R-CNN on ResNet-18-FPN; see `faster_rcnn_resnet50_fpn`."""
-    return _faster_rcnn(resnet18, num_classes, key=key, norm=norm)
+    return _faster_rcnn(resnet18, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def faster_rcnn_resnet34_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> FasterRCNN:
+def faster_rcnn_resnet34_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> FasterRCNN:
     """Faster R-CNN on ResNet-34-FPN; see `faster_rcnn_resnet50_fpn`."""
-    return _faster_rcnn(resnet34, num_classes, key=key, norm=norm)
+    return _faster_rcnn(resnet34, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def faster_rcnn_resnet50_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> FasterRCNN:
+def faster_rcnn_resnet50_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> FasterRCNN:
     """Faster R-CNN on ResNet-50-FPN: torchvision's `fasterrcnn_resnet50_fpn`, 41.8 million parameters at 90 classes.
 
     - `num_classes`: foreground classes; torchvision counts the background too (its 91 are 90 here).
     - `norm`: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from scratch. torchvision's COCO
       checkpoints want `functools.partial(FrozenBatchNorm, eps=0.0)`.
+    - `checkpoint`: gradient checkpointing in the backbone, see `ResNet`.
     """
-    return _faster_rcnn(resnet50, num_classes, key=key, norm=norm)
+    return _faster_rcnn(resnet50, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def faster_rcnn_resnet101_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> FasterRCNN:
+def faster_rcnn_resnet101_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> FasterRCNN:
     """Faster R-CNN on ResNet-101-FPN; see `faster_rcnn_resnet50_fpn`."""
-    return _faster_rcnn(resnet101, num_classes, key=key, norm=norm)
+    return _faster_rcnn(resnet101, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def mask_rcnn_resnet18_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> MaskRCNN:
+def mask_rcnn_resnet18_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> MaskRCNN:
     """Mask R-CNN on ResNet-18-FPN; see `faster_rcnn_resnet50_fpn` for the arguments."""
-    return _mask_rcnn(resnet18, num_classes, key=key, norm=norm)
+    return _mask_rcnn(resnet18, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def mask_rcnn_resnet34_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> MaskRCNN:
+def mask_rcnn_resnet34_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> MaskRCNN:
     """Mask R-CNN on ResNet-34-FPN; see `faster_rcnn_resnet50_fpn` for the arguments."""
-    return _mask_rcnn(resnet34, num_classes, key=key, norm=norm)
+    return _mask_rcnn(resnet34, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def mask_rcnn_resnet50_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> MaskRCNN:
+def mask_rcnn_resnet50_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> MaskRCNN:
     """Mask R-CNN on ResNet-50-FPN: torchvision's `maskrcnn_resnet50_fpn`, 44.4 million parameters at 90 classes.
 
     See `faster_rcnn_resnet50_fpn` for the arguments.
     """
-    return _mask_rcnn(resnet50, num_classes, key=key, norm=norm)
+    return _mask_rcnn(resnet50, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def mask_rcnn_resnet101_fpn(num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm) -> MaskRCNN:
+def mask_rcnn_resnet101_fpn(
+    num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
+) -> MaskRCNN:
     """Mask R-CNN on ResNet-101-FPN; see `faster_rcnn_resnet50_fpn` for the arguments."""
-    return _mask_rcnn(resnet101, num_classes, key=key, norm=norm)
+    return _mask_rcnn(resnet101, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
-def _faster_rcnn(resnet, num_classes: int, *, key: PRNGKeyArray, norm: Norm) -> FasterRCNN:
+def _faster_rcnn(resnet, num_classes: int, *, key: PRNGKeyArray, norm: Norm, checkpoint: bool) -> FasterRCNN:
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = ResNetFPN(resnet(key=body_key, norm=norm), key=fpn_key)
+    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key)
     return FasterRCNN(backbone, num_classes, key=heads_key)
 
 
-def _mask_rcnn(resnet, num_classes: int, *, key: PRNGKeyArray, norm: Norm) -> MaskRCNN:
+def _mask_rcnn(resnet, num_classes: int, *, key: PRNGKeyArray, norm: Norm, checkpoint: bool) -> MaskRCNN:
     box_key, mask_key = jr.split(key)
-    return MaskRCNN(_faster_rcnn(resnet, num_classes, key=box_key, norm=norm), key=mask_key)
+    return MaskRCNN(_faster_rcnn(resnet, num_classes, key=box_key, norm=norm, checkpoint=checkpoint), key=mask_key)

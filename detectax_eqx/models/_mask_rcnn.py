@@ -4,18 +4,25 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Int32, PRNGKeyArray, Real
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
+from ._chunks import map_chunks
 from ._faster_rcnn import (
     TORCHVISION_SAMPLING,
     TORCHVISION_SELECTION,
     FasterRCNN,
+    Features,
     Sampling,
     Selection,
     two_stage_losses,
 )
 from ._mask_head import MaskHead, mask_loss
+
+
+# Boxes that the mask head runs on at a time. Most images have far fewer objects than there is room for.
+MASK_CHUNK = 16
 
 
 class MaskRCNN(eqx.Module):
@@ -56,8 +63,23 @@ class MaskRCNN(eqx.Module):
         Arguments are those of `FasterRCNN`.
         """
         features, detections = self.faster_rcnn.detect_boxes(image, image_size, selection=selection)
-        pooled = self.faster_rcnn.pool(features, detections.boxes, output_size=self.mask_head.pool_size)
-        return replace(detections, masks=jax.nn.sigmoid(self.mask_head(pooled, detections.labels)))
+        logits = self.mask_logits(features, detections.boxes, detections.labels, detections.valid)
+        return replace(detections, masks=jax.nn.sigmoid(logits))
+
+    def mask_logits(
+        self,
+        features: Features,
+        boxes: Float[Array, "n 4"],
+        labels: Int32[Array, " n"],
+        valid: Bool[Array, " n"],
+    ) -> Float[Array, "n s s"]:
+        """Mask logits of the class `labels` in the frame of each of `boxes`, canvas pixels, valid ones first.
+
+        The head runs on as many boxes as are valid, a few at a time; the other rows are 0 or what their box gives.
+        """
+        pooled = self.faster_rcnn.pool(features, boxes, output_size=self.mask_head.pool_size)
+        count = valid.sum(dtype=jnp.int32)
+        return map_chunks(self.mask_head, (pooled, labels), count, chunk_size=MASK_CHUNK)
 
 
 def mask_rcnn_loss(
@@ -84,8 +106,7 @@ def mask_rcnn_loss(
     )
     # Positives are sampled first, so that the mask head runs on as many rows as may be positive and no more.
     positives = jax.tree.map(lambda x: x[: max_positives(sampled.boxes.shape[0], sampling)], sampled)
-    pooled = model.faster_rcnn.pool(features, positives.boxes, output_size=model.mask_head.pool_size)
-    logits = model.mask_head(pooled, targets.labels[positives.matched])
+    logits = model.mask_logits(features, positives.boxes, targets.labels[positives.matched], positives.positive)
     return losses | mask_loss(logits, positives, targets, sampling_ratio=mask_sampling_ratio, aligned=mask_aligned)
 
 

@@ -30,7 +30,7 @@ class FrozenBatchNorm(eqx.Module):
     def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
         scale = self.weight * lax.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        return (x.astype(scale.dtype) * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
 class GroupNorm(eqx.Module):

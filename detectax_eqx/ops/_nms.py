@@ -29,8 +29,9 @@ from ._boxes import _corners, _intersection_and_union
 GREEDY_BOXES_PER_OUTPUT = 4
 # Up to here a round of the fixed-point form, n² IoUs, takes an accelerator about as long as starting it.
 FIXED_POINT_BOXES = 4096
-# Valid boxes that greedy selection moves together. A detector's candidates above its score threshold are fewer.
-PACKED_BOXES = 8192
+# Room for the valid boxes that greedy selection moves together, the least that holds them. Candidates above a
+# detector's score threshold are some hundreds where it is sure of what it sees, and a few thousand where not.
+PACKED_BOXES = (1024, 8192)
 
 
 def _comparable(iou_threshold, boxes):
@@ -126,17 +127,22 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
 def _select_packed(rows, scores, valid, threshold, *, max_outputs):
     """`_select_greedy` on the valid boxes alone, if there is room for them."""
     select = partial(_select_greedy, max_outputs=max_outputs)
-    if valid.size <= PACKED_BOXES:
-        return select(rows, scores, valid, threshold)
     total = valid.sum(dtype=jnp.int32)
 
-    def few():
-        packed = jnp.nonzero(valid, size=PACKED_BOXES, fill_value=0)[0].astype(jnp.int32)
-        there = jnp.arange(PACKED_BOXES) < total
-        indices, count = select(_at(rows, packed), scores[packed], there, threshold)
-        return jnp.where(jnp.arange(max_outputs) < count, packed[indices], 0), count
+    def within(rooms):
+        if not rooms or valid.size <= rooms[0]:
+            return select(rows, scores, valid, threshold)
+        room, *larger = rooms
 
-    return lax.cond(largest_of_batch(total) <= PACKED_BOXES, few, lambda: select(rows, scores, valid, threshold))
+        def few():
+            packed = jnp.nonzero(valid, size=room, fill_value=0)[0].astype(jnp.int32)
+            there = jnp.arange(room) < total
+            indices, count = select(_at(rows, packed), scores[packed], there, threshold)
+            return jnp.where(jnp.arange(max_outputs) < count, packed[indices], 0), count
+
+        return lax.cond(largest_of_batch(total) <= room, few, lambda: within(larger))
+
+    return within(list(PACKED_BOXES))
 
 
 def _prepared(boxes, scores, labels, valid):

@@ -1,0 +1,28 @@
+"""Computing in fewer bits than parameters have."""
+
+import equinox as eqx
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from ._norm import FrozenBatchNorm, GroupNorm
+
+
+def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
+    """`model` with its floats in another dtype, to compute in: `cast(model, jnp.bfloat16)`.
+
+    A detector then runs convolutions and matrix products in `dtype`; norms keep their parameters and compute with them
+    in float32, as box decoding, IoU, NMS, softmax and losses do anyway. To train so, cast within the loss: parameters,
+    gradients and updates stay float32.
+
+    >>> import jax.numpy as jnp
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import Conv2d
+    >>> cast(Conv2d(3, 8, 3, key=jr.key(0)), jnp.bfloat16)(jnp.zeros((3, 4, 4), jnp.bfloat16)).dtype
+    dtype(bfloat16)
+    """
+
+    def convert(leaf: object) -> object:
+        return leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf  # type: ignore[attr-defined]
+
+    return jax.tree.map(convert, model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm | GroupNorm))

@@ -1,0 +1,134 @@
+"""What both sides get: boxes, scores, maps, masks and pictures, drawn from a seed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+# The image that operators work on: a COCO picture of 640×427 at its usual short side of 800, on a canvas.
+IMAGE_SIZE = (800, 1216)
+STRIDES = (4, 8, 16, 32)
+NUM_CLASSES = 90  # torchvision's COCO detectors have 91 outputs, background included
+
+
+def random_boxes(
+    rng: np.random.Generator,
+    n: int,
+    *,
+    image_size: tuple[int, int] = IMAGE_SIZE,
+    sides: tuple[float, float] = (16.0, 400.0),
+) -> np.ndarray:
+    """Boxes within an image, sides log-uniform."""
+    height, width = image_size
+    size = np.exp(rng.uniform(np.log(sides[0]), np.log(np.minimum(sides[1], [width, height])), (n, 2)))
+    corner = rng.uniform(0, 1, (n, 2)) * ([width, height] - size)
+    return np.concatenate([corner, corner + size], axis=1).astype(np.float32)
+
+
+def clustered_boxes(rng: np.random.Generator, n: int, *, objects: int, image_size=IMAGE_SIZE) -> np.ndarray:
+    """Boxes around objects, as proposals and detections are before suppression."""
+    centres = random_boxes(rng, objects, image_size=image_size)[rng.integers(0, objects, n)]
+    sides = np.tile(centres[:, 2:] - centres[:, :2], 2)
+    boxes = centres + rng.normal(0, 0.15, (n, 4)) * sides
+    boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
+    return np.clip(boxes, 0, [image_size[1], image_size[0]] * 2).astype(np.float32)
+
+
+def distinct_scores(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Scores 0..1 without ties, whose order would be anybody's choice."""
+    return ((rng.permutation(n) + 0.5) / n).astype(np.float32)
+
+
+def class_scores(rng: np.random.Generator, proposals: int, classes: int) -> np.ndarray:
+    """Softmax scores `(proposals, classes)` of a trained head: one to three classes above .05 for half the proposals,
+    the rest background."""
+    logits = rng.normal(0, 1, (proposals, classes + 1))
+    logits[:, 0] += 4
+    objects = rng.random(proposals) < 0.5
+    for rank in range(3):
+        likely = rng.integers(1, classes + 1, proposals)
+        logits[np.arange(proposals), likely] += objects * rng.uniform(5 - 1.5 * rank, 9 - 1.5 * rank, proposals)
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return (scores / scores.sum(axis=1, keepdims=True))[:, 1:].astype(np.float32)
+
+
+def pyramid(rng: np.random.Generator, channels: int, *, image_size=IMAGE_SIZE, strides=STRIDES) -> list[np.ndarray]:
+    """Feature maps `(c, h, w)` of the levels that boxes are pooled from."""
+    height, width = image_size
+    return [rng.standard_normal((channels, height // s, width // s), np.float32) for s in strides]
+
+
+def photograph(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """A uint8 picture `(h, w, 3)` with structure at all scales, as photographs have, and a little grain."""
+    height, width = size
+    picture = np.zeros((height, width, 3), np.float32)
+    for cells in (3, 8, 24, 72, 200):
+        noise = rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
+        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        picture += (np.asarray(layer, np.float32) - 128) * (3 / cells) ** 0.4
+    picture += rng.normal(0, 4, picture.shape)
+    return np.clip(128 + picture * 0.8, 0, 255).astype(np.uint8)
+
+
+def ellipses(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Full-size uint8 masks `(n, h, w)`: of each box the ellipse that it holds, by pixel centres."""
+    y, x = np.arange(size[0])[None, :, None] + 0.5, np.arange(size[1])[None, None, :] + 0.5
+    x0, y0, x1, y1 = boxes.T[..., None, None]
+    return ((((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2) <= 1).astype(np.uint8)
+
+
+def ellipse_in_box(side: int) -> np.ndarray:
+    """The same ellipse in the frame of its box: how much of each cell it covers, 0..255."""
+    fine = (np.arange(side * 8) + 0.5) / (side * 4) - 1
+    inside = (fine[:, None] ** 2 + fine[None] ** 2 <= 1).astype(np.float32)
+    return np.rint(inside.reshape(side, 8, side, 8).mean(axis=(1, 3)) * 255).astype(np.uint8)
+
+
+def write_coco_folder(folder: Path, *, images: int, objects: int = 7) -> None:
+    """A dataset in COCO's format and of its sizes, landscape and portrait in turn: JPEGs and polygons.
+
+    COCO's images are 640×480 as a rule and 160 kB, and hold 7.3 objects.
+    """
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    content: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    for i in range(images):
+        height, width = ((480, 640), (640, 480))[i % 2]
+        name = f"{i:06}.jpg"
+        Image.fromarray(photograph(rng, (height, width))).save(folder / "images" / name, quality=95)
+        content["images"].append({"id": i + 1, "file_name": name, "height": height, "width": width})
+        for box in random_boxes(rng, objects, image_size=(height, width), sides=(16, 300)):
+            polygon = _blob(rng, box)
+            low, high = polygon.min(axis=0), polygon.max(axis=0)
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": i + 1,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "bbox": [*low.tolist(), *(high - low).tolist()],
+                    "area": float(np.prod(high - low)),
+                    "segmentation": [polygon.reshape(-1).tolist()],
+                }
+            )
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def _blob(rng: np.random.Generator, box: np.ndarray) -> np.ndarray:
+    """A star-shaped polygon `(points, 2)` within a box."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 25))
+    radii = rng.uniform(0.6, 1.0, 25)
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.round(centre + half * radii[:, None] * directions, 2).astype(np.float64)
+
+
+def coco_sizes(rng: np.random.Generator, images: int) -> list[tuple[int, int]]:
+    """`(height, width)` of images as COCO has them: long side 640, three of four landscape, the usual formats."""
+    shorts = rng.choice(
+        [480, 427, 426, 425, 428, 640, 361, 512], images, p=[0.34, 0.3, 0.1, 0.08, 0.05, 0.03, 0.05, 0.05]
+    )
+    tall = rng.random(images) < 0.25
+    return [(640, int(short)) if t else (int(short), 640) for short, t in zip(shorts, tall, strict=True)]

@@ -1,0 +1,194 @@
+"""The tables of whole detectors: whether detections agree, detection, training, and the memory of a training step."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from . import inputs
+from .agreement import Agreement, compare_detections, compare_losses
+from .bench import NO_PEER, Bench, Row, Table, number, ratio_cells
+from .process import Worker, side_by_side
+
+
+COCO_TRAIN_IMAGES = 118_287  # train2017
+OBJECTS = 7  # an image of COCO has 7.3
+LEARNING_RATE = 1e-9  # an update like any other, but the weights stay as decisive as they are
+
+
+@dataclass(frozen=True)
+class Work:
+    """A detector on a batch of images."""
+
+    model: str
+    batch: int
+    size: tuple[int, int]
+    precision: str = "float32"
+
+    @property
+    def images(self) -> str:
+        return f"{self.batch} × {self.size[0]}×{self.size[1]}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.model, self.images, self.precision
+
+    def options(self, bench: Bench) -> dict[str, Any]:
+        """What both sides' cases are told."""
+        return {"name": self.model, "precision": self.precision, "weights": bench.weights(self.model)}
+
+
+def inference_table() -> Table:
+    """Detection, batch 1 and 8."""
+    columns = ("ours s", "torchvision s", "ratio", "spread", "ours images/s", "torchvision images/s")
+    return Table("inference", ("model", "images", "precision"), columns, _inference_rows)
+
+
+def accuracy_table() -> Table:
+    """Whether imported weights give torchvision's detections."""
+    columns = ("detections", "same labels", "worst box difference, px", "worst score difference", "least mask IoU")
+    return Table("accuracy", ("model", "images"), columns, _accuracy_rows)
+
+
+def training_table() -> Table:
+    """Whole steps."""
+    columns = (
+        "ours s/step", "torchvision s/step", "ratio", "spread", "images/s", "hours an epoch of COCO, extrapolated",
+        "ours peak MB", "torchvision peak MB", "memory ratio",
+    )  # fmt: skip
+    return Table("training", ("model", "images", "precision"), columns, _training_rows)
+
+
+def memory_table() -> Table:
+    """What a training step needs, by its compiled program, and measured where that is quick."""
+    columns = ("state and batch MB", "temporaries MB", "together MB", "measured peak MB")
+    return Table("memory", ("model", "images"), columns, _memory_rows)
+
+
+def _inference_works(bench: Bench) -> list[Work]:
+    if bench.quick:
+        return [Work(f"{kind}_rcnn_resnet18_fpn", 1, (320, 480)) for kind in ("faster", "mask")]
+    faster, mask, deep = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "faster_rcnn_resnet101_fpn"
+    single = [Work(model, 1, inputs.IMAGE_SIZE) for model in (faster, mask, deep)]
+    return single + [Work(model, 8, inputs.IMAGE_SIZE) for model in (faster, mask)]
+
+
+def _in_each_precision(bench: Bench, works: list[Work]) -> list[Work]:
+    """An accelerator is measured in all that it has."""
+    precisions = ("float32",) if bench.on_host else ("float32", "tf32", "bfloat16")
+    return [Work(work.model, work.batch, work.size, precision) for work in works for precision in precisions]
+
+
+def _inference_rows(bench: Bench) -> list[Row]:
+    works = _in_each_precision(bench, _inference_works(bench))
+    return [Row(work.key, partial(_infer, bench, work)) for work in works]
+
+
+def _build_detection(bench: Bench, work: Work, ours: Worker, theirs: Worker | None) -> None:
+    """Builds it on both sides, and lets them agree; reduced precision is rounded differently and cannot be compared."""
+    arrays = detection_batch(work)
+    if theirs is not None:
+        theirs.build("inference", arrays, **work.options(bench))
+    ours.build("inference", arrays, **work.options(bench))
+    found = ours.result()
+    if theirs is not None:
+        expected = theirs.result()
+        if work.precision == "float32":
+            bench.memo["agreement", work] = compare_detections(found, expected)
+
+
+def _infer(bench: Bench, work: Work) -> tuple[str, ...]:
+    with bench.pair() as (ours, theirs):
+        _build_detection(bench, work, ours, theirs)
+        compared = side_by_side(ours, theirs, budget=2 * bench.budget)
+    rates = [None if seconds is None else work.batch / seconds for seconds in (compared.ours, compared.theirs)]
+    seconds = number(compared.ours), number(compared.theirs)
+    return *seconds, *ratio_cells(compared), *(number(rate) for rate in rates)
+
+
+def _accuracy_rows(bench: Bench) -> list[Row]:
+    return [Row((work.model, work.images), partial(_agree, bench, work)) for work in _inference_works(bench)]
+
+
+def _agree(bench: Bench, work: Work) -> tuple[str, ...]:
+    if bench.peer_python is None:
+        return NO_PEER, "", "", "", ""
+    if ("agreement", work) not in bench.memo:
+        with bench.pair() as (ours, theirs):
+            _build_detection(bench, work, ours, theirs)
+    agreed: Agreement = bench.memo["agreement", work]
+    iou = "—" if agreed.mask_iou is None else f"{agreed.mask_iou:.4f}"
+    return str(agreed.detections), "all", f"{agreed.box:.1e}", f"{agreed.score:.1e}", iou
+
+
+def _training_rows(bench: Bench) -> list[Row]:
+    if bench.quick:
+        works = [Work("faster_rcnn_resnet18_fpn", 2, (160, 256))]
+    else:
+        kinds, bodies = ("faster", "mask"), ("resnet50", "resnet101")
+        works = [Work(f"{kind}_rcnn_{body}_fpn", 2, (320, 480)) for body in bodies for kind in kinds]
+        if not bench.on_host:
+            works += [Work(f"{kind}_rcnn_resnet50_fpn", 4, (800, 1344)) for kind in kinds]
+    works = _in_each_precision(bench, works)
+    return [Row(work.key, partial(_train, bench, work)) for work in works]
+
+
+def detection_batch(work: Work) -> dict[str, np.ndarray]:
+    """Pictures."""
+    rng = np.random.default_rng(0)
+    return {"images": np.stack([inputs.photograph(rng, work.size) for _ in range(work.batch)])}
+
+
+def training_batch(work: Work) -> dict[str, np.ndarray]:
+    """Pictures with objects of elliptic masks."""
+    rng = np.random.default_rng(0)
+    boxes = [inputs.random_boxes(rng, OBJECTS, image_size=work.size, sides=(24, 250)) for _ in range(work.batch)]
+    return {
+        **detection_batch(work),
+        "boxes": np.stack(boxes),
+        "labels": rng.integers(0, inputs.NUM_CLASSES, (work.batch, OBJECTS)).astype(np.int32),
+        "mask_in_box": inputs.ellipse_in_box(112),
+    }
+
+
+def _train(bench: Bench, work: Work) -> tuple[str, ...]:
+    arrays, options = training_batch(work), {**work.options(bench), "learning_rate": LEARNING_RATE}
+    with bench.pair() as (ours, theirs):
+        if theirs is not None:
+            theirs.build("training", arrays, **options)
+        ours.build("training", arrays, **options)
+        losses = ours.result()
+        if theirs is not None:
+            compare_losses(losses, theirs.result(), rtol=0.05 if work.precision == "float32" else 0.1)
+        compared = side_by_side(ours, theirs, budget=2 * bench.budget)
+        other = None if theirs is None else theirs.memory()
+    # A process that compiled keeps some of what that took; one that finds the program in the cache is like any later.
+    with bench.ours() as ours:
+        ours.build("training", arrays, **options)
+        peak = bench.memo["training peak", work] = ours.memory()
+    rate = work.batch / compared.ours
+    return (
+        number(compared.ours), number(compared.theirs), *ratio_cells(compared), number(rate),
+        number(COCO_TRAIN_IMAGES / rate / 3600, 0), number(peak, 0), number(other, 0),
+        NO_PEER if other is None else f"{other / peak:.2f}×",
+    )  # fmt: skip
+
+
+def _memory_rows(bench: Bench) -> list[Row]:
+    if bench.quick:
+        works = [Work("faster_rcnn_resnet18_fpn", batch, (160, 256)) for batch in (1, 2)]
+    else:
+        batches = [(batch, (320, 480)) for batch in (1, 2, 4, 8)] + [(batch, (800, 1344)) for batch in (1, 2)]
+        works = [Work(f"{kind}_rcnn_resnet50_fpn", *batch) for kind in ("faster", "mask") for batch in batches]
+    return [Row((work.model, work.images), partial(_needs, bench, work)) for work in works]
+
+
+def _needs(bench: Bench, work: Work) -> tuple[str, ...]:
+    with bench.ours() as ours:
+        facts = ours.build("training", training_batch(work), **work.options(bench), learning_rate=LEARNING_RATE)
+        peak = bench.memo.get(("training peak", work))
+        if peak is None and work.batch * work.size[0] * work.size[1] <= 1.1e6:
+            peak = ours.memory(runs=1)
+    parts = ("arguments MB", "temp MB", "program MB")
+    return *(number(facts.get(part), 0) for part in parts), number(peak, 0)

@@ -1,0 +1,1 @@
+"""torchvision's side of the benchmark."""

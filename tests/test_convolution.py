@@ -1,0 +1,120 @@
+"""The convolution primitive against XLA's convolution and XLA's gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+
+from detectax_eqx import nn
+
+
+def _by_xla(x, weight, *, stride, padding):
+    y = lax.conv_general_dilated(
+        x[None], weight, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NCHW", "OIHW", "NCHW")
+    )
+    return y[0]
+
+
+CASES = [
+    # kernel, stride, padding, height, width
+    (1, 1, 0, 7, 6),
+    (1, 2, 0, 7, 6),
+    (3, 1, 1, 11, 13),
+    (3, 2, 1, 12, 14),
+    (3, 2, 1, 11, 13),
+    (7, 2, 3, 21, 16),
+    (3, 1, 0, 9, 8),
+    (2, 2, 0, 8, 9),
+    (5, 3, 1, 17, 20),
+    (3, 1, 1, 40, 300),  # more rows than one block of the weight gradient
+]
+
+
+def _compare(function, *arrays):
+    """Values of `function` of our convolution and of XLA's, in units of the greatest value."""
+    ours, theirs = function(nn.conv2d), function(_by_xla)
+    for a, b in zip(jax.tree.leaves(ours(*arrays)), jax.tree.leaves(theirs(*arrays)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+@pytest.mark.parametrize("kernel, stride, padding, height, width", CASES)
+def test_gradients_of_a_batch(getkey, kernel, stride, padding, height, width, batch):
+    x, weight = jr.normal(getkey(), (batch, 5, height, width)), jr.normal(getkey(), (6, 5, kernel, kernel))
+
+    def gradients(convolution):
+        def total(x, weight):
+            return jnp.sin(jax.vmap(lambda x: convolution(x, weight, stride=stride, padding=padding))(x)).sum()
+
+        def run(x, weight):
+            return jax.vmap(lambda x: convolution(x, weight, stride=stride, padding=padding))(x), jax.grad(
+                total, argnums=(0, 1)
+            )(x, weight)
+
+        return jax.jit(run)
+
+    _compare(gradients, x, weight)
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 2, 1)])
+def test_transformations(getkey, kernel, stride, padding):
+    x, weights = jr.normal(getkey(), (3, 4, 9, 8)), jr.normal(getkey(), (3, 5, 4, kernel, kernel))
+
+    def total(convolution, x, weight):
+        return jnp.sin(convolution(x, weight, stride=stride, padding=padding)).sum()
+
+    def gradient(convolution):
+        return jax.grad(partial(total, convolution), argnums=(0, 1))
+
+    _compare(lambda c: jax.vmap(gradient(c), in_axes=(0, None)), x, weights[0])  # a gradient for each example
+    _compare(lambda c: jax.vmap(gradient(c)), x, weights)  # weights of its own for each example
+    _compare(lambda c: jax.vmap(gradient(c), in_axes=(None, 0)), x[0], weights)
+    _compare(lambda c: jax.vmap(jax.vmap(gradient(c), (0, None)), (None, 0)), x, weights)
+    _compare(lambda c: lambda x, w: jax.jvp(partial(total, c), (x, w), (x, w))[1], x[0], weights[0])
+    _compare(lambda c: jax.grad(lambda w: (gradient(c)(x[0], w)[1] ** 2).sum()), weights[0])  # second order
+
+
+def test_in_loops_and_conditions(getkey):
+    xs, weight = jr.normal(getkey(), (3, 4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
+
+    def gradient(convolution):
+        def total(xs, weight):
+            def step(sum, x):
+                apply = partial(convolution, stride=1, padding=1)
+                y = lax.cond(x[0, 0, 0] > -9, lambda: apply(x, weight), lambda: jnp.zeros((5, 9, 8)))
+                return sum + jnp.sin(y).sum(), None
+
+            return lax.scan(step, jnp.zeros(()), xs)[0]
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))
+
+    _compare(gradient, xs, weight)
+
+
+def test_programs_of_other_platforms_hold_one_convolution(getkey):
+    """Off the CPU it is XLA's own, gradients included, and none of the CPU's forms is left in the program."""
+    x, weight = jr.normal(getkey(), (2, 4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
+
+    def total(x, weight):
+        return jax.vmap(lambda x: nn.conv2d(x, weight, padding=1))(x).sum()
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.convolution") == 2
+    assert "stablehlo.while" not in text
+
+
+def test_bfloat16(getkey):
+    x, weight = (jr.normal(getkey(), shape).astype(jnp.bfloat16) for shape in ((2, 4, 9, 8), (5, 4, 3, 3)))
+
+    def total(x, weight):
+        return jax.vmap(lambda x: nn.conv2d(x, weight, padding=1))(x).astype(jnp.float32).sum()
+
+    gradients = jax.grad(total, argnums=(0, 1))(x, weight)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16] * 2
+    exact = jax.grad(total, argnums=(0, 1))(x.astype(jnp.float32), weight.astype(jnp.float32))
+    for a, b in zip(gradients, exact, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-7, atol=2**-5)
