@@ -10,9 +10,11 @@ exit status is 1 if one of its programs does not fit. Takes minutes for each row
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,32 +57,25 @@ def main(options: Options) -> None:
     # Without these libtpu looks for a machine's description, and complains that there is none.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
     rows, fits = [], True
-    for topology in options.topologies:
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    for topology, name, canvas in product(options.topologies, options.models, options.canvases):
         limit = GIB[topology.split(":")[0]]
-        mesh = train.make_mesh(devices)
-        for name in options.models:
-            for canvas in options.canvases:
-                images = options.batch_size // mesh.size
-                for what, each, compile_one in (
-                    (
-                        f"training, {options.batch_size} images",
-                        images,
-                        partial(compile_step, batch_size=options.batch_size),
-                    ),
-                    ("detection, 1 image a core", 1, compile_detection),
-                ):
-                    cells = measure(partial(compile_one, name, canvas, mesh=mesh), limit, each)
-                    fits &= "does not fit" not in cells[0]
-                    rows.append([topology, f"{name}, {canvas[0]}×{canvas[1]}", what, *cells])
-                    console.print(" | ".join(rows[-1]), highlight=False, soft_wrap=True)
+        mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
+        programs = {
+            f"training, {options.batch_size} images": partial(compile_step, batch_size=options.batch_size),
+            "detection, 1 image a core": compile_detection,
+        }
+        for what, compile_one in programs.items():
+            cells = measure(partial(compile_one, name, canvas, mesh=mesh), limit)
+            fits &= cells[1] != ""
+            rows.append([topology, f"{name}, {canvas[0]}×{canvas[1]}", what, *cells])
+            console.print(" | ".join(rows[-1]), highlight=False, soft_wrap=True)
     write_table(options.file, rows)
     if not fits:
         raise SystemExit("Not every program fits its cores: see the table.")
 
 
-def measure(compile_one: Any, limit: int, images: int) -> list[str]:
-    """Memory a core, FLOPs an image and seconds of compiling."""
+def measure(compile_one: Callable[[], Any], limit: int) -> list[str]:
+    """Memory and FLOPs of a core, and seconds of compiling. No FLOPs if the program does not fit."""
     began = time.perf_counter()
     try:
         program = compile_one()
@@ -91,8 +86,8 @@ def measure(compile_one: Any, limit: int, images: int) -> list[str]:
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    flops = program.cost_analysis()["flops"] / images
-    return [f"{used / 2**30:.2f} of {limit} GiB", f"{flops / 1e9:.0f}", f"{time.perf_counter() - began:.0f}"]
+    flops = program.cost_analysis()["flops"]
+    return [f"{used / 2**30:.2f} of {limit} GiB", f"{flops / 1e9:,.0f}", f"{time.perf_counter() - began:.0f}"]
 
 
 def compile_step(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh, batch_size: int) -> Any:
@@ -172,7 +167,7 @@ def compile_shapes(function: Any, *arguments: Any, donate: tuple[int, ...] = ())
 
 def write_table(file: Path, rows: list[list[str]]) -> None:
     """Puts the rows between the markers."""
-    header = ["topology", "program", "batch", "memory a core", "GFLOPs an image", "compile s"]
+    header = ["topology", "program", "batch", "memory a core", "GFLOPs a core", "compile s"]
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     note = f"Compiled with jax {jax.__version__} and libtpu {version('libtpu')}; not run."
     before, rest = file.read_text().split(MARKERS[0])

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from _run import Stop, open_log, write
 from _shared import (
@@ -135,9 +134,10 @@ class Options:
 
 
 RANGES = {
-    "positive": "epochs steps batch_size lr min_sizes max_size jitter max_objects threads log_every checkpoint_every",
+    "positive": "epochs steps batch_size accumulate parameter_shards lr backbone_lr clip_norm min_sizes max_size "
+    "jitter max_objects threads log_every checkpoint_every",
     "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
-    "in 0..1": "momentum flip",
+    "in 0..1": "momentum flip ema",
     "a positive multiple of 32": "canvases",
 }
 
@@ -259,9 +259,11 @@ def fit(options: Options) -> None:
     def save(*folders: Path) -> None:
         saver.save(folders, state, step=int(state.step), metadata=metadata)
 
-    def refuse_non_finite(k: int, skipped: jax.Array) -> None:
-        """Ends the run if batch `k` made no update, unless it is to go on."""
-        if options.non_finite == "stop" and int(skipped) > skipped_before:
+    def account(k: int, metrics: dict[str, jax.Array]) -> None:
+        """Counts what batch `k` left out, and ends the run if it made no update, unless that is to be gone on from."""
+        so_far["left_out"] += int(metrics["overflow"])
+        so_far["bad_images"] += int(metrics["invalid"])
+        if options.non_finite == "stop" and int(metrics["skipped"]) > skipped_before:
             saver.wait()
             ids = [train_set.images[i].id for i in loader.indices(k)]
             raise SystemExit(
@@ -292,7 +294,7 @@ def fit(options: Options) -> None:
     log = open_log(options.output / "metrics.jsonl", until=start, evaluated=so_far["evaluated"])
     timing = (options.output / "timing.jsonl").open("ab", buffering=0)
     batches = loader.iterate(start, total_steps)
-    clock, images, told, unchecked = time.perf_counter(), 0, 0, None
+    clock, images, told, pending = time.perf_counter(), 0, 0, None
     with saver, log, timing, closing(batches):
         if val_set is not None and ends_epoch(start) and so_far["evaluated"] < start:
             evaluate(val_set, start)  # the run ended before it could
@@ -304,19 +306,19 @@ def fit(options: Options) -> None:
                 done, images = k + 1, images + options.batch_size
                 stopping = stop.after(done) and done < total_steps
                 saving = ends_epoch(done) or done % options.checkpoint_every == 0 or stopping
-                if unchecked is not None:
-                    refuse_non_finite(*unchecked)  # a step late: to wait for this one would leave the devices idle
-                unchecked = k, metrics["skipped"]
-                if saving:
-                    refuse_non_finite(*unchecked)
-                so_far["left_out"] += int(np.sum(batch.overflow))
-                so_far["bad_images"] += int(np.sum(~np.asarray(batch.valid)))
+                logging = done % options.log_every == 0 or done == 1 or ends_epoch(done)
+                if pending:
+                    account(*pending)  # a step late: to wait for this one would leave the devices idle
+                pending = k, metrics
+                if saving or logging:
+                    account(*pending)
+                    pending = None
                 for error in loader.bad_images[told:]:
                     console.print(
                         f"Left out ({told + 1} of {options.max_bad_images} allowed): {error}", highlight=False
                     )
                     told += 1
-                if done % options.log_every == 0 or done == 1 or ends_epoch(done):
+                if logging:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = float(jnp.asarray(schedule(k)))
                     counts = {name: so_far[name] for name in ("left_out", "bad_images")}

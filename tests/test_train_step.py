@@ -84,7 +84,7 @@ def test_gradient_and_metrics_are_those_computed_by_hand(getkey):
     expected = {"box": box, "image": image, "loss": box + image, "overflow": 5.0}
     expected["gradient_norm"] = np.sqrt(np.sum(grad_w**2) + grad_b**2)
     expected |= {"update_norm": 0.1 * expected["gradient_norm"], "parameter_norm": np.sqrt(np.sum(w**2) + b[0] ** 2)}
-    expected["skipped"] = 0.0
+    expected |= {"skipped": 0.0, "invalid": 0.0}
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
@@ -133,6 +133,7 @@ def test_invalid_examples_count_nothing(getkey):
         step = train.make_train_step(roots, optimizer, trainable=TRAINABLE)
         state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
         state, metrics = step(state, batch)
+        assert metrics.pop("invalid") == float(np.sum(~batch.valid))
         return jax.tree.leaves(eqx.filter((state.model, metrics), eqx.is_array))
 
     alone = updated(make_batch(BOXES[:2], np.ones((2, 3)), overflow=[1, 0]))

@@ -18,7 +18,7 @@ from ._state import TrainState, partition
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
-RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "skipped")
+RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
 
 
 def make_train_step(
@@ -53,7 +53,7 @@ def make_train_step(
 
     `metrics` are float32 scalars: the mean of each term, `loss` their sum, the norms over all trained parameters
     `gradient_norm`, `update_norm` (of their change) and `parameter_norm` (before it), `overflow` the objects that
-    `batch` had no room for, `skipped` the updates not made so far.
+    `batch` had no room for, `invalid` its examples that are not valid, `skipped` the updates not made so far.
 
     The state is donated: its memory becomes the next state's, and it must not be used again. One program is compiled
     for each shape of batch and for each canvas.
@@ -97,6 +97,7 @@ def make_train_step(
             "update_norm": _norm(updates),
             "parameter_norm": _norm(parameters),
             "overflow": jnp.sum(jnp.where(batch.valid, batch.overflow, 0)).astype(jnp.float32),
+            "invalid": jnp.sum(~batch.valid).astype(jnp.float32),
         }
         finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"] + metrics["update_norm"])
         updated = eqx.apply_updates(parameters, updates)
