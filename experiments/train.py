@@ -121,6 +121,8 @@ RANGES = {
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C, if no other run is using the output folder."""
     check_ranges(options, RANGES)
+    if options.jitter is not None and options.jitter[0] > options.jitter[1]:
+        raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
     with train.lock_folder(options.output):
         fit(options)
 

@@ -41,9 +41,7 @@ def cases():
             return "harmless" if np.array_equal(image, expected) else "not told by the format"
 
         for what, changed in damage(stream.getvalue(), np.random.default_rng(number), flips=25, cuts=4):
-            yield Case(
-                f"image: {kind} {what}", lambda folder, c=changed: make(c, folder), ("picture.img",), check
-            )
+            yield Case(f"image: {kind} {what}", lambda folder, c=changed: make(c, folder), ("picture.img",), check)
     for what, content in bombs().items():
         yield Case(f"image: {what}", lambda folder, c=content: make(c, folder), ("picture.img",))
     yield Case(

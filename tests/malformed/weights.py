@@ -5,16 +5,16 @@ import json
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from functools import cache
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from safetensors.numpy import save
 
-from detectax_eqx import nn, weights
+from detectax_eqx import weights
 
 from ..test_pth import dump, name, state_dict, tensor, write_legacy, write_zip
 from . import Case, damage
@@ -84,7 +84,13 @@ def safetensors():
     for what, change in changes.items():
         changed = json.dumps(header | {"norm.bias": header["norm.bias"] | change}).encode()
         yield case(what, struct.pack("<Q", len(changed)) + changed + whole[8 + size :])
-    for what, changed in {"list": b"[]", "text": b'"x"', "deep": b"[" * 50_000, "no": b"", "binary": b"\xff" * 64}.items():
+    for what, changed in {
+        "list": b"[]",
+        "text": b'"x"',
+        "deep": b"[" * 50_000,
+        "no": b"",
+        "binary": b"\xff" * 64,
+    }.items():
         yield case(f"a header that is {what}", struct.pack("<Q", len(changed)) + changed + whole[8 + size :])
     for what, length in {"2^63": 2**63, "2^40": 2**40, "one too long": size + 1}.items():
         yield case(f"a header of length {what}", struct.pack("<Q", length) + whole[8:])
@@ -120,7 +126,28 @@ class Backbone(eqx.Module):
     norm: dict
 
 
+# What a pickle could do harm by, as Python's audit hooks call it.
+HARMFUL = ("exec", "compile", "code.", "ctypes.", "os.", "pickle.", "pty.", "shutil.", "socket.", "subprocess.", "webb")
+ran: list[str] | None = None
+
+
+def watch(event, arguments):
+    if ran is not None and event.startswith(HARMFUL):
+        ran.append(event)
+
+
+sys.addaudithook(watch)
+
+
 def read(path):
+    """Reads a file, watching what else it does, and loads what it holds."""
+    global ran
+    ran = []
+    try:
+        weights.read_pth(path)
+    finally:
+        events, ran = ran, None
+        assert not events, f"it ran {events}"
     loaded = weights.load_torchvision(Backbone(**model()), path)
     return {"conv": loaded.conv, "norm": loaded.norm}
 
@@ -193,7 +220,7 @@ HARM = (
     "os.system", "posix.system", "nt.system", "subprocess.Popen", "subprocess.check_output", "builtins.eval",
     "builtins.exec", "builtins.getattr", "builtins.__import__", "builtins.open", "__builtin__.compile", "sys.exit",
     "importlib.import_module", "runpy.run_path", "shutil.rmtree", "socket.socket", "ctypes.CDLL", "pty.spawn",
-    "webbrowser.open", "code.interact", "torch.load", "torch.hub.load", "torch.jit.load", "torch._utils._rebuild_wrapper",
+    "webbrowser.open", "code.interact", "torch.load", "torch.hub.load", "torch.jit.load",
     "numpy.load", "numpy.core.multiarray._reconstruct", "operator.attrgetter", "functools.partial", "types.CodeType",
     "collections.OrderedDict.__init__", "torch.Size.__class__", "detectax_eqx.weights.read_pth", "pickle.loads",
 )  # fmt: skip
@@ -254,7 +281,9 @@ def programs():
         "a name of a tuple with 2^60 parts": b")" + b"2\x86" * 60 + dump("x") + b"\x93",
         "a list in itself": b"]q\x01h\x01a",
         "numbers of one hash": b"}(" + b"".join(dump(k * (2**61 - 1)) + b"N" for k in range(20_000)) + b"u",
-        "fractions of one hash": b"}(" + b"".join(b"G" + struct.pack(">d", k * 2.0**61) + b"N" for k in range(20_000)) + b"u",
+        "fractions of one hash": b"}("
+        + b"".join(b"G" + struct.pack(">d", k * 2.0**61) + b"N" for k in range(20_000))
+        + b"u",
         "no mark": b"t",
         "a mark too many": b"((",
         "nothing to pop": b"0" * 50,
@@ -271,15 +300,23 @@ def programs():
                 )[1],
             )
     yield case("5,000,000 empty lists", lambda folder: make_zip(b"\x80\x02(" + b"]" * 5_000_000 + b"t.", None, folder))
-    yield case("10,000,000 empty sets", lambda folder: make_zip(b"\x80\x04(" + b"\x8f" * 10_000_000 + b"t.", None, folder))
+    yield case(
+        "10,000,000 empty sets", lambda folder: make_zip(b"\x80\x04(" + b"\x8f" * 10_000_000 + b"t.", None, folder)
+    )
     # Instructions at random, in any order: whatever they do, they end in arrays or in the one error.
     whole, storages = pth(ARRAYS)
     for seed in range(100):
         rng = np.random.default_rng(seed)
         program = bytearray(whole)
         for position in rng.integers(2, len(program), rng.integers(1, 12)).tolist():
-            program[position] = int(rng.choice(np.frombuffer(b"()]}NIJKMULaesutldbQRqhr\x85\x86\x87\x93.012", np.uint8)))
-        yield case(f"instructions changed, seed {seed}", lambda folder, p=bytes(program): make_zip(p, storages, folder), check)
+            program[position] = int(
+                rng.choice(np.frombuffer(b"()]}NIJKMULaesutldbQRqhr\x85\x86\x87\x93.012", np.uint8))
+            )
+        yield case(
+            f"instructions changed, seed {seed}", lambda folder, p=bytes(program): make_zip(p, storages, folder), check
+        )
     for protocol in range(6):
         content = pickle.dumps({"a": [1, (2, None)], "b": "text"}, protocol=protocol)
-        yield case(f"a pickle of protocol {protocol} that torch did not write", lambda folder, c=content: make_file(c, folder))
+        yield case(
+            f"a pickle of protocol {protocol} that torch did not write", lambda folder, c=content: make_file(c, folder)
+        )
