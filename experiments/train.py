@@ -99,7 +99,7 @@ class Options:
     threads: int = 2
     """Threads that decode images."""
     cache: Path | None = None
-    """Folder to keep decoded training images in, read several times faster from the second pass on. Default off."""
+    """Folder to keep decoded training images in, which are then read about twice as fast. Default off."""
     max_bad_images: int = 10
     """Images that may turn out unreadable amid training: they are left out, told and counted. One more stops it."""
     log_every: int = 20

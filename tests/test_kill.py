@@ -26,10 +26,13 @@ SAME = "resumed to the bits of the uninterrupted run"
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """16 images to train on, so that three epochs are 24 steps, and 6 to evaluate on."""
+    """16 images to train on, one of them damaged, so that three epochs are 24 steps, and 6 to evaluate on."""
     folder = tmp_path_factory.mktemp("shapes")
     for name, count in (("train", 16), ("val", 6)):
         data.write_shapes_dataset(folder / name, num_images=count, seed=count, image_size=(64, 64))
+    damaged = folder / "train/images/000005.png"  # of which the end, which is looked at beforehand, is as it should be
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:3000] + bytes(20) + content[3020:])
     return folder
 
 
@@ -38,10 +41,10 @@ def whole(shapes, tmp_path_factory):
     """What a run that nothing interrupts leaves."""
     folder = tmp_path_factory.mktemp("whole")
     output, status = finish(start(shapes, folder))
-    assert status == 0, output
+    assert status == 0 and "000005.png: cannot be read as an image" in output, output
     assert [line["step"] for line in metrics(folder) if "loss" in line] == [1, *range(2, 25, 2)]
     assert [line["step"] for line in metrics(folder) if "bbox_AP" in line] == [8, 16, 24]
-    assert metrics(folder)[-2]["left_out"] > 0
+    assert metrics(folder)[-2]["left_out"] > 0 and metrics(folder)[-2]["bad_images"] == 3
     return contents(folder)
 
 

@@ -53,7 +53,7 @@ def build(name, num_classes, norm, seed=0):
 
 def command(shapes, output, *options):
     """The command line of a run on what `write_shapes_dataset` wrote to `shapes/train` and `shapes/val`."""
-    paths = {"output": output}
+    paths = {"output": output, "cache": output / "cache"}
     for kind in ("train", "val"):
         paths |= {f"{kind}-annotations": shapes / kind / "annotations.json", f"{kind}-images": shapes / kind / "images"}
     pairs = [(f"--{name}", *str(value).split(" ")) for name, value in (OPTIONS | paths).items()]
