@@ -263,10 +263,8 @@ def fit(options: Options) -> None:
                 so_far["left_out"] += int(np.sum(batch.overflow))
                 so_far["bad_images"] += int(np.sum(~np.asarray(batch.valid)))
                 for error in loader.bad_images[told:]:
-                    console.print(
-                        f"Left out ({told + 1} of {options.max_bad_images} allowed): {error}", highlight=False
-                    )
-                    told += 1
+                    console.print(f"Left out: {error}", highlight=False, soft_wrap=True)
+                told = len(loader.bad_images)
                 if done % options.log_every == 0 or done == 1 or ends_epoch(done):
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = float(jnp.asarray(schedule(k)))

@@ -89,30 +89,22 @@ def assert_readable(folder, monkeypatch):
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def terminate(process, after):
-    """Sends SIGTERM when a file is there, and checks that the process saves and ends."""
-    while not after.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.terminate()
-    output, status = finish(process)
-    assert status == 128 + signal.SIGTERM, output
-    return output
-
-
 @pytest.mark.timeout(600)
 def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
-    """Twice killed amid a save, twice told to stop, between steps and amid an evaluation."""
+    """Twice killed amid a save, twice told to stop, while training and amid an evaluation."""
     folder = tmp_path / "run"
     output, status = finish(start(shapes, folder, "--die-after", "arrays:2"))
     assert status == -signal.SIGKILL and not (folder / "last/00000006").exists(), output
     assert_readable(folder, monkeypatch)
-    output = terminate(start(shapes, folder, "--resume"), folder / "last/00000006")
-    assert "Going on at step 3" in output and "Stopped and saved at step" in output
+    output, status = finish(start(shapes, folder, "--resume", "--stop-after", "stepping:2"))
+    assert status == 128 + signal.SIGTERM and "Going on at step 3" in output, output
+    assert "Stopped and saved at step 5" in output
     output, status = finish(start(shapes, folder, "--resume", "--die-after", "replacing:1"))
     assert status == -signal.SIGKILL and (folder / "last/00000008.replaced").exists(), output
     assert_readable(folder, monkeypatch)
-    output = terminate(start(shapes, folder, "--resume"), folder / "last/00000016")
-    assert "Going on at step 8" in output and "Stopped and saved at evaluation after step 16" in output
+    output, status = finish(start(shapes, folder, "--resume", "--stop-after", "evaluating:9"))
+    assert status == 128 + signal.SIGTERM and "Going on at step 8" in output, output
+    assert "Stopped and saved at evaluation after step 16" in output
     output, status = finish(start(shapes, folder, "--resume"))
     assert status == 0 and "Going on at step 16" in output, output
     same = contents(folder) == whole
