@@ -12,7 +12,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
-	@echo "make test-all     run the long ones too"
+	@echo "make test-all     run the long ones too, and write the table of faults in BENCHMARKS.md"
 	@echo "make lint         check style and types"
 	@echo "make format       mend style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
@@ -38,7 +38,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 test-all: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m "long or not long"
+	$(VENV)/bin/python -m pytest -m "long or not long" --tally BENCHMARKS.md
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check

@@ -116,7 +116,7 @@ class Options:
     threads: int = 2
     """Threads that decode images."""
     cache: Path | None = None
-    """Folder to keep decoded training images in, read several times faster from the second pass on. Default off."""
+    """Folder to keep decoded training images in, which are then read about twice as fast. Default off."""
     max_bad_images: int = 10
     """Images that may turn out unreadable amid training: they are left out, told and counted. One more stops it."""
     log_every: int = 20
@@ -145,6 +145,8 @@ RANGES = {
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C, if no other run is using the output folder."""
     check_ranges(options, RANGES)
+    if options.jitter is not None and options.jitter[0] > options.jitter[1]:
+        raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
     if options.coordinator is not None:
         connect(options.coordinator, options.num_processes, options.process_id)
     with train.lock_folder(options.output):
@@ -314,10 +316,8 @@ def fit(options: Options) -> None:
                     account(*pending)
                     pending = None
                 for error in loader.bad_images[told:]:
-                    console.print(
-                        f"Left out ({told + 1} of {options.max_bad_images} allowed): {error}", highlight=False
-                    )
-                    told += 1
+                    console.print(f"Left out: {error}", highlight=False, soft_wrap=True)
+                told = len(loader.bad_images)
                 if logging:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = float(jnp.asarray(schedule(k)))

@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -180,3 +182,25 @@ def test_parts_are_of_bounded_size(files, tmp_path, monkeypatch):
     monkeypatch.setattr(_cache.ImageCache, "_commit", lambda self: parts.append(self._part_size) or commit(self))
     _, counts = batches(files, tmp_path / "cache")
     assert counts["added"] == IMAGES and len(parts) == 4 and max(parts) <= 3 * (64 * 96 * 3 + _cache.HEADER)
+
+
+@pytest.mark.long
+def test_reading_is_quicker_than_decoding(tmp_path, tally):
+    """Whole passes with and without, in turn; what there is besides images is little."""
+    files = write_shapes_dataset(tmp_path / "data", num_images=120, image_size=(480, 640), suffix=".jpg")
+    dataset = load_coco(*files)
+    buckets = make_buckets(dataset.sizes)
+    options = {"batch_size": 4, "buckets": buckets, "mask_size": None, "max_objects": 6}
+    plain, cached = Loader(dataset, **options), Loader(dataset, cache=tmp_path / "cache", **options)
+    rates = {plain: [], cached: []}
+    for repeat in range(4):
+        for loader, found in rates.items():
+            began = time.perf_counter()
+            for _ in loader.iterate(30 * repeat, 30 * repeat + 30):
+                pass
+            found.append(120 / (time.perf_counter() - began))
+    decoding, reading = (statistics.median(found[1:]) for found in rates.values())  # the first pass fills the cache
+    assert cached.cache_counts == {"added": 120, "found": 360}
+    figures = f"{reading:.0f} images/s, decoding {decoding:.0f}, filling it {rates[cached][0]:.0f}"
+    tally("images of 480×640 from the cache", 360, 360, figures)
+    assert reading > decoding

@@ -26,10 +26,13 @@ SAME = "resumed to the bits of the uninterrupted run"
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """16 images to train on, so that three epochs are 24 steps, and 6 to evaluate on."""
+    """16 images to train on, one of them damaged, so that three epochs are 24 steps, and 6 to evaluate on."""
     folder = tmp_path_factory.mktemp("shapes")
     for name, count in (("train", 16), ("val", 6)):
         data.write_shapes_dataset(folder / name, num_images=count, seed=count, image_size=(64, 64))
+    damaged = folder / "train/images/000005.png"  # of which the end, which is looked at beforehand, is as it should be
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:3000] + bytes(20) + content[3020:])
     return folder
 
 
@@ -38,10 +41,10 @@ def whole(shapes, tmp_path_factory):
     """What a run that nothing interrupts leaves."""
     folder = tmp_path_factory.mktemp("whole")
     output, status = finish(start(shapes, folder))
-    assert status == 0, output
+    assert status == 0 and "000005.png: cannot be read as an image" in output, output
     assert [line["step"] for line in metrics(folder) if "loss" in line] == [1, *range(2, 25, 2)]
     assert [line["step"] for line in metrics(folder) if "bbox_AP" in line] == [8, 16, 24]
-    assert metrics(folder)[-2]["left_out"] > 0
+    assert metrics(folder)[-2]["left_out"] > 0 and metrics(folder)[-2]["bad_images"] == 3
     return contents(folder)
 
 
@@ -86,30 +89,22 @@ def assert_readable(folder, monkeypatch):
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def terminate(process, after):
-    """Sends SIGTERM when a file is there, and checks that the process saves and ends."""
-    while not after.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.terminate()
-    output, status = finish(process)
-    assert status == 128 + signal.SIGTERM, output
-    return output
-
-
 @pytest.mark.timeout(600)
 def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
-    """Twice killed amid a save, twice told to stop, between steps and amid an evaluation."""
+    """Twice killed amid a save, twice told to stop, while training and amid an evaluation."""
     folder = tmp_path / "run"
     output, status = finish(start(shapes, folder, "--die-after", "arrays:2"))
     assert status == -signal.SIGKILL and not (folder / "last/00000006").exists(), output
     assert_readable(folder, monkeypatch)
-    output = terminate(start(shapes, folder, "--resume"), folder / "last/00000006")
-    assert "Going on at step 3" in output and "Stopped and saved at step" in output
+    output, status = finish(start(shapes, folder, "--resume", "--stop-after", "stepping:2"))
+    assert status == 128 + signal.SIGTERM and "Going on at step 3" in output, output
+    assert "Stopped and saved at step 5" in output
     output, status = finish(start(shapes, folder, "--resume", "--die-after", "replacing:1"))
     assert status == -signal.SIGKILL and (folder / "last/00000008.replaced").exists(), output
     assert_readable(folder, monkeypatch)
-    output = terminate(start(shapes, folder, "--resume"), folder / "last/00000016")
-    assert "Going on at step 8" in output and "Stopped and saved at evaluation after step 16" in output
+    output, status = finish(start(shapes, folder, "--resume", "--stop-after", "evaluating:9"))
+    assert status == 128 + signal.SIGTERM and "Going on at step 8" in output, output
+    assert "Stopped and saved at evaluation after step 16" in output
     output, status = finish(start(shapes, folder, "--resume"))
     assert status == 0 and "Going on at step 16" in output, output
     same = contents(folder) == whole

@@ -1,6 +1,7 @@
 """Saving while training goes on, what a save that fails leaves, and one run at a time."""
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -284,3 +285,49 @@ def test_a_save_stops_training_for_less_than_a_step(tmp_path, tally):
     figures = f"waits {wait:.2f} s of a step's {alone:.2f} s ({beside:.2f} s beside the writing); alone {whole:.2f} s"
     tally(f"saving {size / 1e6:.0f} MB while training", len(seconds["save"]), len(seconds["save"]), figures)
     assert max(seconds["save"]) < min(seconds["step"])
+
+
+TOGETHER = """
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from detectax_eqx import train
+    address, number, folder = sys.argv[1:]
+    jax.distributed.initialize(address, 2, int(number))
+    mesh = jax.make_mesh((2,), ("data",))
+    cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    values = np.arange(1000, dtype=np.float32)
+    def lay(sharding, values=values):
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    state = {"cut": lay(cut), "whole": lay(whole)}
+    with train.lock_folder(folder), train.CheckpointSaver() as saver:
+        for step in (1, 2):
+            saver.save([folder], state, step=step, metadata={})
+    jax.experimental.multihost_utils.sync_global_devices("saved")
+    blank = {name: lay(leaf.sharding, 0 * values) for name, leaf in state.items()}
+    restored = train.load_latest_checkpoint(folder, blank)
+    for name, leaf in restored.tree.items():
+        assert leaf.sharding == state[name].sharding
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, values[shard.index])
+    print(restored.path.name)
+"""
+
+
+@pytest.mark.long
+def test_two_processes_save_and_load_what_neither_holds_whole(tmp_path, tally):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", textwrap.dedent(TOGETHER), address]
+    processes = [
+        subprocess.Popen([*command, str(i), str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    outputs = [process.communicate()[0].split()[-1:] for process in processes]
+    alone, _ = train.load_checkpoint(tmp_path / "00000002", {"cut": np.zeros(1000, "f"), "whole": np.zeros(1000, "f")})
+    expected = np.arange(1000, dtype=np.float32)
+    survived = outputs == [["00000002"]] * 2 and all(np.array_equal(leaf, expected) for leaf in alone.values())
+    tally("restored on other devices", 3, 3 * survived, "bit for bit, laid out as asked")
+    assert survived, outputs

@@ -1,10 +1,11 @@
 """experiments/train.py with a detector so small that a step takes milliseconds; the killing test runs it.
 
-    python tests/tiny_train.py [train.py's options] [--die-after PLACE:N]
+    python tests/tiny_train.py [train.py's options] [--die-after PLACE:N | --stop-after PLACE:N]
 
-Everything but the detector's width is the script's own. `--die-after` makes the process kill itself, as `kill -9` does,
-the N-th time that it comes to one of three places: when a checkpoint's arrays are written and it has no index yet; when
-a checkpoint was moved away and the new one of its step is not yet in its place; and amid an evaluation.
+Everything but the detector's width is the script's own. The last option makes the process kill itself, as `kill -9`
+does, or send itself SIGTERM, the N-th time that it comes to one of four places: when a checkpoint's arrays are written
+and it has no index yet; when a checkpoint was moved away and the new one of its step is not yet in its place; before a
+step; and amid an evaluation.
 """
 
 import itertools
@@ -21,7 +22,7 @@ import equinox as eqx
 import jax.random as jr
 import train as script
 
-from detectax_eqx import evaluate, models, nn
+from detectax_eqx import evaluate, models, nn, train
 from detectax_eqx.train import _checkpoint
 
 
@@ -53,7 +54,7 @@ def build(name, num_classes, norm, seed=0):
 
 def command(shapes, output, *options):
     """The command line of a run on what `write_shapes_dataset` wrote to `shapes/train` and `shapes/val`."""
-    paths = {"output": output}
+    paths = {"output": output, "cache": output / "cache"}
     for kind in ("train", "val"):
         paths |= {f"{kind}-annotations": shapes / kind / "annotations.json", f"{kind}-images": shapes / kind / "images"}
     pairs = [(f"--{name}", *str(value).split(" ")) for name, value in (OPTIONS | paths).items()]
@@ -64,29 +65,32 @@ def command(shapes, output, *options):
 PLACES = {
     "arrays": (_checkpoint, "write_arrays", ""),
     "replacing": (Path, "rename", ".replaced"),
+    "stepping": (train, "shard_batch", ""),
     "evaluating": (evaluate, "to_coco_results", ""),
 }
 
 
-def die_after(place, number):
-    """Makes the process kill itself when it has come to a place for the `number`-th time."""
+SIGNALS = {"--die-after": signal.SIGKILL, "--stop-after": signal.SIGTERM}
+
+
+def signal_after(place, number, kind):
+    """Makes the process send itself a signal when it has come to a place for the `number`-th time."""
     owner, name, suffix = PLACES[place]
     original, calls = getattr(owner, name), itertools.count(1)
 
     def wrapped(*arguments, **options):
         result = original(*arguments, **options)
         if str(arguments[-1]).endswith(suffix) and next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kind)
         return result
 
     setattr(owner, name, wrapped)
 
 
 if __name__ == "__main__":
-    if "--die-after" in sys.argv:
-        position = sys.argv.index("--die-after")
-        place, number = sys.argv[position + 1].split(":")
-        del sys.argv[position : position + 2]
-        die_after(place, int(number))
+    if sys.argv[-2] in SIGNALS:
+        place, number = sys.argv[-1].split(":")
+        signal_after(place, int(number), SIGNALS[sys.argv[-2]])
+        del sys.argv[-2:]
     _shared.build = script.build = build
     _shared.run(script.main, script.Options, script.__doc__)

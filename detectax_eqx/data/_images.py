@@ -2,6 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -54,7 +55,7 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
 def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
     """What `read_image` does, the pixels still being Pillow's."""
     try:
-        with Image.open(location if isinstance(location, Path) else BytesIO(read_bytes(location))) as image:
+        with _open(location) as file, _checked(file) as image:
             # Before any pixel is decoded: a few bytes can stand for gigabytes of them.
             if size is not None and size not in ((image.height, image.width), (image.width, image.height)):
                 raise _wrong_size(location, (image.height, image.width), size)
@@ -68,6 +69,20 @@ def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
         raise BadImageError(f"{location}: no such image file.") from None
     except Exception as error:  # Pillow's readers raise errors of many types
         raise BadImageError(f"{location}: cannot be read as an image: {error}") from error
+
+
+def _open(location: Location) -> BinaryIO:
+    return location.open("rb") if isinstance(location, Path) else BytesIO(read_bytes(location))
+
+
+def _checked(file: BinaryIO) -> Image.Image:
+    """The image in a file. PNG has checksums, which Pillow looks at only if asked, and then ends its reading."""
+    image = Image.open(file)
+    if image.format != "PNG":
+        return image
+    image.verify()
+    file.seek(0)
+    return Image.open(file)
 
 
 def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | None:

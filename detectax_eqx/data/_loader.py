@@ -39,7 +39,7 @@ class Loader:
     - `rows`: which of a batch's images to read, where several processes share them; default all.
     - `max_bad_images`: that many images may turn out to be unreadable. Their places in the batches are not `valid`; one
       more is an error that lists them.
-    - `cache`: a folder that decoded images are kept in, to be read several times faster from then on; see `ImageCache`.
+    - `cache`: a folder that decoded images are kept in, to be read about twice as fast from then on; see `ImageCache`.
 
     Raises a `ValueError` if an option is out of its range, if the buckets are not those of the dataset or no image is
     left, and a `DatasetError` if masks are asked for and an object has none.

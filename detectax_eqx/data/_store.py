@@ -12,8 +12,8 @@ import tensorstore as ts
 Location = Path | str
 
 SCHEMES = ("http://", "https://", "gs://", "s3://")
-# A server that stumbles gets some ten seconds; with tensorstore's own 32 retries it would be a quarter of an hour.
-RETRIES = {"max_retries": 5, "initial_delay": "300ms", "max_delay": "5s"}
+# A server that stumbles gets some five seconds; with tensorstore's own 32 retries it would be a quarter of an hour.
+RETRIES = {"max_retries": 4, "initial_delay": "300ms", "max_delay": "3s"}
 TIMEOUT = 120.0  # seconds for a file
 
 

@@ -325,9 +325,14 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads((path / INDEX).read_text())
         if index["crc32"] != _checksum(index["content"]):
             raise ValueError("Its checksum is wrong.")
-    except (ValueError, KeyError, TypeError) as error:
+        content = index["content"]
+        if not isinstance(content["metadata"], dict) or not all(
+            {*leaf} == {"shape", "dtype"} for leaf in content["leaves"].values()
+        ):
+            raise ValueError("It is not what save_checkpoint writes.")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DamagedCheckpointError(f"Checkpoint {path} is damaged: {INDEX} cannot be read. {error}") from error
-    return index["content"]
+    return content
 
 
 def _checksum(content: Any) -> int:

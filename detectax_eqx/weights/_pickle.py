@@ -60,12 +60,14 @@ def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
     stream.seek(start)
     stack, marks, memo = [], [], {}
 
+    @no_type_check
     def since_mark() -> list:
         mark = marks.pop()
         items = stack[mark:]
         del stack[mark:]
         return items
 
+    @no_type_check
     def name_of(module: str, attribute: str) -> Name:
         if type(module) is not str or type(attribute) is not str:
             raise WeightsError(f"it refers to the name {reprlib.repr((module, attribute))}.")

@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, no_type_check
 
 import ml_dtypes
 import numpy as np
@@ -159,6 +159,7 @@ def _unpickle(content: bytes, start: int = 0) -> tuple[Any, int, dict[str, int]]
     """The object pickled at `start`, where its pickle ends, and the item sizes of the storages it refers to."""
     item_sizes: dict[str, int] = {}
 
+    @no_type_check
     def refer(pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
             raise WeightsError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage.")
@@ -197,6 +198,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Storages]:
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise WeightsError(f"it was written on a big-endian machine. {_RESAVE}")
 
+    @no_type_check
     def read(storage: _Storage) -> bytes:
         if f"{root}data/{storage.key}" not in names:
             raise WeightsError(f"its storage {storage.key!r} is missing.")
@@ -231,6 +233,7 @@ def _open_legacy(content: bytes) -> tuple[Any, Storages]:
             raise WeightsError(f"its storage {key!r} ends after the file does: it is truncated or damaged.")
         records[key] = view[start:position]
 
+    @no_type_check
     def read(storage: _Storage) -> memoryview:
         if storage.key not in records:
             raise WeightsError(f"its storage {storage.key!r} is missing.")

@@ -119,7 +119,7 @@ def cases():
             yield Case(
                 f"annotations: {name} is {what}",
                 lambda folder, changed=changed: make(json.dumps(changed).encode(), folder),
-                ("train.json",),
+                ("train.json", place(path)),
                 lambda result, untouched=untouched: check(result, untouched),
             )
     for part in ("images", "annotations", "categories"):
@@ -131,6 +131,15 @@ def cases():
             ("train.json", "duplicate"),
         )
     yield from texts()
+
+
+def place(path):
+    """How a message has to name where something is: by id, unless it is the id that is wrong."""
+    if len(path) < 3:
+        return "train.json"
+    if path[2] == "id":
+        return "id"
+    return {"images": "image 7", "annotations": f"annotation {11 + path[1]}", "categories": "categories[0]"}[path[0]]
 
 
 def texts():
