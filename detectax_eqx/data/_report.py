@@ -2,8 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-
-from ._store import Location
+from pathlib import Path
 
 
 # An error lists this many problems in full and counts the rest.
@@ -20,7 +19,7 @@ class Problem:
     """
 
     kind: str
-    file: Location
+    file: Path
     what: str
     remedy: str
     image_id: object = None
@@ -66,14 +65,10 @@ class DatasetError(ValueError):
         self.problems = problems
 
 
-class BadImageError(DatasetError):
-    """An image file that is missing, damaged, or of another size than annotated."""
-
-
 class Collector:
     """Gathers problems while a dataset is read, so that all are reported at once."""
 
-    def __init__(self, file: Location):
+    def __init__(self, file: Path):
         self.file = file
         self.errors: list[Problem] = []
         self.repairs: list[Problem] = []
