@@ -34,7 +34,8 @@ from rich.console import Console
 
 
 TableName = Literal["size", "compile", "ops", "inference", "accuracy", "training", "memory", "techniques", "data"]
-# In the order in which they are measured: later ones use what earlier ones found out.
+# In the order in which they are measured, whatever is asked for: later ones use what earlier ones found out, and what
+# is compiled for the first time has its time taken.
 TABLES: dict[TableName, Table] = {
     "size": rows_programs.size_table(),
     "compile": rows_programs.compile_table(),
@@ -73,7 +74,7 @@ def main(options: Options) -> None:
     """Measures table after table and writes each as soon as it is there."""
     peer = options.peer_python or (own_python() if find_spec("torchvision") else None)
     names = options.tables or (CHECKED if options.check else tuple(TABLES))
-    tables = [TABLES[name] for name in names]
+    tables = [table for name, table in TABLES.items() if name in names]
     for table in tables:
         read_table(options.file, table.name)  # markers that are missing are told before anything is measured
     failures: list[str] = []
@@ -88,6 +89,8 @@ def main(options: Options) -> None:
                 for table in tables:
                     failures += measure(options, bench, table, run)
                 write_targets(options.file, run.hardware)
+        except WorkerError as error:
+            raise SystemExit(str(error)) from None
         except KeyboardInterrupt:
             console.print("Stopped; the tables that were finished are written.")
             raise SystemExit(130) from None

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .process import Comparison, Worker, own_python, side_by_side
@@ -68,6 +69,18 @@ class Bench:
         """Ends the shared workers."""
         self._stack.close()
         self._shared = None
+
+    @contextmanager
+    def cold_programs(self) -> Iterator[str]:
+        """A folder for compiled programs that does not hold those whose compiling is to be measured.
+
+        That is this run's own, if programs are not kept for longer: what is compiled first, others then find.
+        """
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            yield str(self.folder / "programs")
+        else:
+            with TemporaryDirectory() as folder:
+                yield folder
 
     @cached_property
     def abouts(self) -> list[dict[str, Any]]:

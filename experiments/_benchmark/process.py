@@ -96,7 +96,7 @@ class Worker:
             return dict(arrays)
 
     def memory(self, runs: int = 2) -> float:
-        """The peak of some runs in MB."""
+        """The peak of some runs in MB, of a case that has run before."""
         return self._ask("memory", runs=runs)["megabytes"]
 
     def _path(self) -> str:

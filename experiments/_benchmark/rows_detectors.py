@@ -14,6 +14,8 @@ from .process import Worker
 
 COCO_TRAIN_IMAGES = 118_287  # train2017
 OBJECTS = 7  # an image of COCO has 7.3
+QUICK_STEP = ("faster_rcnn_resnet18_fpn", 2, (160, 256))
+QUICK_IMAGE = ("faster_rcnn_resnet18_fpn", 1, (320, 480))
 LEARNING_RATE = 1e-9  # an update like any other, but the weights stay as decisive as they are
 
 
@@ -68,7 +70,7 @@ def memory_table() -> Table:
 
 def _inference_works(bench: Bench) -> list[Work]:
     if bench.quick:
-        return [Work(f"{kind}_rcnn_resnet18_fpn", 1, (320, 480)) for kind in ("faster", "mask")]
+        return [Work(*QUICK_IMAGE)]
     faster, mask, deep = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "faster_rcnn_resnet101_fpn"
     single = [Work(model, 1, inputs.IMAGE_SIZE) for model in (faster, mask, deep)]
     return single + [Work(model, 8, inputs.IMAGE_SIZE) for model in (faster, mask)]
@@ -124,7 +126,7 @@ def _agree(bench: Bench, work: Work) -> tuple[str, ...]:
 
 def _training_rows(bench: Bench) -> list[Row]:
     if bench.quick:
-        works = [Work("faster_rcnn_resnet18_fpn", 2, (160, 256))]
+        works = [Work(*QUICK_STEP)]
     else:
         kinds, bodies = ("faster", "mask"), ("resnet50", "resnet101")
         works = [Work(f"{kind}_rcnn_{body}_fpn", 2, (320, 480)) for body in bodies for kind in kinds]
@@ -182,13 +184,15 @@ def _footprint(
         with bench.ours() as ours:
             options = {"name": work.model, "precision": work.precision, "weights": weights}
             facts = ours.build("training", training_batch(work), **options, learning_rate=LEARNING_RATE)
+            if measured:
+                ours.time()
             bench.memo["footprint", work] = facts, ours.memory() if measured else None
     return bench.memo["footprint", work]
 
 
 def _memory_rows(bench: Bench) -> list[Row]:
     if bench.quick:
-        works = [Work("faster_rcnn_resnet18_fpn", 2, (160, 256))]
+        works = [Work(*QUICK_STEP)]
     else:
         batches = [(batch, (320, 480)) for batch in (1, 2, 4, 8)] + [(batch, (800, 1344)) for batch in (1, 2)]
         works = [Work(f"{kind}_rcnn_resnet50_fpn", *batch) for kind in ("faster", "mask") for batch in batches]

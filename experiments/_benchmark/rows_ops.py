@@ -53,7 +53,7 @@ def _operators(bench: Bench) -> list[Operator]:
     quick = bench.quick
     channels, proposals, sampled = (64, 200, 64) if quick else (256, 1000, 512)
     body, image, batch = ("resnet18", (320, 480), (160, 256)) if quick else ("resnet50", inputs.IMAGE_SIZE, (320, 480))
-    anchors = 25_000 if quick else 250_000
+    anchors, pasted = (25_000, 20) if quick else (250_000, 100)
     height, width = inputs.IMAGE_SIZE
     nms = {"iou_threshold": 0.5}
     selection = {"score_threshold": 0.05, "iou_threshold": 0.5, "max_detections": 100}
@@ -78,7 +78,8 @@ def _operators(bench: Bench) -> list[Operator]:
             "roi_align", partial(_gradient_of_pooling, n=sampled, channels=channels), pooling | {"backward": True},
         ),
         Operator(
-            f"mask paste, 100 onto {height}×{width}", "paste_masks", _pasting, {"image_size": inputs.IMAGE_SIZE},
+            f"mask paste, {pasted} onto {height}×{width}",
+            "paste_masks", partial(_pasting, n=pasted), {"image_size": inputs.IMAGE_SIZE},
         ),
         # Ours are taken from 112×112 masks in box frames, torchvision's from masks of the whole image.
         Operator("mask targets of 128 proposals, 28×28", "mask_targets", _mask_targets, compare=_similar_targets),
@@ -128,8 +129,8 @@ def _gradient_of_pooling(rng, *, n: int, channels: int) -> Arrays:
     return {**_pooling(rng, n=n, channels=channels), "cotangent": cotangent}
 
 
-def _pasting(rng) -> Arrays:
-    return {"masks": rng.random((100, 28, 28), np.float32), "boxes": inputs.random_boxes(rng, 100)}
+def _pasting(rng, *, n: int) -> Arrays:
+    return {"masks": rng.random((n, 28, 28), np.float32), "boxes": inputs.random_boxes(rng, n)}
 
 
 def _mask_targets(rng) -> Arrays:

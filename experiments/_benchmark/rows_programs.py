@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,15 @@ from . import inputs
 from .agreement import Disagreement
 from .bench import Bench, Row, Table, number, ratio_cells
 from .process import WorkerError
-from .rows_detectors import LEARNING_RATE, Work, detection_batch, training_batch
+from .rows_detectors import LEARNING_RATE, QUICK_IMAGE, QUICK_STEP, Work, detection_batch, training_batch
 
 
 # What was tried of XLA's own options. One that this version does not know ends the process.
 XLA_OPTIONS = {
     "cpu": (
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         "--xla_cpu_enable_fast_math=true",
         "--xla_cpu_prefer_vector_width=512",
-        "--xla_cpu_enable_concurrency_optimized_scheduler=true",
-        "--xla_cpu_use_onednn=true",
     ),
     "accelerator": ("--xla_gpu_triton_gemm_any=true", "--xla_gpu_enable_latency_hiding_scheduler=true"),
 }
@@ -64,7 +63,7 @@ def _size(bench: Bench, name: str) -> tuple[str, ...]:
 
 def _compile_rows(bench: Bench) -> list[Row]:
     if bench.quick:
-        programs = [("training", Work("faster_rcnn_resnet18_fpn", 2, (160, 256)))]
+        programs = [("training", Work(*QUICK_STEP))]
     else:
         models = ("faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn")
         programs = [("training", Work(model, 2, (320, 480))) for model in models]
@@ -80,7 +79,7 @@ def _compile(bench: Bench, case: str, work: Work) -> tuple[str, ...]:
     else:
         arrays = detection_batch(work)
     compiling, whole, peaks, buckets = [], [], [], None
-    with TemporaryDirectory() as cache:
+    with bench.cold_programs() as cache:
         environment = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
         for _ in ("cold", "cached"):
             began = time.perf_counter()
@@ -98,45 +97,65 @@ def _compile(bench: Bench, case: str, work: Work) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Technique:
-    """A case of ours with some options or variables of the environment, against the same without."""
+    """A case of ours with a technique, against the same without.
+
+    - `on`: options of the case. `environment`: variables. `both`: variables of both sides.
+    """
 
     name: str
-    work: str
     case: str
-    arrays: dict[str, np.ndarray]
-    options: dict[str, Any]
+    work: Work
     on: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    both: dict[str, str] = field(default_factory=dict)
 
 
 def _technique_rows(bench: Bench) -> list[Row]:
-    return [Row((t.name, t.work), partial(_try, bench, t)) for t in _techniques(bench)]
-
-
-def _techniques(bench: Bench) -> list[Technique]:
-    body, size = ("resnet18", (160, 256)) if bench.quick else ("resnet50", (320, 480))
-    images = np.random.default_rng(0).standard_normal((2, 3, *size), np.float32)
-    backbone = {"body": body, "weights": None, "backward": True}
-    work = f"backbone + FPN, {body}, 2 × {size[0]}×{size[1]}, forward + backward"
-    flags = XLA_OPTIONS["cpu" if bench.on_host else "accelerator"][: 1 if bench.quick else None]
     return [
-        Technique(
-            f"`XLA_FLAGS={flag}`", work, "backbone", {"images": images}, backbone, environment={"XLA_FLAGS": flag}
-        )
-        for flag in flags
+        Row((t.name, f"{t.case}, {t.work.model}, {t.work.images}"), partial(_try, bench, t)) for t in _techniques(bench)
     ]
 
 
+def _techniques(bench: Bench) -> list[Technique]:
+    if bench.quick:
+        return [Technique("bfloat16", "inference", Work(*QUICK_IMAGE), {"precision": "bfloat16"})]
+    step = Work("faster_rcnn_resnet50_fpn", 2, (320, 480))
+    image = Work("faster_rcnn_resnet50_fpn", 1, inputs.IMAGE_SIZE)
+    precisions = ("bfloat16",) if bench.on_host else ("bfloat16", "tf32")
+    flags = [{"XLA_FLAGS": flag} for flag in XLA_OPTIONS["cpu" if bench.on_host else "accelerator"]]
+    rows = [
+        Technique(precision, case, work, {"precision": precision})
+        for precision in precisions
+        for case, work in (("inference", image), ("training", step))
+    ]
+    rows.append(Technique("gradient checkpointing", "training", step, {"checkpoint": True}))
+    if bench.on_host:
+        # That scheduler runs what it can at once, and then keeps what checkpointing is to spare.
+        name = f"gradient checkpointing, with `{flags[0]['XLA_FLAGS']}`"
+        rows.append(Technique(name, "training", step, {"checkpoint": True}, both=flags[0]))
+        flags.append({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+    for variables in flags:
+        name = " ".join(f"{variable}={value}" for variable, value in variables.items())
+        rows.append(Technique(f"`{name}`", "training", step, environment=variables))
+    return rows
+
+
 def _try(bench: Bench, technique: Technique) -> tuple[str, ...]:
-    with bench.ours() as off, bench.ours(technique.environment) as on:
+    work, case = technique.work, technique.case
+    # Weights that detect something, if an earlier table has left any.
+    weights = bench.weights(work.model)
+    options: dict[str, Any] = {"name": work.model, "precision": work.precision}
+    options["weights"] = weights if weights and Path(weights).exists() else None
+    if case == "training":
+        arrays, options["learning_rate"] = training_batch(work), LEARNING_RATE
+    else:
+        arrays = detection_batch(work)
+    with bench.ours(technique.both) as off, bench.ours(technique.both | technique.environment) as on:
         try:
             on.about()
         except WorkerError:
             return "—", "—", "refused by this version", "", "—", "—"
-        facts = [
-            worker.build(technique.case, technique.arrays, **{**technique.options, **options})
-            for worker, options in ((off, {}), (on, technique.on))
-        ]
+        facts = [worker.build(case, arrays, **options | extra) for worker, extra in ((off, {}), (on, technique.on))]
         for worker in (off, on):
             worker.time()
         compared = bench.compare(on, off)

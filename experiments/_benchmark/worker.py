@@ -107,7 +107,6 @@ class _Worker:
     def memory(self, runs: int) -> dict[str, Any]:
         """The peak of some runs in MB: on the accelerator, or of what the process holds beyond its libraries."""
         case = self._current()
-        case.run()
         _release_heap()  # compiling leaves much of it behind
         self._device.reset_peak()
         _reset_resident_peak()

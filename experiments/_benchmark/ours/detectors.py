@@ -1,31 +1,33 @@
 """This project's detectors: whole detection, and whole training steps."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from detectax_eqx import Batch, Targets, models, ops, train
+from detectax_eqx import Batch, Targets, models, nn, ops, train
 
 from ..inputs import NUM_CLASSES
 from ..worker import Case
-from .ops import Arrays, load
+from .ops import Arrays, Model, load
 
 
-def detector(name: str, weights: str | None) -> models.FasterRCNN | models.MaskRCNN:
+def detector(name: str, weights: str | None, **options: Any) -> models.FasterRCNN | models.MaskRCNN:
     """The named detector with torchvision's parameters of a file, or random ones."""
-    return load(lambda key: getattr(models, name)(NUM_CLASSES, key=key), weights)
+    return load(lambda key: getattr(models, name)(NUM_CLASSES, key=key, **options), weights)
 
 
 def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> Case:
     """From uint8 images on the host to detections, masks pasted onto their image."""
-    set_precision(precision)
+    set_product_precision(precision)
     images = arrays["images"]
     size = images.shape[1:3]
-    model = detector(name, weights)
+    model = in_precision(detector(name, weights), precision)
 
     def detect(model, image):
         found = models.detect(model, image, min_size=min(size), max_size=max(size))
@@ -44,10 +46,20 @@ def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str)
     return Case(lambda: jax.block_until_ready(program(model, images)), detections, facts)
 
 
-def training(arrays: Arrays, *, name: str, weights: str | None, precision: str, learning_rate: float) -> Case:
+def training(
+    arrays: Arrays,
+    *,
+    name: str,
+    weights: str | None,
+    precision: str,
+    learning_rate: float,
+    checkpoint: bool = False,
+) -> Case:
     """A step as `train.py` makes it: resize, forward, backward, SGD; `facts` tell of the compiled program."""
-    set_precision(precision)
-    step, state, batch = make_step(arrays, name=name, weights=weights, learning_rate=learning_rate)
+    set_product_precision(precision)
+    model = detector(name, weights, checkpoint=checkpoint)
+    step, state, batch = make_step(arrays, model, precision=precision, learning_rate=learning_rate)
+    del model  # the state is a copy
     update = eqx.filter_jit(lambda batch, state: step(state, batch), donate="all-except-first")
     program, facts = compiled_program(update, batch, state)
     holder = [state]
@@ -64,10 +76,11 @@ def training(arrays: Arrays, *, name: str, weights: str | None, precision: str, 
     return Case(run, losses, facts)
 
 
-def make_step(arrays: Arrays, *, name: str, weights: str | None, learning_rate: float):
+def make_step(
+    arrays: Arrays, model: models.FasterRCNN | models.MaskRCNN, *, precision: str, learning_rate: float
+) -> tuple[Callable, train.TrainState, Batch]:
     """A training step, its state and its batch."""
-    model = detector(name, weights)
-    with_masks = name.startswith("mask")
+    with_masks = isinstance(model, models.MaskRCNN)
     detector_loss = models.mask_rcnn_loss if with_masks else models.faster_rcnn_loss
     batch = make_batch(arrays, with_masks=with_masks)
 
@@ -83,7 +96,7 @@ def make_step(arrays: Arrays, *, name: str, weights: str | None, learning_rate: 
             flip_probability=0.0,
             key=augment_key,
         )
-        return detector_loss(model, image, image_size, targets, key=loss_key)
+        return detector_loss(in_precision(model, precision), image, image_size, targets, key=loss_key)
 
     optimizer, trainable = train.sgd(learning_rate), models.trainable(model)
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0))
@@ -129,7 +142,12 @@ def compiled_program(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
     return program, facts
 
 
-def set_precision(precision: str) -> None:
+def in_precision(model: Model, precision: str) -> Model:
+    """The model to compute with."""
+    return nn.cast(model, jnp.bfloat16) if precision == "bfloat16" else model
+
+
+def set_product_precision(precision: str) -> None:
     """Full float32, or with products in TF32, where the device has it."""
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else "default")
 
