@@ -14,4 +14,4 @@ from ._schedules import (
 )
 from ._sharding import make_mesh as make_mesh, replicate as replicate, shard_batch as shard_batch
 from ._state import TrainState as TrainState, init_train_state as init_train_state
-from ._step import make_train_step as make_train_step
+from ._step import make_train_step as make_train_step, step_compiler_options as step_compiler_options
