@@ -172,6 +172,20 @@ def test_detections_agree_in_any_order_and_to_the_tolerances():
         agreement.compare_detections(*[detections(valid=np.zeros((1, 3), bool))] * 2)
 
 
+def test_losses_agree_on_average():
+    """What sampling alone makes of them is no disagreement; what goes beyond is."""
+
+    def steps(*values):
+        return [{"loss_objectness": np.float32(value)} for value in values]
+
+    agreement.compare_losses(steps(0.70, 0.78, 0.74), steps(0.76, 0.72, 0.71), rtol=0.01)
+    agreement.compare_losses(steps(1.0, 1.0), steps(1.009, 1.009), rtol=0.01)
+    with pytest.raises(agreement.Disagreement, match=r"loss_objectness: 1\.0000 on average, torchvision's 1\.0200"):
+        agreement.compare_losses(steps(1.0, 1.0), steps(1.02, 1.02), rtol=0.01)
+    with pytest.raises(agreement.Disagreement, match="has losses"):
+        agreement.compare_losses(steps(1.0, 1.0), [{"loss_mask": np.float32(1.0)}] * 2, rtol=0.01)
+
+
 @pytest.fixture(scope="module")
 def worker():
     with pytest.MonkeyPatch.context() as patch:

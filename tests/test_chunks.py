@@ -18,13 +18,17 @@ def test_rows_of_chunks_that_are_computed(getkey, count):
     assert (out[computed:] == 0).all()
 
 
-def test_gradients_reach_what_the_function_closes_over(getkey):
+@pytest.mark.parametrize("count", [3, 6, 10])
+@pytest.mark.parametrize("kept", [0, 1, 2, 9])
+def test_gradients_reach_what_the_function_closes_over(getkey, count, kept):
     x, weight = jr.normal(getkey(), (10, 3)), jr.normal(getkey(), (3, 2))
 
     def total(x, weight, chunked):
         if chunked:
-            return jnp.sin(map_chunks(lambda x: x @ weight, [x], jnp.array(6), chunk_size=3)).sum()
-        return jnp.sin(x[:6] @ weight).sum()
+            y = map_chunks(lambda x: jnp.tanh(x @ weight), [x], jnp.array(count), chunk_size=3, kept=kept)
+        else:
+            y = jnp.tanh(x @ weight)
+        return jnp.sin(y[:count]).sum()
 
     for a, b in zip(*(jax.grad(total, argnums=(0, 1))(x, weight, chunked) for chunked in (True, False)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -41,6 +45,19 @@ def test_a_batch_shares_its_condition(getkey):
     np.testing.assert_allclose(out[:, :4], jnp.sin(x[:, :4]), atol=1e-6)
     assert (out[:, 4:] == 0).all()
     assert "cond" in str(jax.make_jaxpr(jax.vmap(run))(x, counts))
+
+
+def test_only_kept_chunks_are_remembered(getkey):
+    """Of the others the backward pass is left their rows, not what was computed of them."""
+    x, weight = jr.normal(getkey(), (40, 3)), jr.normal(getkey(), (3, 64))
+
+    def remembered(kept):
+        def run(weight):
+            return map_chunks(lambda x: jnp.tanh(x @ weight)[:, 0], [x], jnp.array(40), chunk_size=4, kept=kept)
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.vjp(run, weight)[1]))
+
+    assert remembered(1) < remembered(10) / 4
 
 
 def test_no_rows():

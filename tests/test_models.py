@@ -56,6 +56,34 @@ def made(kind):
     return eqx.filter_jit(MODELS[kind][0])(jr.key(0))
 
 
+def test_predictions_at_some_anchors(getkey):
+    """Those of the dense head, in every level's corners and middle, and the same gradient."""
+    rpn = made("faster").rpn
+    features = tuple(jr.normal(getkey(), (16, h, w)) for h, w in ((16, 24), (8, 12), (4, 6), (2, 3), (1, 2)))
+    total = sum(x.shape[1] * x.shape[2] for x in features) * 3
+    indices = jnp.arange(total, dtype=jnp.int32)[::-1]
+
+    def dense(rpn, features):
+        output = rpn(features, CANVAS)
+        return jnp.concatenate(output.logits)[indices], jnp.concatenate(output.deltas)[indices]
+
+    def sampled(rpn, features):
+        return rpn.at_anchors(features, indices)
+
+    def weighted(predict):
+        logits, deltas = predict
+        return jnp.sin(logits).sum() + jnp.sin(3 * deltas).sum()
+
+    for a, b in zip(dense(rpn, features), sampled(rpn, features), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    gradients = [
+        eqx.filter_grad(lambda tree, predict=predict: weighted(predict(*tree)))((rpn, features))
+        for predict in (dense, sampled)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
+
+
 @pytest.fixture(params=MODELS)
 def case(request):
     return made(request.param), *MODELS[request.param][1:]

@@ -121,6 +121,18 @@ def test_one_trace_and_the_state_is_donated(getkey):
     assert np.isfinite(metrics["loss"])
 
 
+def test_a_step_within_another_program(getkey):
+    """Where its own options of compilation would be refused."""
+    optimizer = train.sgd(0.1)
+    state = train.init_train_state(toy(getkey()), optimizer, trainable=ALL, key=getkey())
+    step = train.make_train_step(squares, optimizer, trainable=ALL)
+    batch = jax.tree.map(jnp.asarray, make_batch(BOXES, BOX_VALID))
+    nested, _ = eqx.filter_jit(step)(state, batch)
+    alone, _ = step(state, batch)
+    for a, b in zip(*(jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (nested, alone)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_invalid_examples_count_nothing(getkey):
     """Even where they hold what has no finite derivative."""
     model, key, optimizer = toy(getkey()), getkey(), train.sgd(0.1)

@@ -50,9 +50,10 @@ def map_chunks(
             padded = jnp.pad(x, [(0, steps * chunk_size - total)] + [(0, 0)] * (x.ndim - 1))
             return padded.reshape(-1, chunk_size, *x.shape[1:])
 
+        @jax.checkpoint
         def step(chunk):
             start, *rows = chunk
-            return when(start < limit, jax.checkpoint(something), rows)
+            return when(start < limit, something, rows)
 
         results = lax.map(step, (starts, *map(chunked, rows)))
         return results.reshape(-1, *results.shape[2:])[:total]
@@ -62,5 +63,7 @@ def map_chunks(
         when(start < limit, something, [x[start : min(start + chunk_size, n)] for x in rows])
         for start in range(0, start_of_rest, chunk_size)
     ]
-    parts.append(when(start_of_rest < limit, in_turn, [x[start_of_rest:] for x in rows]))
+    # All of a condition's work is remembered, and what it reads copied, unless it is within the part computed again.
+    rest = jax.checkpoint(lambda *rows: when(start_of_rest < limit, in_turn, rows))
+    parts.append(rest(*(x[start_of_rest:] for x in rows)))
     return jnp.concatenate(parts)

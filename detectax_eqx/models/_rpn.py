@@ -219,9 +219,7 @@ def sample_anchors(
     sampled, valid = sample_balanced(
         matches.positive, matches.negative, num_samples=num_samples, positive_fraction=positive_fraction, key=key
     )
-    return SampledAnchors(
-        sampled, boxes[sampled], valid, matches.positive[sampled] & valid, matches.indices[sampled]
-    )
+    return SampledAnchors(sampled, boxes[sampled], valid, matches.positive[sampled] & valid, matches.indices[sampled])
 
 
 def rpn_loss(

@@ -30,8 +30,8 @@ GREEDY_BOXES_PER_OUTPUT = 4
 # Up to here a round of the fixed-point form, n² IoUs, takes an accelerator about as long as starting it.
 FIXED_POINT_BOXES = 4096
 # Room for the valid boxes that greedy selection moves together, the least that holds them. Candidates above a
-# detector's score threshold are some hundreds where it is sure of what it sees, and a few thousand where not.
-PACKED_BOXES = (1024, 8192)
+# detector's score threshold are a thousand or two where it is sure of what it sees, and some thousand where not.
+PACKED_BOXES = (2048, 8192)
 
 
 def _comparable(iou_threshold, boxes):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float32, Key, PyTree
 
 from .._types import Batch, WeightedSum
@@ -18,7 +19,7 @@ Metrics = dict[str, Float32[Array, ""]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 # XLA's schedule for a CPU starts all that it can at once and holds the results: a fifth more memory for no less time.
-CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 RESERVED = ("loss", "gradient_norm", "overflow")
 
 
@@ -75,17 +76,18 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, *, trai
         }
         return TrainState(state.step + 1, state.key, model, opt_state), metrics
 
-    compiled = eqx.filter_jit(update, donate="all-except-first", compiler_options=step_compiler_options())
+    options = {"compiler_options": step_compiler_options()}
+    compiled = eqx.filter_jit(update, donate="all-except-first", **options)  # pyright: ignore[reportCallIssue]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Within another program, whose options count, it is a part of that.
-        nested = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch)))
+        nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
         return update(batch, state) if nested else compiled(batch, state)
 
     return step
 
 
-def step_compiler_options() -> dict[str, bool]:
+def step_compiler_options() -> dict[str, str]:
     """The options of XLA that `make_train_step` compiles with, for who compiles the step within a program of their own.
 
     >>> isinstance(step_compiler_options(), dict)
