@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from einops import rearrange
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
@@ -47,12 +48,13 @@ class MaskHead(eqx.Module):
         x = features
         for conv in self.convs:
             x = relu(jax.vmap(conv)(x))
-        x = relu(jax.vmap(self.upsample)(x))
+        blocks = relu(jax.vmap(self.upsample.blocks)(x))
         # Only the wanted class's channel of the last 1×1 convolution is computed.
         weight = self.mask_logits.weight[labels + 1, :, 0, 0]
-        logits = jnp.einsum("nchw,nc->nhw", x, weight)
+        logits = jnp.einsum("nhwabo,no->nhwab", blocks, weight)
         if self.mask_logits.bias is not None:
-            logits = logits + self.mask_logits.bias[labels + 1][:, None, None]
+            logits = logits + self.mask_logits.bias[labels + 1][:, None, None, None, None]
+        logits = rearrange(logits, "n h w a b -> n (h a) (w b)")
         return logits.astype(jnp.float32)
 
 

@@ -23,8 +23,8 @@ from ._mask_head import MaskHead, mask_loss
 
 # Boxes that the mask head runs on at a time, and how many such chunks remember it for the backward pass. Most images
 # have far fewer objects than there is room for.
-MASK_CHUNK = 16
-MASK_CHUNKS_KEPT = 2
+MASK_CHUNK = 10
+MASK_CHUNKS_KEPT = 3
 
 
 class MaskRCNN(eqx.Module):

@@ -6,6 +6,7 @@ from functools import reduce
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -91,9 +92,11 @@ class Upsample2x2(eqx.Module):
         self.bias = jnp.zeros(out_channels)
 
     def __call__(self, x: Float[Array, "i h w"]) -> Float[Array, "o 2*h 2*w"]:
-        y = jnp.einsum("ihw,ioab->ohawb", x, self.weight)
-        _, height, width = x.shape
-        return y.reshape(-1, 2 * height, 2 * width) + self.bias[:, None, None]
+        return rearrange(self.blocks(x), "h w a b o -> o (h a) (w b)")
+
+    def blocks(self, x: Float[Array, "i h w"]) -> Float[Array, "h w 2 2 o"]:
+        """The block of each pixel, before they are laid side by side: for what looks at single pixels next."""
+        return jnp.einsum("ihw,ioab->hwabo", x, self.weight) + self.bias[None, None, None, None]
 
 
 def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
