@@ -1,0 +1,178 @@
+"""Compiles training and detection for TPUs, on a machine that has none, and writes what they need to BENCHMARKS.md.
+
+    pip install -e '.[tpu]'
+    python experiments/compile_for_tpu.py
+
+A TPU's compiler, in the package `libtpu`, runs anywhere and accounts for every byte: a program that it accepts fits the
+memory of a core. Nothing is run, and no speed follows. The step is that of train.py, over all cores of a topology; the
+exit status is 1 if one of its programs does not fit. Takes minutes for each row.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from _shared import ModelName, build, console, run
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from detectax_eqx import Batch, Targets, models, train
+
+
+# Memory of a core in GiB: cloud.google.com/tpu/docs, "system architecture" of each.
+GIB = {"v3": 16, "v5e": 16, "v6e": 32}
+# A decoded COCO image, and ground truth of train.py's defaults.
+SOURCE, OBJECTS, MASK = 640, 100, 112
+MARKERS = "<!-- tpu -->", "<!-- /tpu -->"
+
+
+@dataclass
+class Options:
+    """Options of the compilation."""
+
+    topologies: tuple[str, ...] = ("v3:2x2x1", "v5e:2x4", "v6e:2x4")
+    """Chips and their layout. v3:2x2x1 is a v3-8, whose four chips have two cores each."""
+    models: tuple[ModelName, ...] = ("mask_rcnn_resnet50_fpn", "mask_rcnn_resnet101_fpn")
+    """Detectors."""
+    batch_size: int = 16
+    """Images a step, over all cores."""
+    canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
+    """Height and width that the network sees."""
+    file: Path = Path("BENCHMARKS.md")
+    """File with the markers between which the table goes."""
+
+
+def main(options: Options) -> None:
+    """Compiles everything, prints each row as it comes, and writes the table."""
+    # Without these libtpu looks for a machine's description, and complains that there is none.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
+    rows, fits = [], True
+    for topology, name, canvas in product(options.topologies, options.models, options.canvases):
+        limit = GIB[topology.split(":")[0]]
+        mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
+        programs = {
+            f"training, {options.batch_size} images": partial(compile_step, batch_size=options.batch_size),
+            "detection, 1 image a core": compile_detection,
+        }
+        for what, compile_one in programs.items():
+            cells = measure(partial(compile_one, name, canvas, mesh=mesh), limit)
+            fits &= cells[1] != ""
+            rows.append([topology, f"{name}, {canvas[0]}×{canvas[1]}", what, *cells])
+            console.print(" | ".join(rows[-1]), highlight=False, soft_wrap=True)
+    write_table(options.file, rows)
+    if not fits:
+        raise SystemExit("Not every program fits its cores: see the table.")
+
+
+def measure(compile_one: Callable[[], Any], limit: int) -> list[str]:
+    """Memory and FLOPs of a core, and seconds of compiling. No FLOPs if the program does not fit."""
+    began = time.perf_counter()
+    try:
+        program = compile_one()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return [f"does not fit {limit} GiB", "", f"{time.perf_counter() - began:.0f}"]
+    memory = program.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    flops = program.cost_analysis()["flops"]
+    return [f"{used / 2**30:.2f} of {limit} GiB", f"{flops / 1e9:,.0f}", f"{time.perf_counter() - began:.0f}"]
+
+
+def compile_step(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh, batch_size: int) -> Any:
+    """train.py's step at its default options."""
+    optimizer = train.sgd(0.02)
+
+    def init():
+        model = build(name, 80, "frozen_batch")
+        trainable = models.trainable(model, trainable_layers=3)
+        return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
+
+    def loss(model, example: Batch, *, key):
+        augment_key, loss_key = jr.split(key)
+        image, image_size, targets = train.augment(
+            example.images,
+            example.image_sizes,
+            example.targets,
+            canvas=example.canvas,
+            min_sizes=(800,),
+            max_size=1333,
+            key=augment_key,
+        )
+        return models.mask_rcnn_loss(model, image, image_size, targets, key=loss_key)
+
+    state, trainable = eqx.filter_eval_shape(init)
+    step = train.make_train_step(loss, optimizer, trainable=trainable, mesh=mesh)
+    batch = eqx.filter_eval_shape(make_batch, batch_size, canvas)
+    state = shaped(state, NamedSharding(mesh, PartitionSpec()))
+    batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    return compile_shapes(step, state, batch, donate=(0,))
+
+
+def compile_detection(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh) -> Any:
+    """Detection in one image, on one core."""
+    model = eqx.filter_eval_shape(build, name, 80, "frozen_batch")
+    sizes = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
+    image = eqx.filter_eval_shape(jnp.zeros, (SOURCE, SOURCE, 3), jnp.uint8)
+
+    def detect(model, image, image_size, resized):
+        return models.detect(model, image, image_size=image_size, resized=resized, canvas=canvas)
+
+    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    return compile_shapes(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
+
+
+def make_batch(batch_size: int, canvas: tuple[int, int]) -> Batch:
+    """A batch of black images, with train.py's capacity for ground truth."""
+    sizes, ints = jnp.full((batch_size, 2), SOURCE, jnp.int32), jnp.zeros(batch_size, jnp.int32)
+    boxes = jnp.zeros((batch_size, OBJECTS, 4))
+    labels = jnp.zeros((batch_size, OBJECTS), jnp.int32)
+    masks = jnp.zeros((batch_size, OBJECTS, MASK, MASK), jnp.uint8)
+    targets = Targets(boxes, labels, labels > 0, masks, boxes)
+    return Batch(
+        jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8), sizes, sizes, targets, ints, ints == 0, ints, canvas
+    )
+
+
+def is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of a tree, laid out on devices."""
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf  # noqa: E731
+    return jax.tree.map(place, tree)
+
+
+def compile_shapes(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    """The program of a function for arguments that are shapes."""
+    shapes, static = zip(*(eqx.partition(argument, is_shape) for argument in arguments), strict=True)
+
+    def run(*shapes):
+        return function(*map(eqx.combine, shapes, static))
+
+    return jax.jit(run, donate_argnums=donate).lower(*shapes).compile()
+
+
+def write_table(file: Path, rows: list[list[str]]) -> None:
+    """Puts the rows between the markers."""
+    header = ["topology", "program", "batch", "memory a core", "GFLOPs a core", "compile s"]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    note = f"Compiled with jax {jax.__version__} and libtpu {version('libtpu')}; not run."
+    before, rest = file.read_text().split(MARKERS[0])
+    file.write_text(before + "\n".join([MARKERS[0], *lines, "", note, MARKERS[1]]) + rest.split(MARKERS[1])[1])
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)
