@@ -16,7 +16,7 @@ from .malformed import annotations, checkpoints, images, options, weights
 
 # The short form takes every n-th case of each family; the long one all of them.
 FAMILIES = {annotations: 3, images: 3, weights: 6, checkpoints: 3, options: 6}
-SECONDS, MEGABYTES = 10, 400
+SECONDS, MEGABYTES = 20, 300
 OURS = (DatasetError, WeightsError, CheckpointError, SystemExit, ConnectionError, FileNotFoundError)
 
 
