@@ -28,7 +28,9 @@ def files(tmp_path):
 def make_loader(files, cache, *, max_source=None, **options):
     dataset = load_coco(*files)
     buckets = make_buckets(dataset.sizes, canvases=[(64, 96)], min_size=64, max_size=96, max_source=max_source)
-    return Loader(dataset, batch_size=4, buckets=buckets, max_objects=6, mask_size=7, cache=cache, **options)
+    return Loader(
+        dataset, batch_size=4, buckets=buckets, max_objects=6, mask_size=7, num_threads=1, cache=cache, **options
+    )
 
 
 def batches(files, cache, **options):

@@ -15,8 +15,8 @@ from .malformed import annotations, checkpoints, images, options, weights
 
 
 # The short form takes every n-th case of each family; the long one all of them.
-FAMILIES = {annotations: 11, images: 7, weights: 14, checkpoints: 7, options: 6}
-SECONDS, MEGABYTES = 10, 400
+FAMILIES = {annotations: 3, images: 3, weights: 6, checkpoints: 3, options: 6}
+SECONDS, MEGABYTES = 20, 300
 OURS = (DatasetError, WeightsError, CheckpointError, SystemExit, ConnectionError, FileNotFoundError)
 
 
@@ -36,10 +36,10 @@ def outcome(case, folder, capsys):
         assert not missing, f"the message lacks {missing}: {text[:600]}"
         assert len(text) < 6000, f"a message of {len(text)} characters"
         return "refused"
+    finally:
+        assert time.monotonic() - began < SECONDS, "it took long"
     assert case.check is not None, "it was accepted"
-    verdict = case.check(result)
-    assert time.monotonic() - began < SECONDS
-    return verdict
+    return case.check(result)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__.rpartition(".")[2])
@@ -54,10 +54,8 @@ def test_malformed(family, every, tmp_path, capsys, monkeypatch, tally):
             continue
         if every and family is weights:
             tracemalloc.start()
-        began = time.monotonic()
         try:
             outcomes[outcome(case, tmp_path / str(number), capsys)] += 1
-            assert time.monotonic() - began < SECONDS, "it took long"
             if tracemalloc.is_tracing():
                 assert tracemalloc.get_traced_memory()[1] < MEGABYTES * 1e6, "it took much memory"
         except Exception as error:

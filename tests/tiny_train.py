@@ -43,8 +43,8 @@ OPTIONS = {
 
 
 @eqx.filter_jit
-def build(name, num_classes, norm, seed=0):
-    """A Faster R-CNN on a ResNet-18 of an eighth of the width."""
+def build(name, num_classes, norm, seed=0, **_):
+    """A Faster R-CNN on a ResNet-18 of an eighth of the width, whatever else it is to be."""
     keys = jr.split(jr.key(seed), 3)
     body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8)
     backbone = nn.ResNetFPN(body, key=keys[1], channels=16)

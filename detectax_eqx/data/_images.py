@@ -1,8 +1,7 @@
 """Image files to RGB pixels, whatever their mode and orientation."""
 
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -71,11 +70,11 @@ def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
         raise BadImageError(f"{location}: cannot be read as an image: {error}") from error
 
 
-def _open(location: Location) -> BinaryIO:
+def _open(location: Location) -> BufferedReader | BytesIO:
     return location.open("rb") if isinstance(location, Path) else BytesIO(read_bytes(location))
 
 
-def _checked(file: BinaryIO) -> Image.Image:
+def _checked(file: BufferedReader | BytesIO) -> Image.Image:
     """The image in a file. PNG has checksums, which Pillow looks at only if asked, and then ends its reading."""
     image = Image.open(file)
     if image.format != "PNG":

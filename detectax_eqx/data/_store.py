@@ -2,6 +2,7 @@
 
 import re
 from functools import cache, lru_cache
+from http.client import responses
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -68,8 +69,8 @@ def _context() -> ts.Context:
 
 def _reason(message: str) -> str:
     """What went wrong, out of tensorstore's message."""
-    if status := re.search(r"([\w ]+) \[(?:HTTP code |http_response_code=')(\d+)", message):
-        return f"HTTP status {status[2]} ({status[1].strip()})"
+    if code := re.search(r"\[(?:HTTP code |http_response_code=')(\d+)", message):
+        return f"HTTP status {code[1]} ({responses.get(int(code[1]), 'unknown')})"
     if trouble := re.search(r"CURL error ([^:]+)", message):
         return trouble[1]
     return message.splitlines()[0][:300]

@@ -15,7 +15,7 @@ from ._trees import WeightsError
 
 
 # A file of weights has some 40 for each tensor, and its training checkpoint a history of numbers.
-MOST_INSTRUCTIONS = 2_000_000
+MOST_INSTRUCTIONS = 1_000_000
 # A key's hash must not take long, nor be that of many others: nested tuples and chosen numbers could.
 LARGEST_KEY = 2**60
 

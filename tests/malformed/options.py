@@ -3,9 +3,11 @@
 import json
 import sys
 from functools import cache
+from pathlib import Path
 from tempfile import mkdtemp
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 
 from detectax_eqx import data, train, weights
@@ -88,7 +90,7 @@ def make(script, options, folder):
         "predict": {"output": folder / "out"},
     }[script]
     if script == "train":
-        usual |= tiny_train.OPTIONS | {"steps": 1}
+        usual |= tiny_train.OPTIONS | {"steps": 1, "batch-size": len(jax.devices())}
     elif "weights" not in options:
         usual["checkpoint"] = folder / "run"
     given = {name: value for name, value in (usual | options).items() if value is not None}
@@ -210,7 +212,7 @@ def contradictions():
     for script, option in (("evaluate", "annotations"), ("evaluate", "images"), ("predict", "annotations")):
         yield case(
             f"{script}.py --{option} that are not there", script,
-            lambda folder, o=option: {o: folder / "none"} | detector_weights(folder), ("none",),
+            lambda folder, o=option: {o: folder / "none"} | detector_weights(), ("none",),
         )  # fmt: skip
     for what, content in {
         "a list": b"[]",
@@ -220,13 +222,14 @@ def contradictions():
     }.items():
         yield case(
             f"predict.py --annotations of {what}", "predict",
-            lambda folder, c=content: {"annotations": written(folder / "a.json", c)} | detector_weights(folder),
+            lambda folder, c=content: {"annotations": written(folder / "a.json", c)} | detector_weights(),
             ("a.json",),
         )  # fmt: skip
 
 
-def detector_weights(folder):
-    """A detector's weights that load."""
-    model = tiny_train.build("faster_rcnn_resnet18_fpn", 4, "group")
-    weights.save_safetensors(model, folder / "d.safetensors")
-    return {"weights": folder / "d.safetensors", "model": "faster_rcnn_resnet18_fpn", "norm": "group"}
+@cache
+def detector_weights():
+    """A detector's weights that load, made once."""
+    path = Path(mkdtemp()) / "detector.safetensors"
+    weights.save_safetensors(tiny_train.build("faster_rcnn_resnet18_fpn", 4, "group"), path)
+    return {"weights": path, "model": "faster_rcnn_resnet18_fpn", "norm": "group"}
