@@ -76,9 +76,9 @@ class Detector:
         )
 
 
-def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0) -> Model:
-    """The named detector with random parameters."""
-    return getattr(models, name)(num_classes, key=jr.key(seed), norm=NORMS[norm])
+def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0, *, checkpoint: bool = False) -> Model:
+    """The named detector with random parameters; `checkpoint` for gradient checkpointing."""
+    return getattr(models, name)(num_classes, key=jr.key(seed), norm=NORMS[norm], checkpoint=checkpoint)
 
 
 def load_run(path: Path) -> Detector:

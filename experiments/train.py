@@ -39,7 +39,7 @@ from _shared import (
     write_json,
 )
 
-from detectax_eqx import Batch, data, models, train
+from detectax_eqx import Batch, data, models, nn, train
 
 
 @dataclass
@@ -71,6 +71,10 @@ class Options:
     """Stop after this many steps instead."""
     batch_size: int = 16
     """Images a step, over all devices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of convolutions and matrix products. Parameters, losses and box arithmetic are float32 either way."""
+    gradient_checkpointing: bool = False
+    """Compute the ResNet's blocks anew in the backward pass, rather than keep what is within them: less memory."""
     accumulate: int = 1
     """Parts that a device takes its images in, to save memory. The update is that of the whole batch, but slower."""
     parameter_shards: int = 1
@@ -199,7 +203,9 @@ def fit(options: Options) -> None:
     total_steps = options.steps or options.epochs * epoch_steps
 
     # Model and optimiser.
-    model = build(options.model, train_set.num_classes, options.norm, options.seed)
+    model = build(
+        options.model, train_set.num_classes, options.norm, options.seed, checkpoint=options.gradient_checkpointing
+    )
     if options.init is not None:
         model = initialize(model, options.model, options.norm, options.init)
     layers = options.trainable_layers
@@ -234,7 +240,8 @@ def fit(options: Options) -> None:
             console.print(f"Going on at step {int(state.step)} from {last}", highlight=False)
     state = train.shard_state(state, mesh)
 
-    # The loss of one example: augmentation and detector, both inside the compiled step.
+    # The loss of one example: augmentation and detector, both inside the compiled step. The cast to the dtype that is
+    # computed in is there too, so that gradients are of the float32 parameters.
     detector_loss = models.mask_rcnn_loss if with_masks else models.faster_rcnn_loss
 
     def loss(model, example: Batch, *, key):
@@ -250,7 +257,7 @@ def fit(options: Options) -> None:
             scale_range=options.jitter,
             key=augment_key,
         )
-        return detector_loss(model, image, image_size, targets, key=loss_key)
+        return detector_loss(nn.cast(model, options.precision), image, image_size, targets, key=loss_key)
 
     step = train.make_train_step(
         loss, optimizer, trainable=trainable, mesh=mesh, accumulate=options.accumulate, ema_decay=options.ema or 0.0

@@ -27,7 +27,7 @@ class Pyramid(eqx.Module):
         )
 
     def __call__(self, image):
-        maps = []
+        image, maps = image.astype(self.convs[0].weight.dtype), []
         for conv in self.convs:
             image = nn.relu(conv(image))
             maps.append(image)
@@ -35,10 +35,7 @@ class Pyramid(eqx.Module):
 
 
 def build():
-    """A tiny Mask R-CNN whose proposals differ so much that rounding does not change their order.
-
-    Its random numbers are NumPy's: the usual initialisation takes longer to compile than the training step.
-    """
+    """A tiny Mask R-CNN whose proposals differ so much that rounding does not change their order."""
 
     def make():
         keys = jr.split(jr.key(0), 3)
@@ -46,6 +43,11 @@ def build():
         boxes = models.FasterRCNN(Pyramid(key=keys[0]), 3, key=keys[1], hidden_size=32, anchor_sizes=sizes)
         return models.MaskRCNN(boxes, key=keys[2], hidden_channels=16)
 
+    return random_arrays(eqx.filter_eval_shape(make))
+
+
+def random_arrays(shapes):
+    """A model of shapes, filled: the usual initialisation takes longer to compile than the training step."""
     draw = np.random.default_rng(0)
 
     def fill(leaf):
@@ -54,7 +56,7 @@ def build():
         scale = (2 / np.prod(leaf.shape[1:])) ** 0.5 if len(leaf.shape) > 1 else 0.0
         return jnp.asarray(scale * draw.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.tree.map(fill, eqx.filter_eval_shape(make))
+    return jax.tree.map(fill, shapes)
 
 
 def loss(model, example, *, key):

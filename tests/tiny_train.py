@@ -43,10 +43,10 @@ OPTIONS = {
 
 
 @eqx.filter_jit
-def build(name, num_classes, norm, seed=0, **_):
-    """A Faster R-CNN on a ResNet-18 of an eighth of the width, whatever else it is to be."""
+def build(name, num_classes, norm, seed=0, *, checkpoint=False):
+    """A Faster R-CNN on a ResNet-18 of an eighth of the width."""
     keys = jr.split(jr.key(seed), 3)
-    body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8)
+    body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
     backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
     sizes = ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
     return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=32, anchor_sizes=sizes)
