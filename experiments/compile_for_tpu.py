@@ -22,6 +22,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import train as script
+from _benchmark.tables import read_table, write_table
 from _shared import ModelName, build, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,9 +33,9 @@ from detectax_eqx import Batch, Targets, models, train
 
 # Memory of a core in GiB: cloud.google.com/tpu/docs, "system architecture" of each.
 GIB = {"v3": 16, "v5e": 16, "v6e": 32}
-# A decoded COCO image, and ground truth of train.py's defaults.
-SOURCE, OBJECTS, MASK = 640, 100, 112
-MARKERS = "<!-- tpu -->", "<!-- /tpu -->"
+# Side of a decoded COCO image, side of a mask in its box's frame, images of COCO's training set.
+SOURCE, MASK, COCO = 640, 112, 118_287
+HEADER = ("topology", "detector", "program", "memory a core", "GFLOPs a core", "compile s", "compiled with")
 
 
 @dataclass
@@ -53,28 +55,29 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Compiles everything, prints each row as it comes, and writes the table."""
+    """Compiles everything, and enters each row as it comes. Rows of programs that are not asked for stay."""
     # Without these libtpu looks for a machine's description, and complains that there is none.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
-    rows, fits = [], True
+    versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}", True
     for topology, name, canvas in product(options.topologies, options.models, options.canvases):
         limit = GIB[topology.split(":")[0]]
         mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
         programs = {
-            f"training, {options.batch_size} images": partial(compile_step, batch_size=options.batch_size),
-            "detection, 1 image a core": compile_detection,
+            f"training in bfloat16, {options.batch_size} images": partial(compile_step, batch_size=options.batch_size),
+            "detection, an image on each core": compile_detection,
         }
         for what, compile_one in programs.items():
+            key = topology, f"{name}, {canvas[0]}×{canvas[1]}", what
             cells = measure(partial(compile_one, name, canvas, mesh=mesh), limit)
             fits &= cells[1] != ""
-            rows.append([topology, f"{name}, {canvas[0]}×{canvas[1]}", what, *cells])
-            console.print(" | ".join(rows[-1]), highlight=False, soft_wrap=True)
-    write_table(options.file, rows)
+            console.print(" | ".join([*key, *cells]), highlight=False, soft_wrap=True)
+            rows = {row[:3]: row for row in read_table(options.file, "tpu")[1]} | {key: (*key, *cells, versions)}
+            write_table(options.file, "tpu", HEADER, sorted(rows.values()))
     if not fits:
         raise SystemExit("Not every program fits its cores: see the table.")
 
 
-def measure(compile_one: Callable[[], Any], limit: int) -> list[str]:
+def measure(compile_one: Callable[[], Any], limit: int) -> tuple[str, str, str]:
     """Memory and FLOPs of a core, and seconds of compiling. No FLOPs if the program does not fit."""
     began = time.perf_counter()
     try:
@@ -82,39 +85,27 @@ def measure(compile_one: Callable[[], Any], limit: int) -> list[str]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return [f"does not fit {limit} GiB", "", f"{time.perf_counter() - began:.0f}"]
+        return f"does not fit {limit} GiB", "", f"{time.perf_counter() - began:.0f}"
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     flops = program.cost_analysis()["flops"]
-    return [f"{used / 2**30:.2f} of {limit} GiB", f"{flops / 1e9:,.0f}", f"{time.perf_counter() - began:.0f}"]
+    return f"{used / 2**30:.2f} of {limit} GiB", f"{flops / 1e9:,.0f}", f"{time.perf_counter() - began:.0f}"
 
 
 def compile_step(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh, batch_size: int) -> Any:
-    """train.py's step at its default options."""
-    optimizer = train.sgd(0.02)
+    """The step of train.py in bfloat16, its other options at their defaults, from imported weights."""
+    options = script.Options("", "", Path(), model=name, batch_size=batch_size, precision="bfloat16")
+    optimizer = script.make_optimizer(options, script.make_schedule(options, COCO // batch_size, 0))
 
     def init():
-        model = build(name, 80, "frozen_batch")
+        model = build(name, 80, options.norm)
         trainable = models.trainable(model, trainable_layers=3)
         return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
 
-    def loss(model, example: Batch, *, key):
-        augment_key, loss_key = jr.split(key)
-        image, image_size, targets = train.augment(
-            example.images,
-            example.image_sizes,
-            example.targets,
-            canvas=example.canvas,
-            min_sizes=(800,),
-            max_size=1333,
-            key=augment_key,
-        )
-        return models.mask_rcnn_loss(model, image, image_size, targets, key=loss_key)
-
     state, trainable = eqx.filter_eval_shape(init)
-    step = train.make_train_step(loss, optimizer, trainable=trainable, mesh=mesh)
-    batch = eqx.filter_eval_shape(make_batch, batch_size, canvas)
+    step = train.make_train_step(script.make_loss(options), optimizer, trainable=trainable, mesh=mesh)
+    batch = eqx.filter_eval_shape(make_batch, batch_size, canvas, options.max_objects)
     state = shaped(state, NamedSharding(mesh, PartitionSpec()))
     batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     return compile_shapes(step, state, batch, donate=(0,))
@@ -133,16 +124,14 @@ def compile_detection(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh) -
     return compile_shapes(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
 
 
-def make_batch(batch_size: int, canvas: tuple[int, int]) -> Batch:
-    """A batch of black images, with train.py's capacity for ground truth."""
+def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int) -> Batch:
+    """A batch of black images as the loader lays them out, without objects."""
     sizes, ints = jnp.full((batch_size, 2), SOURCE, jnp.int32), jnp.zeros(batch_size, jnp.int32)
-    boxes = jnp.zeros((batch_size, OBJECTS, 4))
-    labels = jnp.zeros((batch_size, OBJECTS), jnp.int32)
-    masks = jnp.zeros((batch_size, OBJECTS, MASK, MASK), jnp.uint8)
+    boxes, labels = jnp.zeros((batch_size, max_objects, 4)), jnp.zeros((batch_size, max_objects), jnp.int32)
+    masks = jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8)
     targets = Targets(boxes, labels, labels > 0, masks, boxes)
-    return Batch(
-        jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8), sizes, sizes, targets, ints, ints == 0, ints, canvas
-    )
+    images = jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8)
+    return Batch(images, sizes, sizes, targets, ints, ints == 0, ints, canvas)
 
 
 def is_shape(leaf: Any) -> bool:
@@ -151,7 +140,10 @@ def is_shape(leaf: Any) -> bool:
 
 def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """The shapes of a tree, laid out on devices."""
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf  # noqa: E731
+
+    def place(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf
+
     return jax.tree.map(place, tree)
 
 
@@ -163,15 +155,6 @@ def compile_shapes(function: Any, *arguments: Any, donate: tuple[int, ...] = ())
         return function(*map(eqx.combine, shapes, static))
 
     return jax.jit(run, donate_argnums=donate).lower(*shapes).compile()
-
-
-def write_table(file: Path, rows: list[list[str]]) -> None:
-    """Puts the rows between the markers."""
-    header = ["topology", "program", "batch", "memory a core", "GFLOPs a core", "compile s"]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    note = f"Compiled with jax {jax.__version__} and libtpu {version('libtpu')}; not run."
-    before, rest = file.read_text().split(MARKERS[0])
-    file.write_text(before + "\n".join([MARKERS[0], *lines, "", note, MARKERS[1]]) + rest.split(MARKERS[1])[1])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Tests run with strict promotion, on eight host devices, warnings being errors (pyproject.toml)."""
+"""Tests run with strict promotion, on eight devices of the CPU, warnings being errors (pyproject.toml)."""
 
 import os
 from pathlib import Path
 
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever else is there: a GPU, or libtpu without a TPU
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax

@@ -3,13 +3,12 @@
 And nothing sent between devices but what must be.
 """
 
+import json
 import os
 import re
 import socket
 import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -18,8 +17,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from detectax_eqx import models, nn, train, weights
+from detectax_eqx import data, models, nn, train
 
+from . import tiny_train
 from .tiny_detector import build, loss, make_batch
 
 
@@ -130,25 +130,45 @@ def free_port():
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    """Each has four devices, with its part of the batch and of the parameters."""
-    script, address = Path(__file__).with_name("half_of_eight.py"), f"127.0.0.1:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    """train.py, each process with a piece of the parameters and its rows of the batches, and sharing an evaluation."""
+    for name, count in (("train", 8), ("val", 7)):
+        data.write_shapes_dataset(tmp_path / name, num_images=count, seed=count, image_size=(64, 64))
+    options = ["--steps", "4", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
+    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), address, str(i), str(tmp_path / "two.safetensors")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for i in range(2)
+        run_script(tmp_path, "one", *options, devices=2),
+        *(run_script(tmp_path, "two", *options, *address, str(i), devices=1) for i in range(2)),
     ]
     for process in processes:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    state = train.to_host(trained(8)[0])
-    weights.save_safetensors((state.model, state.opt_state, state.ema), tmp_path / "one.safetensors")
-    one, two = (weights.read_safetensors(tmp_path / f"{run}.safetensors")[0] for run in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, array in one.items():
-        np.testing.assert_allclose(array, two[name], atol=1e-5, err_msg=name)
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    for name, array in one["arrays"].items():
+        np.testing.assert_allclose(two["arrays"][name], array, atol=1e-5, err_msg=name)
+    for expected, line in zip(one["metrics"], two["metrics"], strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(line[name], value, atol=1e-4, rtol=1e-5, err_msg=name)
+    assert {result["image_id"] for result in one["found"]} == set(range(1, 8))
+    for name in ("image_id", "score"):
+        values = [sorted(result[name] for result in run["found"]) for run in (one, two)]
+        np.testing.assert_allclose(*values, atol=1e-4)
+
+
+def run_script(folder, output, *options, devices):
+    return subprocess.Popen(
+        tiny_train.command(folder, folder / output, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+    )
+
+
+def contents(output):
+    """Arrays of the last checkpoint by name, lines of the metrics, and what the evaluation found."""
+    return {
+        "arrays": tiny_train.saved_arrays(output),
+        "metrics": [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
+        "found": json.loads((output / "evaluation/detections.json").read_text()),
+    }

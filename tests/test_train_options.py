@@ -12,11 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from detectax_eqx import data, train
+from detectax_eqx import data
 
 from . import tiny_train
 from .tiny_detector import random_arrays
-from .tiny_train import script
+from .tiny_train import saved_arrays, script
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,6 @@ def run(shapes, output, *options, status=0):
     return done.stdout, [json.loads(line) for line in lines]
 
 
-def arrays(output):
-    """The arrays of the last checkpoint by name."""
-    index = json.loads((max((output / "last").iterdir()) / "index.json").read_text())["content"]["leaves"]
-    forms = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in index.items() if name != "key"}
-    return train._checkpoint.read_arrays(max((output / "last").iterdir()) / "arrays", forms)
-
-
 def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     options = ["--steps", "3", "--log-every", "1", "--ema", "0.1", "--accumulate", "2", "--precision", "bfloat16"]
     options += ["--gradient-checkpointing", "--clip-norm", "1e-3", "--weight-decay", "0", "--momentum", "0"]
@@ -54,7 +47,7 @@ def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     for line in metrics:
         assert line["gradient_norm"] > 1e-3 and line["skipped"] == 0
         np.testing.assert_allclose(line["update_norm"], 1e-3 * line["rate"], atol=1e-6)  # six digits are logged
-    saved = arrays(tmp_path / "all")
+    saved = saved_arrays(tmp_path / "all")
     names = [name.removeprefix("ema/") for name in saved if name.startswith("ema/")]
     differs = [name for name in names if (saved[f"ema/{name}"] != saved[f"model/{name}"]).any()]
     assert len(differs) > len(names) / 2
@@ -78,7 +71,7 @@ def test_a_loss_that_is_not_finite(shapes, tmp_path):
 
     _, metrics = run(shapes, tmp_path / "skip", *options, "--non-finite", "skip")
     assert [line["skipped"] for line in metrics] == [0, 1, 2]
-    first, last = (arrays(tmp_path / name) for name in ("stop", "skip"))
+    first, last = (saved_arrays(tmp_path / name) for name in ("stop", "skip"))
     assert int(last["step"]) == 3 and int(last["skipped"]) == 2
     for name in first.keys() - {"step", "skipped"}:
         np.testing.assert_array_equal(first[name], last[name], err_msg=name)

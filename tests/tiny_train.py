@@ -9,6 +9,7 @@ step; and amid an evaluation.
 """
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import _shared
 import equinox as eqx
+import jax
 import jax.random as jr
 import train as script
 
@@ -59,6 +61,14 @@ def command(shapes, output, *options):
         paths |= {f"{kind}-annotations": shapes / kind / "annotations.json", f"{kind}-images": shapes / kind / "images"}
     pairs = [(f"--{name}", *str(value).split(" ")) for name, value in (OPTIONS | paths).items()]
     return [sys.executable, __file__, *itertools.chain(*pairs), *options]
+
+
+def saved_arrays(output):
+    """The arrays of a run's last checkpoint by name."""
+    path = train.latest_checkpoint(output / "last")
+    leaves = json.loads((path / "index.json").read_text())["content"]["leaves"]
+    forms = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items() if name != "key"}
+    return _checkpoint.read_arrays(path / "arrays", forms)
 
 
 # The function after whose call it happens, and how its last argument ends.
