@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import train as script
 from _benchmark.tables import read_table, write_table
+from _options import Options as TrainOptions
 from _shared import ModelName, build, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -62,13 +63,16 @@ def main(options: Options) -> None:
     for topology, name, canvas in product(options.topologies, options.models, options.canvases):
         limit = GIB[topology.split(":")[0]]
         mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
+        recipe = TrainOptions(
+            "", "", Path(), model=name, batch_size=options.batch_size, precision="bfloat16", trainable_layers=3
+        )
         programs = {
-            f"training in bfloat16, {options.batch_size} images": partial(compile_step, batch_size=options.batch_size),
-            "detection, an image on each core": compile_detection,
+            f"training in bfloat16, {options.batch_size} images": partial(lower_step, recipe, canvas, mesh),
+            "detection, an image on each core": partial(lower_detection, name, canvas, mesh),
         }
-        for what, compile_one in programs.items():
+        for what, lower_one in programs.items():
             key = topology, f"{name}, {canvas[0]}×{canvas[1]}", what
-            cells = measure(partial(compile_one, name, canvas, mesh=mesh), limit)
+            cells = measure(lower_one, limit)
             fits &= cells[1] != ""
             console.print(" | ".join([*key, *cells]), highlight=False, soft_wrap=True)
             rows = {row[:3]: row for row in read_table(options.file, "tpu")[1]} | {key: (*key, *cells, versions)}
@@ -77,11 +81,11 @@ def main(options: Options) -> None:
         raise SystemExit("Not every program fits its cores: see the table.")
 
 
-def measure(compile_one: Callable[[], Any], limit: int) -> tuple[str, str, str]:
+def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[str, str, str]:
     """Memory and FLOPs of a core, and seconds of compiling. No FLOPs if the program does not fit."""
     began = time.perf_counter()
     try:
-        program = compile_one()
+        program: Any = lower_one().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -93,25 +97,24 @@ def measure(compile_one: Callable[[], Any], limit: int) -> tuple[str, str, str]:
     return f"{used / 2**30:.2f} of {limit} GiB", f"{flops / 1e9:,.0f}", f"{time.perf_counter() - began:.0f}"
 
 
-def compile_step(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh, batch_size: int) -> Any:
-    """The step of train.py in bfloat16, its other options at their defaults, from imported weights."""
-    options = script.Options("", "", Path(), model=name, batch_size=batch_size, precision="bfloat16")
-    optimizer = script.make_optimizer(options, script.make_schedule(options, COCO // batch_size, 0))
+def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
+    """train.py's step on one canvas."""
+    optimizer = script.make_optimizer(options, script.make_schedule(options, COCO // options.batch_size, 0))
 
     def init():
-        model = build(name, 80, options.norm)
-        trainable = models.trainable(model, trainable_layers=3)
+        model = build(options.model, 80, options.norm, checkpoint=options.gradient_checkpointing)
+        trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
         return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
 
     state, trainable = eqx.filter_eval_shape(init)
     step = train.make_train_step(script.make_loss(options), optimizer, trainable=trainable, mesh=mesh)
-    batch = eqx.filter_eval_shape(make_batch, batch_size, canvas, options.max_objects)
+    batch = eqx.filter_eval_shape(make_batch, options.batch_size, canvas, options.max_objects)
     state = shaped(state, NamedSharding(mesh, PartitionSpec()))
     batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-    return compile_shapes(step, state, batch, donate=(0,))
+    return lower(step, state, batch, donate=(0,))
 
 
-def compile_detection(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh) -> Any:
+def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
     """Detection in one image, on one core."""
     model = eqx.filter_eval_shape(build, name, 80, "frozen_batch")
     sizes = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
@@ -121,7 +124,7 @@ def compile_detection(name: ModelName, canvas: tuple[int, int], *, mesh: Mesh) -
         return models.detect(model, image, image_size=image_size, resized=resized, canvas=canvas)
 
     one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-    return compile_shapes(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
+    return lower(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
 
 
 def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int) -> Batch:
@@ -147,14 +150,14 @@ def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(place, tree)
 
 
-def compile_shapes(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-    """The program of a function for arguments that are shapes."""
+def lower(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:
+    """The program of a function for arguments that are shapes, before it is compiled."""
     shapes, static = zip(*(eqx.partition(argument, is_shape) for argument in arguments), strict=True)
 
     def run(*shapes):
         return function(*map(eqx.combine, shapes, static))
 
-    return jax.jit(run, donate_argnums=donate).lower(*shapes).compile()
+    return jax.jit(run, donate_argnums=donate).lower(*shapes)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from _shared import (
     run,
     write_json,
 )
+from jax.experimental import multihost_utils
 
 from detectax_eqx import Batch, WeightedSum, data, models, nn, train
 
@@ -238,6 +239,8 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
         raise SystemExit("--coordinator needs --num-processes and --process-id, or to be `auto`.")
     else:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+    # Now, as they will not wait long: one may compile a step for minutes that another finds in its cache.
+    multihost_utils.sync_global_devices("connected")
     console.quiet = jax.process_index() > 0
 
 

@@ -139,8 +139,13 @@ def test_two_processes_give_what_one_gives(tmp_path):
         run_script(tmp_path, "one", *options, devices=2),
         *(run_script(tmp_path, "two", *options, *address, str(i), devices=1) for i in range(2)),
     ]
-    for process in processes:
-        output, _ = process.communicate()
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one may wait for another that failed
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     one, two = (contents(tmp_path / name) for name in ("one", "two"))
     for name, array in one["arrays"].items():

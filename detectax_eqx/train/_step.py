@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, PyTree
 
@@ -17,6 +18,10 @@ from ._state import TrainState, partition
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+# XLA's CPU compiler puts side by side what could run at once, and so holds what a step in order has long let go of:
+# a fifth of a detector's memory, and most of what gradient checkpointing saves. The cores are busy either way.
+CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
 
@@ -83,7 +88,6 @@ def make_train_step(
         raise ValueError(f"ema_decay must be in 0..1, 1 excluded, got {ema_decay}.")
     gradient_of = mean_gradient if mesh is None else partial(sharded_mean_gradient, mesh=mesh)
 
-    @eqx.filter_jit(donate="all-except-first")
     def update(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
         parameters, rest = partition(state.model, trainable)
         keys = jr.split(jr.fold_in(state.key, state.step), batch.valid.shape[0])
@@ -118,8 +122,14 @@ def make_train_step(
         opt_state = if_finite(opt_state, state.opt_state)
         return TrainState(state.step + 1, state.key, model, opt_state, ema, skipped), metrics
 
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    options = CPU_OPTIONS if platform == "cpu" else None
+    compiled = eqx.filter_jit(update, donate="all-except-first", compiler_options=options)  # type: ignore[call-overload]
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return update(batch, state)
+        if isinstance(state.step, Tracer):  # within another `jit`, whose own options hold
+            return update(batch, state)
+        return compiled(batch, state)
 
     return step
 
