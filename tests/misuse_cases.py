@@ -53,6 +53,7 @@ TARGETS = Targets(f32(N, 4), i32(N), flags(N), f32(N, 7, 7), f32(N, 4))
 DETECTIONS = Detections(np.ones((N, 4), F32), np.ones(N, F32), np.ones(N, I32), np.ones(N, bool))
 PROPOSALS = models.Proposals(f32(M, 4), f32(M), flags(M))
 SAMPLED = models.SampledProposals(f32(M, 4), flags(M), flags(M), i32(M))
+ANCHORS = models.SampledAnchors(i32(M), f32(M, 4), flags(M), flags(M), i32(M))
 RPN_OUTPUT = models.RPNOutput((f32(N),), (f32(N, 4),), (f32(N, 4),))
 PICTURE = np.zeros((64, 64, 3), np.uint8)
 
@@ -93,6 +94,7 @@ TREES = [
     call(Targets, *(np.asarray(x) for x in jax.tree.leaves(TARGETS))),
     call(Detections, *jax.tree.leaves(DETECTIONS), np.ones((N, 7, 7), F32)),
     call(models.Proposals, f32(M, 4), f32(M), flags(M)),
+    call(models.SampledAnchors, i32(M), f32(M, 4), flags(M), flags(M), i32(M)),
     call(models.SampledProposals, f32(M, 4), flags(M), flags(M), i32(M)),
 ]
 OTHERS = [
@@ -105,7 +107,8 @@ OTHERS = [
     call(models.box_loss, f32(M, 4), f32(M, 4, 4), SAMPLED, TARGETS),
     call(models.mask_loss, f32(M, 7, 7), SAMPLED, TARGETS),
     call(models.propose, RPN_OUTPUT, f32(2)),
-    call(models.rpn_loss, RPN_OUTPUT, TARGETS, key=KEY),
+    call(models.rpn_loss, f32(M), f32(M, 4), ANCHORS, TARGETS),
+    call(models.sample_anchors, [MORE_BOXES], TARGETS, key=KEY),
     call(models.sample_proposals, PROPOSALS, TARGETS, key=KEY),
     call(nn.conv2d, f32(2, 6, 6), f32(5, 2, 3, 3), f32(5)),
     call(nn.max_pool2d, f32(2, 6, 6), kernel_size=2, stride=2),
@@ -135,7 +138,7 @@ ELSEWHERE = {
         "to_host",
         "init_train_state",
     }
-    | {"adamw", "no_vectors", "sgd"},
+    | {"adamw", "no_vectors", "sgd", "step_compiler_options"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {"load_torchvision_backbone", "to_torchvision", "named_leaves", "replace_leaves"},
 }
@@ -223,9 +226,9 @@ OPTIONS = [
     (models.propose, "nms_threshold", 2),
     (models.propose, "pre_nms_top_n", 0),
     (models.propose, "post_nms_top_n", 0),
-    (models.rpn_loss, "num_samples", 0),
-    (models.rpn_loss, "positive_fraction", 2),
-    (models.rpn_loss, "negative_iou", 0.8),
+    (models.sample_anchors, "num_samples", 0),
+    (models.sample_anchors, "positive_fraction", 2),
+    (models.sample_anchors, "negative_iou", 0.8),
     (models.sample_proposals, "num_samples", 0),
     (models.sample_proposals, "positive_fraction", -1),
     (models.trainable, "trainable_layers", 6, lambda: call(models.trainable, tiny_model())),

@@ -43,7 +43,7 @@ def test_checkpointing_saves_memory_at_full_size():
 
     def memory(**options):
         options = Options("", "", Path(), batch_size=2, trainable_layers=5, **options)
-        program = lower_step(options, (800, 1344), mesh).compile(train._step.CPU_OPTIONS)
+        program = lower_step(options, (800, 1344), mesh).compile(train.step_compiler_options())
         return program.memory_analysis().temp_size_in_bytes
 
     without, with_it = memory(), memory(gradient_checkpointing=True)

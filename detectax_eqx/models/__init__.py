@@ -31,6 +31,8 @@ from ._rpn import (
     RPN as RPN,
     Proposals as Proposals,
     RPNOutput as RPNOutput,
+    SampledAnchors as SampledAnchors,
     propose as propose,
     rpn_loss as rpn_loss,
+    sample_anchors as sample_anchors,
 )

@@ -64,7 +64,8 @@ class BoxHead(eqx.Module):
 
 
 def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
-    return jax.vmap(layer)(x)
+    y = jnp.einsum("ni,oi->no", x, layer.weight)
+    return y if layer.bias is None else y + layer.bias[None]
 
 
 class SampledProposals(eqx.Module):

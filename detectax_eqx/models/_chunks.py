@@ -16,35 +16,51 @@ def map_chunks(
     count: Int[Array, ""],
     *,
     chunk_size: int,
+    kept: int = 1,
 ) -> Real[Array, "n ..."] | Bool[Array, "n ..."]:
     """`function(*rows)`, computed `chunk_size` rows at a time and only for chunks that hold one of the first `count`.
 
     For work on rows of which only the first few are valid: a static program then costs what there is to do. `function`
     takes arrays whose first axis is the rows and gives one, each row on its own. Rows of a chunk that is left out are
     0. Under `vmap` a chunk is computed if any example of the batch needs it. Differentiable, in what `function` closes
-    over too.
+    over too. For the backward pass the first `kept` chunks keep what they compute; the others, for which it would take
+    room whether they are needed or not, compute it again.
 
     >>> map_chunks(lambda x: x + 1, [jnp.arange(5)], jnp.array(3), chunk_size=2).tolist()
     [1, 2, 3, 4, 0]
     """
     n = rows[0].shape[0]
+    limit = largest_of_batch(count)
+
+    def when(needed, work, rows):
+        def nothing(*rows):
+            return jnp.zeros_like(jax.eval_shape(work, *rows))
+
+        return lax.cond(needed, work, nothing, *rows) if rows[0].shape[0] else nothing(*rows)
 
     def something(*rows):  # a module is a function that a condition cannot hash
         return function(*rows)
 
-    def nothing(*rows):
-        return jnp.zeros_like(jax.eval_shape(something, *rows))
+    def in_turn(*rows):
+        total = rows[0].shape[0]
+        steps = -(-total // chunk_size)
+        starts = start_of_rest + jnp.arange(steps, dtype=limit.dtype) * chunk_size
 
-    if n == 0:
-        return nothing(*rows)
-    steps = -(-n // chunk_size)
-    limit = largest_of_batch(count)
+        def chunked(x):
+            padded = jnp.pad(x, [(0, steps * chunk_size - total)] + [(0, 0)] * (x.ndim - 1))
+            return padded.reshape(-1, chunk_size, *x.shape[1:])
 
-    def chunked(x):
-        return jnp.pad(x, [(0, steps * chunk_size - n)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk_size, *x.shape[1:])
+        def step(chunk):
+            start, *rows = chunk
+            return when(start < limit, jax.checkpoint(something), rows)
 
-    def step(start, chunk):
-        return start + chunk_size, lax.cond(start < limit, something, nothing, *chunk)
+        results = lax.map(step, (starts, *map(chunked, rows)))
+        return results.reshape(-1, *results.shape[2:])[:total]
 
-    _, results = lax.scan(step, jnp.zeros((), limit.dtype), [chunked(x) for x in rows])
-    return results.reshape(-1, *results.shape[2:])[:n]
+    start_of_rest = min(kept * chunk_size, n)
+    parts = [
+        when(start < limit, something, [x[start : min(start + chunk_size, n)] for x in rows])
+        for start in range(0, start_of_rest, chunk_size)
+    ]
+    parts.append(when(start_of_rest < limit, in_turn, [x[start_of_rest:] for x in rows]))
+    return jnp.concatenate(parts)

@@ -11,7 +11,7 @@ from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
 from ..ops import multilevel_roi_align
 from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
-from ._rpn import RPN, RPNOutput, propose, rpn_loss
+from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
 
 
 # Mean and standard deviation of ImageNet's pixels, RGB in 0..255: what torchvision's backbones were trained with.
@@ -218,8 +218,8 @@ def two_stage_losses(
     """`faster_rcnn_loss`, and the features and the proposals that it looked at, for heads beside the box head."""
     rpn_key, box_key = jr.split(key)
     features, output = model.extract(image, image_size)
-    losses = rpn_loss(
-        output,
+    anchors = sample_anchors(
+        output.anchors,
         targets,
         key=rpn_key,
         num_samples=sampling.rpn_samples,
@@ -227,6 +227,8 @@ def two_stage_losses(
         positive_iou=sampling.rpn_positive_iou,
         negative_iou=sampling.rpn_negative_iou,
     )
+    # `output` is for proposals, which have no gradient: where the loss looks, the predictions are made again.
+    losses = rpn_loss(*model.rpn.at_anchors(features, anchors.indices), anchors, targets)
     proposals = propose(
         output,
         image_size.astype(jnp.float32),

@@ -21,8 +21,10 @@ from ._faster_rcnn import (
 from ._mask_head import MaskHead, mask_loss
 
 
-# Boxes that the mask head runs on at a time. Most images have far fewer objects than there is room for.
+# Boxes that the mask head runs on at a time, and how many such chunks remember it for the backward pass. Most images
+# have far fewer objects than there is room for.
 MASK_CHUNK = 16
+MASK_CHUNKS_KEPT = 2
 
 
 class MaskRCNN(eqx.Module):
@@ -77,9 +79,13 @@ class MaskRCNN(eqx.Module):
 
         The head runs on as many boxes as are valid, a few at a time; the other rows are 0 or what their box gives.
         """
-        pooled = self.faster_rcnn.pool(features, boxes, output_size=self.mask_head.pool_size)
+
+        def logits(boxes, labels):
+            pooled = self.faster_rcnn.pool(features, boxes, output_size=self.mask_head.pool_size)
+            return self.mask_head(pooled, labels)
+
         count = valid.sum(dtype=jnp.int32)
-        return map_chunks(self.mask_head, (pooled, labels), count, chunk_size=MASK_CHUNK)
+        return map_chunks(logits, (boxes, labels), count, chunk_size=MASK_CHUNK, kept=MASK_CHUNKS_KEPT)
 
 
 def mask_rcnn_loss(

@@ -1,6 +1,7 @@
 """Region proposal network (arXiv:1506.01497) on a feature pyramid: head, proposals, loss."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import jax.random as jr
 from einops import rearrange
 from jax import lax
 from jax.nn.initializers import normal
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
 from ..nn import Conv2d, relu
@@ -82,7 +83,7 @@ class RPN(eqx.Module):
         self.aspect_ratios = aspect_ratios
 
     def __call__(self, features: Sequence[Float[Array, "c _ _"]], canvas: tuple[int, int]) -> RPNOutput:
-        """Predictions for the features of an image of `canvas = (height, width)` pixels."""
+        """Predictions for the features of an image of `canvas = (height, width)` pixels, at every anchor."""
         if len(features) != len(self.anchor_sizes):
             raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} levels, the backbone {len(features)}.")
         logits, deltas, anchors = [], [], []
@@ -95,6 +96,55 @@ class RPN(eqx.Module):
             stride = canvas[0] // size[0], canvas[1] // size[1]
             anchors.append(anchor_grid(size, stride=stride, sizes=sizes, aspect_ratios=self.aspect_ratios))
         return RPNOutput(tuple(logits), tuple(deltas), tuple(anchors))
+
+    def at_anchors(
+        self, features: Sequence[Float[Array, "c _ _"]], indices: Int32[Array, " s"]
+    ) -> tuple[Float[Array, " s"], Float[Array, "s 4"]]:
+        """Logits and deltas of some anchors, `indices` into those of all levels one after the other.
+
+        What the call predicts there, from the patch of features that the 3×3 convolution sees. A loss looks at a few
+        hundred of some hundred thousand anchors: this way its gradient costs no more than they do.
+        """
+        side, padding = self.conv.weight.shape[-1], self.conv.padding
+        padded = [jnp.pad(x, ((0, 0), (padding, padding), (padding, padding))) for x in features]
+        cells = jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in padded])
+        sizes, padded_sizes = ([x.shape[1:] for x in maps] for maps in (features, padded))
+        width, padded_width = (jnp.array([w for _, w in maps], jnp.int32) for maps in (sizes, padded_sizes))
+        first, padded_first = (
+            jnp.array([0, *accumulate(h * w for h, w in maps[:-1])], jnp.int32) for maps in (sizes, padded_sizes)
+        )
+
+        num_anchors = self.objectness.weight.shape[0]
+        pixel, anchor = indices // num_anchors, indices % num_anchors
+        level = jnp.searchsorted(first, pixel, side="right").astype(jnp.int32) - 1
+        row, column = jnp.divmod(pixel - first[level], width[level])
+        taps = jnp.arange(side, dtype=jnp.int32)
+        rows, columns = row[:, None, None] + taps[None, :, None], column[:, None, None] + taps[None, None, :]
+        seen = padded_first[level][:, None, None] + rows * padded_width[level][:, None, None] + columns
+        patches = cells.at[seen].get(mode="promise_in_bounds")
+
+        hidden = relu(_with_bias(jnp.einsum("shwi,oihw->so", patches, self.conv.weight), self.conv))
+        logits = _with_bias(hidden @ self.objectness.weight[:, :, 0, 0].T, self.objectness)
+        deltas = _with_bias(hidden @ self.deltas.weight[:, :, 0, 0].T, self.deltas).reshape(-1, num_anchors, 4)
+        rows = jnp.arange(indices.shape[0])
+        return logits[rows, anchor].astype(jnp.float32), deltas[rows, anchor].astype(jnp.float32)
+
+
+def _with_bias(x: Float[Array, "s o"], conv: Conv2d) -> Float[Array, "s o"]:
+    return x if conv.bias is None else x + conv.bias[None]
+
+
+class SampledAnchors(eqx.Module):
+    """The anchors that a loss looks at, positives first, and the object that each was matched with.
+
+    `indices` count the anchors of all levels one after the other.
+    """
+
+    indices: Int32[Array, " s"]
+    boxes: Float[Array, "s 4"]
+    valid: Bool[Array, " s"]
+    positive: Bool[Array, " s"]
+    matched: Int32[Array, " s"]
 
 
 def propose(
@@ -141,8 +191,8 @@ def propose(
     return Proposals(boxes[best], jnp.where(valid[best], scores[best], 0.0), valid[best])
 
 
-def rpn_loss(
-    output: RPNOutput,
+def sample_anchors(
+    anchors: Sequence[Float[Array, "_ 4"]],
     targets: Targets,
     *,
     key: PRNGKeyArray,
@@ -150,18 +200,17 @@ def rpn_loss(
     positive_fraction: float = 0.5,
     positive_iou: float = 0.7,
     negative_iou: float = 0.3,
-) -> dict[str, WeightedSum]:
-    """Objectness and box regression of a balanced sample of anchors: `loss_objectness`, `loss_rpn_box_reg`.
+) -> SampledAnchors:
+    """A balanced sample of the anchors of all levels.
 
     An anchor is positive if its IoU with an object reaches `positive_iou`, or is that object's best; negative below
-    `negative_iou`. Both terms are counted by the number of sampled anchors, as in torchvision.
+    `negative_iou`.
     """
     if not negative_iou <= positive_iou:
         raise ValueError(f"negative_iou must be at most positive_iou, got {negative_iou} and {positive_iou}.")
-    logits, deltas = jnp.concatenate(output.logits), jnp.concatenate(output.deltas)
-    anchors = jnp.concatenate(output.anchors)
+    boxes = jnp.concatenate(anchors)
     matches = match_boxes(
-        pairwise_iou(targets.boxes, anchors),
+        pairwise_iou(targets.boxes, boxes),
         targets.valid,
         low_threshold=negative_iou,
         high_threshold=positive_iou,
@@ -170,14 +219,23 @@ def rpn_loss(
     sampled, valid = sample_balanced(
         matches.positive, matches.negative, num_samples=num_samples, positive_fraction=positive_fraction, key=key
     )
-    positive = matches.positive[sampled] & valid
-    wanted = encode_boxes(targets.boxes[matches.indices[sampled]], anchors[sampled], weights=RPN_WEIGHTS)
-    box_losses = smooth_l1_loss(deltas[sampled], wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
-    logit_losses = binary_cross_entropy(logits[sampled], positive.astype(jnp.float32))
-    count = valid.sum().astype(jnp.float32)
+    return SampledAnchors(sampled, boxes[sampled], valid, matches.positive[sampled] & valid, matches.indices[sampled])
+
+
+def rpn_loss(
+    logits: Float[Array, " s"], deltas: Float[Array, "s 4"], sampled: SampledAnchors, targets: Targets
+) -> dict[str, WeightedSum]:
+    """Objectness and box regression of the sampled anchors: `loss_objectness`, `loss_rpn_box_reg`.
+
+    Both are counted by the number of sampled anchors, as in torchvision; only positives have a box to regress to.
+    """
+    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=RPN_WEIGHTS)
+    box_losses = smooth_l1_loss(deltas, wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
+    logit_losses = binary_cross_entropy(logits, sampled.positive.astype(jnp.float32))
+    count = sampled.valid.sum().astype(jnp.float32)
     return {
-        "loss_objectness": WeightedSum(jnp.where(valid, logit_losses, 0.0).sum(), count),
-        "loss_rpn_box_reg": WeightedSum(jnp.where(positive, box_losses, 0.0).sum(), count),
+        "loss_objectness": WeightedSum(jnp.where(sampled.valid, logit_losses, 0.0).sum(), count),
+        "loss_rpn_box_reg": WeightedSum(jnp.where(sampled.positive, box_losses, 0.0).sum(), count),
     }
 
 

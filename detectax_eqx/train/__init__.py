@@ -26,4 +26,4 @@ from ._sharding import (
     to_host as to_host,
 )
 from ._state import TrainState as TrainState, init_train_state as init_train_state
-from ._step import make_train_step as make_train_step
+from ._step import make_train_step as make_train_step, step_compiler_options as step_compiler_options

@@ -60,7 +60,11 @@ def training(
     model = detector(name, weights, checkpoint=checkpoint)
     step, state, batch = make_step(arrays, model, precision=precision, learning_rate=learning_rate)
     del model  # the state is a copy
-    update = eqx.filter_jit(lambda batch, state: step(state, batch), donate="all-except-first")
+    update = eqx.filter_jit(
+        lambda batch, state: step(state, batch),
+        donate="all-except-first",
+        compiler_options=train.step_compiler_options(),
+    )
     program, facts = compiled_program(update, batch, state)
     holder = [state]
     del state  # a step consumes it
