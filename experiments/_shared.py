@@ -1,18 +1,24 @@
 """What the scripts share: detectors by name or from a file, and detection over a dataset."""
 
 import json
+import math
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.random as jr
+import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import detectax_eqx
 from detectax_eqx import data, evaluate, models, nn, train, weights
 
 
@@ -34,7 +40,7 @@ NORMS = {
     "frozen_batch_eps0": partial(nn.FrozenBatchNorm, eps=0.0),
     "group": nn.GroupNorm,
 }
-console = Console()
+console = Console(markup=False)  # what is printed may hold brackets of its own: names of files, boxes
 
 
 @dataclass(frozen=True)
@@ -70,31 +76,41 @@ class Detector:
         )
 
 
-def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0) -> Model:
-    """The named detector with random parameters."""
-    return getattr(models, name)(num_classes, key=jr.key(seed), norm=NORMS[norm])
-
-
-class _Saved(NamedTuple):
-    """The part of a `TrainState` that detection needs, under the same name."""
-
-    model: Any
+def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0, *, checkpoint: bool = False) -> Model:
+    """The named detector with random parameters; `checkpoint` for gradient checkpointing."""
+    return getattr(models, name)(num_classes, key=jr.key(seed), norm=NORMS[norm], checkpoint=checkpoint)
 
 
 def load_run(path: Path) -> Detector:
-    """The best detector of a run of `train.py`, or that of one of its checkpoints."""
-    if (path / "index.json").exists():
-        checkpoint = path
+    """The best detector of a run of `train.py`, or that of one of its checkpoints; the average, if one was kept.
+
+    A damaged checkpoint of a run is told, and the one before it taken. One that was asked for by its own path is not
+    replaced by another.
+    """
+    folder = next(filter(train.latest_checkpoint, (path / "best", path / "last", path)), None)
+    if folder is None:
+        _, metadata = train.load_checkpoint(path, {}, partial=True)
     else:
-        checkpoint = next(filter(None, map(train.latest_checkpoint, (path / "best", path / "last", path))), None)
-    if checkpoint is None:
-        raise SystemExit(f"{path} holds no checkpoint. Give an --output folder of train.py.")
-    _, metadata = train.load_checkpoint(checkpoint, {}, partial=True)
-    categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
-    like = eqx.filter_eval_shape(build, metadata["model"], len(categories), metadata["norm"])
-    saved, _ = train.load_checkpoint(checkpoint, _Saved(like), partial=True)
-    canvases = tuple((height, width) for height, width in metadata["canvases"])
-    return Detector(saved.model, categories, metadata["min_size"], metadata["max_size"], canvases)
+        metadata = train.load_latest_checkpoint(folder, {}, partial=True).metadata
+    try:
+        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
+        canvases = tuple((height, width) for height, width in metadata["canvases"])
+        name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
+        part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
+        like = eqx.filter_eval_shape(build, name, len(categories), norm)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
+    like = {part: like}
+    saved, _ = load_newest(folder, like, partial=True) if folder else train.load_checkpoint(path, like, partial=True)
+    return Detector(saved[part], categories, min_size, max_size, canvases)
+
+
+def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
+    """What `train.load_checkpoint` gives of the newest checkpoint that is whole; the others are told."""
+    restored = train.load_latest_checkpoint(folder, like, partial=partial)
+    for error in restored.refused:
+        console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)
+    return restored.tree, restored.metadata
 
 
 def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
@@ -160,7 +176,12 @@ def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Mod
 def detect_dataset(
     detector: Detector, dataset: data.CocoDataset, *, batch_size: int = 1, num_threads: int = 2, **options: Any
 ) -> list[dict[str, Any]]:
-    """Detections in every image, in COCO's results format; `options` go to `models.detect_batch`."""
+    """Detections in every image, in COCO's results format; `options` go to `models.detect_batch`.
+
+    Every device looks at `batch_size` images a step. Several processes share the images, and each returns all results.
+    """
+    mesh = train.make_mesh(jax.local_devices())
+    model = train.shard_state(detector.model, mesh)
     sizes = {"min_size": detector.min_size, "max_size": detector.max_size}
     buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, **sizes)
     image_ids = [image.id for image in dataset.images]
@@ -168,11 +189,26 @@ def detect_dataset(
     results = []
     with progress() as bar:
         task = bar.add_task("detecting", total=len(dataset), status="")
-        for batch in data.eval_batches(dataset, batch_size=batch_size, buckets=buckets, num_threads=num_threads):
-            detections = models.detect_batch(detector.model, batch, **sizes, **options)
+        for batch in data.eval_batches(
+            dataset,
+            batch_size=batch_size * mesh.size,
+            buckets=buckets,
+            num_threads=num_threads,
+            shard=(jax.process_index(), jax.process_count()),
+        ):
+            detections = models.detect_batch(model, batch, mesh=mesh, **sizes, **options)
             results += evaluate.to_coco_results(detections, batch, image_ids=image_ids, category_ids=category_ids)
-            bar.advance(task, int(batch.valid.sum()))
-    return results
+            bar.advance(task, int(batch.valid.sum()) * jax.process_count())
+    return gather(results) if jax.process_count() > 1 else results
+
+
+def gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of all processes, which must call it together."""
+    text = np.frombuffer(json.dumps(results).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(text.size))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - text.size)))
+    parts = [json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)]
+    return [result for part in parts for result in part]
 
 
 def evaluate_on(
@@ -183,25 +219,65 @@ def evaluate_on(
     results = [result for result in found if result["category_id"] in dataset.category_ids]
     if len(results) < len(found):
         console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluate.write_results(results, folder / "detections.json")
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluate.write_results(results, folder / "detections.json")
     has_masks = isinstance(detector.model, models.MaskRCNN) and all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
+    annotations = data.read_annotations(dataset.annotations_path)
     metrics = {
-        kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind)
+        kind: evaluate.evaluate_coco(annotations, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
-    (folder / "metrics.json").write_text(json.dumps({kind: asdict(m) for kind, m in metrics.items()}, indent=1))
+    write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})
     return metrics
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, which appears complete or not at all. Of several processes, the first one does."""
+    if jax.process_index() > 0:
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, default=str, indent=1))
+    temporary.replace(path)
+
+
+RANGES: dict[str, Callable[[float], bool]] = {
+    "positive": lambda number: 0 < number < math.inf,
+    "at least 0": lambda number: 0 <= number < math.inf,
+    "in 0..1": lambda number: 0 <= number <= 1,
+    "a positive multiple of 32": lambda number: number > 0 and number % 32 == 0,
+}
+
+
+def check_ranges(options: Any, ranges: dict[str, str]) -> None:
+    """Refuses options that are out of range, by name, before anything is read.
+
+    `ranges`: names of options, with spaces between, by what each of their numbers has to be (`RANGES`). `None` is fine.
+    """
+    for what, names in ranges.items():
+        for name in names.split():
+            value = getattr(options, name)
+            numbers = np.ravel(value) if isinstance(value, tuple) else [value]
+            if value is not None and not all(RANGES[what](number) for number in numbers):
+                raise SystemExit(f"--{name.replace('_', '-')} is {value}: it must be {what}.")
+
+
 def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
-    """Runs a script on its command line; an error of the user's files is told in its own words, without a traceback."""
+    """Runs a script on its command line; an error of the user's files or options is told without a traceback."""
     try:
         main(tyro.cli(options, description=description))
-    except (data.DatasetError, weights.WeightsError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) or is_ours(error):
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+        raise
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the package raised an error itself, in words for its user."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").startswith(detectax_eqx.__name__)
 
 
 def progress() -> Progress:

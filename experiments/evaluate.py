@@ -8,7 +8,7 @@ Writes `detections.json` (COCO results format, in the original images' pixels) a
 from dataclasses import dataclass
 from pathlib import Path
 
-from _shared import ModelName, NormName, console, evaluate_on, load_detector, run
+from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run
 
 from detectax_eqx import data, evaluate
 
@@ -17,10 +17,10 @@ from detectax_eqx import data, evaluate
 class Options:
     """Options of an evaluation."""
 
-    annotations: Path
-    """COCO JSON of the images."""
-    images: Path
-    """Folder that its file names refer to."""
+    annotations: str
+    """COCO JSON of the images: a path, or a URL of http, https, gs or s3."""
+    images: str
+    """Folder that its file names refer to, or a URL."""
     output: Path
     """Folder for detections.json and metrics.json."""
     checkpoint: Path | None = None
@@ -47,8 +47,12 @@ class Options:
     """Threads that decode images."""
 
 
+RANGES = {"positive": "batch_size min_size max_size max_detections threads", "in 0..1": "score_threshold nms_threshold"}
+
+
 def main(options: Options) -> None:
     """Evaluates and prints."""
+    check_ranges(options, RANGES)
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )

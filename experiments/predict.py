@@ -6,13 +6,13 @@ Each picture goes to `--output` under its own name; `detections.json` there hold
 the position in `images.json`. A file that cannot be read is reported and the others go on; the exit status is then 1.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from _shared import Detector, ModelName, NormName, console, load_detector, run
+from _shared import Detector, ModelName, NormName, check_ranges, console, load_detector, run, write_json
 from tyro.conf import Positional
 
 from detectax_eqx import Batch, Targets, data, draw, evaluate, models
@@ -39,7 +39,7 @@ class Options:
     """Which detector --weights are for."""
     norm: NormName = "frozen_batch"
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
-    annotations: Path | None = None
+    annotations: str | None = None
     """COCO JSON whose categories name the classes, for weights that come without names."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
@@ -53,8 +53,12 @@ class Options:
     """Detections an image."""
 
 
+RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}
+
+
 def main(options: Options) -> None:
     """Predicts; the exit status is 1 if a file failed."""
+    check_ranges(options, RANGES)
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
@@ -87,25 +91,29 @@ def main(options: Options) -> None:
             picture.save(target)
         except (OSError, ValueError) as error:
             failures += 1
-            console.print(f"[red]failed[/red] {path}: {error}", highlight=False, soft_wrap=True)
+            console.print(f"failed {path}: {error}", style="red", highlight=False, soft_wrap=True)
             continue
         results += found
         images.append({"id": len(images), "file_name": str(path), "height": image.shape[0], "width": image.shape[1]})
         console.print(f"{path}: {len(found)} objects, {target}", highlight=False, soft_wrap=True)
     evaluate.write_results(results, options.output / "detections.json")
-    (options.output / "images.json").write_text(json.dumps(images, indent=1))
+    write_json(options.output / "images.json", images)
     if failures:
         console.print(f"{failures} of {failures + len(images)} files failed.")
         raise SystemExit(1)
 
 
-def category_names(detector: Detector, annotations: Path | None) -> dict[int, str]:
+def category_names(detector: Detector, annotations: str | None) -> dict[int, str]:
     """Names by category id, from the checkpoint or from an annotation file."""
     if detector.categories is not None:
         return {category.id: category.name for category in detector.categories}
     if annotations is None:
         return {}
-    return {entry["id"]: entry["name"] for entry in json.loads(annotations.read_text())["categories"]}
+    entries: Any = data.read_annotations(annotations).get("categories")
+    try:
+        return {entry["id"]: entry["name"] for entry in entries}
+    except (TypeError, KeyError):
+        raise data.DatasetError(f'{annotations}: "categories" is not a list of objects with "id" and "name".') from None
 
 
 def targets_of(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]]:

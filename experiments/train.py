@@ -5,98 +5,59 @@
         --output runs/mine
 
 Defaults are the field's "1x" recipe: SGD .02 for 16 images a step, 12 epochs, decay at 8 and 11. A folder of `--output`
-holds `last/` and `best/` checkpoints, `metrics.jsonl` and the options. Ctrl-C saves; `--resume` goes on from the last
-checkpoint to bit-identical parameters.
+holds `last/` and `best/` checkpoints, `metrics.jsonl`, `timing.jsonl` and the options. Ctrl-C and SIGTERM save. However
+a run ended, `--resume` goes on from the last checkpoint to bit-identical parameters and metrics; what a clock says is
+kept apart, in `timing.jsonl`.
+
+All devices are used, a batch being spread over them. On several machines, start the script on each of them with
+`--coordinator`; `--output` must be a folder that all of them see.
 """
 
-import json
-import signal
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from threading import Event
-from typing import Any, Literal, TextIO
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
-from _shared import Detector, ModelName, NormName, build, console, evaluate_on, initialize, progress, run
+from _options import RANGES, Options
+from _run import Stop, open_log, write
+from _shared import (
+    Detector,
+    build,
+    check_ranges,
+    console,
+    evaluate_on,
+    initialize,
+    load_newest,
+    progress,
+    run,
+    write_json,
+)
+from jax.experimental import multihost_utils
 
-from detectax_eqx import Batch, data, models, train
-
-
-@dataclass
-class Options:
-    """Options of a training run."""
-
-    train_annotations: Path
-    """COCO JSON of the training images."""
-    train_images: Path
-    """Folder that its file names refer to."""
-    output: Path
-    """Folder for checkpoints and metrics."""
-    val_annotations: Path | None = None
-    """COCO JSON of the validation images; without it nothing is evaluated and the last checkpoint is the best."""
-    val_images: Path | None = None
-    """Folder of the validation images."""
-    model: ModelName = "mask_rcnn_resnet50_fpn"
-    """Which detector."""
-    norm: NormName = "frozen_batch"
-    """Norm of the backbone: frozen_batch for imported weights, group for training from scratch."""
-    init: Path | None = None
-    """Weights to start from: a torchvision .pth of this detector, of whatever classes, or of an ImageNet ResNet, or
-    .safetensors of this detector."""
-    trainable_layers: int | None = None
-    """Parts of the backbone that are trained, from the top: 0..5. Default 3 with --init, else 5."""
-    epochs: int = 12
-    """Passes over the training images."""
-    steps: int | None = None
-    """Stop after this many steps instead."""
-    batch_size: int = 16
-    """Images a step, over all devices."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
-    lr: float = 0.02
-    """Learning rate for 16 images a step; it is scaled with --batch-size."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    weight_decay: float = 1e-4
-    """Weight decay, on all trained parameters."""
-    schedule: Literal["multistep", "cosine"] = "multistep"
-    """Learning rate after warmup: a tenth after each of --decay-epochs, or a cosine to 0."""
-    decay_epochs: tuple[int, ...] = (8, 11)
-    """Epochs after which the multistep schedule decays."""
-    warmup_steps: int = 500
-    """Steps of linear warmup from a thousandth of the rate."""
-    min_sizes: tuple[int, ...] = (800,)
-    """Short sides in pixels that images are resized to; one is drawn for each image."""
-    max_size: int = 1333
-    """Longest side in pixels after resizing."""
-    canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
-    """Height and width of the canvases that images are laid on, multiples of 32; one program is compiled for each."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    jitter: tuple[float, float] | None = None
-    """Large-scale jitter: range of the scale relative to the canvas, 0.1 2.0 for instance. Default off."""
-    max_objects: int = 100
-    """Objects an image may have; more are dropped, counted and reported."""
-    seed: int = 0
-    """Seed of the initial weights, of the order of images and of augmentation."""
-    threads: int = 2
-    """Threads that decode images."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; one is also written after each epoch."""
-    resume: bool = False
-    """Go on from the last checkpoint in --output."""
+from detectax_eqx import Batch, WeightedSum, data, models, nn, train
 
 
 def main(options: Options) -> None:
-    """Trains until the end or Ctrl-C."""
+    """Trains until the end or Ctrl-C, if no other run is using the output folder."""
+    check_ranges(options, RANGES)
+    if options.jitter is not None and options.jitter[0] > options.jitter[1]:
+        raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
+    if options.coordinator is not None:
+        connect(options.coordinator, options.num_processes, options.process_id)
+    with train.lock_folder(options.output):
+        fit(options)
+
+
+def fit(options: Options) -> None:
+    """Trains: data, model, what was saved, step, loop."""
     last, best = options.output / "last", options.output / "best"
-    if train.latest_checkpoint(last) and not options.resume:
+    if not options.resume and last.exists():
         raise SystemExit(f"{options.output} holds a run already: pass --resume to go on with it, or another --output.")
     train_set = load(options.train_annotations, options.train_images)
     val_set = None
@@ -107,9 +68,15 @@ def main(options: Options) -> None:
                 f"{options.val_annotations} has categories {val_set.category_ids}, "
                 f"{options.train_annotations} {train_set.category_ids}: they must be the same."
             )
-    with_masks = options.model.startswith("mask")
 
-    # Data. Batch k is a pure function of (seed, k).
+    # Devices.
+    if jax.device_count() % options.parameter_shards:
+        raise SystemExit(f"--parameter-shards must divide the {jax.device_count()} devices.")
+    mesh = train.make_mesh(model=options.parameter_shards)
+    if options.batch_size % (mesh.size * options.accumulate):
+        raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
+
+    # Data. Batch k is a pure function of (seed, k), and each process reads its part.
     loader = data.Loader(
         train_set,
         batch_size=options.batch_size,
@@ -122,26 +89,31 @@ def main(options: Options) -> None:
         ),
         seed=options.seed,
         max_objects=options.max_objects,
-        mask_size=112 if with_masks else None,
+        mask_size=112 if options.model.startswith("mask") else None,
         num_threads=options.threads,
+        rows=train.local_rows(mesh, options.batch_size),
+        max_bad_images=options.max_bad_images,
+        cache=options.cache,
     )
     epoch_steps = loader.steps_per_epoch
     total_steps = options.steps or options.epochs * epoch_steps
 
     # Model and optimiser.
-    model = build(options.model, train_set.num_classes, options.norm, options.seed)
+    model = build(
+        options.model, train_set.num_classes, options.norm, options.seed, checkpoint=options.gradient_checkpointing
+    )
     if options.init is not None:
         model = initialize(model, options.model, options.norm, options.init)
     layers = options.trainable_layers
     trainable = models.trainable(model, trainable_layers=layers if layers is not None else 3 if options.init else 5)
     schedule = make_schedule(options, epoch_steps, total_steps)
-    if options.optimizer == "sgd":
-        optimizer = train.sgd(schedule, momentum=options.momentum, weight_decay=options.weight_decay)
-    else:
-        optimizer = train.adamw(schedule, weight_decay=options.weight_decay)
-    state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(options.seed))
+    optimizer = make_optimizer(options, schedule)
+    state = train.init_train_state(
+        model, optimizer, trainable=trainable, key=jr.key(options.seed), ema=options.ema is not None
+    )
 
-    # What a checkpoint tells besides the state.
+    # What a checkpoint tells besides the state. `so_far` is what a resumed run has to know of the steps before.
+    so_far = {"best": -1.0, "evaluated": 0, "left_out": 0, "bad_images": 0}
     metadata: dict[str, Any] = {
         "model": options.model,
         "norm": options.norm,
@@ -149,21 +121,144 @@ def main(options: Options) -> None:
         "min_size": max(options.min_sizes),
         "max_size": options.max_size,
         "canvases": options.canvases,
-        "best": -1.0,
+        "ema": options.ema is not None,
+        "so_far": so_far,
     }
-    if options.resume and (path := train.latest_checkpoint(last)):
-        state, saved = train.load_checkpoint(path, state)
-        if saved["categories"] != metadata["categories"]:
-            raise SystemExit(f"{path} knows other categories than {options.train_annotations}.")
-        metadata["best"] = saved["best"]
-        console.print(f"Going on at step {int(state.step)} from {path}", highlight=False)
-    mesh = train.make_mesh()
-    state = train.replicate(state, mesh)
+    if options.resume:
+        try:
+            state, saved = load_newest(last, state)
+        except FileNotFoundError:
+            console.print("Nothing was saved yet: starting at step 0")
+        else:
+            if saved.get("categories") != metadata["categories"]:
+                raise SystemExit(f"{last} knows other categories than {options.train_annotations}.")
+            so_far |= saved["so_far"]
+            console.print(f"Going on at step {int(state.step)} from {last}", highlight=False)
+    state = train.shard_state(state, mesh)
 
-    # The loss of one example: augmentation and detector, both inside the compiled step.
-    detector_loss = models.mask_rcnn_loss if with_masks else models.faster_rcnn_loss
+    step = train.make_train_step(
+        make_loss(options),
+        optimizer,
+        trainable=trainable,
+        mesh=mesh,
+        accumulate=options.accumulate,
+        ema_decay=options.ema or 0.0,
+    )
+    stop = Stop()
+    saver = train.CheckpointSaver()
 
-    def loss(model, example: Batch, *, key):
+    def save(*folders: Path) -> None:
+        saver.save(folders, state, step=int(state.step), metadata=metadata)
+
+    def account(k: int, metrics: dict[str, jax.Array]) -> None:
+        """Counts what batch `k` left out, and ends the run if it made no update, unless that is to be gone on from."""
+        so_far["left_out"] += int(metrics["overflow"])
+        so_far["bad_images"] += int(metrics["invalid"])
+        if options.non_finite == "stop" and int(metrics["skipped"]) > skipped_before:
+            saver.wait()
+            ids = [train_set.images[i].id for i in loader.indices(k)]
+            raise SystemExit(
+                f"Step {k + 1}: loss or gradient is not finite, on the images with ids {ids}. The last good checkpoint "
+                f"is {train.latest_checkpoint(last)}. A lower --lr or --clip-norm may help; --non-finite skip goes on."
+            )
+
+    def evaluate(val_set: data.CocoDataset, done: int) -> None:
+        """Evaluates, and saves what is the best so far."""
+        model = train.to_host(state.inference_model)
+        detector = Detector(model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases)
+        with stop.at_once(f"evaluation after step {done}", saver):
+            metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
+        numbers = {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
+        write(log, step=done, epoch=done / epoch_steps, **numbers)
+        text = ", ".join(f"{name} {numbers[name]:.3f}" for name in numbers if name.endswith(("AP", "AP50")))
+        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
+        score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
+        is_best = score > so_far["best"]
+        so_far.update(best=max(score, so_far["best"]), evaluated=done)
+        save(*([best] if is_best else []), last)
+
+    def ends_epoch(done: int) -> bool:
+        return done % epoch_steps == 0 or done == total_steps
+
+    write_json(options.output / "options.json", asdict(options))
+    start, skipped_before = int(state.step), int(state.skipped)
+    log = open_log(options.output / "metrics.jsonl", until=start, evaluated=so_far["evaluated"])
+    timing = (options.output / "timing.jsonl").open("ab", buffering=0)
+    batches = loader.iterate(start, total_steps)
+    clock, images, told, pending = time.perf_counter(), 0, 0, None
+    with saver, log, timing, closing(batches):
+        if val_set is not None and ends_epoch(start) and so_far["evaluated"] < start:
+            evaluate(val_set, start)  # the run ended before it could
+        with progress() as bar:
+            task = bar.add_task("training", total=total_steps, completed=start, status="compiling")
+            for k, batch in batches:
+                state, metrics = step(state, train.shard_batch(batch, mesh))
+                saver.check()
+                done, images = k + 1, images + options.batch_size
+                stopping = stop.after(done) and done < total_steps
+                saving = ends_epoch(done) or done % options.checkpoint_every == 0 or stopping
+                logging = done % options.log_every == 0 or done == 1 or ends_epoch(done)
+                if pending:
+                    account(*pending)  # a step late: to wait for this one would leave the devices idle
+                pending = k, metrics
+                if saving or logging:
+                    account(*pending)
+                    pending = None
+                for error in loader.bad_images[told:]:
+                    console.print(f"Left out: {error}", highlight=False, soft_wrap=True)
+                told = len(loader.bad_images)
+                if logging:
+                    values = {name: round(float(value), 6) for name, value in metrics.items()}
+                    rate = float(jnp.asarray(schedule(k)))
+                    counts = {name: so_far[name] for name in ("left_out", "bad_images")}
+                    write(log, step=done, epoch=done / epoch_steps, rate=rate, **counts, **values)
+                    speed = images / (time.perf_counter() - clock)
+                    write(timing, step=done, time=time.time(), images_s=speed)
+                    terms = [f"{n.removeprefix('loss_')} {v:.2f}" for n, v in values.items() if n.startswith("loss_")]
+                    status = f"loss {values['loss']:.3f} ({', '.join(terms)}), {speed:.1f} images/s"
+                    if so_far["left_out"]:
+                        status += f", {so_far['left_out']} objects beyond --max-objects left out so far"
+                    bar.update(task, completed=done, status=status)
+                    clock, images = time.perf_counter(), 0
+                if saving:
+                    save(last)
+                if stopping:
+                    stop.leave(f"step {done}", saver)
+                if ends_epoch(done) and val_set is not None:
+                    bar.stop()
+                    evaluate(val_set, done)
+                    bar.start()
+                    clock, images = time.perf_counter(), 0
+
+
+def connect(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes; all but the first are silent."""
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif num_processes is None or process_id is None:
+        raise SystemExit("--coordinator needs --num-processes and --process-id, or to be `auto`.")
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    # Now, as they will not wait long: one may compile a step for minutes that another finds in its cache.
+    multihost_utils.sync_global_devices("connected")
+    console.quiet = jax.process_index() > 0
+
+
+def load(annotations: str, images: str) -> data.CocoDataset:
+    """A dataset, with a word on what was repaired."""
+    dataset = data.load_coco(annotations, images)
+    console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
+    return dataset
+
+
+def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
+    """The loss of one example: augmentation and detector, both inside the compiled step.
+
+    The cast to the dtype that is computed in is there too, so that gradients are of the float32 parameters.
+    """
+    detector_loss = models.mask_rcnn_loss if options.model.startswith("mask") else models.faster_rcnn_loss
+
+    def loss(model: Any, example: Batch, *, key: jax.Array) -> dict[str, WeightedSum]:
         augment_key, loss_key = jr.split(key)
         image, image_size, targets = train.augment(
             example.images,
@@ -176,102 +271,9 @@ def main(options: Options) -> None:
             scale_range=options.jitter,
             key=augment_key,
         )
-        return detector_loss(model, image, image_size, targets, key=loss_key)
+        return detector_loss(nn.cast(model, options.precision), image, image_size, targets, key=loss_key)
 
-    step = train.make_train_step(loss, optimizer, trainable=trainable)
-    stop = stop_on_signals()
-
-    def save(folder: Path, keep: int) -> None:
-        train.save_checkpoint(folder, state, step=int(state.step), metadata=metadata, keep=keep)
-
-    def evaluate(val_set: data.CocoDataset) -> dict[str, float]:
-        detector = Detector(
-            state.model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases
-        )
-        metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
-        return {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "options.json").write_text(json.dumps(asdict(options), default=str, indent=1))
-    start = int(state.step)
-    log = open_log(options.output / "metrics.jsonl", until=start)
-    batches = loader.iterate(start, total_steps)
-    clock, images, left_out = time.perf_counter(), 0, 0
-    try:
-        with log, progress() as bar:
-            task = bar.add_task("training", total=total_steps, completed=start, status="compiling")
-            for k, batch in batches:
-                state, metrics = step(state, train.shard_batch(batch, mesh))
-                done, images = k + 1, images + options.batch_size
-                left_out += int(np.sum(batch.overflow))
-                epoch_ends = done % epoch_steps == 0 or done == total_steps
-                if done % options.log_every == 0 or done == start + 1 or epoch_ends:
-                    values = {name: round(float(value), 6) for name, value in metrics.items()}
-                    rate = images / (time.perf_counter() - clock)
-                    write(
-                        log,
-                        step=done,
-                        epoch=done / epoch_steps,
-                        rate=float(jnp.asarray(schedule(k))),
-                        images_s=rate,
-                        left_out=left_out,
-                        **values,
-                    )
-                    terms = [f"{n.removeprefix('loss_')} {v:.2f}" for n, v in values.items() if n.startswith("loss_")]
-                    status = f"loss {values['loss']:.3f} ({', '.join(terms)}), {rate:.1f} images/s"
-                    if left_out:
-                        status += f", {left_out} objects beyond --max-objects left out so far"
-                    bar.update(task, completed=done, status=status)
-                    clock, images = time.perf_counter(), 0
-                if epoch_ends:
-                    score = float(done)
-                    if val_set is not None:
-                        bar.stop()
-                        numbers = evaluate(val_set)
-                        bar.start()
-                        score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
-                        write(log, step=done, epoch=done / epoch_steps, **numbers)
-                        text = ", ".join(
-                            f"{name} {numbers[name]:.3f}" for name in numbers if name.endswith(("AP", "AP50"))
-                        )
-                        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
-                    if score > metadata["best"]:
-                        metadata["best"] = score
-                        save(best, keep=1)
-                if epoch_ends or done % options.checkpoint_every == 0:
-                    save(last, keep=2)
-                    clock, images = time.perf_counter(), 0
-                if stop.is_set() and done < total_steps:
-                    save(last, keep=2)
-                    console.print(f"Stopped and saved at step {done}; --resume goes on from there.")
-                    raise SystemExit(130)
-    finally:
-        batches.close()
-
-
-def stop_on_signals() -> Event:
-    """An event that Ctrl-C or SIGTERM sets, to be looked at between steps; a second signal stops at once.
-
-    A step consumes the state that it is given: an exception in its midst would leave nothing to save.
-    """
-    event = Event()
-
-    def handle(number: int, frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        console.print("Stopping after this step (once more to stop at once) …")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return event
-
-
-def load(annotations: Path, images: Path) -> data.CocoDataset:
-    """A dataset, with a word on what was repaired."""
-    dataset = data.load_coco(annotations, images)
-    console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
-    return dataset
+    return loss
 
 
 def make_schedule(options: Options, epoch_steps: int, total_steps: int) -> optax.Schedule:
@@ -283,18 +285,18 @@ def make_schedule(options: Options, epoch_steps: int, total_steps: int) -> optax
     return train.warmup_multistep(rate, milestones=milestones, warmup_steps=options.warmup_steps)
 
 
-def open_log(path: Path, *, until: int) -> TextIO:
-    """The metrics file, opened to append, without the lines that came after step `until`."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= until]
-    path.write_text("".join(kept))
-    return path.open("a")
-
-
-def write(log: TextIO, **values: float) -> None:
-    """Adds a line of metrics."""
-    log.write(json.dumps(values) + "\n")
-    log.flush()
+def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimiser, between a bound on the gradient and the backbone's own rate."""
+    decay = {"weight_decay": options.weight_decay, "decay_mask": None if options.decay_vectors else train.no_vectors}
+    if options.optimizer == "sgd":
+        optimizer = train.sgd(schedule, momentum=options.momentum, **decay)
+    else:
+        optimizer = train.adamw(schedule, **decay)
+    if options.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
+    if options.backbone_lr != 1:
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(options.backbone_lr), models.in_resnet))
+    return optimizer
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Tests run with strict promotion, on two host devices, warnings being errors (pyproject.toml)."""
+"""Tests run with strict promotion, on eight devices of the CPU, warnings being errors (pyproject.toml)."""
 
 import os
+from pathlib import Path
 
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever else is there: a GPU, or libtpu without a TPU
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.random as jr
@@ -12,6 +14,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+BEGIN, END = "<!-- reliability -->", "<!-- /reliability -->"
 
 
 @pytest.fixture
@@ -24,3 +28,42 @@ def getkey():
         return key
 
     return fresh
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tally", metavar="FILE", type=Path, help="write the table of faults between FILE's markers")
+
+
+@pytest.fixture
+def tally(record_property):
+    """A function that notes how often a fault was tried and survived, for the table at the end."""
+
+    def note(fault, tried, survived, outcome):
+        record_property("tally", (fault, int(tried), int(survived), outcome))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the table of faults tried and survived, and writes it to `--tally`."""
+    faults = {}
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for fault, tried, survived, outcome in [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "tally"
+    ]:
+        row = faults.setdefault(fault, [0, 0, outcome])
+        row[:2] = row[0] + tried, row[1] + survived
+    if not faults:
+        return
+    rows = [("fault", "tried", "survived", "outcome"), ("---",) * 4]
+    rows += [(fault, *map(str, row)) for fault, row in sorted(faults.items())]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    terminalreporter.section("faults tried and survived")
+    terminalreporter.write_line("\n".join(lines))
+    if file := config.getoption("tally"):
+        before, rest = file.read_text().split(BEGIN)
+        file.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1])

@@ -122,14 +122,23 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"load_coco", "read_image"},
+    data: {"load_coco", "read_annotations", "read_image"},
     draw: {"class_color"},
     evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"},
-    models: {"mask_rcnn_loss", "detect_batch", "num_parameters"}
+    models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
-    train: {"latest_checkpoint", "load_checkpoint", "replicate", "shard_batch", "init_train_state", "make_train_step"}
-    | {"adamw", "sgd", "step_compiler_options"},
+    train: {
+        "latest_checkpoint",
+        "load_checkpoint",
+        "load_latest_checkpoint",
+        "lock_folder",
+        "shard_batch",
+        "shard_state",
+        "to_host",
+        "init_train_state",
+    }
+    | {"adamw", "no_vectors", "sgd", "step_compiler_options"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {"load_torchvision_backbone", "to_torchvision", "named_leaves", "replace_leaves"},
 }
@@ -244,8 +253,14 @@ OPTIONS = [
     (train.jitter_colors, "brightness", 2),
     (train.jitter_colors, "contrast", -1),
     (train.jitter_colors, "saturation", NAN),
-    (train.make_mesh, "num_devices", 0, call(train.make_mesh)),
-    (train.make_mesh, "num_devices", 99, call(train.make_mesh)),
+    (train.local_rows, "batch_size", 0, call(train.local_rows, train.make_mesh(), batch_size=8)),
+    (train.local_rows, "batch_size", 99, call(train.local_rows, train.make_mesh(), batch_size=8)),
+    (train.make_mesh, "model", 0, call(train.make_mesh)),
+    (train.make_mesh, "model", 3, call(train.make_mesh)),
+    (train.make_mesh, "devices", (), call(train.make_mesh)),
+    (train.make_train_step, "accumulate", 0, call(train.make_train_step, abs, train.sgd(0.1), trainable=True)),
+    (train.make_train_step, "ema_decay", 1, call(train.make_train_step, abs, train.sgd(0.1), trainable=True)),
+    (train.make_train_step, "ema_decay", -0.1, call(train.make_train_step, abs, train.sgd(0.1), trainable=True)),
     (train.save_checkpoint, "keep", 0, call(train.save_checkpoint, Path("nowhere"), {}, step=1, metadata={}, keep=1)),
     (train.save_checkpoint, "step", -1, call(train.save_checkpoint, Path("nowhere"), {}, step=1, metadata={}, keep=1)),
     (train.scale_learning_rate, "batch_size", 0, call(train.scale_learning_rate, 0.1, batch_size=1)),

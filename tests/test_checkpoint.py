@@ -145,7 +145,7 @@ def test_the_same_step_again_replaces(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["00000003"]
 
 
-@pytest.mark.parametrize("where", ["_write_arrays", "_sync"])
+@pytest.mark.parametrize("where", ["write_arrays", "_sync"])
 def test_interrupted_in_the_middle_of_a_save(tmp_path, monkeypatch, where):
     like = {"w": jnp.zeros(2)}
     save_checkpoint(tmp_path, {"w": jnp.ones(2)}, step=1, metadata={})

@@ -182,10 +182,19 @@ def _fractions(path):
     Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(path, "TIFF")
 
 
+def _flipped_png(path):
+    """A byte of the pixels, which still unpack; the chunk's checksum tells."""
+    Image.fromarray(_pixels(64, 64)).save(path, "PNG", compress_level=0)
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+
+
 UNUSABLE = [
     (_missing, "no such image file"),
     (_truncated_jpeg, "truncated"),
     (_truncated_png, "cannot be read as an image"),
+    (_flipped_png, "checksum"),
     (_empty, "cannot identify"),
     (_text, "cannot identify"),
     (_folder, "cannot be read"),

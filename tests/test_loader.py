@@ -1,6 +1,9 @@
 """The loader: every image as often as any other, batch k always the same, and no thread left behind."""
 
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 from collections import Counter
 from itertools import pairwise
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx.data import DatasetError, Loader, eval_batches, load_coco, make_buckets, write_shapes_dataset
+from detectax_eqx.data import DatasetError, Loader, _loader, eval_batches, load_coco, make_buckets, write_shapes_dataset
 from detectax_eqx.data._order import BatchOrder
 
 
@@ -59,6 +62,33 @@ def _same(a, b):
 
 def _threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("detectax-data")]
+
+
+def test_rows_are_those_of_the_whole_batch(dataset, buckets):
+    """Two processes' parts make up the batch, in any order of rows."""
+    options = {"batch_size": 4, "buckets": buckets, "max_objects": 3, "mask_size": 14, "seed": 5}
+    whole = Loader(dataset, **options)
+    parts = [Loader(dataset, rows=rows, **options) for rows in ([0, 2], np.array([3, 1]))]
+    for k in (0, 3, 6):
+        joined = jax.tree.map(lambda *x: np.concatenate(x)[[0, 3, 1, 2]], *(part.batch(k) for part in parts))
+        _same(joined, whole.batch(k))
+    assert parts[0].steps_per_epoch == whole.steps_per_epoch
+    for wrong in ([], [4], [-1, 0]):
+        with pytest.raises(ValueError, match=r"rows must be some of 0\.\.3"):
+            Loader(dataset, rows=wrong, **options)
+
+
+def test_shards_of_evaluation_hold_every_image_once(dataset, buckets):
+    def images(**options):
+        batches = eval_batches(dataset, batch_size=2, buckets=buckets, **options)
+        return [int(i) for batch in batches for i in batch.indices[batch.valid]]
+
+    shards = [images(shard=(i, 3)) for i in range(3)]
+    assert sorted(i for shard in shards for i in shard) == sorted(images()) == list(range(13))
+    assert all(shards)
+    for wrong in ((3, 3), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="shard must be"):
+            eval_batches(dataset, batch_size=2, buckets=buckets, shard=wrong)
 
 
 def test_a_batch_holds_the_images_and_their_objects(dataset, buckets):
@@ -213,6 +243,96 @@ def test_damage_found_while_reading_names_the_image(tmp_path):
     assert not _threads()
 
 
+@pytest.fixture
+def damaged(tmp_path):
+    """Nine images, two of which cannot be read, the third of them no image, the seventh cut off."""
+    annotations, images = write_shapes_dataset(tmp_path, num_images=9, seed=0)
+    dataset = load_coco(annotations, images)
+    (images / "000003.png").write_text("no image")
+    path = images / "000007.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    return dataset, make_buckets(dataset.sizes, canvases=[(128, 128)], min_size=128, max_size=128)
+
+
+def test_bad_images_are_left_out_up_to_a_limit(damaged, tally):
+    dataset, buckets = damaged
+    options = {"batch_size": 3, "buckets": buckets, "mask_size": 7, "max_objects": 6}
+    loader = Loader(dataset, max_bad_images=2, **options)
+    batches = dict(loader.iterate(0, 9))
+    for batch in batches.values():
+        np.testing.assert_array_equal(batch.valid, ~np.isin(batch.indices, [2, 6]))
+        assert not batch.images[~batch.valid].any() and not batch.targets.valid[~batch.valid].any()
+        assert batch.images[batch.valid].any((1, 2, 3)).all() and batch.targets.valid[batch.valid].any(1).all()
+    assert sum(int((~batch.valid).sum()) for batch in batches.values()) == 6  # each of the three passes met both
+    first, second = map(str, loader.bad_images)  # each told once
+    assert {"000003.png" in first, "000007.png" in first} == {"000003.png" in second, "000007.png" in second}
+    # Whatever the number of threads and wherever the reading starts.
+    for k, batch in Loader(dataset, max_bad_images=2, num_threads=4, prefetch=4, **options).iterate(4, 9):
+        _same(batch, batches[k])
+    _same(Loader(dataset, max_bad_images=5, **options).batch(7), batches[7])
+    with pytest.raises(DatasetError, match=r"(?s)More images than max_bad_images=1 .*00000[37]\.png.*00000[37]\.png"):
+        list(Loader(dataset, max_bad_images=1, **options).iterate(0, 9))
+    tally("image damaged amid training", 2, 2, "left out and counted up to a limit, then an error that lists them")
+
+
+def test_an_error_in_a_thread_names_the_image(dataset, buckets, monkeypatch):
+    """Whatever it is; and it is not the image that is bad, so none is left out."""
+
+    def fail(segmentation, box, *, size):
+        raise ZeroDivisionError("of a new kind")
+
+    monkeypatch.setattr(_loader, "mask_in_box", fail)
+    with pytest.raises(DatasetError, match=r"\d\.png: image 1\d\d cannot be made an example of: of a new kind"):
+        list(Loader(dataset, batch_size=2, buckets=buckets, max_bad_images=9).iterate(0, 6))
+
+
+def test_evaluation_leaves_no_image_out(damaged):
+    dataset, buckets = damaged
+    with pytest.raises(DatasetError, match=r"000003\.png"):
+        list(eval_batches(dataset, batch_size=2, buckets=buckets))
+
+
+MEMORY = """
+    import sys
+    from detectax_eqx.data import Loader, load_coco, make_buckets
+    annotations, images, cache, count = sys.argv[1:]
+    dataset = load_coco(annotations, images)
+    buckets = make_buckets(dataset.sizes, canvases=[(320, 320)], min_size=320, max_size=320)
+    loader = Loader(dataset, batch_size=10, buckets=buckets, max_objects=6, cache=cache or None)
+    for k, batch in loader.iterate(0, int(count) // 10):
+        if (k + 1) % (int(count) // 100) == 0:
+            status = open("/proc/self/status").read()
+            print(status.split("VmRSS:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    "count, cached", [(500, False), *[pytest.param(10_000, cached, marks=pytest.mark.long) for cached in (False, True)]]
+)
+@pytest.mark.timeout(900)
+def test_memory_is_flat(tmp_path, count, cached, tally):
+    """Resident memory after a third of the images, and the most it is afterwards."""
+    size = (320, 320) if count == 10_000 else (128, 128)
+    files = write_shapes_dataset(tmp_path, num_images=50, seed=0, image_size=size, suffix=".jpg")
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(MEMORY),
+        *files,
+        str(tmp_path / "cache" if cached else ""),
+        str(count),
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    megabytes = [int(kilobytes) / 1024 for kilobytes in done.stdout.split()]
+    assert len(megabytes) == 10
+    growth = max(megabytes[3:]) - megabytes[2]
+    if count == 10_000:
+        what = "memory over 10,000 images" + " from the cache" * cached
+        tally(what, 1, growth < 10, f"{megabytes[2]:.0f} MB after 3,000, then {growth:+.1f} MB at most")
+    assert growth < 10, megabytes
+
+
 def test_masks_cannot_be_made_of_boxes(dataset, buckets, folder):
     content = json.loads((folder / "train.json").read_text())
     del content["annotations"][2]["segmentation"]
@@ -230,6 +350,7 @@ MISTAKES = [
     ({"num_threads": 0}, "num_threads"),
     ({"prefetch": 0}, "prefetch"),
     ({"seed": -1}, "seed"),
+    ({"max_bad_images": -1}, "max_bad_images"),
     ({"buckets": ()}, "not those of this dataset"),
     ({"buckets": make_buckets([(5, 5)])}, "not those of this dataset"),
 ]

@@ -7,7 +7,6 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from detectax_eqx import Batch, Targets, WeightedSum, train
 
@@ -84,6 +83,8 @@ def test_gradient_and_metrics_are_those_computed_by_hand(getkey):
     box, image = 0.5 * np.mean(prediction**2), 2 * b[0]
     expected = {"box": box, "image": image, "loss": box + image, "overflow": 5.0}
     expected["gradient_norm"] = np.sqrt(np.sum(grad_w**2) + grad_b**2)
+    expected |= {"update_norm": 0.1 * expected["gradient_norm"], "parameter_norm": np.sqrt(np.sum(w**2) + b[0] ** 2)}
+    expected |= {"skipped": 0.0, "invalid": 0.0}
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
@@ -144,6 +145,7 @@ def test_invalid_examples_count_nothing(getkey):
         step = train.make_train_step(roots, optimizer, trainable=TRAINABLE)
         state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
         state, metrics = step(state, batch)
+        assert metrics.pop("invalid") == float(np.sum(~batch.valid))
         return jax.tree.leaves(eqx.filter((state.model, metrics), eqx.is_array))
 
     alone = updated(make_batch(BOXES[:2], np.ones((2, 3)), overflow=[1, 0]))
@@ -185,24 +187,126 @@ def test_randomness_differs_by_step_and_example_and_repeats(getkey):
 
 
 def test_two_devices_give_what_one_gives(getkey):
-    assert jax.device_count() >= 2
     model, key, optimizer = toy(getkey()), getkey(), train.sgd(0.1)
-    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
     one = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
-    mesh = train.make_mesh(2)
-    two = train.replicate(one, mesh)
+    mesh = train.make_mesh(jax.devices()[:2])
+    two = train.shard_state(one, mesh)
     one = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
-    batch = make_batch(BOXES, BOX_VALID, valid=[1, 1, 1, 0])
+    # The second device has nothing but fillers, which may hold anything.
+    boxes = np.concatenate([BOXES[:2], np.full((2, 3, 4), np.nan)])
+    batch = make_batch(boxes, BOX_VALID, valid=[1, 1, 0, 0])
     sharded = train.shard_batch(batch, mesh)
-    assert sharded.images.sharding == NamedSharding(mesh, PartitionSpec("data"))
+    assert sharded.images.addressable_shards[0].data.shape[0] == 2
+    steps = [train.make_train_step(squares, optimizer, trainable=TRAINABLE, mesh=m) for m in (None, mesh)]
     for _ in range(3):
-        one, metrics_one = step(one, batch)
-        two, metrics_two = step(two, sharded)
+        one, metrics_one = steps[0](one, batch)
+        two, metrics_two = steps[1](two, sharded)
         for name, value in metrics_one.items():
             np.testing.assert_allclose(metrics_two[name], value, atol=1e-5)
     assert two.model.weight.sharding.is_fully_replicated
-    for a, b in zip(*(jax.tree.leaves(eqx.filter(s.model, eqx.is_array)) for s in (one, two)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert_same(one.model, two.model, atol=1e-5)
+
+
+def assert_same(one, two, *, atol=0.0):
+    """Arrays of two trees are equal, to the last bit if `atol` is 0."""
+    leaves = (jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (one, two))
+    for a, b in zip(*leaves, strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jr.key_data(a), jr.key_data(b)
+        np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_accumulated_parts_give_the_whole_batchs_update(getkey, accumulate, devices):
+    """Parts of unlike counts, one of them without a valid example, and random numbers in the loss."""
+
+    def noisy(model, example, *, key):
+        return squares(model, example, key=key) | noise(model, example, key=key)
+
+    model, key, optimizer = toy(getkey()), getkey(), train.adamw(0.1)
+    mesh = None if devices == 1 else train.make_mesh(jax.devices()[:2])
+    boxes = np.random.default_rng(1).normal(size=(8, 3, 4))
+    batch = make_batch(boxes, [[True] * 3, [False] * 3] * 2 + BOX_VALID, valid=[1, 1, 0, 0, 1, 1, 1, 0])
+
+    def updated(mesh, accumulate):
+        step = train.make_train_step(noisy, optimizer, trainable=TRAINABLE, mesh=mesh, accumulate=accumulate)
+        state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
+        if mesh is not None:
+            return step(train.shard_state(state, mesh), train.shard_batch(batch, mesh))
+        return step(state, batch)
+
+    whole, parts = updated(None, 1), updated(mesh, accumulate)
+    assert_same(whole, parts, atol=1e-6)
+
+
+def test_a_count_without_its_total_takes_no_gradient(getkey):
+    """`count` is a constant, whatever it was computed from: at once and in parts."""
+    model, key, optimizer = toy(getkey()), getkey(), optax.sgd(0.1)
+
+    def weighted(model, example, *, key):
+        return {"x": WeightedSum(model.weight.sum(), 5.0 + model.bias[0])}
+
+    for accumulate in (1, 2):
+        step = train.make_train_step(weighted, optimizer, trainable=TRAINABLE, accumulate=accumulate)
+        state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
+        state, _ = step(state, make_batch(BOXES, BOX_VALID))
+        np.testing.assert_array_equal(state.model.bias, model.bias)
+        np.testing.assert_allclose(state.model.weight, model.weight - 0.1 / 5.3, rtol=1e-5)
+
+
+def test_the_average_follows_the_model(getkey):
+    optimizer = train.sgd(0.1)
+    state = train.init_train_state(toy(getkey()), optimizer, trainable=TRAINABLE, key=getkey(), ema=True)
+    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE, ema_decay=0.25)
+    average, scale = np.asarray(state.model.weight, np.float64), np.asarray(state.model.scale)
+    for k in range(5):
+        state, _ = step(state, make_batch(BOXES, BOX_VALID))
+        decay = min(0.25, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * np.asarray(state.model.weight, np.float64)
+        np.testing.assert_allclose(state.ema.weight, average, rtol=1e-5)
+    assert state.inference_model is state.ema
+    np.testing.assert_array_equal(state.ema.scale, scale)
+    assert state.ema.name == "toy"
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
+def test_an_update_that_is_not_finite_is_not_made(getkey, poison):
+    """Bit for bit: the run with the bad batch goes on as the one that never saw it, but for the step."""
+    model, key = toy(getkey()), getkey()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), train.adamw(0.1, weight_decay=0.1))
+    step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
+    state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key, ema=True)
+    for _ in range(2):
+        state, metrics = step(state, make_batch(BOXES, BOX_VALID))
+    before = jax.tree.map(
+        lambda leaf: np.array(leaf), eqx.filter((state.model, state.opt_state, state.ema), eqx.is_array)
+    )
+    assert metrics["skipped"] == 0
+    boxes = BOXES.copy()
+    boxes[1, 0, 2] = poison
+    state, metrics = step(state, make_batch(boxes, BOX_VALID))
+    assert not np.isfinite(metrics["loss"] + metrics["gradient_norm"])
+    assert_same((state.model, state.opt_state, state.ema), before)
+    assert metrics["skipped"] == int(state.skipped) == 1
+    assert int(state.step) == 3
+    state, metrics = step(state, make_batch(BOXES, BOX_VALID))
+    assert metrics["skipped"] == 1
+    assert not np.array_equal(state.model.weight, before[0].weight)
+
+
+def test_clipping_bounds_the_update_and_not_the_metric(getkey):
+    model, key = toy(getkey()), getkey()
+
+    def metrics_of(optimizer):
+        state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
+        return train.make_train_step(squares, optimizer, trainable=TRAINABLE)(state, make_batch(BOXES, BOX_VALID))[1]
+
+    free = metrics_of(optax.sgd(1.0))
+    clipped = metrics_of(optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0)))
+    assert free["gradient_norm"] > 1
+    np.testing.assert_allclose(clipped["gradient_norm"], free["gradient_norm"], rtol=1e-6)
+    np.testing.assert_allclose(clipped["update_norm"], 0.5, rtol=1e-5)
 
 
 def test_refusals(getkey):
@@ -211,9 +315,15 @@ def test_refusals(getkey):
     with pytest.raises(ValueError, match=r"model\['n'\], which is an array of int32"):
         train.init_train_state({"n": jnp.arange(3)}, optax.sgd(0.1), trainable=True, key=getkey())
     with pytest.raises(ValueError, match=r"batch\.images has shape \(3, 8, 8, 3\).*2 devices"):
-        train.shard_batch(make_batch(BOXES[:3], BOX_VALID[:3]), train.make_mesh(2))
-    with pytest.raises(ValueError, match="num_devices must be in"):
-        train.make_mesh(0)
+        train.shard_batch(make_batch(BOXES[:3], BOX_VALID[:3]), train.make_mesh(jax.devices()[:2]))
+    batch = train.shard_batch(make_batch(BOXES, BOX_VALID), train.make_mesh(jax.devices()[:2]))
+    three = train.make_mesh(jax.devices()[:3])
+    with pytest.raises(ValueError, match=r"4 examples cannot be divided over 3 devices"):
+        state = train.init_train_state(toy(getkey()), optax.sgd(0.1), trainable=TRAINABLE, key=getkey())
+        train.make_train_step(squares, optax.sgd(0.1), trainable=TRAINABLE, mesh=three)(state, batch)
+    with pytest.raises(ValueError, match=r"accumulate must divide the 4 examples of each device, got 3"):
+        step = train.make_train_step(squares, optax.sgd(0.1), trainable=TRAINABLE, accumulate=3)
+        step(state, make_batch(BOXES, BOX_VALID))
     optimizer = optax.sgd(0.1)
     step = train.make_train_step(
         lambda model, example, *, key: {"loss": WeightedSum(model.bias[0], jnp.ones(()))},

@@ -3,17 +3,21 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ._dataset import CocoDataset, ImageRecord, Objects
 from ._images import check_image
 from ._report import Collector, DatasetError
+from ._store import read_bytes, to_location
 from ._validate import Annotation, parse_annotations, parse_categories, parse_images, parse_parts
 
 
 # Looking at image files waits for the disk or the network more than it computes.
 CHECKING_THREADS = 8
+# Enough to see that folder, rights and sizes are right.
+CHECKED_IN_STORE = 16
 
 
 def load_coco(annotations: str | Path, images: str | Path, *, check_images: bool = True) -> CocoDataset:
@@ -29,11 +33,14 @@ def load_coco(annotations: str | Path, images: str | Path, *, check_images: bool
     positive; a polygon of odd length or with fewer than three points; a malformed run-length encoding; numbers that
     are not finite, values of a wrong type, and missing keys.
 
-    - `annotations`: the JSON file. `images`: the folder that the images' `file_name` is relative to.
+    - `annotations`: the JSON file. `images`: the folder that the images' `file_name` is relative to. Either may be a
+      URL of http, https, gs or s3.
     - `check_images`: look at every image file: it has to be there, to end as its format ends, and to have the
-      annotated size. Damage within a file shows when it is decoded. Without it, only the annotations are checked.
+      annotated size. Damage within a file shows when it is decoded. Of images in a store, which would take a request
+      each, a few are looked at. Without it, only the annotations are checked.
 
-    Raises a `DatasetError` that lists every problem with its file, image id and annotation id, and what to do.
+    Raises a `DatasetError` that lists every problem with its file, image id and annotation id, and what to do, and a
+    `ConnectionError` with URL and status if a store does not answer.
 
     >>> import tempfile
     >>> from detectax_eqx.data import write_shapes_dataset
@@ -42,15 +49,10 @@ def load_coco(annotations: str | Path, images: str | Path, *, check_images: bool
     >>> len(dataset), dataset.num_classes, dataset.category_ids, str(dataset.report)
     (2, 4, (1, 3, 4, 7), 'nothing to repair')
     """
-    file, folder = Path(annotations), Path(images)
-    if not folder.is_dir():
+    file, folder = to_location(annotations), to_location(images)
+    if isinstance(folder, Path) and not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder of images.")
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise DatasetError(f"{file}: no such annotation file.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{file}: cannot be read as JSON: {error}.") from error
+    content = read_annotations(annotations)
     problems = Collector(file)
     image_entries, annotation_entries, category_entries = parse_parts(content, file)
     categories = parse_categories(category_entries, problems)
@@ -69,13 +71,42 @@ def load_coco(annotations: str | Path, images: str | Path, *, check_images: bool
     )
 
 
+def read_annotations(path: str | Path) -> dict[str, Any]:
+    """The content of a COCO-format file, by its path or URL, as it is: `load_coco` checks it.
+
+    Raises a `DatasetError` that names the file if there is none, or if it is no JSON object, and a `ConnectionError`
+    with URL and status if a store does not answer.
+
+    >>> import tempfile
+    >>> from detectax_eqx.data import write_shapes_dataset
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     content = read_annotations(write_shapes_dataset(folder, num_images=2, seed=0)[0])
+    >>> len(content["images"]), [category["name"] for category in content["categories"]]
+    (2, ['circle', 'square', 'triangle', 'star'])
+    """
+    file = to_location(path)
+    try:
+        content = json.loads(read_bytes(file))
+    except FileNotFoundError:
+        raise DatasetError(f"{file}: no such annotation file.") from None
+    except ConnectionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{file}: cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"{file}: a COCO file is a JSON object, this is a {type(content).__name__}.")
+    return content
+
+
 def _check_files(records: list[ImageRecord], problems: Collector) -> None:
+    if records and not isinstance(records[0].path, Path):
+        records = records[:: -(-len(records) // CHECKED_IN_STORE)]
     with ThreadPoolExecutor(CHECKING_THREADS) as executor:
         results = executor.map(lambda record: check_image(record.path, (record.height, record.width)), records)
         for record, problem in zip(records, results, strict=True):
             if problem is not None:
                 what, remedy = problem
-                problems.error("unusable image", what, remedy, image_id=record.id, image_file=record.path.name)
+                problems.error("unusable image", what, remedy, image_id=record.id, image_file=record.file)
 
 
 def _to_objects(annotations: list[Annotation]) -> Objects:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from ._report import Report
+from ._store import Location
 
 
 # Polygons as arrays of `(x, y)` points, a run-length encoding as pycocotools has it, or nothing.
@@ -16,12 +18,17 @@ Segmentation = tuple[np.ndarray, ...] | dict[str, Any] | None
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image: its id, where it lies, and its size in the pixels that its annotations refer to."""
+    """An image: its id, where it lies (a path or a URL), and its size in the pixels that its annotations refer to."""
 
     id: int
-    path: Path
+    path: Location
     height: int
     width: int
+
+    @property
+    def file(self) -> str:
+        """The name of its file, for messages."""
+        return self.path.name if isinstance(self.path, Path) else unquote(self.path.rsplit("/", 1)[-1])
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class CocoDataset:
 
     images: tuple[ImageRecord, ...]
     categories: tuple[Category, ...]
-    annotations_path: Path
+    annotations_path: Location
     report: Report
     _objects: tuple[Objects, ...] = field(repr=False)
 

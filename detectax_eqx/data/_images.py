@@ -1,12 +1,14 @@
-"""Images on disk to RGB pixels, whatever their mode and orientation."""
+"""Image files to RGB pixels, whatever their mode and orientation."""
 
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
-from ._report import DatasetError
+from ._report import BadImageError
+from ._store import Location, read_bytes, to_location
 
 
 # What undoes each EXIF orientation (EXIF 2.32, section 4.6.4): a camera held sideways stores its rows as columns.
@@ -26,7 +28,7 @@ ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
 
 
 def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file as RGB, as `(h, w, 3)` uint8.
+    """Reads an image file, or a URL of http, gs or s3, as RGB, as `(h, w, 3)` uint8.
 
     Gray, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped, the colours below it stay. 16-bit gray
     is scaled, 65535 becoming 255, not clipped. Of an animation, the first frame is read.
@@ -35,8 +37,9 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
     width)` in whose pixels the image was annotated, and decides: if only the size as stored equals it, the annotator
     did not see the orientation, so it is not applied. Where both sizes are equal, it is applied.
 
-    Raises a `DatasetError` that names the file if it is missing, truncated or no image, if it holds 32-bit numbers
-    beyond 0..65535 or fractions, whose range is not known, or if neither size equals `size`.
+    Raises a `BadImageError` (a `DatasetError`) that names the file if it is missing, truncated or no image, if it holds
+    32-bit numbers beyond 0..65535 or fractions, whose range is not known, or if neither size equals `size`; and a
+    `ConnectionError` with URL and status if a store does not give it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -45,44 +48,67 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
     >>> image.shape, image[0, 0].tolist()
     ((2, 3, 3), [200, 200, 200])
     """
-    return np.array(open_rgb(Path(path), size))
+    return np.array(open_rgb(to_location(path), size))
 
 
-def open_rgb(path: Path, size: tuple[int, int] | None) -> Image.Image:
+def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
     """What `read_image` does, the pixels still being Pillow's."""
     try:
-        with Image.open(path) as image:
+        with _open(location) as file, _checked(file) as image:
+            # Before any pixel is decoded: a few bytes can stand for gigabytes of them.
+            if size is not None and size not in ((image.height, image.width), (image.width, image.height)):
+                raise _wrong_size(location, (image.height, image.width), size)
             image.load()
-            transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, path, size) else None
+            transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, location, size) else None
             image = _to_rgb(image)
             return image if transposition is None else image.transpose(transposition)
-    except DatasetError:
+    except (BadImageError, ConnectionError):
         raise
     except FileNotFoundError:
-        raise DatasetError(f"{path}: no such image file.") from None
+        raise BadImageError(f"{location}: no such image file.") from None
     except Exception as error:  # Pillow's readers raise errors of many types
-        raise DatasetError(f"{path}: cannot be read as an image: {error}") from error
+        raise BadImageError(f"{location}: cannot be read as an image: {error}") from error
 
 
-def check_image(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
-    """A quick look at a file: is it there, whole, and of that `(height, width)`, by `read_image`'s rule?
+def _open(location: Location) -> BufferedReader | BytesIO:
+    return location.open("rb") if isinstance(location, Path) else BytesIO(read_bytes(location))
 
-    JPEG and PNG files that end as they must are not decoded, others are.
+
+def _checked(file: BufferedReader | BytesIO) -> Image.Image:
+    """The image in a file. PNG has checksums, which Pillow looks at only if asked, and then ends its reading."""
+    image = Image.open(file)
+    if image.format != "PNG":
+        return image
+    image.verify()
+    file.seek(0)
+    return Image.open(file)
+
+
+def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | None:
+    """A quick look at an image: is it there, whole, and of that `(height, width)`, by `read_image`'s rule?
+
+    JPEG and PNG files that end as they must are not decoded, others are, and so is what a store holds.
 
     Returns what is wrong, and what to do about it, or `None`.
     """
+    if not isinstance(location, Path):
+        try:
+            open_rgb(location, size)
+        except BadImageError as error:
+            return str(error), "Put it there, write it anew, or correct its entry and the folder."
+        return None
     try:
-        with Image.open(path) as image:
+        with Image.open(location) as image:
             end = ENDS.get(image.format or "")
-            if end is None or _last_bytes(path, len(end)) != end:
+            if end is None or _last_bytes(location, len(end)) != end:
                 image.load()
-            _is_upright(image, path, size)
-    except DatasetError as error:
+            _is_upright(image, location, size)
+    except BadImageError as error:
         return str(error), 'Correct "width" and "height", and check that the boxes belong to this image.'
     except FileNotFoundError:
-        return f"{path}: no such image file.", "Put it there, correct the folder, or remove the image's entry."
+        return f"{location}: no such image file.", "Put it there, correct the folder, or remove the image's entry."
     except Exception as error:
-        return f"{path}: cannot be read as an image: {error}.", "Fetch or write the file anew."
+        return f"{location}: cannot be read as an image: {error}.", "Fetch or write the file anew."
     return None
 
 
@@ -100,15 +126,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _is_upright(image: Image.Image, path: Path, size: tuple[int, int] | None) -> bool:
-    """Whether the size refers to the image as shown (true) or as stored. Raises a `DatasetError` if to neither."""
+def _is_upright(image: Image.Image, location: Location, size: tuple[int, int] | None) -> bool:
+    """Whether the size refers to the image as shown (true) or as stored. Raises a `BadImageError` if to neither."""
     stored = image.height, image.width
-    shown = stored[::-1] if _orientation(image) in SIDEWAYS else stored
+    shown = (image.width, image.height) if _orientation(image) in SIDEWAYS else stored
     if size is None or shown == size:
         return True
     if stored == size:
         return False
-    raise DatasetError(f"{path}: is {shown[1]}×{shown[0]} pixels, but annotated as {size[1]}×{size[0]}.")
+    raise _wrong_size(location, shown, size)
+
+
+def _wrong_size(location: Location, found: tuple[int, int], size: tuple[int, int]) -> BadImageError:
+    return BadImageError(f"{location}: is {found[1]}×{found[0]} pixels, but annotated as {size[1]}×{size[0]}.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,21 +1,24 @@
 """Batches of images with their ground truth, read by threads ahead of time."""
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from .._types import Batch, Targets
 from ._buckets import Bucket
+from ._cache import ImageCache
 from ._dataset import CocoDataset, ImageRecord, Objects
 from ._images import open_rgb
 from ._masks import mask_in_box
 from ._order import BatchOrder
-from ._report import DatasetError
+from ._report import BadImageError, DatasetError
 
 
 class Loader:
@@ -33,6 +36,10 @@ class Loader:
     - `mask_size`: side of the masks, each in its box's frame; `None` for boxes only.
     - `num_threads`: that read images. `prefetch`: batches read ahead of the one in use.
     - `drop_empty`: leave out images without objects. Otherwise they teach what background is.
+    - `rows`: which of a batch's images to read, where several processes share them; default all.
+    - `max_bad_images`: that many images may turn out to be unreadable. Their places in the batches are not `valid`; one
+      more is an error that lists them.
+    - `cache`: a folder that decoded images are kept in, to be read about twice as fast from then on; see `ImageCache`.
 
     Raises a `ValueError` if an option is out of its range, if the buckets are not those of the dataset or no image is
     left, and a `DatasetError` if masks are asked for and an object has none.
@@ -61,10 +68,17 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         drop_empty: bool = False,
+        rows: Sequence[int] | Int[np.ndarray, " r"] | None = None,
+        max_bad_images: int = 0,
+        cache: str | Path | None = None,
     ):
         _check(dataset, buckets, batch_size, max_objects, mask_size, num_threads, prefetch)
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
+        for name, number in {"seed": seed, "max_bad_images": max_bad_images}.items():
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}.")
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if not (len(self._rows) and np.isin(self._rows, np.arange(batch_size)).all()):
+            raise ValueError(f"rows must be some of 0..{batch_size - 1}, got {rows}.")
         groups = [[i for i in bucket.indices if not drop_empty or _has_objects(dataset, i)] for bucket in buckets]
         self._dataset = dataset
         self._buckets = [bucket for bucket, group in zip(buckets, groups, strict=True) if group]
@@ -77,17 +91,36 @@ class Loader:
         self._mask_size = mask_size
         self._num_threads = num_threads
         self._prefetch = prefetch
+        self._max_bad_images = max_bad_images
+        self._bad_images: dict[int, BadImageError] = {}
+        self._cache = None if cache is None else ImageCache(Path(cache), dataset)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches a pass: the number of images over the batch size, rounded, and at least 1."""
         return self._order.steps_per_epoch
 
+    def indices(self, k: int) -> Int[np.ndarray, " b"]:
+        """The images of batch `k`, all rows of it, by their position in the dataset."""
+        return self._order(k)[1]
+
+    @property
+    def bad_images(self) -> tuple[BadImageError, ...]:
+        """What was wrong with each image that could not be read, in the order of the batches that wanted them."""
+        return tuple(self._bad_images.values())
+
+    @property
+    def cache_counts(self) -> dict[str, int]:
+        """How many images the cache had: `ImageCache.counts`. Empty without one."""
+        return {} if self._cache is None else dict(self._cache.counts)
+
     def batch(self, k: int) -> Batch:
-        """Batch `k`, counted over all passes. Raises a `DatasetError` that names the image that cannot be read."""
-        batch = self._empty(k)
-        for slot in range(len(batch.valid)):
-            _fill(batch, slot, self._dataset)
+        """Batch `k`, counted over all passes.
+
+        Raises a `DatasetError` that names the images that cannot be read, if they are more than `max_bad_images`, and a
+        `ConnectionError` if a store does not answer.
+        """
+        ((_, batch),) = self.iterate(k, k + 1)
         return batch
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Generator[tuple[int, Batch], None, None]:
@@ -98,10 +131,27 @@ class Loader:
         """
         steps = count(start) if stop is None else range(start, stop)
         empty = ((k, self._empty(k)) for k in steps)
-        return _read_ahead(empty, self._dataset, self._num_threads, self._prefetch)
+        return _read_ahead(empty, self._dataset, self._num_threads, self._prefetch, self._leave_out, self._cache)
+
+    def _leave_out(self, batch: Batch, slot: int, error: BadImageError) -> None:
+        """Notes an image that cannot be read, and empties its place. That depends on the image alone."""
+        self._bad_images.setdefault(int(batch.indices[slot]), error)
+        if len(self._bad_images) > self._max_bad_images:
+            if not self._max_bad_images:
+                raise error
+            errors = "\n".join(f"  {error}" for error in self._bad_images.values())
+            raise DatasetError(
+                f"More images than max_bad_images={self._max_bad_images} cannot be read; mend them or take them out of "
+                f"the annotations:\n{errors}"
+            )
+        batch.valid[slot] = False  # type: ignore[index]
+        batch.images[slot] = 0  # type: ignore[index]
+        batch.targets.valid[slot] = False  # type: ignore[index]
+        batch.overflow[slot] = 0  # type: ignore[index]
 
     def _empty(self, k: int) -> Batch:
         group, indices = self._order(k)
+        indices = indices[self._rows]
         return _make_empty(indices, len(indices), self._buckets[group], self._max_objects, self._mask_size)
 
 
@@ -114,10 +164,13 @@ def eval_batches(
     mask_size: int | None = None,
     num_threads: int = 2,
     prefetch: int = 2,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Every image once, bucket by bucket, each bucket's last batch filled up with black images that are not `valid`.
 
     There are `sum(ceil(len(bucket.indices) / batch_size))` batches. Options, errors and threads are `Loader`'s.
+
+    - `shard`: `(i, n)` for the batches `i`, `i + n`, `i + 2n`, …: those of one of `n` processes.
 
     >>> import tempfile
     >>> from detectax_eqx.data import load_coco, make_buckets, write_shapes_dataset
@@ -128,36 +181,55 @@ def eval_batches(
     [[True, True], [True, False]]
     """
     _check(dataset, buckets, batch_size, max_objects, mask_size, num_threads, prefetch)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}.")
+    parts = ((bucket, i) for bucket in buckets for i in range(0, len(bucket.indices), batch_size))
     empty = (
         _make_empty(np.asarray(bucket.indices[i : i + batch_size]), batch_size, bucket, max_objects, mask_size)
-        for bucket in buckets
-        for i in range(0, len(bucket.indices), batch_size)
+        for bucket, i in islice(parts, shard[0], None, shard[1])
     )
-    return (batch for _, batch in _read_ahead(enumerate(empty), dataset, num_threads, prefetch))
+
+    def refuse(batch: Batch, slot: int, error: BadImageError) -> None:
+        raise error  # to leave an image out would change the numbers
+
+    return (batch for _, batch in _read_ahead(enumerate(empty), dataset, num_threads, prefetch, refuse, None))
 
 
 def _read_ahead(
-    empty: Iterator[tuple[int, Batch]], dataset: CocoDataset, num_threads: int, prefetch: int
+    empty: Iterator[tuple[int, Batch]],
+    dataset: CocoDataset,
+    num_threads: int,
+    prefetch: int,
+    on_bad: Callable[[Batch, int, BadImageError], None],
+    cache: ImageCache | None,
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Fills batches in order. `prefetch` of them are in work while another is with the caller."""
+    """Fills batches in order. `prefetch` of them are in work while another is with the caller.
+
+    `on_bad` is called for each image that cannot be read, in the order of the batches and within them.
+    """
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="detectax-data")
     pending: deque[tuple[int, Batch, list[Future]]] = deque()
 
     def submit(number: int) -> None:
         for k, batch in islice(empty, number):
             slots = np.flatnonzero(batch.valid).tolist()
-            pending.append((k, batch, [executor.submit(_fill, batch, slot, dataset) for slot in slots]))
+            pending.append((k, batch, [executor.submit(_fill, batch, slot, dataset, cache) for slot in slots]))
 
     try:
         submit(prefetch)
         while pending:
             k, batch, futures = pending.popleft()
-            for future in futures:
-                future.result()
+            for slot, future in zip(np.flatnonzero(batch.valid).tolist(), futures, strict=True):
+                try:
+                    future.result()
+                except BadImageError as error:
+                    on_bad(batch, slot, error)
             submit(1)
             yield k, batch
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+        if cache is not None:
+            cache.flush()
 
 
 def _make_empty(
@@ -185,32 +257,42 @@ def _make_empty(
     )
 
 
-def _fill(batch: Batch, slot: int, dataset: CocoDataset) -> None:
+def _fill(batch: Batch, slot: int, dataset: CocoDataset, cache: ImageCache | None) -> None:
     """Writes one example into its place in a batch."""
-    record = dataset.images[int(batch.indices[slot])]
+    index = int(batch.indices[slot])
+    record = dataset.images[index]
     try:
-        _write(batch, slot, record, dataset.objects(int(batch.indices[slot])))
-    except DatasetError:
+        canvas: np.ndarray = batch.images[slot]  # type: ignore[assignment]
+        draw = partial(_draw, record, canvas)
+        size = draw() if cache is None else cache.fill(index, canvas, draw)
+        batch.image_sizes[slot] = size  # type: ignore[index]
+        batch.original_sizes[slot] = record.height, record.width  # type: ignore[index]
+        _write_objects(batch, slot, record, dataset.objects(index))
+    except (DatasetError, OSError):  # the image's, the store's or the cache's
         raise
     except Exception as error:
         raise DatasetError(f"{record.path}: image {record.id} cannot be made an example of: {error}") from error
 
 
-def _write(batch: Batch, slot: int, record: ImageRecord, objects: Objects) -> None:
-    targets = batch.targets
+def _draw(record: ImageRecord, canvas: UInt8[np.ndarray, "h w 3"]) -> tuple[int, int]:
+    """Puts an image into the corner of a black canvas, shrunk if it is too large, and returns its height and width."""
     image = open_rgb(record.path, (record.height, record.width))
-    canvas: np.ndarray = batch.images[slot]  # type: ignore[assignment]
     scale = min(1.0, canvas.shape[0] / record.height, canvas.shape[1] / record.width)
     if scale < 1:
         width, height = max(1, int(record.width * scale)), max(1, int(record.height * scale))
         image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
     canvas[: image.height, : image.width] = np.asarray(image)
-    batch.image_sizes[slot] = image.height, image.width  # type: ignore[index]
-    batch.original_sizes[slot] = record.height, record.width  # type: ignore[index]
+    return image.height, image.width
+
+
+def _write_objects(batch: Batch, slot: int, record: ImageRecord, objects: Objects) -> None:
+    """Writes the objects of an image whose pixels are in their place."""
+    targets = batch.targets
     kept = np.flatnonzero(~objects.crowd)
     batch.overflow[slot] = max(0, len(kept) - targets.valid.shape[1])  # type: ignore[index]
     kept = kept[: targets.valid.shape[1]]
-    ratio = np.array([image.width / record.width, image.height / record.height] * 2, np.float32)
+    height, width = np.asarray(batch.image_sizes)[slot].tolist()
+    ratio = np.array([width / record.width, height / record.height] * 2, np.float32)
     targets.boxes[slot, : len(kept)] = objects.boxes[kept] * ratio  # type: ignore[index]
     targets.labels[slot, : len(kept)] = objects.labels[kept]  # type: ignore[index]
     targets.valid[slot, : len(kept)] = True  # type: ignore[index]
@@ -247,7 +329,7 @@ def _check(
             for i in np.flatnonzero(~objects.crowd):
                 if objects.segmentations[i] is None:
                     raise DatasetError(
-                        f"{dataset.annotations_path}: image {image.id} ({image.path.name}), annotation "
+                        f"{dataset.annotations_path}: image {image.id} ({image.file}), annotation "
                         f"{objects.annotation_ids[i]}: has no segmentation, but mask_size={mask_size} asks for masks. "
                         "Pass mask_size=None, or add it."
                     )

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+
+from ._store import Location
 
 
 # An error lists this many problems in full and counts the rest.
@@ -19,7 +20,7 @@ class Problem:
     """
 
     kind: str
-    file: Path
+    file: Location
     what: str
     remedy: str
     image_id: object = None
@@ -65,10 +66,14 @@ class DatasetError(ValueError):
         self.problems = problems
 
 
+class BadImageError(DatasetError):
+    """An image file that is missing, damaged, or of another size than annotated."""
+
+
 class Collector:
     """Gathers problems while a dataset is read, so that all are reported at once."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Location):
         self.file = file
         self.errors: list[Problem] = []
         self.repairs: list[Problem] = []

@@ -4,7 +4,6 @@ A file may hold a million annotations. What is called for each of them is left o
 which would take ten times as long as the checks themselves.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple, cast, no_type_check
 
 import numpy as np
@@ -13,6 +12,7 @@ from pycocotools import mask as coco_mask
 from ._dataset import Category, ImageRecord, Segmentation
 from ._masks import rle_counts
 from ._report import Collector, DatasetError
+from ._store import Location, join
 
 
 # Coordinates and areas beyond this are no measurement in pixels; NaN and infinities do not compare as less either.
@@ -31,10 +31,8 @@ class Annotation(NamedTuple):
     segmentation: Segmentation
 
 
-def parse_parts(content: Any, file: Path) -> tuple[list, list, list]:
+def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, list]:
     """The file's lists of images, annotations and categories. Raises a `DatasetError` if there are none such."""
-    if not isinstance(content, dict):
-        raise DatasetError(f"{file}: a COCO file is a JSON object, this is a {type(content).__name__}.")
     parts = []
     for key in ("images", "annotations", "categories"):
         if key not in content:
@@ -48,7 +46,7 @@ def parse_parts(content: Any, file: Path) -> tuple[list, list, list]:
     return parts[0], parts[1], parts[2]
 
 
-def parse_images(entries: list, folder: Path, problems: Collector) -> list[ImageRecord]:
+def parse_images(entries: list, folder: Location, problems: Collector) -> list[ImageRecord]:
     """Those images that have an id of their own, a file name and a size."""
     images, seen = [], set()
     for position, entry in enumerate(entries):
@@ -68,7 +66,7 @@ def parse_images(entries: list, folder: Path, problems: Collector) -> list[Image
             what = f'"width" and "height" are {_show(entry["width"])} and {_show(entry["height"])}.'
             problems.error("wrong image size", what, "Make them positive integers.", **where)
         else:
-            images.append(ImageRecord(entry["id"], folder / entry["file_name"], entry["height"], entry["width"]))
+            images.append(ImageRecord(entry["id"], join(folder, entry["file_name"]), entry["height"], entry["width"]))
         if _is_int(entry["id"]):
             seen.add(entry["id"])
     return images
@@ -108,7 +106,7 @@ def parse_annotations(
         image = images.get(image_id) if image_id is not None and image_known else None
         where = {
             "image_id": image_id,
-            "image_file": image.path.name if image else None,
+            "image_file": image.file if image else None,
             "annotation_id": entry.get("id", f"at position {position}"),
         }
         if not _has(entry, ("id", "image_id", "category_id", "bbox"), problems, where):

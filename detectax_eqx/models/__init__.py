@@ -26,7 +26,7 @@ from ._faster_rcnn import (
 )
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss
 from ._mask_rcnn import MaskRCNN as MaskRCNN, mask_rcnn_loss as mask_rcnn_loss
-from ._parameters import num_parameters as num_parameters, trainable as trainable
+from ._parameters import in_resnet as in_resnet, num_parameters as num_parameters, trainable as trainable
 from ._rpn import (
     RPN as RPN,
     Proposals as Proposals,

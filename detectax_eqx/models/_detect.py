@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
 from .._types import Batch, Detections
@@ -83,10 +84,13 @@ def detect_batch(
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,
     max_detections: int = 100,
+    mesh: Mesh | None = None,
 ) -> Detections:
     """`detect` for every image of a batch on the host, compiled once for each shape; boxes in its images' pixels.
 
     An image that would not fit `batch.canvas` is shrunk until it does.
+
+    - `mesh`: devices to spread the images over, each working on its own; they must divide the batch.
     """
     resized = [
         resized_size((int(height), int(width)), min_size=min_size, max_size=max_size, canvas=batch.canvas)
@@ -98,12 +102,22 @@ def detect_batch(
         "nms_threshold": nms_threshold,
         "max_detections": max_detections,
     }
-    return _detect_images(model, batch.images, batch.image_sizes, np.array(resized, np.int32), options)
+    if mesh is not None and len(resized) % mesh.size:
+        raise ValueError(f"mesh has {mesh.size} devices, which do not divide a batch of {len(resized)} images.")
+    return _detect_images(model, batch.images, batch.image_sizes, np.array(resized, np.int32), options, mesh)
 
 
 @eqx.filter_jit
-def _detect_images(model, images, image_sizes, resized, options):
-    def one(image, image_size, resized):
-        return detect(model, image, image_size=image_size, resized=resized, **options)
+def _detect_images(model, images, image_sizes, resized, options, mesh):
+    arrays, static = eqx.partition(model, eqx.is_array)
 
-    return jax.vmap(one)(jnp.asarray(images), jnp.asarray(image_sizes), jnp.asarray(resized))
+    def run(arrays, *images):
+        def one(image, image_size, resized):
+            return detect(eqx.combine(arrays, static), image, image_size=image_size, resized=resized, **options)
+
+        return jax.vmap(one)(*images)
+
+    if mesh is not None:  # left to the compiler, sorts and loops would gather the batch
+        whole, spread = PartitionSpec(), PartitionSpec(mesh.axis_names)
+        run = jax.shard_map(run, mesh=mesh, in_specs=(whole, spread, spread, spread), out_specs=spread, check_vma=False)
+    return run(arrays, jnp.asarray(images), jnp.asarray(image_sizes), jnp.asarray(resized))

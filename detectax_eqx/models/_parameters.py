@@ -28,14 +28,27 @@ def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyT
     )
 
     def frozen_parts(tree: PyTree) -> list[PyTree]:
-        backbone = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone
-        if not isinstance(backbone, ResNetFPN):
-            raise ValueError(f"trainable_layers is for ResNet backbones, got {type(backbone).__name__}.")
-        body = backbone.body
+        body = _resnet(tree)
         parts = [body.conv1, body.norm1] if trainable_layers < 5 else []
         return parts + list(body.layers[: max(0, 4 - trainable_layers)])
 
     return eqx.tree_at(frozen_parts, mask, frozen_parts(frozen)) if trainable_layers < 5 else mask
+
+
+def in_resnet(tree: PyTree) -> PyTree[bool]:
+    """A tree like `tree`, a detector or its parameters, that is true in the backbone's ResNet: a mask for optax.
+
+    Imported weights are often trained at a lower rate than pyramid and heads, which start at random.
+
+    >>> import jax.random as jr, optax
+    >>> from detectax_eqx.models import faster_rcnn_resnet18_fpn
+    >>> slower = optax.masked(optax.scale(0.1), in_resnet)
+    >>> mask = in_resnet(eqx.filter_eval_shape(faster_rcnn_resnet18_fpn, 3, key=jr.key(0)))
+    >>> mask.backbone.body.conv1.weight, mask.backbone.fpn.output[0].weight
+    (True, False)
+    """
+    mask = jax.tree.map(lambda _: False, tree)
+    return eqx.tree_at(_resnet, mask, jax.tree.map(lambda _: True, _resnet(tree)))
 
 
 def num_parameters(model: PyTree) -> int:
@@ -45,3 +58,11 @@ def num_parameters(model: PyTree) -> int:
     """
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm))
     return sum(leaf.size for leaf in leaves if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
+
+
+def _resnet(tree: PyTree) -> PyTree:
+    """The ResNet of a detector."""
+    backbone = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone
+    if not isinstance(backbone, ResNetFPN):
+        raise ValueError(f"The backbone is no ResNet with a pyramid, but {type(backbone).__name__}.")
+    return backbone.body

@@ -2,16 +2,28 @@
 
 from ._augment import augment as augment, jitter_colors as jitter_colors
 from ._checkpoint import (
+    CheckpointError as CheckpointError,
+    DamagedCheckpointError as DamagedCheckpointError,
+    Restored as Restored,
     latest_checkpoint as latest_checkpoint,
     load_checkpoint as load_checkpoint,
+    load_latest_checkpoint as load_latest_checkpoint,
     save_checkpoint as save_checkpoint,
 )
-from ._optimizers import adamw as adamw, sgd as sgd
+from ._lock import lock_folder as lock_folder
+from ._optimizers import adamw as adamw, no_vectors as no_vectors, sgd as sgd
+from ._saver import CheckpointSaver as CheckpointSaver
 from ._schedules import (
     scale_learning_rate as scale_learning_rate,
     warmup_cosine as warmup_cosine,
     warmup_multistep as warmup_multistep,
 )
-from ._sharding import make_mesh as make_mesh, replicate as replicate, shard_batch as shard_batch
+from ._sharding import (
+    local_rows as local_rows,
+    make_mesh as make_mesh,
+    shard_batch as shard_batch,
+    shard_state as shard_state,
+    to_host as to_host,
+)
 from ._state import TrainState as TrainState, init_train_state as init_train_state
 from ._step import make_train_step as make_train_step, step_compiler_options as step_compiler_options

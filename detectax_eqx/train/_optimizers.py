@@ -1,6 +1,7 @@
 """Optimisers that update as torch's do, as optax transformations."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,23 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 
+# From a tree of parameters to a tree that is true at some of them.
+Mask = Callable[[PyTree], PyTree[bool]]
+
+
 def sgd(
-    learning_rate: float | optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 1e-4
+    learning_rate: float | optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    decay_mask: Mask | None = None,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent as `torch.optim.SGD` defines it.
 
     `g = gradient + weight_decay * p; v = momentum * v + g; p = p - learning_rate * v`: decay goes through the momentum,
     and the learning rate does not, so that a change of rate acts at once.
+
+    - `decay_mask`: which parameters decay, `no_vectors` for instance; default all, as in torch.
 
     >>> import jax.numpy as jnp
     >>> optimizer, p = sgd(0.1, momentum=0.5, weight_decay=0.0), jnp.array(1.0)
@@ -26,7 +37,7 @@ def sgd(
     0.75
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.trace(momentum),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -39,11 +50,12 @@ def adamw(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
     weight_decay: float = 1e-4,
+    decay_mask: Mask | None = None,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2) as `torch.optim.AdamW` defines it.
 
     Both moments are corrected for their bias, `epsilon` is added outside the root, and the parameter shrinks by
-    `learning_rate * weight_decay` of itself.
+    `learning_rate * weight_decay` of itself. `decay_mask` is that of `sgd`.
 
     Raises a `ValueError` if a beta is not between 0 and 1.
 
@@ -55,9 +67,18 @@ def adamw(
     """
     return optax.chain(
         _adam(beta1, beta2, epsilon),
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def no_vectors(parameters: PyTree) -> PyTree[bool]:
+    """A mask that exempts norms and biases from weight decay: true at arrays of two axes and more.
+
+    >>> no_vectors({"weight": jnp.zeros((2, 3)), "bias": jnp.zeros(2)})
+    {'bias': False, 'weight': True}
+    """
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, parameters)
 
 
 def _adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:

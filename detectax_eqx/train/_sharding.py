@@ -1,58 +1,182 @@
-"""One step on many devices: the batch is cut along its first axis, all else is on every device."""
+"""Many devices: each works on its own examples; the state is on all of them, or cut into pieces."""
 
-import equinox as eqx
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree, Shaped
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over the first `num_devices` devices (default all).
+# Examples are spread over all devices, the pieces of a parameter over those of `model`.
+AXES = ("data", "model")
 
-    Raises a `ValueError` if there are fewer.
 
-    >>> make_mesh(1).axis_names
-    ('data',)
+def make_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
+    """A mesh of two axes, `data` and `model`, over `devices` (default all, of all processes).
+
+    - `model`: how many devices share one copy of the parameters and of the optimiser's state, each keeping a piece. 1:
+      every device has its own copy. All of them: there is one copy (fully sharded, arXiv:1910.02054, stage 3). Between:
+      a copy for each group of so many neighbours.
+
+    A batch is spread over both axes, so that no device does what another does.
+
+    Raises a `ValueError` if `model` does not divide the number of devices.
+
+    >>> dict(make_mesh(jax.devices()[:1]).shape)
+    {'data': 1, 'model': 1}
     """
-    devices = jax.devices()
-    num_devices = len(devices) if num_devices is None else num_devices
-    if not 1 <= num_devices <= len(devices):
-        raise ValueError(f"num_devices must be in 1..{len(devices)}, the devices there are, got {num_devices}.")
-    return jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:num_devices])
+    devices = jax.devices() if devices is None else list(devices)
+    if model < 1 or not devices or len(devices) % model:
+        raise ValueError(f"model must divide the number of devices, {len(devices)}, got {model}.")
+    shape = (len(devices) // model, model)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Lays every array of `batch` on the mesh, an equal part of its first axis on each device.
 
-    A step on such a batch, and on a state from `replicate`, computes what it computes on one device, up to the order
-    in which sums are made.
+    A step made for the mesh computes on it what a step computes on one device, up to the order in which sums are made.
+    With several processes, `batch` holds this process's part: the rows `local_rows(mesh, …)` of the whole.
 
-    Raises a `ValueError` if the first axis is not a multiple of the number of devices.
+    Raises a `ValueError` if the first axis is not a multiple of the number of devices (of this process).
 
-    >>> import numpy as np
-    >>> shard_batch(np.zeros((4, 3)), make_mesh(1)).shape
+    >>> shard_batch(np.zeros((4, 3)), make_mesh(jax.devices()[:1])).shape
     (4, 3)
     """
-    size = mesh.shape["data"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if eqx.is_array(leaf) and (leaf.ndim == 0 or leaf.shape[0] % size):
+    local = len(mesh.local_devices)
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+
+    def put(path: tuple, leaf: Any) -> Any:
+        if not _is_array(leaf):
+            return leaf
+        if leaf.ndim == 0 or leaf.shape[0] % local:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has shape {leaf.shape}; its first axis must be a multiple of the "
-                f"{size} devices of the mesh."
+                f"{local} devices of the mesh."
             )
-    return _put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        total, each = leaf.shape[0] // local * mesh.size, leaf.shape[0] // local
+        rows = local_rows(mesh, total).tolist()
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start = rows.index(index[0].start or 0)
+            return leaf[start : start + each]
+
+        return jax.make_array_from_callback((total, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Lays every array of `tree`, a `TrainState` for instance, on every device of the mesh.
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
+    """The rows of a batch over all processes that this process's devices work on, in order.
 
-    >>> import jax.numpy as jnp
-    >>> replicate(jnp.zeros(3), make_mesh(1)).sharding.is_fully_replicated
+    Raises a `ValueError` if `batch_size` is not a multiple of the number of devices.
+
+    >>> local_rows(make_mesh(jax.devices()[:1]), 4).tolist()
+    [0, 1, 2, 3]
+    """
+    if batch_size < 1 or batch_size % mesh.size:
+        raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices of the mesh, got {batch_size}.")
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[part] for part in parts if part is not None]))
+
+
+def shard_state(state: PyTree, mesh: Mesh) -> PyTree:
+    """Lays every array of `state`, a `TrainState` for instance, on the mesh.
+
+    Over `model` it is cut along the longest axis that divides evenly (the first of those, if several do), and copied
+    whole if none does; over `data` it is copied. With several processes, each of them gives the whole state.
+
+    >>> shard_state(jnp.zeros(3), make_mesh(jax.devices()[:1])).sharding.is_fully_replicated
     True
     """
-    return _put(tree, NamedSharding(mesh, PartitionSpec()))
+
+    def put(leaf: Any) -> Any:
+        if not _is_array(leaf):
+            return leaf
+        sharding = NamedSharding(mesh, state_spec(leaf.shape, mesh))
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        data = np.asarray(jr.key_data(leaf) if _is_key(leaf) else leaf)
+        whole = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
+        return jr.wrap_key_data(whole, impl=jr.key_impl(leaf)) if _is_key(leaf) else whole
+
+    return jax.tree.map(put, state)
 
 
-def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    arrays, rest = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, sharding), rest)
+def to_host(tree: PyTree) -> PyTree:
+    """A copy of `tree` with whole NumPy arrays, wherever the pieces are; typed keys stay as they are.
+
+    With several processes, all of them must call it together; each gets the whole.
+
+    >>> type(to_host(jnp.zeros(3))).__name__
+    'ndarray'
+    """
+
+    def fetch(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if _is_key(leaf):
+            return jr.wrap_key_data(jnp.asarray(host_copy(jr.key_data(leaf))), impl=jr.key_impl(leaf))
+        return host_copy(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+def host_copy(array: jax.Array | np.ndarray) -> Shaped[np.ndarray, "..."]:
+    """The whole array; a copy, never a view: on a CPU that would be of memory that the next step writes to."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.array(array, order="C", copy=True)
+
+
+def state_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How `shard_state` cuts an array of this shape."""
+    size = mesh.shape["model"]
+    axes = [axis for axis, length in enumerate(shape) if size > 1 and length and length % size == 0]
+    if not axes:
+        return PartitionSpec()
+    longest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * longest, "model")
+
+
+def gather_pieces(tree: PyTree, specs: PyTree) -> PyTree:
+    """Within `shard_map`: the whole arrays, of pieces laid out by `specs`."""
+
+    def gather(piece: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return lax.all_gather(piece, "model", axis=len(spec) - 1, tiled=True) if len(spec) else piece
+
+    return jax.tree.map(gather, tree, specs)
+
+
+def sum_to_pieces(tree: PyTree, specs: PyTree) -> PyTree:
+    """Within `shard_map`: sums of whole arrays over all devices, each device keeping its piece."""
+    # Between processes on CPUs, a reduce-scatter at times gives wrong sums (jax 0.10.2, jax-ml/jax#40830).
+    unreliable = jax.default_backend() == "cpu" and jax.process_count() > 1
+
+    def reduce(whole: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if not len(spec):
+            return lax.psum(whole, AXES)
+        axis = len(spec) - 1
+        if unreliable:
+            length = whole.shape[axis] // lax.axis_size("model")
+            return lax.dynamic_slice_in_dim(lax.psum(whole, AXES), lax.axis_index("model") * length, length, axis)
+        piece = lax.psum_scatter(whole, "model", scatter_dimension=axis, tiled=True)
+        return lax.psum(piece, "data") if lax.axis_size("data") > 1 else piece
+
+    return jax.tree.map(reduce, tree, specs)
+
+
+def _is_array(leaf: object) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -11,26 +11,41 @@ from jaxtyping import Array, Int32, Key, PyTree
 class TrainState(eqx.Module):
     """A training run at one moment: what a step maps to the next, and what a checkpoint holds.
 
-    - `step`: number of updates made so far.
+    - `step`: number of batches seen so far.
     - `key`: a typed key (`jax.random.key`); it stays the same, and `step` is folded into it.
     - `model`: all parameters, trained or not.
     - `opt_state`: the optimiser's state, for trained parameters only.
+    - `ema`: exponential moving average of `model`, or `None`.
+    - `skipped`: number of batches that made no update, since it was not finite.
     """
 
     step: Int32[Array, ""]
     key: Key[Array, ""]
     model: PyTree
     opt_state: PyTree
+    ema: PyTree
+    skipped: Int32[Array, ""]
+
+    @property
+    def inference_model(self) -> PyTree:
+        """The model to evaluate and to export: the average if there is one."""
+        return self.model if self.ema is None else self.ema
 
 
 def init_train_state(
-    model: PyTree, optimizer: optax.GradientTransformation, *, trainable: PyTree[bool], key: Key[Array, ""]
+    model: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: PyTree[bool],
+    key: Key[Array, ""],
+    ema: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
     The arrays are copied, so that `model` stays usable although a step consumes the state it is given.
 
     - `trainable`: a tree like `model` (or a prefix of it), true at the parameters to train.
+    - `ema`: keep an average of the model; it starts as a copy.
 
     Raises a `ValueError` that names the leaf if `trainable` marks anything but an array of floats.
 
@@ -40,9 +55,11 @@ def init_train_state(
     >>> int(state.step), state.model.weight.shape
     (0, (2, 3))
     """
-    model, key = jax.tree.map(lambda leaf: _copy(leaf) if eqx.is_array(leaf) else leaf, (model, key))
+    average = model if ema else None
+    model, key, average = jax.tree.map(lambda leaf: _copy(leaf) if eqx.is_array(leaf) else leaf, (model, key, average))
     parameters, _ = partition(model, trainable)
-    return TrainState(jnp.zeros((), jnp.int32), key, model, optimizer.init(parameters))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, key, model, optimizer.init(parameters), average, jnp.zeros_like(zero))
 
 
 def partition(model: PyTree, trainable: PyTree[bool]) -> tuple[PyTree, PyTree]:

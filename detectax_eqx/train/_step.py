@@ -1,6 +1,7 @@
 """One update of a model's parameters."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -8,41 +9,65 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Float32, Key, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, PyTree
 
-from .._types import Batch, WeightedSum
+from .._types import Batch
+from ._gradient import Loss, Metrics, mean_gradient, sharded_mean_gradient
 from ._state import TrainState, partition
 
 
-Loss = Callable[..., dict[str, WeightedSum]]
-Metrics = dict[str, Float32[Array, ""]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 # XLA's schedule for a CPU starts all that it can at once and holds the results: a fifth more memory for no less time.
+# Gradient checkpointing then saves little.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-RESERVED = ("loss", "gradient_norm", "overflow")
+
+RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
 
 
-def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, *, trainable: PyTree[bool]) -> Step:
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: PyTree[bool],
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+    ema_decay: float = 0.999,
+) -> Step:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update.
 
     - `loss`: `loss(model, example, *, key) -> dict[str, WeightedSum]` for one example, a `Batch` without batch axis.
       Each term is summed over the batch and divided by its summed count, once; the terms are then added. Every box thus
-      weighs the same, however boxes are spread over images and images over devices.
+      weighs the same, however boxes are spread over images and images over devices. Counts are constants: no gradient
+      flows through them.
     - `trainable`: as for `init_train_state`. Everything else in the model stays bit for bit what it was, whatever the
       optimiser does (weight decay included), and takes no optimiser state.
+    - `mesh`: the devices of `shard_state` and `shard_batch`. Every device computes the losses of its own examples, and
+      nothing of them leaves it but their sums and gradients.
+    - `accumulate`: parts that each device's examples are taken in, one after the other, to save memory. The update is
+      that of the whole batch (`mean_gradient` says how, and what it costs).
+    - `ema_decay`: of `state.ema`, if the state has one: `ema = decay * ema + (1 - decay) * model`, where `decay` is
+      `(1 + step) / (10 + step)` as long as that is less, lest the average be that of the first, random weights.
 
     The step's randomness is `fold_in(state.key, state.step)`, split over the examples. An example that is not
-    `batch.valid` counts nothing; a batch without any has loss 0. `metrics` are float32 scalars: the mean of each term,
-    `loss` their sum, `gradient_norm` over all trained parameters, `overflow` the objects that `batch` had no room for.
+    `batch.valid` counts nothing; a batch without any has loss 0.
+
+    An update that is not finite (its loss, gradient or result) is not made: the state stays bit for bit what it was,
+    but for `step` and `skipped`, each one more.
+
+    `metrics` are float32 scalars: the mean of each term, `loss` their sum, the norms over all trained parameters
+    `gradient_norm`, `update_norm` (of their change) and `parameter_norm` (before it), `overflow` the objects that
+    `batch` had no room for, `invalid` its examples that are not valid, `skipped` the updates not made so far.
 
     The state is donated: its memory becomes the next state's, and it must not be used again. One program is compiled
     for each shape of batch and for each canvas.
 
-    Raises a `ValueError` while tracing if `trainable` marks what has no gradient, or a term has the name of a metric.
+    Raises a `ValueError` if an option is out of its range, and while tracing if `trainable` marks what has no gradient,
+    a term has the name of a metric, or the examples cannot be divided over devices and parts.
 
     >>> import numpy as np
-    >>> from detectax_eqx import Targets
+    >>> from detectax_eqx import Targets, WeightedSum
     >>> def loss(model, example, *, key):
     ...     error = model - example.image_sizes[0].astype(jnp.float32)
     ...     return {"height": WeightedSum(error**2, jnp.ones(()))}
@@ -57,24 +82,45 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, *, trai
     >>> float(state.model), float(metrics["loss"])
     (5.0, 26.0)
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in 0..1, 1 excluded, got {ema_decay}.")
+    gradient_of = mean_gradient if mesh is None else partial(sharded_mean_gradient, mesh=mesh)
 
     def update(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
         parameters, rest = partition(state.model, trainable)
         keys = jr.split(jr.fold_in(state.key, state.step), batch.valid.shape[0])
-
-        def objective(parameters: PyTree) -> tuple[Float32[Array, ""], Metrics]:
-            terms = _mean_losses(loss, eqx.combine(parameters, rest), batch, keys)
-            return sum(terms.values(), jnp.zeros(())), terms
-
-        (total, terms), gradient = jax.value_and_grad(objective, has_aux=True)(parameters)
+        terms, gradient = gradient_of(loss, parameters, rest, batch, keys, accumulate=accumulate)
+        if taken := sorted(set(terms) & set(RESERVED)):
+            raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
         updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
-        model = eqx.combine(eqx.apply_updates(parameters, updates), rest)
         metrics = terms | {
-            "loss": total,
-            "gradient_norm": jnp.asarray(optax.tree.norm(gradient), jnp.float32),
+            "loss": sum(terms.values(), jnp.zeros(())),
+            "gradient_norm": _norm(gradient),
+            "update_norm": _norm(updates),
+            "parameter_norm": _norm(parameters),
             "overflow": jnp.sum(jnp.where(batch.valid, batch.overflow, 0)).astype(jnp.float32),
+            "invalid": jnp.sum(~batch.valid).astype(jnp.float32),
         }
-        return TrainState(state.step + 1, state.key, model, opt_state), metrics
+        finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"] + metrics["update_norm"])
+        updated = eqx.apply_updates(parameters, updates)
+
+        def if_finite(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(partial(jnp.where, finite), new, old)
+
+        model = eqx.combine(if_finite(updated, parameters), rest)
+        ema = state.ema
+        if ema is not None:
+            averaged, constant = partition(ema, trainable)
+            count = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+            average = optax.incremental_update(updated, averaged, 1 - decay)
+            ema = eqx.combine(if_finite(average, averaged), constant)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        metrics["skipped"] = skipped.astype(jnp.float32)
+        opt_state = if_finite(opt_state, state.opt_state)
+        return TrainState(state.step + 1, state.key, model, opt_state, ema, skipped), metrics
 
     options = {"compiler_options": step_compiler_options()}
     compiled = eqx.filter_jit(update, donate="all-except-first", **options)  # pyright: ignore[reportCallIssue]
@@ -96,22 +142,5 @@ def step_compiler_options() -> dict[str, str]:
     return CPU_OPTIONS if jax.default_backend() == "cpu" else {}
 
 
-def _mean_losses(loss: Loss, model: PyTree, batch: Batch, keys: Key[Array, " b"]) -> Metrics:
-    """Every loss term over the batch, divided once."""
-    # A filler may hold anything. It stands in for the first real example rather than run on its own data, whose
-    # derivative could be infinite: zero times that is not zero.
-    first = jnp.argmax(batch.valid)
-
-    def fill(x: Array) -> Array:
-        return jnp.where(batch.valid.reshape(-1, *[1] * (x.ndim - 1)), x, x[first][None])
-
-    examples = jax.tree.map(fill, batch)
-    sums = jax.vmap(lambda example, key: loss(model, example, key=key))(examples, keys)
-    if taken := sorted(set(sums) & set(RESERVED)):
-        raise ValueError(f"loss names a term {taken[0]!r}, which is the name of a metric; give the term another name.")
-    return {
-        name: WeightedSum(
-            jnp.sum(jnp.where(batch.valid, term.total, 0.0)), jnp.sum(jnp.where(batch.valid, term.count, 0.0))
-        ).mean()
-        for name, term in sums.items()
-    }
+def _norm(tree: PyTree) -> Float32[Array, ""]:
+    return jnp.asarray(optax.tree.norm(tree), jnp.float32)

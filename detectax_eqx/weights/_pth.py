@@ -1,26 +1,24 @@
 """Reading the tensors of a PyTorch checkpoint without PyTorch, and without running anything that is in the file.
 
-A checkpoint is a pickle, that is a program. Here it runs in a machine whose only instructions beyond plain containers
-are the few names below, none of which does more than note down what it was called with. Tensors are made of these notes
-afterwards, as views of the file's bytes, each bound checked.
+A checkpoint is a pickle, that is a program. Here it runs in a machine (`_pickle.py`) whose only instructions beyond
+plain containers are the few names below, none of which does more than note down what it was called with. Tensors are
+made of these notes afterwards, as views of the file's bytes, each bound checked.
 """
 
-import io
 import math
 import os
-import pickle
-import pickletools
 import reprlib
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, no_type_check
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from ._pickle import Mapping, Name, Reader, checked_pairs, unpickle
 from ._trees import WeightsError
 
 
@@ -52,6 +50,7 @@ _DTYPES = {
     "torch.float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
     "torch.float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
 }
+MOST_AXES = 64  # NumPy's
 _WRAPPERS = ("state_dict", "model")
 _RESAVE = "Load it with torch and save it again with `torch.save(model.state_dict(), path)`."
 
@@ -107,29 +106,6 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
     dtype: np.dtype
 
-    def __setstate__(self, state):
-        """Parameters of the oldest files carry `requires_grad` as a state. It is of no use here."""
-
-
-class _Mapping(dict):
-    """An ordered dictionary; its attributes (`_metadata`, of modules' versions) are of no use here."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Name(NamedTuple):
-    """One of the names that a file may refer to. Immutable, so that no pickle can bend it."""
-
-    name: str
-
-    def __call__(self, *args):
-        if self.name not in _CALLS:
-            raise WeightsError(f"it calls {self.name}, which is not among what a file of tensors may call.")
-        return _CALLS[self.name](*args)
-
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
     return _check_tensor(storage, offset, shape, strides, storage.dtype)
@@ -143,7 +119,8 @@ def _check_tensor(storage, offset, shape, strides, dtype):
     if not isinstance(storage, _Storage):
         raise WeightsError("it has a tensor without a storage.")
     numbers = (offset, *shape, *strides)
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(strides):
+    fits = len(shape) == len(strides) <= MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    if not fits:
         raise WeightsError(f"it has a tensor with offset, shape and strides {reprlib.repr((offset, shape, strides))}.")
     return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
 
@@ -156,8 +133,12 @@ def _rebuild_size(items=()):
     return tuple(items)
 
 
+def _mapping(items=()):
+    return Mapping(checked_pairs(items))
+
+
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _Mapping,
+    "collections.OrderedDict": _mapping,
     "torch.Size": _rebuild_size,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -168,52 +149,42 @@ _CALLS: dict[str, Callable[..., Any]] = {
 _ALLOWED = frozenset((*_CALLS, *_STORAGES, *_DTYPES))
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, content: bytes):
-        super().__init__(io.BytesIO(content), encoding="utf-8")
-        self.item_sizes: dict[str, int] = {}  # bytes an item of every storage, by its key
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        name = f"{module_name}.{global_name}"
-        if name not in _ALLOWED:
-            raise WeightsError(f"it refers to {name}. Only tensors and plain containers are read. Nothing was run.")
-        return _Name(name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise WeightsError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage.")
-        kind, key, length = pid[1], pid[2], pid[4]
-        if not isinstance(kind, _Name) or kind.name not in _STORAGES or type(key) is not str or type(length) is not int:
-            raise WeightsError(f"it has a storage {reprlib.repr(pid)}.")
-        dtype = np.dtype(_STORAGES[kind.name])
-        if self.item_sizes.setdefault(key, dtype.itemsize) != dtype.itemsize:
-            raise WeightsError(f"its storage {key!r} has two dtypes.")
-        view = None if len(pid) == 5 or pid[5] is None else (int(pid[5][1]), int(pid[5][2]))
-        return _Storage(key, dtype, length, view)
+def _call(name: str, arguments: tuple) -> Any:
+    if name not in _CALLS:
+        raise WeightsError(f"it calls {name}, which is not among what a file of tensors may call.")
+    return _CALLS[name](*arguments)
 
 
 def _unpickle(content: bytes, start: int = 0) -> tuple[Any, int, dict[str, int]]:
     """The object pickled at `start`, where its pickle ends, and the item sizes of the storages it refers to."""
-    end = start
-    stream = io.BytesIO(content)
-    stream.seek(start)
-    # A dry reading of the instructions first: all of them are there, and none asks for memory out of proportion.
-    for opcode, argument, position in pickletools.genops(stream):
-        if "PUT" in opcode.name and int(argument or 0) > len(content):
-            raise WeightsError(f"its pickle has a memo entry {argument}.")
-        if opcode.name.startswith("EXT"):
-            raise WeightsError("it refers to a registered extension of pickle.")
-        end = (position or 0) + 1
-    unpickler = _Unpickler(content[start:end])
-    return unpickler.load(), end, unpickler.item_sizes
+    item_sizes: dict[str, int] = {}
+
+    @no_type_check
+    def refer(pid: Any) -> _Storage:
+        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise WeightsError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage.")
+        kind, key, length = pid[1], pid[2], pid[4]
+        if type(kind) is not Name or kind.name not in _STORAGES or type(key) is not str or type(length) is not int:
+            raise WeightsError(f"it has a storage {reprlib.repr(pid)}.")
+        dtype = np.dtype(_STORAGES[kind.name])
+        if item_sizes.setdefault(key, dtype.itemsize) != dtype.itemsize:
+            raise WeightsError(f"its storage {key!r} has two dtypes.")
+        view = None if len(pid) == 5 or pid[5] is None else (int(pid[5][1]), int(pid[5][2]))
+        return _Storage(key, dtype, length, view)
+
+    # The state of a mapping is its modules' versions; that of a tensor, in the oldest files, whether it was trained.
+    root, end = unpickle(content, start, Reader(_ALLOWED, _call, refer, (Mapping, _Tensor)))
+    return root, end, item_sizes
 
 
-Reader = Callable[[_Storage], bytes | memoryview]
+Storages = Callable[[_Storage], bytes | memoryview]
 
 
-def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Reader]:
+def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Storages]:
     archive = zipfile.ZipFile(file)
-    names = archive.namelist()
+    names = set(archive.namelist())
+    if len(names) < len(archive.infolist()):
+        raise WeightsError("its archive has two entries of one name, which torch.save does not write.")
     roots = [name.removesuffix("data.pkl") for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise WeightsError("it is a zip archive, but not one that torch.save wrote.")
@@ -227,6 +198,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Reader]:
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise WeightsError(f"it was written on a big-endian machine. {_RESAVE}")
 
+    @no_type_check
     def read(storage: _Storage) -> bytes:
         if f"{root}data/{storage.key}" not in names:
             raise WeightsError(f"its storage {storage.key!r} is missing.")
@@ -235,7 +207,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Reader]:
     return _unpickle(archive.read(f"{root}data.pkl"))[0], read
 
 
-def _open_legacy(content: bytes) -> tuple[Any, Reader]:
+def _open_legacy(content: bytes) -> tuple[Any, Storages]:
     if content[257:262] == b"ustar":
         raise WeightsError(f"it is in the tar format of torch 0.1. {_RESAVE}")
     if not content.startswith(b"\x80"):
@@ -261,6 +233,7 @@ def _open_legacy(content: bytes) -> tuple[Any, Reader]:
             raise WeightsError(f"its storage {key!r} ends after the file does: it is truncated or damaged.")
         records[key] = view[start:position]
 
+    @no_type_check
     def read(storage: _Storage) -> memoryview:
         if storage.key not in records:
             raise WeightsError(f"its storage {storage.key!r} is missing.")
@@ -279,12 +252,12 @@ def _state_dict(root: Any) -> dict[str, _Tensor]:
     state = root[wrapped[0]] if wrapped else root
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
-            kind = value.name if isinstance(value, _Name) else type(value).__name__
+            kind = value.name if isinstance(value, Name) else type(value).__name__
             raise WeightsError(f"its entry {reprlib.repr(name)} is a {kind}, not a tensor.")
     return state
 
 
-def _array(name: str, tensor: _Tensor, read: Reader, cache: dict[str, np.ndarray], limit: int) -> np.ndarray:
+def _array(name: str, tensor: _Tensor, read: Storages, cache: dict[str, np.ndarray], limit: int) -> np.ndarray:
     """The tensor as a view of its storage."""
     storage, dtype = tensor.storage, tensor.dtype
     if storage.key not in cache:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 
 from ._pth import read_pth
-from ._trees import named_leaves, replace_leaves
+from ._trees import LISTED, WeightsError, named_leaves, replace_leaves
 
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -52,7 +53,8 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
       names to arrays.
 
     Every parameter of the model is written and every entry of the source used; otherwise a `WeightsError` lists what is
-    missing, left over or of another shape. BatchNorm's counters (`num_batches_tracked`) do not count.
+    missing, left over, of another shape or no floats, or has numbers that are not finite. BatchNorm's
+    counters (`num_batches_tracked`) do not count.
 
     torchvision's detectors count the background among their classes: their 91 are `num_classes=90` here, and label `k`
     here is their `k + 1`.
@@ -69,16 +71,25 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     # A classifier's last layer has no place in a backbone, and is told by the absence of any detector's prefix.
     classifier = not any(name.startswith("backbone.") for name in arrays)
     wanted = {_rename(name, _TO_TORCHVISION): (name, leaf) for name, leaf in named_leaves(model).items()}
-    replacements = {}
+    replacements, broken = {}, []
     for name, array in arrays.items():
         if name.endswith("num_batches_tracked") or (classifier and name in ("fc.weight", "fc.bias")):
             continue
         name = _rename(name, _FIRST_NAMES)
         ours, leaf = wanted.get(name, (name, None))
         array = np.asarray(array)
-        replacements[ours] = array if leaf is None else array.astype(leaf.dtype)
+        # What does not fit stays as it is, to be told of: only then is nothing copied that a shape alone makes large.
+        if leaf is not None and array.shape == leaf.shape and jnp.issubdtype(array.dtype, jnp.floating):
+            with np.errstate(over="ignore"):
+                array = array.astype(leaf.dtype)
+            if not np.isfinite(array).all():
+                broken.append(name)
+        replacements[ours] = array
     origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given arrays"
-    return replace_leaves(model, replacements, source=origin)
+    loaded = replace_leaves(model, replacements, source=origin)
+    if broken:
+        raise WeightsError(f"{origin} has numbers that are not finite, in {', '.join(broken[:LISTED])}.")
+    return loaded
 
 
 def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:

@@ -1,0 +1,178 @@
+"""A machine for pickles that runs nothing.
+
+A pickle is a program. Python's own machine calls whatever the program names; this one builds plain containers, and
+hands each name, call and reference to a reader that knows what they may be. Every other instruction is refused. What a
+program can use up, in time and in memory, is proportional to its length.
+"""
+
+import io
+import pickletools
+import reprlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
+
+from ._trees import WeightsError
+
+
+# A file of weights has some 40 for each tensor, and its training checkpoint a history of numbers.
+MOST_INSTRUCTIONS = 1_000_000
+# A key's hash must not take long, nor be that of many others: nested tuples and chosen numbers could.
+LARGEST_KEY = 2**60
+
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
+NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
+TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8")
+TEXTS_OF_PYTHON_2 = ("STRING", "SHORT_BINSTRING", "BINSTRING")
+
+
+class Name(NamedTuple):
+    """A name that a pickle refers to: a note, and no more."""
+
+    name: str
+
+
+class Mapping(dict):
+    """A dictionary with attributes in its pickle, which are of no use here."""
+
+
+class Reader(NamedTuple):
+    """What the machine asks.
+
+    - `names`: those that may be referred to.
+    - `call(name, arguments)`: the result of a call. `refer(id)`: what a persistent id stands for.
+    - `stateless`: types that may be given a state, which is dropped.
+    """
+
+    names: frozenset[str]
+    call: Callable[[str, tuple], Any]
+    refer: Callable[[Any], Any]
+    stateless: tuple[type, ...]
+
+
+@no_type_check
+def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
+    """The object that is pickled at `start`, and where its pickle ends.
+
+    Raises a `WeightsError` for what the reader does not know, and anything at all for what is damaged.
+    """
+    stream = io.BytesIO(content)
+    stream.seek(start)
+    stack, marks, memo = [], [], {}
+
+    @no_type_check
+    def since_mark() -> list:
+        mark = marks.pop()
+        items = stack[mark:]
+        del stack[mark:]
+        return items
+
+    @no_type_check
+    def name_of(module: str, attribute: str) -> Name:
+        if type(module) is not str or type(attribute) is not str:
+            raise WeightsError(f"it refers to the name {reprlib.repr((module, attribute))}.")
+        name = f"{module}.{attribute}"
+        if name not in reader.names:
+            raise WeightsError(
+                f"it refers to {name[:200]}. Only tensors and plain containers are read. Nothing was run."
+            )
+        return Name(name)
+
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+        if count == MOST_INSTRUCTIONS:
+            raise WeightsError(f"its pickle has more than {count:,} instructions, which no file of weights has.")
+        match opcode.name:
+            case "STOP":
+                return stack.pop(), position + 1
+            case "PROTO" | "FRAME":
+                pass
+            case name if name in NUMBERS or name in TEXTS:
+                stack.append(argument)
+            case name if name in TEXTS_OF_PYTHON_2:
+                stack.append(argument.encode("latin-1").decode())
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case name if name in CONTAINERS:
+                stack.append(CONTAINERS[name]())
+            case "MARK":
+                marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                since_mark()
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "LIST":
+                stack.append(since_mark())
+            case "APPEND":
+                item = stack.pop()
+                checked_list(stack[-1]).append(item)
+            case "APPENDS":
+                items = since_mark()
+                checked_list(stack[-1]).extend(items)
+            case "DICT":
+                items = since_mark()
+                stack.append(dict(checked_pairs(zip(items[::2], items[1::2], strict=True))))
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                checked_dict(stack[-1]).update(checked_pairs([(key, value)]))
+            case "SETITEMS":
+                items = since_mark()
+                checked_dict(stack[-1]).update(checked_pairs(zip(items[::2], items[1::2], strict=True)))
+            case "GLOBAL":
+                stack.append(name_of(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(name_of(module, attribute))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                if type(function) is not Name or type(arguments) is not tuple:
+                    raise WeightsError(f"it calls {reprlib.repr(function)}.")
+                stack.append(reader.call(function.name, arguments))
+            case "BUILD":
+                stack.pop()
+                if not isinstance(stack[-1], reader.stateless):
+                    raise WeightsError(f"it gives a {type(stack[-1]).__name__} a state.")
+            case "BINPERSID":
+                stack.append(reader.refer(stack.pop()))
+            case "INST":
+                name_of(*argument.split(" ", 1))
+                raise WeightsError(f"it makes an instance of {reprlib.repr(argument)}.")
+            case name:
+                raise WeightsError(f"it has the instruction {name}, which a file of tensors has no need of.")
+    raise WeightsError("its pickle has no end.")
+
+
+@no_type_check
+def checked_list(target: Any) -> list:
+    """A list, for items to be appended."""
+    if type(target) is not list:
+        raise WeightsError(f"it appends to a {type(target).__name__}.")
+    return target
+
+
+@no_type_check
+def checked_dict(target: Any) -> dict:
+    """A dictionary, for items to be set."""
+    if type(target) is not dict and type(target) is not Mapping:
+        raise WeightsError(f"it sets items of a {type(target).__name__}.")
+    return target
+
+
+@no_type_check
+def checked_pairs(pairs: Any) -> list[tuple]:
+    """Pairs of key and value whose keys are quick to hash and to compare."""
+    pairs = list(pairs)
+    for key, _ in pairs:
+        if not (type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < LARGEST_KEY)):
+            raise WeightsError(f"it has a dictionary with the key {reprlib.repr(key)}.")
+    return pairs

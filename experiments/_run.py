@@ -1,0 +1,103 @@
+"""What lets a run of training be ended at any moment: signals, and a log that a resumed run goes on with."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import jax
+from _shared import console
+from jax.experimental import multihost_utils
+
+from detectax_eqx import train
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, to be looked at between steps; a second signal stops at once.
+
+    A step consumes the state that it is given: an exception in its midst would leave nothing to save.
+
+    Several processes must stop after the same step. There JAX takes SIGTERM, and lets them agree on one.
+
+    - `signal`: the number of the signal that came, or 0.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self._at_once = False
+        for number in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ():
+            signal.signal(number, self._handle)
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step. To be asked after each."""
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal != 0
+
+    def _handle(self, number: int, frame: object) -> None:
+        again, self.signal = self.signal != 0, number
+        if again or self._at_once:
+            raise KeyboardInterrupt
+        console.print("Stopping after this step (once more to stop at once) …")
+
+    @contextmanager
+    def at_once(self, what: str, saver: train.CheckpointSaver) -> Generator[None, None, None]:
+        """Within the `with` block, where the state is not being changed, a signal does not have to wait."""
+        self._at_once = True
+        try:
+            if self.signal:
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            self.leave(what, saver)
+        finally:
+            self._at_once = False
+
+    def leave(self, what: str, saver: train.CheckpointSaver) -> NoReturn:
+        """Ends the process when what is being saved is on disk; the exit status is 128 + signal, as shells have it."""
+        saver.wait()
+        console.print(f"Stopped and saved at {what}; --resume goes on from there.")
+        raise SystemExit(128 + self.signal)
+
+
+def open_log(path: Path, *, until: int, evaluated: int) -> BinaryIO:
+    """The metrics file, opened to append, without what was written after the checkpoint that is gone on from.
+
+    - `until`: its step. `evaluated`: the step of the last evaluation that it knows of.
+
+    Of several processes, the first one writes.
+    """
+    if jax.process_index() > 0:
+        return Path(os.devnull).open("ab", buffering=0)
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if not line.endswith(b"\n"):
+            continue  # the process was killed, or the disk full, as it was written
+        try:
+            entry = json.loads(line)
+            if entry["step"] <= (until if "loss" in entry else evaluated):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}, line {number} is not a line of metrics ({error}): remove it.") from None
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(b"".join(kept))
+    temporary.replace(path)
+    return path.open("ab", buffering=0)
+
+
+def write(log: BinaryIO, **values: float) -> None:
+    """Adds a line, which is on disk before a checkpoint of the same step is. What is not finite becomes null."""
+    if jax.process_index() > 0:
+        return
+    try:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        log.write(json.dumps(finite).encode() + b"\n")
+        os.fsync(log.fileno())
+    except OSError as error:
+        raise SystemExit(
+            f"Cannot write to {log.name}: {error.strerror}. Mend that, then go on with --resume."
+        ) from None

@@ -1,0 +1,162 @@
+"""Compiles training and detection for TPUs, on a machine that has none, and writes what they need to BENCHMARKS.md.
+
+    pip install -e '.[tpu]'
+    python experiments/compile_for_tpu.py
+
+A TPU's compiler, in the package `libtpu`, runs anywhere and accounts for every byte: a program that it accepts fits the
+memory of a core. Nothing is run, and no speed follows. The step is that of train.py, over all cores of a topology; the
+exit status is 1 if one of its programs does not fit. A training program takes a quarter of an hour of one CPU core and
+9 GB of its memory to compile, detection some minutes.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import train as script
+from _benchmark.tables import read_table, write_table
+from _options import Options as TrainOptions
+from _shared import ModelName, build, console, run
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from detectax_eqx import Batch, Targets, models, train
+
+
+# Memory of a core in GiB: cloud.google.com/tpu/docs, "system architecture" of each.
+GIB = {"v3": 16, "v5e": 16, "v6e": 32}
+# Side of a decoded COCO image, side of a mask in its box's frame, images of COCO's training set.
+SOURCE, MASK, COCO = 640, 112, 118_287
+HEADER = ("topology", "detector", "program", "memory a core", "GFLOPs a core", "compiled with")
+
+
+@dataclass
+class Options:
+    """Options of the compilation."""
+
+    topologies: tuple[str, ...] = ("v3:2x2x1", "v5e:2x4", "v6e:2x4")
+    """Chips and their layout. v3:2x2x1 is a v3-8, whose four chips have two cores each."""
+    models: tuple[ModelName, ...] = ("mask_rcnn_resnet50_fpn", "mask_rcnn_resnet101_fpn")
+    """Detectors."""
+    batch_size: int = 16
+    """Images a step, over all cores."""
+    canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
+    """Height and width that the network sees."""
+    file: Path = Path("BENCHMARKS.md")
+    """File with the markers between which the table goes."""
+
+
+def main(options: Options) -> None:
+    """Compiles everything, and enters each row as it comes. Rows of programs that are not asked for stay."""
+    # Without these libtpu looks for a machine's description, and complains that there is none.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
+    versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}", True
+    for topology, name, canvas in product(options.topologies, options.models, options.canvases):
+        limit = GIB[topology.split(":")[0]]
+        mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
+        recipe = TrainOptions(
+            "", "", Path(), model=name, batch_size=options.batch_size, precision="bfloat16", trainable_layers=3
+        )
+        programs = {
+            f"training in bfloat16, {options.batch_size} images": partial(lower_step, recipe, canvas, mesh),
+            "detection, an image on each core": partial(lower_detection, name, canvas, mesh),
+        }
+        for what, lower_one in programs.items():
+            key = topology, f"{name}, {canvas[0]}×{canvas[1]}", what
+            cells = measure(lower_one, limit)
+            fits &= cells[1] != ""
+            console.print(" | ".join([*key, *cells]), highlight=False, soft_wrap=True)
+            rows = {row[:3]: row for row in read_table(options.file, "tpu")[1]} | {key: (*key, *cells, versions)}
+            write_table(options.file, "tpu", HEADER, sorted(rows.values()))
+    if not fits:
+        raise SystemExit("Not every program fits its cores: see the table.")
+
+
+def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[str, str]:
+    """Memory and FLOPs of a core. No FLOPs if the program does not fit."""
+    try:
+        program: Any = lower_one().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return f"does not fit {limit} GiB", ""
+    memory = program.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return f"{used / 2**30:.2f} of {limit} GiB", f"{program.cost_analysis()['flops'] / 1e9:,.0f}"
+
+
+def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
+    """train.py's step on one canvas."""
+    optimizer = script.make_optimizer(options, script.make_schedule(options, COCO // options.batch_size, 0))
+
+    def init():
+        model = build(options.model, 80, options.norm, checkpoint=options.gradient_checkpointing)
+        trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
+        return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
+
+    state, trainable = eqx.filter_eval_shape(init)
+    step = train.make_train_step(script.make_loss(options), optimizer, trainable=trainable, mesh=mesh)
+    batch = eqx.filter_eval_shape(make_batch, options.batch_size, canvas, options.max_objects)
+    state = shaped(state, NamedSharding(mesh, PartitionSpec()))
+    batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    return lower(step, state, batch, donate=(0,))
+
+
+def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
+    """Detection in one image, on one core."""
+    model = eqx.filter_eval_shape(build, name, 80, "frozen_batch")
+    sizes = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
+    image = eqx.filter_eval_shape(jnp.zeros, (SOURCE, SOURCE, 3), jnp.uint8)
+
+    def detect(model, image, image_size, resized):
+        return models.detect(model, image, image_size=image_size, resized=resized, canvas=canvas)
+
+    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    return lower(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
+
+
+def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int) -> Batch:
+    """A batch of black images as the loader lays them out, without objects."""
+    sizes, ints = jnp.full((batch_size, 2), SOURCE, jnp.int32), jnp.zeros(batch_size, jnp.int32)
+    boxes, labels = jnp.zeros((batch_size, max_objects, 4)), jnp.zeros((batch_size, max_objects), jnp.int32)
+    masks = jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8)
+    targets = Targets(boxes, labels, labels > 0, masks, boxes)
+    images = jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8)
+    return Batch(images, sizes, sizes, targets, ints, ints == 0, ints, canvas)
+
+
+def is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of a tree, laid out on devices."""
+
+    def place(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf
+
+    return jax.tree.map(place, tree)
+
+
+def lower(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:
+    """The program of a function for arguments that are shapes, before it is compiled."""
+    shapes, static = zip(*(eqx.partition(argument, is_shape) for argument in arguments), strict=True)
+
+    def run(*shapes):
+        return function(*map(eqx.combine, shapes, static))
+
+    return jax.jit(run, donate_argnums=donate).lower(*shapes)
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)

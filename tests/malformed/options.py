@@ -1,0 +1,245 @@
+"""Options of the scripts: out of range, against each other, or naming files that are not what they should be."""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from detectax_eqx import data, train, weights
+
+from .. import tiny_train
+from . import Case
+
+
+RANGES = {
+    "train": {
+        "epochs": ["0", "-1", "1.5", "x"],
+        "steps": ["0", "-3"],
+        "batch-size": ["0", "-2", "two"],
+        "lr": ["0", "-0.1", "nan", "inf", "x"],
+        "momentum": ["1.5", "-1", "nan"],
+        "weight-decay": ["-1", "nan", "inf"],
+        "warmup-steps": ["-1"],
+        "decay-epochs": ["-1"],
+        "trainable-layers": ["6", "-1"],
+        "min-sizes": ["0", "-64"],
+        "max-size": ["0", "-1"],
+        "canvases": ["0 64", "64 100", "64", "-32 64"],
+        "flip": ["1.5", "-0.1", "nan"],
+        "jitter": ["0 1", "2 1", "nan 1", "1"],
+        "max-objects": ["0", "-1"],
+        "seed": ["-1", "x"],
+        "threads": ["0", "-1"],
+        "log-every": ["0"],
+        "checkpoint-every": ["0", "-5"],
+        "max-bad-images": ["-1"],
+        "accumulate": ["0", "-1", "3"],
+        "parameter-shards": ["0", "-2", "3"],
+        "clip-norm": ["0", "-1", "nan"],
+        "ema": ["1.5", "-0.1", "nan"],
+        "backbone-lr": ["0", "-1", "inf"],
+        "precision": ["float16"],
+        "non-finite": ["ignore"],
+        "coordinator": ["127.0.0.1:1"],
+        "num-processes": ["two"],
+        "process-id": ["x"],
+        "model": ["yolo", ""],
+        "norm": ["batch"],
+        "optimizer": ["lion"],
+        "schedule": ["step"],
+        "train-annotations": ["none.json", "http://127.0.0.1:1/x.json"],
+        "train-images": ["none"],
+        "val-annotations": ["none.json"],
+        "init": ["none.pth", "none.safetensors"],
+        "no-such-option": ["1"],
+    },
+    "evaluate": {
+        "batch-size": ["0"],
+        "min-size": ["0", "-1"],
+        "max-size": ["0"],
+        "score-threshold": ["2", "-1", "nan"],
+        "nms-threshold": ["1.5"],
+        "max-detections": ["0", "-1"],
+        "threads": ["0"],
+        "checkpoint": ["none"],
+    },
+    "predict": {
+        "min-size": ["0"],
+        "score-threshold": ["7"],
+        "nms-threshold": ["-1"],
+        "max-detections": ["-1"],
+        "checkpoint": ["none"],
+    },
+}
+
+
+@cache
+def shapes():
+    """Annotations and images that are as they should be."""
+    return data.write_shapes_dataset(mkdtemp(), num_images=2, image_size=(64, 64))
+
+
+def saved(folder, metadata=None, tree=None):
+    """A folder as train.py would leave it, with something else in it."""
+    tree = {"w": jnp.zeros(2)} if tree is None else tree
+    train.save_checkpoint(folder / "last", tree, step=1, metadata=metadata or {})
+    return folder
+
+
+def make(script, options, folder):
+    """A call of a script with its usual options, some replaced, in this process."""
+    annotations, images = shapes()
+    usual = {
+        "train": {"train-annotations": annotations, "train-images": images, "output": folder / "out"},
+        "evaluate": {"annotations": annotations, "images": images, "output": folder / "out"},
+        "predict": {"output": folder / "out"},
+    }[script]
+    if script == "train":
+        usual |= tiny_train.OPTIONS | {"steps": 1, "batch-size": len(jax.devices())}
+    elif "weights" not in options:
+        usual["checkpoint"] = folder / "run"
+    given = {name: value for name, value in (usual | options).items() if value is not None}
+    words = [word for name, value in given.items() for word in (f"--{name}", *str(value).split(" "))]
+    words = [word for word in words if word != "flag"] + ([str(images)] if script == "predict" else [])
+    module = {"train": tiny_train.script}.get(script) or __import__(script)
+
+    def call():
+        builds = [mock.patch.object(owner, "build", tiny_train.build) for owner in (tiny_train._shared, module)]
+        with mock.patch.object(sys, "argv", [f"{script}.py", *words]), builds[0]:
+            if script == "train":
+                with builds[1]:
+                    return tiny_train._shared.run(module.main, module.Options, None)
+            return tiny_train._shared.run(module.main, module.Options, None)
+
+    return call
+
+
+def cases():
+    for script, ranges in RANGES.items():
+        for option, values in ranges.items():
+            for value in values:
+                yield Case(
+                    f"option: {script}.py --{option} {value}",
+                    lambda folder, s=script, o={option: value}: make(s, o, folder),
+                    (option,) if not value.startswith(("none", "http")) else (value,),
+                )
+    yield from contradictions()
+
+
+def contradictions():
+    """Options that are wrong together, or with what is in the files."""
+
+    def case(what, script, files, words):
+        return Case(f"option: {what}", lambda folder: make(script, files(folder), folder), words)
+
+    def annotations(folder, **changes):
+        content = json.loads(shapes()[0].read_text())
+        (folder / "other.json").write_text(json.dumps(content | changes))
+        return folder / "other.json"
+
+    def written(path, content=b"x"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    def unnamed(folder):
+        weights.save_safetensors({"w": jnp.zeros(2)}, folder / "w.safetensors")
+        return {"init": folder / "w.safetensors"}
+
+    fewer = [{"id": 1, "name": "circle"}, {"id": 3, "name": "a"}, {"id": 4, "name": "b"}, {"id": 7, "name": "c"}]
+    plain = {"categories": [{"id": 1, "name": "a"}], "canvases": [[64, 64]], "min_size": 64, "max_size": 64}
+    named = plain | {"model": "faster_rcnn_resnet18_fpn", "norm": "group"}
+    yield case("warmup longer than a cosine", "train", lambda _: {"schedule": "cosine", "warmup-steps": 9}, ("warmup",))
+    yield case(
+        "val categories that differ", "train",
+        lambda folder: {"val-annotations": annotations(folder, categories=[*fewer, {"id": 9, "name": "d"}])},
+        ("other.json", "categories"),
+    )  # fmt: skip
+    yield case(
+        "masks of boxes", "train",
+        lambda folder: {
+            "model": "mask_rcnn_resnet18_fpn",
+            "train-annotations": annotations(
+                folder,
+                annotations=[{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}],
+            ),
+        },
+        ("other.json", "segmentation"),
+    )  # fmt: skip
+    yield case(
+        "an output folder that holds a run", "train", lambda folder: {"output": saved(folder / "run")}, ("--resume",)
+    )
+    yield case(
+        "an output folder that is a file", "train", lambda folder: {"output": written(folder / "file")}, ("file",)
+    )
+    yield case(
+        "resuming another model's run", "train",
+        lambda folder: {"output": saved(folder / "run"), "resume": "flag"}, ("00000001", "does not fit"),
+    )  # fmt: skip
+    yield case(
+        "resuming damaged checkpoints", "train",
+        lambda folder: {
+            "output": written(saved(folder / "run") / "last/00000001/index.json").parents[2],
+            "resume": "flag",
+        },
+        ("00000001", "damaged"),
+    )  # fmt: skip
+    yield case("initial weights of nothing", "train", unnamed, ("w.safetensors",))
+    yield case("initial weights of text", "train", lambda folder: {"init": written(folder / "w.pth")}, ("w.pth",))
+    yield case("a cache that is a file", "train", lambda folder: {"cache": written(folder / "cache")}, ("cache",))
+    for what, metadata in {
+        "no metadata": {},
+        "an unknown model": plain | {"model": "yolo", "norm": "group"},
+        "an unknown norm": plain | {"model": "faster_rcnn_resnet18_fpn", "norm": "batch"},
+        "a model by a name from elsewhere": plain | {"model": "__loader__", "norm": "group"},
+        "categories that are text": named | {"categories": "abc"},
+        "no canvas": named | {"canvases": None},
+        "another model's arrays": named,
+    }.items():
+        for script in ("evaluate", "predict"):
+            yield case(
+                f"{script}.py on a checkpoint with {what}", script,
+                lambda folder, m=metadata: {"checkpoint": saved(folder / "run", m)}, ("run",),
+            )  # fmt: skip
+    for name, content in {"w.pth": b"x", "w.safetensors": b"x", "w.zip": b"PK\x03\x04"}.items():
+        yield case(
+            f"evaluate.py --weights {name}", "evaluate",
+            lambda folder, n=name, c=content: {
+                "weights": written(folder / n, c),
+                "model": "faster_rcnn_resnet18_fpn",
+            },
+            (name,),
+        )  # fmt: skip
+    yield case(
+        "weights without a model", "evaluate", lambda folder: {"weights": written(folder / "w.pth")}, ("--model",)
+    )
+    yield case("neither weights nor checkpoint", "evaluate", lambda _: {"checkpoint": None}, ("--checkpoint",))
+    for script, option in (("evaluate", "annotations"), ("evaluate", "images"), ("predict", "annotations")):
+        yield case(
+            f"{script}.py --{option} that are not there", script,
+            lambda folder, o=option: {o: folder / "none"} | detector_weights(), ("none",),
+        )  # fmt: skip
+    for what, content in {
+        "a list": b"[]",
+        "text": b"x",
+        "no categories": b"{}",
+        "categories of text": b'{"categories": "ab"}',
+    }.items():
+        yield case(
+            f"predict.py --annotations of {what}", "predict",
+            lambda folder, c=content: {"annotations": written(folder / "a.json", c)} | detector_weights(),
+            ("a.json",),
+        )  # fmt: skip
+
+
+@cache
+def detector_weights():
+    """A detector's weights that load, made once."""
+    path = Path(mkdtemp()) / "detector.safetensors"
+    weights.save_safetensors(tiny_train.build("faster_rcnn_resnet18_fpn", 4, "group"), path)
+    return {"weights": path, "model": "faster_rcnn_resnet18_fpn", "norm": "group"}

@@ -1,0 +1,165 @@
+"""Runs that are killed, resumed, and end as if nothing had happened.
+
+What is compared of two runs is everything but the clock's figures: every stored array of the last and of the best
+checkpoint, what their indexes hold, and the bytes of the metrics and detections.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+import tensorstore as ts
+
+from detectax_eqx import data, train
+
+from . import tiny_train
+
+
+KILLS = 30
+SAME = "resumed to the bits of the uninterrupted run"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """16 images to train on, one of them damaged, so that three epochs are 24 steps, and 6 to evaluate on."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for name, count in (("train", 16), ("val", 6)):
+        data.write_shapes_dataset(folder / name, num_images=count, seed=count, image_size=(64, 64))
+    damaged = folder / "train/images/000005.png"  # of which the end, which is looked at beforehand, is as it should be
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:3000] + bytes(20) + content[3020:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """What a run that nothing interrupts leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    output, status = finish(start(shapes, folder))
+    assert status == 0 and "000005.png: cannot be read as an image" in output, output
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == [1, *range(2, 25, 2)]
+    assert [line["step"] for line in metrics(folder) if "bbox_AP" in line] == [8, 16, 24]
+    assert metrics(folder)[-2]["left_out"] > 0 and metrics(folder)[-2]["bad_images"] == 3
+    return contents(folder)
+
+
+def start(shapes, folder, *options):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Most of such a short run is compiling: all of it is kept for the next.
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = tiny_train.command(shapes, folder, *options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process):
+    output, _ = process.communicate()
+    return output, process.returncode
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    """All that two runs are to have in common, as bytes by name."""
+    found = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "evaluation/detections.json")}
+    for kind in ("last", "best"):
+        for path in sorted((folder / kind).iterdir()):
+            store = ts.KvStore.open(f"file://{path}/arrays/|ocdbt:").result()
+            arrays = {f"{kind}/{path.name}/{key}": bytes(store[key]) for key in store.list().result()}
+            found |= arrays | {f"{kind}/{path.name}": (path / "index.json").read_bytes()}
+    assert {name.split("/")[0] for name in found} == {"metrics.jsonl", "evaluation", "last", "best"}
+    return found
+
+
+def assert_readable(folder, monkeypatch):
+    """Whatever is there can be used: checkpoints by the scripts that detect, logs as JSON."""
+    monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
+    if any(train.latest_checkpoint(folder / kind) for kind in ("last", "best")):
+        detector = tiny_train._shared.load_run(folder)
+        assert [category.name for category in detector.categories] == ["circle", "square", "triangle", "star"]
+    for path in (*folder.glob("*.json"), *folder.glob("evaluation/*.json")):
+        json.loads(path.read_text())
+    for path in folder.glob("*.jsonl"):
+        assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
+    """Twice killed amid a save, twice told to stop, while training and amid an evaluation."""
+    folder = tmp_path / "run"
+    output, status = finish(start(shapes, folder, "--die-after", "arrays:2"))
+    assert status == -signal.SIGKILL and not (folder / "last/00000006").exists(), output
+    assert_readable(folder, monkeypatch)
+    output, status = finish(start(shapes, folder, "--resume", "--stop-after", "stepping:2"))
+    assert status == 128 + signal.SIGTERM and "Going on at step 3" in output, output
+    assert "Stopped and saved at step 5" in output
+    output, status = finish(start(shapes, folder, "--resume", "--die-after", "replacing:1"))
+    assert status == -signal.SIGKILL and (folder / "last/00000008.replaced").exists(), output
+    assert_readable(folder, monkeypatch)
+    output, status = finish(start(shapes, folder, "--resume", "--stop-after", "evaluating:9"))
+    assert status == 128 + signal.SIGTERM and "Going on at step 8" in output, output
+    assert "Stopped and saved at evaluation after step 16" in output
+    output, status = finish(start(shapes, folder, "--resume"))
+    assert status == 0 and "Going on at step 16" in output, output
+    same = contents(folder) == whole
+    tally("kill -9 at chosen places of a save", 2, 2 * same, SAME)
+    tally("SIGTERM", 2, 2 * same, f"saves and exits; {SAME}")
+    assert same
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
+    """At any moment of a run's life, at any of its training, and while a checkpoint is being written, in turn."""
+    rng, kills, survived, runs = random.Random(0), Counter(), Counter(), 0
+    while kills.total() < KILLS:
+        folder, options, here = tmp_path / str(runs), [], Counter()
+        while True:
+            before = progress(folder)
+            process = start(shapes, folder, *options)
+            if kills.total() + here.total() < KILLS:
+                wait_to_kill(process, folder, rng.choice(("any", "training", "saving")), rng)
+                process.kill()
+            output, status = finish(process)
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL, output
+            saving = any(folder.glob("*/*.tmp"))
+            here["amid a save" if saving else "while starting" if progress(folder) == before else "while training"] += 1
+            assert_readable(folder, monkeypatch)
+            options = ["--resume"]
+        runs += 1
+        kills += here
+        if contents(folder) == whole:
+            survived += here
+    for moment, count in kills.items():
+        tally(f"kill -9 at random, {moment}", count, survived[moment], SAME)
+    assert survived == kills
+
+
+def progress(folder):
+    """What a run has left so far."""
+    return sorted((path.name, path.stat().st_mtime) for path in folder.glob("*/*"))
+
+
+def wait_to_kill(process, folder, moment, rng):
+    """Returns at a random moment, or when the process has ended."""
+    before, saves = progress(folder), rng.randrange(1, 5)
+    deadline = time.monotonic() + (rng.uniform(0, 8) if moment == "any" else 60)
+    while time.monotonic() < deadline and process.poll() is None:
+        if moment == "training" and progress(folder) != before:
+            moment, deadline = "any", time.monotonic() + rng.uniform(0, 3)
+        if moment == "saving" and any(folder.glob("*/*.tmp")):
+            saves -= 1
+            if not saves:
+                time.sleep(rng.uniform(0, 0.02))
+                return
+            while any(folder.glob("*/*.tmp")):
+                time.sleep(0.001)
+        time.sleep(0.001)

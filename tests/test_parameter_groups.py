@@ -1,0 +1,70 @@
+"""Rates and decay by group: every parameter moves as it would alone, under the options of its group."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from detectax_eqx import models, nn, train
+
+from .tiny_detector import random_arrays
+
+
+RATE, DECAY, FACTOR = 0.1, 0.5, 0.25
+leaves_with_path = jax.tree_util.tree_leaves_with_path
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """The trained parameters of a Mask R-CNN whose stem is frozen."""
+
+    def build():
+        body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=jr.key(0), width=8, norm=nn.GroupNorm)
+        boxes = models.FasterRCNN(nn.ResNetFPN(body, key=jr.key(1), channels=16), 3, key=jr.key(2), hidden_size=32)
+        return models.MaskRCNN(boxes, key=jr.key(3), hidden_channels=16)
+
+    model = random_arrays(eqx.filter_eval_shape(build))
+    return eqx.filter(model, models.trainable(model, trainable_layers=4))
+
+
+def updated(optimizer, tree):
+    """A tree after three updates with gradients that differ."""
+    state = optimizer.init(tree)
+
+    @jax.jit
+    def step(tree, state, scale):
+        gradient = jax.tree.map(lambda leaf: scale * jnp.cos(leaf), tree)
+        updates, state = optimizer.update(gradient, state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    for scale in (1.0, -2.0, 0.0):
+        tree, state = step(tree, state, scale)
+    return tree
+
+
+@pytest.mark.parametrize("build", [train.sgd, train.adamw])
+def test_each_parameter_moves_as_alone(parameters, build):
+    grouped = optax.chain(
+        build(RATE, weight_decay=DECAY, decay_mask=train.no_vectors),
+        optax.masked(optax.scale(FACTOR), models.in_resnet),
+    )
+    found = {jax.tree_util.keystr(p): leaf for p, leaf in leaves_with_path(updated(grouped, parameters))}
+    groups = {}
+    for path, leaf in leaves_with_path(parameters):
+        name = jax.tree_util.keystr(path)
+        slow, decays = "body" in name, path[-1].name == "weight" and "norm" not in name
+        groups.setdefault((slow, decays), {})[name] = leaf
+    assert len(groups) == 4
+    for (slow, decays), group in groups.items():
+        alone = updated(build(RATE * (FACTOR if slow else 1), weight_decay=DECAY * decays), group)
+        for name, leaf in alone.items():
+            np.testing.assert_allclose(found[name], leaf, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_a_frozen_part_has_no_group(parameters):
+    assert models.in_resnet(parameters).faster_rcnn.backbone.body.conv1.weight is None
+    with pytest.raises(ValueError, match="no ResNet"):
+        models.in_resnet(eqx.tree_at(lambda m: m.faster_rcnn.backbone, parameters, nn.relu))

@@ -1,0 +1,179 @@
+"""A detector's step on eight devices, in two processes, in parts, in bfloat16: what one device gives at once.
+
+And nothing sent between devices but what must be.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+from functools import cache
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx import data, models, nn, train
+
+from . import tiny_train
+from .tiny_detector import build, loss, make_batch
+
+
+STEPS = 5
+
+
+def trained(model_devices, accumulate=1, dtype="float32"):
+    """State and metrics of every step on eight devices, or on one (0), and the compiled program's text."""
+    return train_once(model_devices, accumulate, dtype)
+
+
+@cache
+def train_once(model_devices, accumulate, dtype):
+    mesh = train.make_mesh(jax.devices()[:8], model=model_devices) if model_devices else None
+    model = build()
+    trainable, optimizer = models.trainable(model), train.sgd(0.02)
+
+    def cast_loss(model, example, *, key):
+        terms = loss(nn.cast(model, dtype), example, key=key)
+        assert all(term.total.dtype == jnp.float32 for term in terms.values())
+        return terms
+
+    step = train.make_train_step(cast_loss, optimizer, trainable=trainable, mesh=mesh, accumulate=accumulate)
+    state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(1), ema=True)
+    batches = [make_batch(k) for k in range(STEPS)]
+    if mesh is not None:
+        state, batches = train.shard_state(state, mesh), [train.shard_batch(batch, mesh) for batch in batches]
+    program = eqx.filter_jit(lambda batch, state: step(state, batch), donate="all-except-first")
+    program = program.lower(batches[0], state).compile()
+    layout, history = [leaf.sharding for leaf in arrays(state)], []
+    for batch in batches:
+        state, metrics = program(batch, state)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert [leaf.sharding for leaf in arrays(state)] == layout
+    return state, history, program.compiled.as_text()
+
+
+def arrays(tree):
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+
+
+CASES = [(1, 1), (8, 1), pytest.param(2, 1, marks=pytest.mark.long), pytest.param(8, 2, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("model_devices, accumulate", [*CASES, pytest.param(0, 4, marks=pytest.mark.long)])
+def test_the_same_as_one_device_at_once(model_devices, accumulate):
+    one, other = trained(0), trained(model_devices, accumulate)
+    for a, b in zip(one[1], other[1], strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], atol=1e-5, rtol=1e-5, err_msg=name)
+    states = [
+        jax.tree_util.tree_leaves_with_path(train.to_host((s.model, s.opt_state, s.ema))) for s in (one[0], other[0])
+    ]
+    for (path, a), (_, b) in zip(*states, strict=True):
+        if isinstance(a, np.ndarray):
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_losses_in_bfloat16_follow_those_in_float32():
+    full, half = trained(0), trained(0, dtype="bfloat16")
+    losses = np.array([[metrics["loss"] for metrics in history] for _, history, _ in (full, half)])
+    assert (losses[0] != losses[1]).all()
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    floats = [leaf for leaf in arrays((half[0].model, half[0].opt_state)) if eqx.is_inexact_array(leaf)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+
+
+def sent(text):
+    """What a compiled program sends between devices: kind and shape of every array, sorted, and kinds of numbers."""
+    found = []
+    kinds = re.compile(r" (all-[a-z-]+|reduce-scatter|collective-[a-z]+|send|recv)(?:-start)?\(")
+    for computation in text.split("\n\n"):
+        for line in computation.splitlines():
+            if message := kinds.search(line):
+                # In a loop, a message would be sent in every round.
+                assert computation.strip().startswith("ENTRY")
+                for dimensions in re.findall(r"\w+\[([\d,]*)\]", line[: message.start()]):
+                    found.append((message[1], tuple(map(int, filter(None, dimensions.split(","))))))
+    return sorted(shape for shape in found if shape[1]), {kind for kind, shape in found if not shape}
+
+
+def test_copies_send_gradients_and_sums():
+    state, _, text = trained(1)
+    trained_arrays, _ = train._state.partition(state.model, models.trainable(state.model))
+    expected = sorted(("all-reduce", leaf.shape) for leaf in arrays(trained_arrays))
+    assert sent(text) == (expected, {"all-reduce"})
+
+
+def test_pieces_send_parameters_and_gradients():
+    """Every parameter once, every gradient once, and sums. No image, feature map or box."""
+    state, _, text = trained(8)
+    expected = []
+    for leaf in arrays(state.model):
+        cut = max((n for n in leaf.shape if n % 8 == 0), default=None)
+        if cut is None:
+            assert leaf.sharding.is_fully_replicated
+            expected.append(("all-reduce", leaf.shape))
+        else:
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+            expected += [("all-gather", leaf.shape), ("reduce-scatter", leaf.addressable_shards[0].data.shape)]
+    assert sent(text) == (sorted(expected), {"all-reduce"})
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """train.py, each process with a piece of the parameters and its rows of the batches, and sharing an evaluation."""
+    for name, count in (("train", 8), ("val", 7)):
+        data.write_shapes_dataset(tmp_path / name, num_images=count, seed=count, image_size=(64, 64))
+    options = ["--steps", "4", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
+    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+    processes = [
+        run_script(tmp_path, "one", *options, devices=2),
+        *(run_script(tmp_path, "two", *options, *address, str(i), devices=1) for i in range(2)),
+    ]
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one may wait for another that failed
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    for name, array in one["arrays"].items():
+        np.testing.assert_allclose(two["arrays"][name], array, atol=1e-5, err_msg=name)
+    for expected, line in zip(one["metrics"], two["metrics"], strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(line[name], value, atol=1e-4, rtol=1e-5, err_msg=name)
+    assert {result["image_id"] for result in one["found"]} == set(range(1, 8))
+    for name in ("image_id", "score"):
+        values = [sorted(result[name] for result in run["found"]) for run in (one, two)]
+        np.testing.assert_allclose(*values, atol=1e-4)
+
+
+def run_script(folder, output, *options, devices):
+    return subprocess.Popen(
+        tiny_train.command(folder, folder / output, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+    )
+
+
+def contents(output):
+    """Arrays of the last checkpoint by name, lines of the metrics, and what the evaluation found."""
+    return {
+        "arrays": tiny_train.saved_arrays(output),
+        "metrics": [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],
+        "found": json.loads((output / "evaluation/detections.json").read_text()),
+    }

@@ -1,0 +1,97 @@
+"""The smallest detector with all that a detector has, for tests that compile whole training steps."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from detectax_eqx import Batch, Targets, models, nn, train
+
+
+SIDE, IMAGES = 64, 16
+SAMPLING = models.Sampling(pre_nms_top_n=24, post_nms_top_n=24, rpn_samples=32, box_samples=16)
+
+
+class Pyramid(eqx.Module):
+    """The least that is a backbone: three maps, each of a strided convolution of the one before."""
+
+    convs: tuple[nn.Conv2d, ...]
+    channels = 16
+    strides = (8, 16, 32)
+
+    def __init__(self, *, key):
+        keys = jr.split(key, 3)
+        self.convs = tuple(
+            nn.Conv2d(i, 16, 2 * s + 1, stride=s, key=k) for i, s, k in zip((3, 16, 16), (8, 2, 2), keys, strict=True)
+        )
+
+    def __call__(self, image):
+        image, maps = image.astype(self.convs[0].weight.dtype), []
+        for conv in self.convs:
+            image = nn.relu(conv(image))
+            maps.append(image)
+        return tuple(maps)
+
+
+def build():
+    """A tiny Mask R-CNN whose proposals differ so much that rounding does not change their order."""
+
+    def make():
+        keys = jr.split(jr.key(0), 3)
+        sizes = ((12.0,), (24.0,), (48.0,))
+        boxes = models.FasterRCNN(Pyramid(key=keys[0]), 3, key=keys[1], hidden_size=32, anchor_sizes=sizes)
+        return models.MaskRCNN(boxes, key=keys[2], hidden_channels=16)
+
+    return random_arrays(eqx.filter_eval_shape(make))
+
+
+def random_arrays(shapes):
+    """A model of shapes, filled: the usual initialisation takes longer to compile than the training step."""
+    draw = np.random.default_rng(0)
+
+    def fill(leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        scale = (2 / np.prod(leaf.shape[1:])) ** 0.5 if len(leaf.shape) > 1 else 0.0
+        return jnp.asarray(scale * draw.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def loss(model, example, *, key):
+    augment_key, loss_key = jr.split(key)
+    image, size, targets = train.augment(
+        example.images,
+        example.image_sizes,
+        example.targets,
+        canvas=example.canvas,
+        min_sizes=(SIDE,),
+        max_size=SIDE,
+        key=augment_key,
+    )
+    return models.mask_rcnn_loss(model, image, size, targets, key=loss_key, sampling=SAMPLING)
+
+
+def make_batch(k):
+    """Batch `k` of random images, one of them a filler."""
+    draw = np.random.default_rng(k)
+    corner, side = draw.uniform(0, 30, (IMAGES, 4, 2)), draw.uniform(8, 30, (IMAGES, 4, 2))
+    boxes = np.concatenate([corner, corner + side], axis=2).astype(np.float32)
+    sizes = np.full((IMAGES, 2), SIDE, np.int32)
+    return Batch(
+        images=draw.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8),
+        image_sizes=sizes,
+        original_sizes=sizes,
+        targets=Targets(
+            boxes,
+            draw.integers(0, 3, (IMAGES, 4), dtype=np.int32),
+            draw.uniform(size=(IMAGES, 4)) < 0.8,
+            draw.integers(0, 256, (IMAGES, 4, 14, 14), dtype=np.uint8),
+            boxes,
+        ),
+        indices=np.arange(IMAGES, dtype=np.int32),
+        valid=np.arange(IMAGES) != 5,
+        overflow=np.zeros(IMAGES, np.int32),
+        canvas=(SIDE, SIDE),
+    )

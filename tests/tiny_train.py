@@ -1,0 +1,106 @@
+"""experiments/train.py with a detector so small that a step takes milliseconds; the killing test runs it.
+
+    python tests/tiny_train.py [train.py's options] [--die-after PLACE:N | --stop-after PLACE:N]
+
+Everything but the detector's width is the script's own. The last option makes the process kill itself, as `kill -9`
+does, or send itself SIGTERM, the N-th time that it comes to one of four places: when a checkpoint's arrays are written
+and it has no index yet; when a checkpoint was moved away and the new one of its step is not yet in its place; before a
+step; and amid an evaluation.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import _shared
+import equinox as eqx
+import jax
+import jax.random as jr
+import train as script
+
+from detectax_eqx import evaluate, models, nn, train
+from detectax_eqx.train import _checkpoint
+
+
+OPTIONS = {
+    "model": "faster_rcnn_resnet18_fpn",
+    "norm": "group",
+    "batch-size": 2,
+    "epochs": 3,
+    "lr": 0.05,
+    "warmup-steps": 4,
+    "min-sizes": 64,
+    "max-size": 64,
+    "canvases": "64 64",
+    "max-objects": 2,
+    "checkpoint-every": 3,
+    "log-every": 2,
+}
+
+
+@eqx.filter_jit
+def build(name, num_classes, norm, seed=0, *, checkpoint=False):
+    """A Faster R-CNN on a ResNet-18 of an eighth of the width."""
+    keys = jr.split(jr.key(seed), 3)
+    body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
+    backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
+    sizes = ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
+    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=32, anchor_sizes=sizes)
+
+
+def command(shapes, output, *options):
+    """The command line of a run on what `write_shapes_dataset` wrote to `shapes/train` and `shapes/val`."""
+    paths = {"output": output, "cache": output / "cache"}
+    for kind in ("train", "val"):
+        paths |= {f"{kind}-annotations": shapes / kind / "annotations.json", f"{kind}-images": shapes / kind / "images"}
+    pairs = [(f"--{name}", *str(value).split(" ")) for name, value in (OPTIONS | paths).items()]
+    return [sys.executable, __file__, *itertools.chain(*pairs), *options]
+
+
+def saved_arrays(output):
+    """The arrays of a run's last checkpoint by name."""
+    path = train.latest_checkpoint(output / "last")
+    leaves = json.loads((path / "index.json").read_text())["content"]["leaves"]
+    forms = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items() if name != "key"}
+    return _checkpoint.read_arrays(path / "arrays", forms)
+
+
+# The function after whose call it happens, and how its last argument ends.
+PLACES = {
+    "arrays": (_checkpoint, "write_arrays", ""),
+    "replacing": (Path, "rename", ".replaced"),
+    "stepping": (train, "shard_batch", ""),
+    "evaluating": (evaluate, "to_coco_results", ""),
+}
+
+
+SIGNALS = {"--die-after": signal.SIGKILL, "--stop-after": signal.SIGTERM}
+
+
+def signal_after(place, number, kind):
+    """Makes the process send itself a signal when it has come to a place for the `number`-th time."""
+    owner, name, suffix = PLACES[place]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*arguments, **options):
+        result = original(*arguments, **options)
+        if str(arguments[-1]).endswith(suffix) and next(calls) == number:
+            os.kill(os.getpid(), kind)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+if __name__ == "__main__":
+    if sys.argv[-2] in SIGNALS:
+        place, number = sys.argv[-1].split(":")
+        signal_after(place, int(number), SIGNALS[sys.argv[-2]])
+        del sys.argv[-2:]
+    _shared.build = script.build = build
+    _shared.run(script.main, script.Options, script.__doc__)
