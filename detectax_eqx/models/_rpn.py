@@ -24,6 +24,7 @@ from ..ops import (
     sample_balanced,
     smooth_l1_loss,
 )
+from ..ops._substitute import replaceable
 
 
 # Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
@@ -97,6 +98,7 @@ class RPN(eqx.Module):
         return RPNOutput(tuple(logits), tuple(deltas), tuple(anchors))
 
 
+@replaceable
 def propose(
     output: RPNOutput,
     image_size: Float[Array, " 2"],
