@@ -123,7 +123,7 @@ ELSEWHERE = {
     draw: {"class_color"},
     # test_export.py: they write files, or need an extra.
     export: {"save_stablehlo", "save_onnx", "read_onnx", "compare_onnx", "quantize_onnx", "fold_norms"}
-    | {"save_onnx_parts", "host_detections", "host_nms"}
+    | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
     evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"},
     models: {"mask_rcnn_loss", "detect_batch", "num_parameters"}

@@ -1,5 +1,11 @@
 """Ways out of Python: a detector as a file that other runtimes run."""
 
+from ._edge import (
+    EDGE_TPU_OPERATORS as EDGE_TPU_OPERATORS,
+    TFLiteDetector as TFLiteDetector,
+    save_tflite as save_tflite,
+)
+from ._extras import require as require
 from ._fold import fold_norms as fold_norms
 from ._host import host_nms as host_nms
 from ._onnx import (

@@ -225,7 +225,7 @@ def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: ja
         (main,) = (op for op in module.body.operations if "main" in str(op.attributes["sym_name"]))
         converter.set_signature(main, SIGNATURE, [name], names)
         converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
-        return converter.export_flatbuffer_to_bytes(module)
+        return converter.export_flatbuffer_to_bytes(module.operation)
 
 
 def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) -> None:

@@ -290,6 +290,8 @@ def with_functions(proto: onnx.ModelProto, functions: dict[str, str]) -> onnx.Mo
     if all(opset.domain != DOMAIN for opset in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     proto = onnx.inliner.inline_local_functions(proto)
+    for i, node in enumerate(proto.graph.node):
+        node.name = f"{node.op_type}_{i}"  # what was put in has none
     kept = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)

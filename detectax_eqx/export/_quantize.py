@@ -49,6 +49,7 @@ def quantize_onnx(
 
     proto, about = read_onnx(source)
     shape = about["shape"]
+    _own_biases(proto)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -66,7 +67,7 @@ def quantize_onnx(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         quantize_static(
-            os.fspath(source),
+            proto,
             os.fspath(temporary),
             Reader(),
             quant_format=QuantFormat.QDQ,
@@ -82,6 +83,21 @@ def quantize_onnx(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _own_biases(proto: Any) -> None:
+    """Gives each layer a bias of its own: its scale depends on that of the layer's input.
+
+    Layers that are shared by the levels of a pyramid would otherwise run in floats.
+    """
+    biases, seen = {tensor.name: tensor for tensor in proto.graph.initializer}, set()
+    for node in proto.graph.node:
+        if node.op_type in ("Conv", "Gemm") and len(node.input) == 3 and node.input[2] in biases:
+            if node.input[2] in seen:
+                copy = proto.graph.initializer.add()
+                copy.CopyFrom(biases[node.input[2]])
+                copy.name = node.input[2] = f"{node.input[2]}.{node.name}"
+            seen.add(node.input[2])
 
 
 def _network(proto: Any, kept_in_float: Sequence[str]) -> list[str]:
