@@ -170,7 +170,7 @@ def compare_onnx(
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     run = jax.jit(lambda images, sizes: detection_program(model, shape, options)(images, sizes))
     # Black has no objects. A model that sees some nonetheless gives each of many places the same score.
-    black = np.zeros((32, 32, 3), np.uint8)
+    black = np.zeros((*(min(32, side) for side in shape.source), 3), np.uint8)
     padded, sizes = pad_images([black], shape)
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
     for start in range(0, len(everything), shape.batch):
