@@ -255,3 +255,25 @@ def test_host_nms_keeps_what_nms_keeps():
         found = export.host_nms(boxes, scores, labels, valid, **options)
         assert found.tolist() == indices[kept].tolist()
     assert export.host_nms(boxes, scores, labels, valid & False, iou_threshold=0.5, max_outputs=3).tolist() == []
+
+
+@pytest.mark.timeout(600)
+def test_tflite_is_integer_throughout(model, images, tmp_path):
+    if any(find_spec(module) is None for module in _extras.EXTRAS["edge"]):
+        pytest.skip("needs the extra edge")
+    from ai_edge_litert.interpreter import Interpreter
+
+    detector, shape = model.faster_rcnn, export.Shape(1, SHAPE.source, SHAPE.canvas)
+    export.save_tflite(detector, tmp_path, shape=shape, images=images, class_names=NAMES, options=OPTIONS)
+    for file in ("network.tflite", "box_head.tflite"):
+        interpreter = Interpreter(str(tmp_path / file))
+        details = interpreter.get_input_details() + interpreter.get_output_details()
+        assert {detail["dtype"] for detail in details} == {np.int8}
+    run = export.TFLiteDetector(detector, tmp_path)
+    assert "CONV_2D" in run.operators()
+    padded, sizes = export.pad_images(images[:1], shape)
+    wanted = jax.jit(export.detection_program(detector, shape, OPTIONS))(padded, sizes)
+    found = run(images[0])
+    # Integers move boxes. The surest detections are found all the same.
+    iou = ops.pairwise_iou(wanted.boxes[0, :3], found.boxes[found.valid])
+    assert float(iou.max(axis=1).min()) > 0.6
