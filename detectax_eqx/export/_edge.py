@@ -1,4 +1,5 @@
 """A box detector's network as full-integer TFLite files, with decoding, suppression and RoIAlign on the host."""
+# pyright: reportMissingImports=false
 
 import json
 import os

@@ -85,7 +85,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
 
 def _apply(eqn: Any, operands: list[Any]) -> list[Any]:
     if eqn.primitive.name not in CONTROL_FLOW:
-        for inner in filter(None, map(eqn.params.get, ("jaxpr", "call_jaxpr"))):
+        for inner in filter(None, map(eqn.params.get, ("jaxpr", "call_jaxpr", "call"))):
             return _evaluate(inner.jaxpr, inner.consts, operands)
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]

@@ -1,4 +1,5 @@
 """A detector as one ONNX file, which is compared with the model before it is kept."""
+# pyright: reportMissingImports=false
 
 import json
 import os

@@ -1,4 +1,5 @@
 """A detector as two ONNX files with suppression left to the host between and after them."""
+# pyright: reportMissingImports=false
 
 import json
 import os

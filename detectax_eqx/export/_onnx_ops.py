@@ -3,6 +3,7 @@
 Suppression and RoIAlign are functions written in ONNX, in its text syntax. While JAX traces a model they are primitives
 that are known by their shapes alone; jax2onnx makes a call of each, and `with_functions` puts the function there.
 """
+# pyright: reportMissingImports=false
 
 import inspect
 from collections.abc import Callable, Sequence

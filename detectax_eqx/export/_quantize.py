@@ -1,4 +1,5 @@
 """An ONNX file with its network in 8-bit integers."""
+# pyright: reportMissingImports=false
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,5 @@
 """This project's detectors as files, in the runtimes that they are for."""
+# pyright: reportMissingImports=false
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
