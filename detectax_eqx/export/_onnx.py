@@ -115,8 +115,9 @@ def convert(
     """
     import jax2onnx
 
-    from ._onnx_ops import OPSET, Substitutes, with_functions
+    from ._onnx_ops import OPSET, Substitutes, register_calls, with_functions
 
+    register_calls()
     substitutes = Substitutes(model.num_classes)
     names: list[str] = []
 

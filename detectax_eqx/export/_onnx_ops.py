@@ -7,19 +7,15 @@ that are known by their shapes alone; jax2onnx makes a call of each, and `with_f
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnx
-import onnx.helper
-import onnx.inliner
-import onnx.parser
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
-from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 from jaxtyping import Array, Bool, Float, Int
 
 from ..models import box_detections, propose
@@ -38,18 +34,21 @@ _call_p.multiple_results = True
 _call_p.def_abstract_eval(lambda *operands, function, results: [jax.core.ShapedArray(*result) for result in results])
 
 
-@register_primitive(jaxpr_primitive=_call_p.name)
-class _Call(PrimitiveLeafPlugin):
-    """A call becomes a node of that name in this package's domain."""
+@cache
+def register_calls() -> None:
+    """Teaches jax2onnx that a call becomes a node of that name in this package's domain."""
+    from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-    def lower(self, ctx: Any, eqn: Any) -> None:
-        operands = [ctx.get_value_for_var(var) for var in eqn.invars]
-        results = [ctx.get_value_for_var(var) for var in eqn.outvars]
-        names = [result.name for result in results]
-        calls = getattr(ctx.builder, eqn.params["function"])(*operands, _domain=DOMAIN, _outputs=names)
-        for var, result, call in zip(eqn.outvars, results, [calls] if len(names) == 1 else calls, strict=True):
-            call.type, call.shape = result.type, result.shape
-            ctx.bind_value_for_var(var, call)
+    @register_primitive(jaxpr_primitive=_call_p.name)
+    class _Call(PrimitiveLeafPlugin):
+        def lower(self, ctx: Any, eqn: Any) -> None:
+            operands = [ctx.get_value_for_var(var) for var in eqn.invars]
+            results = [ctx.get_value_for_var(var) for var in eqn.outvars]
+            names = [result.name for result in results]
+            calls = getattr(ctx.builder, eqn.params["function"])(*operands, _domain=DOMAIN, _outputs=names)
+            for var, result, call in zip(eqn.outvars, results, [calls] if len(names) == 1 else calls, strict=True):
+                call.type, call.shape = result.type, result.shape
+                ctx.bind_value_for_var(var, call)
 
 
 class Substitutes:
@@ -283,8 +282,12 @@ def _function(inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str
     )
 
 
-def with_functions(proto: onnx.ModelProto, functions: dict[str, str]) -> onnx.ModelProto:
-    """The model with the functions put in the place of their calls."""
+def with_functions(proto: Any, functions: dict[str, str]) -> Any:
+    """The `onnx.ModelProto` with the functions put in the place of their calls."""
+    import onnx.helper
+    import onnx.inliner
+    import onnx.parser
+
     del proto.functions[:]
     for text, name in functions.items():
         proto.functions.append(onnx.parser.parse_function(text.replace("NAME", name, 1)))
