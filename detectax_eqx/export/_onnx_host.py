@@ -115,10 +115,9 @@ def save_onnx_parts(
 
 def _best_indices(boxes, scores, valid, *, iou_threshold, max_outputs, labels=None):
     """`nms_indices` without suppression: the best of the valid rows."""
-    count = min(max_outputs, scores.shape[0])
-    best, indices = lax.top_k(jnp.where(valid, scores, -1.0), count)
-    missing = (0, max_outputs - count)
-    return jnp.pad(indices, missing), jnp.pad(best >= 0, missing)
+    missing = jnp.full(max(0, max_outputs - scores.shape[0]), -1.0)
+    best, indices = lax.top_k(jnp.concatenate([jnp.where(valid, scores, -1.0), missing]), max_outputs)
+    return jnp.where(best >= 0, indices, 0), best >= 0
 
 
 def host_detections(

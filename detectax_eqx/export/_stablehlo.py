@@ -56,16 +56,14 @@ def save_stablehlo(
 
         def run(weights, images, image_sizes, shape=shape):
             model = eqx.combine(jax.tree.unflatten(rebuild, weights), static)
-            found = detection_program(model, shape, options)(images, image_sizes)
-            return tuple(leaf for leaf in jax.tree.leaves(found))
+            return tuple(jax.tree.leaves(detection_program(model, shape, options)(images, image_sizes)))
 
         arguments = (
             [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights],
             jax.ShapeDtypeStruct((shape.batch, *shape.source, 3), np.uint8),
             jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
         )
-        exported = export.export(jax.jit(run), platforms=tuple(platforms))(*arguments)
-        programs[shape.name] = exported
+        programs[shape.name] = export.export(jax.jit(run), platforms=tuple(platforms))(*arguments)
     about = {
         "class_names": list(class_names),
         "shapes": [asdict(shape) | {"name": shape.name} for shape in shapes],
