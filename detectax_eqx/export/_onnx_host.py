@@ -115,8 +115,10 @@ def save_onnx_parts(
 
 def _best_indices(boxes, scores, valid, *, iou_threshold, max_outputs, labels=None):
     """`nms_indices` without suppression: the best of the valid rows."""
-    missing = jnp.full(max(0, max_outputs - scores.shape[0]), -1.0)
-    best, indices = lax.top_k(jnp.concatenate([jnp.where(valid, scores, -1.0), missing]), max_outputs)
+    scores = jnp.where(valid, scores, -1.0)
+    if max_outputs > scores.shape[0]:
+        scores = jnp.concatenate([scores, jnp.full(max_outputs - scores.shape[0], -1.0)])
+    best, indices = lax.top_k(scores, max_outputs)
     return jnp.where(best >= 0, indices, 0), best >= 0
 
 
