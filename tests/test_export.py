@@ -94,7 +94,7 @@ def test_folded_norms_change_nothing(model):
         isinstance(n, nn.FrozenBatchNorm) for n in jax.tree.leaves(folded, is_leaf=lambda n: hasattr(n, "eps"))
     )
     image = jr.normal(jr.key(1), (3, 64, 64))
-    for wanted, found in zip(*(jax.jit(m.faster_rcnn.backbone)(image) for m in (model, folded)), strict=True):
+    for wanted, found in zip(*(eqx.filter_jit(m.faster_rcnn.backbone)(image) for m in (model, folded)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
