@@ -23,7 +23,7 @@ from typing import Literal
 
 import rich.table
 import tyro
-from _benchmark import rows_data, rows_detectors, rows_ops, rows_programs
+from _benchmark import rows_data, rows_detectors, rows_exports, rows_ops, rows_programs
 from _benchmark.agreement import Disagreement
 from _benchmark.bench import Bench, Row, Table
 from _benchmark.check import Verdict, committed_ratios, judge
@@ -33,7 +33,9 @@ from _benchmark.targets import figure, write_targets
 from rich.console import Console
 
 
-TableName = Literal["size", "compile", "ops", "inference", "accuracy", "training", "memory", "techniques", "data"]
+TableName = Literal[
+    "size", "compile", "ops", "inference", "export", "accuracy", "training", "memory", "techniques", "data"
+]
 # In the order in which they are measured, whatever is asked for: later ones use what earlier ones found out, and what
 # is compiled for the first time has its time taken.
 TABLES: dict[TableName, Table] = {
@@ -41,6 +43,7 @@ TABLES: dict[TableName, Table] = {
     "compile": rows_programs.compile_table(),
     "ops": rows_ops.table(),
     "inference": rows_detectors.inference_table(),
+    "export": rows_exports.table(),
     "accuracy": rows_detectors.accuracy_table(),
     "training": rows_detectors.training_table(),
     "memory": rows_detectors.memory_table(),

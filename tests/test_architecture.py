@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "train": {"ops", "_types"},
     "evaluate": {"ops", "_types"},
     "weights": {"models", "nn"},
+    "export": {"ops", "nn", "models", "weights", "_types"},
     "draw": {"ops", "_types"},
     "__init__": {"_types", "_typecheck"},
 }

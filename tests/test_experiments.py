@@ -112,6 +112,10 @@ def test_train_resume_evaluate_predict(shapes, tmp_path):
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {result["category_id"] for result in results} <= {1, 3, 4, 7}
 
+    exported = tmp_path / "detector.npz"
+    run("export.py", "--checkpoint", tmp_path / "whole", "--output", exported, "--source", "64", "64")
+    assert "triangle" in json.loads(np.load(exported)["about"].tobytes())["class_names"]
+
 
 def _size(path):
     with Image.open(path) as image:

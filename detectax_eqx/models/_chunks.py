@@ -8,8 +8,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Real
 
 from ..ops._batching import largest_of_batch
+from ..ops._substitute import replaceable
 
 
+@replaceable
 def map_chunks(
     function: Callable[..., Array],
     rows: Sequence[Real[Array, "n ..."] | Bool[Array, "n ..."]],

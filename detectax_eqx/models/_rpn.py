@@ -25,6 +25,7 @@ from ..ops import (
     sample_balanced,
     smooth_l1_loss,
 )
+from ..ops._substitute import replaceable
 
 
 # Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
@@ -147,6 +148,7 @@ class SampledAnchors(eqx.Module):
     matched: Int32[Array, " s"]
 
 
+@replaceable
 def propose(
     output: RPNOutput,
     image_size: Float[Array, " 2"],

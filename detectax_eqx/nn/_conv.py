@@ -11,6 +11,7 @@ from jax import lax
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..ops._substitute import replaceable
 from ._convolution import convolve
 
 
@@ -22,6 +23,7 @@ he_fan_out: Initializer = variance_scaling(2.0, "fan_out", "normal", in_axis=1, 
 lecun_uniform: Initializer = variance_scaling(1.0, "fan_in", "uniform", in_axis=1, out_axis=0)
 
 
+@replaceable
 def conv2d(
     x: Float[Array, "i h w"],
     weight: Float[Array, "o i kh kw"],
@@ -99,6 +101,7 @@ class Upsample2x2(eqx.Module):
         return jnp.einsum("ihw,ioab->hwabo", x, self.weight) + self.bias[None, None, None, None]
 
 
+@replaceable
 def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
     """The largest value of each window; padding never wins.
 
@@ -121,6 +124,7 @@ def _first_maximum(a: Float[Array, "*s"], b: Float[Array, "*s"]) -> Float[Array,
     return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
+@replaceable
 def relu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`max(x, 0)`, with gradient 0 at 0."""
     return jax.nn.relu(x)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..ops._substitute import replaceable
 from ._conv import Conv2d, lecun_uniform
 from ._resnet import ResNet
 
@@ -52,6 +53,7 @@ class FPN(eqx.Module):
         return (*outputs, outputs[-1][:, ::2, ::2])
 
 
+@replaceable
 def _upsample_nearest(x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
     c, h, w = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (c, h, 2, w, 2)).reshape(c, 2 * h, 2 * w)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from ._batching import largest_of_batch
 from ._boxes import _corners, _intersection_and_union
+from ._substitute import replaceable
 
 
 # Greedy selection costs a few passes over the boxes for each output, the scan one pass for each box and a sort.
@@ -226,6 +227,7 @@ def class_aware_nms(
     return _nms(boxes, scores, labels, valid, _comparable(iou_threshold, boxes))
 
 
+@replaceable
 def nms_indices(
     boxes: Float[Array, "n 4"],
     scores: Float[Array, " n"],

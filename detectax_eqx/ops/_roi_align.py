@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 from ._boxes import _upcast
 from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
+from ._substitute import replaceable
 
 
 # Added to a level before rounding down, so that a box of exactly the canonical size does not fall short of its level.
@@ -54,6 +55,7 @@ def roi_align(
     return _align([features], boxes, [spatial_scale], level, output_size, sampling_ratio, aligned)
 
 
+@replaceable
 def multilevel_roi_align(
     features: Sequence[Float[Array, "c _ _"]],
     boxes: Float[Array, "n 4"],

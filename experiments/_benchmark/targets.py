@@ -46,6 +46,13 @@ TARGETS = (
     _op("backbone + FPN, resnet50, 800×1216", 1.35),
     Target("whole inference, Faster R-CNN", "inference", (FASTER, IMAGE, "float32"), least=1.5),
     Target("whole inference, Mask R-CNN", "inference", (MASK, IMAGE, "float32"), least=1.5),
+    Target("ONNX file in onnxruntime, Faster R-CNN", "export", (FASTER, IMAGE, "torchvision"), least=2),
+    Target(
+        "ONNX file beside torchvision's export, both in onnxruntime",
+        "export",
+        (FASTER, IMAGE, "torchvision's export in onnxruntime"),
+        least=1,
+    ),
     Target("training step, Faster R-CNN", "training", (FASTER, STEP, "float32"), least=1.5),
     Target("training step, Mask R-CNN", "training", (MASK, STEP, "float32"), least=1.5),
     Target("peak memory of that step, Faster R-CNN", "training", (FASTER, STEP, "float32"), "memory ratio", least=1),

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from ..worker import Device, serve
-from . import data, detectors, ops
+from . import data, detectors, exports, ops
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         "count": os.cpu_count() if on_host else len(jax.devices()),
     }
     peak = None if on_host else lambda: (device.memory_stats() or {})["peak_bytes_in_use"]
-    serve(ops.CASES | detectors.CASES | data.CASES, Device(about, peak))
+    serve(ops.CASES | detectors.CASES | exports.CASES | data.CASES, Device(about, peak))
 
 
 def _processor() -> str:

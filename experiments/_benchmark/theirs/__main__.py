@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from ..worker import Device, serve
-from . import data, detectors, ops
+from . import data, detectors, exports, ops
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
         device = Device(about)
     else:
         device = Device(about, torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats)
-    serve(ops.CASES | detectors.CASES | data.CASES, device)
+    serve(ops.CASES | detectors.CASES | exports.CASES | data.CASES, device)
 
 
 main()

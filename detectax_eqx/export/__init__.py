@@ -1,0 +1,21 @@
+"""Ways out of Python: a detector as a file that other runtimes run."""
+
+from ._edge import (
+    EDGE_TPU_OPERATORS as EDGE_TPU_OPERATORS,
+    TFLiteDetector as TFLiteDetector,
+    save_tflite as save_tflite,
+)
+from ._extras import require as require
+from ._fold import fold_norms as fold_norms
+from ._host import host_nms as host_nms
+from ._onnx import (
+    ExportError as ExportError,
+    compare_onnx as compare_onnx,
+    pad_images as pad_images,
+    read_onnx as read_onnx,
+    save_onnx as save_onnx,
+)
+from ._onnx_host import host_detections as host_detections, save_onnx_parts as save_onnx_parts
+from ._program import Options as Options, Shape as Shape, detection_program as detection_program
+from ._quantize import quantize_onnx as quantize_onnx
+from ._stablehlo import save_stablehlo as save_stablehlo

@@ -1,0 +1,265 @@
+"""A box detector's network as full-integer TFLite files, with decoding, suppression and RoIAlign on the host."""
+# pyright: reportMissingImports=false
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32, UInt8
+
+from .._types import Detections
+from ..models import FasterRCNN, Proposals, RPNOutput, Selection, box_detections, propose
+from ..nn import conv2d, max_pool2d, relu
+from ..nn._fpn import _upsample_nearest
+from ..ops import resize_image
+from ..ops._substitute import substituted
+from ._extras import require
+from ._fold import fold_constants, fold_norms
+from ._program import DEFAULTS, Options, Shape, resized_sizes
+
+
+NETWORK, BOX_HEAD = "network.tflite", "box_head.tflite"
+SIGNATURE = "serving_default"
+# What the Edge TPU of Coral computes, by TFLite's names: the table "Supported operations" of coral.ai/docs/edgetpu/
+# models-intro. Each has conditions of its own there; the Edge TPU compiler has the last word.
+EDGE_TPU_OPERATORS = {
+    "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "EXPAND_DIMS", "FULLY_CONNECTED",
+    "L2_NORMALIZATION", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PACK", "PAD", "PRELU",
+    "QUANTIZE", "REDUCE_MAX", "REDUCE_MIN", "RELU", "RELU6", "RELU_N1_TO_1", "RESHAPE", "RESIZE_BILINEAR",
+    "RESIZE_NEAREST_NEIGHBOR", "RSQRT", "SLICE", "SOFTMAX", "SPACE_TO_DEPTH", "SPLIT", "SQUEEZE", "STRIDED_SLICE",
+    "SUB", "SUM", "SQUARED_DIFFERENCE", "TANH", "TRANSPOSE", "TRANSPOSE_CONV",
+}  # fmt: skip
+
+
+def save_tflite(
+    model: FasterRCNN,
+    folder: str | os.PathLike,
+    *,
+    shape: Shape,
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    class_names: Sequence[str],
+    options: Options = DEFAULTS,
+) -> None:
+    """Writes `network.tflite`, `box_head.tflite` and `about.json` to a folder, weights and activations in int8.
+
+    - The network maps an image on its canvas, normalised, `(1, h, w, 3)`, to `features0`, …, `logits0`, … and
+      `deltas0`, … of the pyramid's levels, channels last.
+    - The box head maps the pooled features of all proposals, `(n, c * s * s)`, to `logits` and `deltas`.
+
+    All inputs and outputs are int8, with the scales that the files say. What goes before, between and after is
+    `TFLiteDetector`'s.
+
+    - `images`: some dozens like those that are to come, on which ranges are measured.
+
+    Raises a `ValueError` for a batch other than 1 or without images, and an `ImportError` that names the extra `edge`
+    if it is missing.
+    """
+    require("edge")
+    if shape.batch != 1 or not images:
+        raise ValueError(f"batch must be 1 and images at least one, got {shape.batch} and {len(images)}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    host = _Host(model, shape, options)
+    model = fold_norms(model)
+
+    def network(image: Float[Array, "1 h w 3"]) -> dict[str, Array]:
+        features = model.backbone(image[0].transpose(2, 0, 1))
+        outputs = {f"features{i}": feature for i, feature in enumerate(features[:-1])}
+        for i, feature in enumerate(features):
+            hidden = relu(model.rpn.conv(feature))
+            outputs |= {f"logits{i}": model.rpn.objectness(hidden), f"deltas{i}": model.rpn.deltas(hidden)}
+        return {name: output.transpose(1, 2, 0)[None] for name, output in outputs.items()}
+
+    def box_head(pooled: Float[Array, "n i"]) -> dict[str, Array]:
+        head = model.box_head
+        logits, deltas = head(pooled.reshape(len(pooled), -1, head.pool_size, head.pool_size))
+        return {"logits": logits, "deltas": deltas.reshape(len(pooled), -1)}
+
+    run_network, inputs = jax.jit(network), []
+    for image in images:
+        pixels, size = host.prepare(image)
+        proposals, pooled = host.pool(run_network(pixels), size)
+        inputs.append({"image": np.asarray(pixels), "pooled": np.asarray(pooled)[np.asarray(proposals.valid)]})
+    capacity = Selection().post_nms_top_n
+    for file, function, name, rows in ((NETWORK, network, "image", 1), (BOX_HEAD, box_head, "pooled", capacity)):
+        example = jax.ShapeDtypeStruct((rows, *inputs[0][name].shape[1:]), np.float32)
+        samples = [np.resize(one[name], example.shape) for one in inputs if len(one[name])]
+        _write_int8(folder / file, _to_tflite(function, name, example), [{name: sample} for sample in samples])
+    about = {"class_names": list(class_names), "shape": asdict(shape), "options": asdict(options)}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+class TFLiteDetector:
+    """A detector from a folder of `save_tflite`, in the LiteRT interpreter; `model` gives its anchors and scales.
+
+    A call takes an image of any size that fits the source and gives `Detections` in its pixels.
+    """
+
+    def __init__(self, model: FasterRCNN, folder: str | os.PathLike):
+        require("edge")
+        from ai_edge_litert.interpreter import Interpreter
+
+        about = json.loads((Path(folder) / "about.json").read_text())
+        self.class_names = about["class_names"]
+        sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
+        self._host = _Host(model, Shape(1, **sides), Options(**about["options"]))
+        self._files = {file: Interpreter(str(Path(folder) / file)) for file in (NETWORK, BOX_HEAD)}
+
+    def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Detections:
+        """Detections in the image."""
+        pixels, size = self._host.prepare(image)
+        proposals, pooled = self._host.pool(self._run(NETWORK, image=pixels), size)
+        outputs = self._run(BOX_HEAD, pooled=pooled)
+        return self._host.detections(outputs, proposals, size, jnp.asarray(image.shape[:2], jnp.int32))
+
+    def operators(self) -> set[str]:
+        """TFLite's names of the operators in both files; those beyond `EDGE_TPU_OPERATORS` run on the host's CPU."""
+        return {detail["op_name"] for file in self._files.values() for detail in file._get_ops_details()}
+
+    def _run(self, file: str, **inputs: Any) -> dict[str, Array]:
+        runner = self._files[file].get_signature_runner(SIGNATURE)
+        ((name, array),), details = inputs.items(), runner.get_input_details()
+        scale, zero = details[name]["quantization"]
+        steps = np.clip(np.rint(np.asarray(array) / scale) + zero, -128, 127).astype(np.int8)
+        scales = {name: detail["quantization"] for name, detail in runner.get_output_details().items()}
+        return {
+            name: jnp.asarray((output.astype(np.float32) - scales[name][1]) * np.float32(scales[name][0]))
+            for name, output in runner(**{name: steps}).items()
+        }
+
+
+class _Host:
+    """What is left to the host: resizing, proposals, RoIAlign, suppression."""
+
+    def __init__(self, model: FasterRCNN, shape: Shape, options: Options):
+        self._model, self._shape, self._options = model, shape, options
+        self._table = resized_sizes(shape, options)
+        self._pool = eqx.filter_jit(_pool)
+        self._detections = eqx.filter_jit(_detections)
+        self._prepare = eqx.filter_jit(_prepare)
+
+    def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple[Float[Array, "1 ch cw 3"], Int32[Array, " 2"]]:
+        """The image on its canvas, normalised, and its size there."""
+        height, width = image.shape[:2]
+        padded = np.zeros((*self._shape.source, 3), np.uint8)
+        padded[:height, :width] = image
+        size = jnp.asarray(self._table[(height - 1) * self._shape.source[1] + width - 1], jnp.int32)
+        image_size = jnp.asarray([height, width], jnp.int32)
+        return self._prepare(self._model, jnp.asarray(padded), image_size, size, self._shape.canvas), size
+
+    def pool(self, outputs: Mapping[str, Array], size: Int32[Array, " 2"]) -> tuple[Proposals, Float[Array, "n i"]]:
+        """The proposals in the network's outputs, and their features."""
+        return self._pool(self._model, dict(outputs), size, self._shape.canvas)
+
+    def detections(
+        self,
+        outputs: Mapping[str, Array],
+        proposals: Proposals,
+        size: Int32[Array, " 2"],
+        image_size: Int32[Array, " 2"],
+    ) -> Detections:
+        """The detections in the box head's outputs."""
+        return self._detections(dict(outputs), proposals, size, image_size, self._options)
+
+
+def _prepare(model, image, image_size, size, canvas):
+    pixels = resize_image(image.astype(jnp.float32), image_size=image_size, output_size=size, canvas=canvas)
+    return model.normalize(pixels, size).transpose(1, 2, 0)[None]
+
+
+def _pool(model, outputs, size, canvas):
+    levels = range(len(model.rpn.anchor_sizes))
+    features = tuple(outputs[f"features{i}"][0].transpose(2, 0, 1) for i in levels[:-1])
+    shapes = [outputs[f"logits{i}"].shape for i in levels]
+    # The anchors of the model's own head on maps of these sizes.
+    blank = [jnp.zeros((model.backbone.channels, *shape[1:3])) for shape in shapes]
+    anchors = model.rpn(blank, canvas).anchors
+    logits = tuple(outputs[f"logits{i}"].reshape(-1) for i in levels)
+    deltas = tuple(outputs[f"deltas{i}"].reshape(-1, 4) for i in levels)
+    proposals = propose(RPNOutput(logits, deltas, anchors), size.astype(jnp.float32))
+    pooled = model.pool((*features, features[-1]), proposals.boxes, output_size=model.box_head.pool_size)
+    return proposals, pooled.reshape(len(pooled), -1)
+
+
+def _detections(outputs, proposals, size, image_size, options):
+    found = box_detections(
+        outputs["logits"],
+        outputs["deltas"].reshape(*outputs["logits"].shape, 4),
+        proposals,
+        size.astype(jnp.float32),
+        score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
+        max_detections=options.max_detections,
+    )
+    ratio = image_size.astype(jnp.float32) / size.astype(jnp.float32)
+    return replace(found, boxes=found.boxes * jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])[None])
+
+
+def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: jax.ShapeDtypeStruct) -> bytes:
+    """A function of one array as a float TFLite file, by way of StableHLO."""
+    from litert_converter import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager
+
+    names: list[str] = []
+
+    def run(array: Array) -> list[Array]:
+        outputs = function(array)
+        names[:] = outputs
+        return list(outputs.values())
+
+    with substituted({conv2d: _conv2d, max_pool2d: _max_pool2d, _upsample_nearest: _upsample}):
+        jaxpr = fold_constants(jax.make_jaxpr(run)(example))
+    lowered = jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr)).lower(example)
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    with context:
+        module = ir.Module.parse(lowered.compiler_ir("stablehlo").operation.get_asm(large_elements_limit=None))
+        (main,) = (op for op in module.body.operations if "main" in str(op.attributes["sym_name"]))
+        converter.set_signature(main, SIGNATURE, [name], names)
+        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
+        return converter.export_flatbuffer_to_bytes(module.operation)
+
+
+def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) -> None:
+    """Quantises a float TFLite file, inputs and outputs included, with ranges seen on samples of its input."""
+    from ai_edge_quantizer import quantizer, recipe
+
+    quantize = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
+    ranges = quantize.calibrate({SIGNATURE: samples})
+    quantize.quantize(ranges).export_model(path, overwrite=True)
+
+
+def _conv2d(x, weight, bias=None, *, stride=1, padding=0):
+    """Channels last, as TFLite has it; the transposes of neighbours cancel."""
+    y = lax.conv_general_dilated(
+        x.transpose(1, 2, 0)[None],
+        weight.transpose(2, 3, 1, 0),
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )[0]
+    return (y if bias is None else y + bias[None, None]).transpose(2, 0, 1)
+
+
+def _max_pool2d(x, *, kernel_size, stride, padding=0):
+    """Padded with 0: what is pooled went through a ReLU."""
+    x = jnp.pad(x.transpose(1, 2, 0), ((padding, padding), (padding, padding), (0, 0)))[None]
+    window, strides = (1, kernel_size, kernel_size, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, -np.inf, lax.max, window, strides, "VALID")[0].transpose(2, 0, 1)
+
+
+def _upsample(x):
+    """By concatenation, which edge accelerators have."""
+    x = x.transpose(1, 2, 0)
+    height, width, channels = x.shape
+    x = jnp.concatenate([x, x], axis=2).reshape(height, 1, 2 * width * channels)
+    return jnp.concatenate([x, x], axis=1).reshape(2 * height, 2 * width, channels).transpose(2, 0, 1)

@@ -1,0 +1,91 @@
+"""What a program need not compute: frozen norms go into the convolutions before them, and constants are worked out."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jax import lax
+from jax.extend import core
+
+from ..nn import Conv2d, FrozenBatchNorm
+
+
+Module = TypeVar("Module", bound=eqx.Module)
+
+# A constant of more numbers is left for the runtime to work out, rather than make the file so much larger.
+LARGEST_CONSTANT = 2**20
+CONTROL_FLOW = ("scan", "while", "cond")
+
+
+def fold_norms(model: Module) -> Module:
+    """A copy of `model` that has each `FrozenBatchNorm` within the weight and bias of its convolution.
+
+    That is the norm of a module's field `norm1` and the convolution of `conv1`, say. Other norms depend on the image,
+    and stay.
+
+    >>> import jax.numpy as jnp, jax.random as jr
+    >>> from detectax_eqx.nn import resnet18
+    >>> body = resnet18(key=jr.key(0), width=8)
+    >>> folded, image = fold_norms(body), jnp.ones((3, 32, 32))
+    >>> bool(jnp.allclose(body(image)[-1], folded(image)[-1], rtol=1e-4))
+    True
+    """
+
+    def parts(model: Any) -> list[Any]:
+        return [part for pair in _pairs(model) for part in pair]
+
+    folded = [part for conv, norm in _pairs(model) for part in (_folded(conv, norm), eqx.nn.Identity())]
+    return eqx.tree_at(parts, model, folded) if folded else model
+
+
+def _pairs(node: Any) -> Iterator[tuple[Conv2d, FrozenBatchNorm]]:
+    fields = vars(node) if isinstance(node, eqx.Module) else {}
+    for name, child in fields.items():
+        if isinstance(child, FrozenBatchNorm):
+            yield fields[name.replace("norm", "conv")], child
+    for child in node if isinstance(node, tuple) else fields.values():
+        yield from _pairs(child)
+
+
+def _folded(conv: Conv2d, norm: FrozenBatchNorm) -> Conv2d:
+    scale = norm.weight * lax.rsqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return eqx.tree_at(lambda c: (c.weight, c.bias), conv, (weight, shift), is_leaf=lambda leaf: leaf is None)
+
+
+def fold_constants(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The same program with what depends on no argument computed, and functions within it opened up.
+
+    Anchors are most of it. A converter that takes time for each operation has a third of them left.
+    """
+
+    def run(*arguments: Any) -> list[Any]:
+        return _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments)
+
+    return jax.make_jaxpr(run)(*jaxpr.in_avals)
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
+    values: dict[core.Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
+        traced = any(isinstance(operand, jax.core.Tracer) for operand in operands)
+        if traced or any(var.aval.size > LARGEST_CONSTANT for var in eqn.outvars):
+            results = _apply(eqn, operands)
+        else:
+            with jax.ensure_compile_time_eval():
+                results = _apply(eqn, operands)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
+
+
+def _apply(eqn: Any, operands: list[Any]) -> list[Any]:
+    if eqn.primitive.name not in CONTROL_FLOW:
+        for inner in filter(None, map(eqn.params.get, ("jaxpr", "call_jaxpr", "call"))):
+            return _evaluate(inner.jaxpr, inner.consts, operands)
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return results if eqn.primitive.multiple_results else [results]

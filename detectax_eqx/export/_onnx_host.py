@@ -1,0 +1,154 @@
+"""A detector as two ONNX files with suppression left to the host between and after them."""
+# pyright: reportMissingImports=false
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import UInt8
+
+from ..models import FasterRCNN, Proposals, RPNOutput, Selection, box_detections, propose
+from ..ops import nms_indices, resize_image
+from ._extras import require
+from ._fold import fold_norms
+from ._host import host_nms
+from ._onnx import convert
+from ._program import DEFAULTS, Options, Shape, resized_sizes
+
+
+RPN_NMS_THRESHOLD = 0.7  # `propose`'s own
+Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def save_onnx_parts(
+    model: FasterRCNN,
+    folder: str | os.PathLike,
+    *,
+    shape: Shape,
+    class_names: Sequence[str],
+    options: Options = DEFAULTS,
+    num_candidates: int = 1000,
+) -> None:
+    """Writes `proposals.onnx` and `detections.onnx` to a folder: no suppression, no loop, no output of varying length.
+
+    The first makes of an image the best boxes of each level and the features; the second makes of the proposals that
+    are left of them the `num_candidates` best detections. `host_detections` is what goes between and after.
+
+    Raises a `ValueError` for a batch other than 1, and an `ImportError` that names the extra `onnx` if it is missing.
+    """
+    require("onnx")
+    import onnx
+
+    if shape.batch != 1:
+        raise ValueError(f"batch must be 1 where suppression is left to the host, got {shape.batch}.")
+    model = fold_norms(model)
+    table, selection = resized_sizes(shape, options), Selection()
+
+    def proposals(images, image_sizes):
+        row = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
+        resized = jnp.asarray(table)[row].astype(jnp.int32)[0]
+        pixels = resize_image(
+            images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
+        )
+        features, output = model.extract(pixels, resized)
+        found = [
+            propose(
+                RPNOutput((logits,), (deltas,), (anchors,)),
+                resized.astype(jnp.float32),
+                pre_nms_top_n=selection.pre_nms_top_n,
+                post_nms_top_n=selection.pre_nms_top_n,
+            )
+            for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True)
+        ]
+        levels = [jnp.full(one.scores.shape, i, jnp.int32) for i, one in enumerate(found)]
+        return {
+            "boxes": jnp.concatenate([one.boxes for one in found]),
+            "scores": jnp.concatenate([one.scores for one in found]),
+            "labels": jnp.concatenate(levels),
+            "valid": jnp.concatenate([one.valid for one in found]),
+            "resized": resized,
+        } | {f"features{i}": feature for i, feature in enumerate(features[:-1])}
+
+    def detections(proposals, valid, resized, *features):
+        logits, deltas = model.box_head(
+            model.pool((*features, features[-1]), proposals, output_size=model.box_head.pool_size)
+        )
+        found = box_detections(
+            logits,
+            deltas,
+            Proposals(proposals, jnp.zeros(valid.shape), valid),
+            resized.astype(jnp.float32),
+            score_threshold=options.score_threshold,
+            max_detections=num_candidates,
+        )
+        return {name: getattr(found, name) for name in ("boxes", "scores", "labels", "valid")}
+
+    features, _ = jax.eval_shape(
+        model.extract,
+        jax.ShapeDtypeStruct((*shape.canvas, 3), np.float32),
+        jax.ShapeDtypeStruct((2,), np.int32),
+    )
+    first = {
+        "images": jax.ShapeDtypeStruct((1, *shape.source, 3), np.uint8),
+        "image_sizes": jax.ShapeDtypeStruct((1, 2), np.int32),
+    }
+    second = {
+        "proposals": jax.ShapeDtypeStruct((selection.post_nms_top_n, 4), np.float32),
+        "valid": jax.ShapeDtypeStruct((selection.post_nms_top_n,), np.bool_),
+        "resized": jax.ShapeDtypeStruct((2,), np.int32),
+    } | {f"features{i}": feature for i, feature in enumerate(features[:-1])}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"class_names": list(class_names), "shape": asdict(shape), "options": asdict(options)}
+    left_out = {nms_indices: _best_indices}
+    for name, function, specs in (("proposals", proposals, first), ("detections", detections, second)):
+        proto = convert(function, specs, model, left_out=left_out)
+        onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
+        onnx.save_model(proto, folder / f"{name}.onnx")
+
+
+def _best_indices(boxes, scores, valid, *, iou_threshold, max_outputs, labels=None):
+    """`nms_indices` without suppression: the best of the valid rows."""
+    scores = jnp.where(valid, scores, -1.0)
+    if max_outputs > scores.shape[0]:
+        scores = jnp.concatenate([scores, jnp.full(max_outputs - scores.shape[0], -1.0)])
+    best, indices = lax.top_k(scores, max_outputs)
+    return jnp.where(best >= 0, indices, 0), best >= 0
+
+
+def host_detections(
+    proposals: Runner,
+    detections: Runner,
+    image: UInt8[np.ndarray, "h w 3"],
+    *,
+    shape: Shape,
+    options: Options = DEFAULTS,
+) -> dict[str, np.ndarray]:
+    """`boxes`, `scores` and `labels` in an image, by the two files of `save_onnx_parts` and `host_nms`.
+
+    - `proposals`, `detections`: run the files, from inputs by name to outputs by name.
+    """
+    padded = np.zeros((1, *shape.source, 3), np.uint8)
+    padded[0, : image.shape[0], : image.shape[1]] = image
+    sizes = np.array([image.shape[:2]], np.int32)
+    found = dict(proposals({"images": padded, "image_sizes": sizes}))
+    boxes, scores, levels, valid = (found.pop(name) for name in ("boxes", "scores", "labels", "valid"))
+    # Suppression is within a level; the second file takes so many proposals of all of them.
+    capacity = Selection().post_nms_top_n
+    kept = host_nms(boxes, scores, levels, valid, iou_threshold=RPN_NMS_THRESHOLD, max_outputs=capacity)
+    chosen = np.zeros((capacity, 4), np.float32)
+    chosen[: len(kept)] = boxes[kept]
+    resized = found["resized"]
+    found = detections(found | {"proposals": chosen, "valid": np.arange(capacity) < len(kept)})
+    boxes, scores, labels, valid = (found[name] for name in ("boxes", "scores", "labels", "valid"))
+    kept = host_nms(
+        boxes, scores, labels, valid, iou_threshold=options.nms_threshold, max_outputs=options.max_detections
+    )
+    ratio = np.array(image.shape[:2], np.float32) / resized.astype(np.float32)
+    return {"boxes": boxes[kept] * ratio[[1, 0, 1, 0]], "scores": scores[kept], "labels": labels[kept]}

@@ -1,0 +1,91 @@
+"""The whole detector as one function of padded images and their sizes, which is what leaves the toolkit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int16, Int32, UInt8
+
+from .._types import Detections
+from ..models import FasterRCNN, MaskRCNN, detect
+
+
+Model = FasterRCNN | MaskRCNN
+Program = Callable[[UInt8[Array, "b h w 3"], Int32[Array, "b 2"]], Detections]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The static shape in which an exported program takes images.
+
+    - `batch`: images at a time. `source`: `(height, width)` to which they are padded, bottom and right.
+    - `canvas`: `(height, width)` that the network sees, multiples of 32.
+    """
+
+    batch: int
+    source: tuple[int, int]
+    canvas: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or min(self.source) < 1 or min(self.canvas) < 1:
+            raise ValueError(f"batch, source and canvas must be positive, got {self}.")
+        if self.canvas[0] % 32 or self.canvas[1] % 32:
+            raise ValueError(f"canvas must be a multiple of 32 in height and width, got {self.canvas}.")
+
+    @property
+    def name(self) -> str:
+        """Such as `1x480x640-800x1344`."""
+        return "{}x{}x{}-{}x{}".format(self.batch, *self.source, *self.canvas)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a detector is exported: `detect`'s options, fixed in the file; the defaults are its own."""
+
+    min_size: int = 800
+    max_size: int = 1333
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+
+
+DEFAULTS = Options()
+
+
+def detection_program(model: Model, shape: Shape, options: Options = DEFAULTS) -> Program:
+    """A function from padded images and their `(height, width)` to detections in each image's own pixels.
+
+    Unlike `models.detect` it finds out for itself to which size an image is to be resized: in a table of all sizes that
+    fit the source, since `ops.resized_size` needs the host's double precision. An image that would not fit the canvas
+    is made to.
+    """
+    table = resized_sizes(shape, options)
+
+    def one(image, image_size, resized):
+        return detect(
+            model,
+            image,
+            canvas=shape.canvas,
+            score_threshold=options.score_threshold,
+            nms_threshold=options.nms_threshold,
+            max_detections=options.max_detections,
+            image_size=image_size,
+            resized=resized,
+        )
+
+    def program(images: UInt8[Array, "b h w 3"], image_sizes: Int32[Array, "b 2"]) -> Detections:
+        rows = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
+        return jax.vmap(one)(images, image_sizes, jnp.asarray(table)[rows].astype(jnp.int32))
+
+    return program
+
+
+def resized_sizes(shape: Shape, options: Options) -> Int16[np.ndarray, "s 2"]:
+    """`ops.resized_size` of every image that fits the source, 1×1 first, row by row."""
+    height, width = (np.arange(1, side + 1, dtype=np.float64) for side in shape.source)
+    height, width = height[:, None], width[None, :]
+    scale = np.minimum(options.min_size / np.minimum(height, width), options.max_size / np.maximum(height, width))
+    scale = np.minimum(scale, np.minimum(shape.canvas[0] / height, shape.canvas[1] / width))
+    return np.maximum(1, np.floor(np.stack([height * scale, width * scale], axis=2))).astype(np.int16).reshape(-1, 2)

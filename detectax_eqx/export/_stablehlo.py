@@ -1,0 +1,96 @@
+"""A detector as StableHLO programs and weights in one `.npz` file, which JAX and NumPy alone can run."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax import export
+
+from ._program import DEFAULTS, Model, Options, Shape, detection_program
+
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def save_stablehlo(
+    model: Model,
+    path: str | os.PathLike,
+    *,
+    shapes: Sequence[Shape],
+    class_names: Sequence[str],
+    options: Options = DEFAULTS,
+    platforms: Sequence[str] = PLATFORMS,
+) -> None:
+    """Writes a detector to a `.npz` file with a program for each of `shapes`, all of which share its weights.
+
+    The file holds
+    - `about`: JSON as bytes: `class_names`, `shapes`, `options`, `platforms`, `outputs`, and with what it was written.
+    - `weights/0`, `weights/1`, …: the arrays that every program takes first, as a list.
+    - `programs/NAME`, for each shape's `name`: what `jax.export.deserialize` takes. Its call takes the weights, images
+      uint8 `(b, h, w, 3)` and their `(height, width)` int32 `(b, 2)`, and gives `outputs`: boxes, scores, labels, valid
+      and, if the model has them, masks, as `Detections` has them.
+
+    `experiments/run_stablehlo.py` is a script that runs it, without this package. The file appears complete or not at
+    all: it is written beside, then renamed.
+
+    Raises a `ValueError` if `class_names` are not as many as the model's classes, if there is no shape, or for weights
+    of a type that NumPy has not.
+    """
+    if len(class_names) != model.num_classes:
+        raise ValueError(f"class_names must name the model's {model.num_classes} classes, got {len(class_names)}.")
+    if not shapes:
+        raise ValueError("shapes must hold at least one Shape.")
+    weights, rebuild = jax.tree.flatten(eqx.filter(model, eqx.is_array))
+    foreign = {str(array.dtype) for array in weights if array.dtype.kind not in "fiub"}
+    if foreign:
+        raise ValueError(f"weights must be of NumPy's own types, got {', '.join(sorted(foreign))}: cast them first.")
+    static = eqx.filter(model, eqx.is_array, inverse=True)
+    programs = {}
+    for shape in shapes:
+
+        def run(weights, images, image_sizes, shape=shape):
+            model = eqx.combine(jax.tree.unflatten(rebuild, weights), static)
+            return tuple(jax.tree.leaves(detection_program(model, shape, options)(images, image_sizes)))
+
+        arguments = (
+            [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights],
+            jax.ShapeDtypeStruct((shape.batch, *shape.source, 3), np.uint8),
+            jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
+        )
+        programs[shape.name] = export.export(jax.jit(run), platforms=tuple(platforms))(*arguments)
+    about = {
+        "class_names": list(class_names),
+        "shapes": [asdict(shape) | {"name": shape.name} for shape in shapes],
+        "options": asdict(options),
+        "platforms": list(platforms),
+        "outputs": ["boxes", "scores", "labels", "valid", "masks"][: len(next(iter(programs.values())).out_avals)],
+        "num_weights": len(weights),
+        "jax": jax.__version__,
+        "calling_convention": max(program.calling_convention_version for program in programs.values()),
+    }
+    arrays = {"about": _bytes(json.dumps(about).encode())}
+    arrays |= {f"weights/{i}": np.asarray(array) for i, array in enumerate(weights)}
+    arrays |= {f"programs/{name}": _bytes(program.serialize()) for name, program in programs.items()}
+    _write(Path(path), arrays)
+
+
+def _bytes(data: bytes | bytearray) -> np.ndarray:
+    return np.frombuffer(bytes(data), np.uint8)
+
+
+def _write(path: Path, arrays: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

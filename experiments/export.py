@@ -1,0 +1,116 @@
+"""Writes a trained detector as a file that other runtimes run, and compares it with the model where that is told below.
+
+    python experiments/export.py --checkpoint runs/mine --output detector.onnx --images photos/
+    python experiments/export.py --checkpoint runs/mine --output detector.int8.onnx --images photos/
+    python experiments/export.py --checkpoint runs/mine --output detector.npz
+
+The suffix says which: `.onnx` for ONNX, compared with the model on images before it is kept; `.int8.onnx` for that in
+8-bit integers, calibrated on the same images; `.npz` for StableHLO, which `run_stablehlo.py` runs. The first two
+need `pip install 'detectax_eqx[onnx]'`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from _shared import Detector, ModelName, NormName, console, load_detector, run
+
+from detectax_eqx import data, export
+
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+@dataclass
+class Options:
+    """Options of an export."""
+
+    output: Path
+    """File to write: .onnx, .int8.onnx or .npz."""
+    checkpoint: Path | None = None
+    """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
+    weights: Path | None = None
+    """Instead of --checkpoint: a torchvision .pth or a .safetensors file of --model."""
+    model: ModelName | None = None
+    """Which detector --weights are for."""
+    norm: NormName = "frozen_batch"
+    """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
+    images: Path | None = None
+    """Folder of images to compare and to calibrate on, some dozens like those that are to come."""
+    source: tuple[int, int] = (640, 640)
+    """Height and width of the largest image that the file is to take."""
+    canvas: tuple[int, int] | None = None
+    """Height and width that the network sees; default the detector's first. A .npz has all of its canvases."""
+    batch_size: int = 1
+    """Images at a time."""
+    min_size: int | None = None
+    """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
+    max_size: int | None = None
+    """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
+    score_threshold: float = 0.05
+    """Detections of a lower score (0..1) are dropped."""
+    nms_threshold: float = 0.5
+    """IoU above which the lower of two detections of a class is dropped."""
+    max_detections: int = 100
+    """Detections an image."""
+    max_images: int = 64
+    """Images of the folder to use."""
+
+
+def main(options: Options) -> None:
+    """Exports, and says how large the file is."""
+    detector = load_detector(
+        options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
+    )
+    fixed = export.Options(
+        detector.min_size,
+        detector.max_size,
+        options.score_threshold,
+        options.nms_threshold,
+        options.max_detections,
+    )
+    canvases = detector.canvases if options.canvas is None else (options.canvas,)
+    shapes = [export.Shape(options.batch_size, options.source, canvas) for canvas in canvases]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.output.suffix == ".npz":
+            names = class_names(detector)
+            export.save_stablehlo(detector.model, options.output, shapes=shapes, class_names=names, options=fixed)
+        elif options.output.suffix == ".onnx":
+            save_onnx(detector, options, shapes[0], fixed)
+        else:
+            raise SystemExit(f"--output must end in .onnx, .int8.onnx or .npz, got {options.output}.")
+    except (ImportError, export.ExportError) as error:
+        raise SystemExit(str(error)) from None
+    console.print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB", highlight=False)
+
+
+def save_onnx(detector: Detector, options: Options, shape: export.Shape, fixed: export.Options) -> None:
+    """In floats, and from those in integers if the file's name says so."""
+    images = []
+    for path in sorted(options.images.rglob("*") if options.images else []):
+        if path.suffix.lower() in SUFFIXES and len(images) < options.max_images:
+            image = data.read_image(path)
+            if image.shape[0] <= shape.source[0] and image.shape[1] <= shape.source[1]:
+                images.append(image)
+    if not images:
+        raise SystemExit(f"--images must be a folder with images of at most --source {shape.source}.")
+    with TemporaryDirectory(dir=options.output.parent) as folder:
+        integers = options.output.name.endswith(".int8.onnx")
+        file = Path(folder) / "float.onnx" if integers else options.output
+        export.save_onnx(
+            detector.model, file, shape=shape, images=images, class_names=class_names(detector), options=fixed
+        )
+        if integers:
+            export.quantize_onnx(file, options.output, images=images)
+
+
+def class_names(detector: Detector) -> list[str]:
+    """Names from the checkpoint, or category ids where the weights came without."""
+    if detector.categories is None:
+        return [str(category_id) for category_id in detector.category_ids()]
+    return [category.name for category in detector.categories]
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)

@@ -1,0 +1,234 @@
+"""Trains a small Faster R-CNN, exports it as ONNX, in INT8 and as TFLite, and evaluates all of them on the test set.
+
+    python tests/parity/compare_exports.py --data DIR --output runs/exports
+
+`DIR` holds `train.json`, `test.json` and `images/` (the blood-cell set BCCD in COCO format, say). ResNet-18-FPN
+from scratch with frozen norms, whose statistics are measured once, on the first batch: they fold into convolutions as
+those of imported weights do, and GroupNorm would not. The trained weights stay in `--output` and are found by the next
+call. Prints AP, file size and seconds an image of each. Needs the extra `onnx`; TFLite is left out without `edge`.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+
+from detectax_eqx import Detections, data, evaluate, export, models, nn, train
+from detectax_eqx.export import require
+from detectax_eqx.weights import load_safetensors, save_safetensors
+
+
+MIN_SIZE, MAX_SIZE, CANVAS = 160, 224, (160, 224)
+SIZES = {"canvases": [CANVAS], "min_size": MIN_SIZE, "max_size": MAX_SIZE}
+ANCHORS = ((16.0,), (32.0,), (64.0,), (96.0,), (128.0,))
+SAMPLING = models.Sampling(pre_nms_top_n=200, post_nms_top_n=200, rpn_samples=128, box_samples=64)
+CALIBRATION_IMAGES = 48
+
+
+@dataclass
+class Options:
+    """Options of the comparison."""
+
+    data: Path
+    """Folder with train.json, test.json and images/."""
+    output: Path
+    """Folder for the weights, the exports and the result."""
+    steps: int = 300
+    """Training steps."""
+    batch_size: int = 4
+    """Images a step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+
+
+@eqx.filter_jit
+def build(key, num_classes):
+    """The detector, its norms still the identity."""
+    keys = jr.split(key, 3)
+    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0]), key=keys[1])
+    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=256, anchor_sizes=ANCHORS)
+
+
+@eqx.filter_jit
+def with_statistics(body, images):
+    """A ResNet of basic blocks whose frozen norms have the statistics of what they are given for `images`."""
+
+    def fitted(norm, x):
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        norm = eqx.tree_at(lambda n: (n.running_mean, n.running_var), norm, (mean, variance))
+        return norm, jax.vmap(norm)(x)
+
+    def fitted_block(block, x):
+        norm1, y = fitted(block.norm1, jax.vmap(block.conv1)(x))
+        norm2, y = fitted(block.norm2, jax.vmap(block.conv2)(nn.relu(y)))
+        block = eqx.tree_at(lambda b: (b.norm1, b.norm2), block, (norm1, norm2))
+        if block.downsample is not None:
+            norm, x = fitted(block.downsample.norm, jax.vmap(block.downsample.conv)(x))
+            block = eqx.tree_at(lambda b: b.downsample.norm, block, norm)
+        return block, nn.relu(x + y)
+
+    norm1, x = fitted(body.norm1, jax.vmap(body.conv1)(images))
+    x = jax.vmap(partial(nn.max_pool2d, kernel_size=3, stride=2, padding=1))(nn.relu(x))
+    layers = []
+    for blocks in body.layers:
+        fitted_blocks = []
+        for block in blocks:
+            block, x = fitted_block(block, x)
+            fitted_blocks.append(block)
+        layers.append(tuple(fitted_blocks))
+    return eqx.tree_at(lambda b: (b.norm1, b.layers), body, (norm1, tuple(layers)))
+
+
+def augmented(example, *, key, flip_probability=0.5):
+    """An image of the batch on its canvas, its size and its targets."""
+    return train.augment(
+        example.images,
+        example.image_sizes,
+        example.targets,
+        canvas=CANVAS,
+        min_sizes=(MIN_SIZE,),
+        max_size=MAX_SIZE,
+        flip_probability=flip_probability,
+        key=key,
+    )
+
+
+def loss(model, example, *, key):
+    """The loss of one image."""
+    keys = jr.split(key)
+    image, size, targets = augmented(example, key=keys[0])
+    return models.faster_rcnn_loss(model, image, size, targets, key=keys[1], sampling=SAMPLING)
+
+
+def trainable(model):
+    """All but the norms' statistics."""
+
+    def mask(leaf):
+        if not isinstance(leaf, nn.FrozenBatchNorm):
+            return eqx.is_array(leaf)
+        every = jax.tree.map(lambda _: True, leaf)
+        return eqx.tree_at(lambda n: (n.running_mean, n.running_var), every, (False, False))
+
+    return jax.tree.map(mask, model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
+
+
+def trained(dataset, options):
+    """The detector after training."""
+    buckets = data.make_buckets(dataset.sizes, **SIZES)
+    loader = data.Loader(dataset, batch_size=options.batch_size, buckets=buckets, max_objects=40, mask_size=None)
+    model = build(jr.key(0), dataset.num_classes)
+    _, first = next(iter(loader.iterate(0, 1)))
+
+    def prepared(example):
+        return model.normalize(*augmented(example, key=jr.key(0), flip_probability=0.0)[:2])
+
+    body = with_statistics(model.backbone.body, jax.vmap(prepared)(jax.tree.map(jnp.asarray, first)))
+    model = eqx.tree_at(lambda m: m.backbone.body, model, body)
+    optimizer = train.adamw(
+        train.warmup_cosine(options.learning_rate, total_steps=options.steps, warmup_steps=50), weight_decay=1e-2
+    )
+    state = train.init_train_state(model, optimizer, trainable=trainable(model), key=jr.key(0))
+    step = train.make_train_step(loss, optimizer, trainable=trainable(model))
+    for k, batch in loader.iterate(0, options.steps):
+        state, metrics = step(state, batch)
+        if k % 20 == 19 or k == 0:
+            print(f"step {k + 1}: loss {float(metrics['loss']):.3f}", flush=True)
+    return state.model
+
+
+def measured(detect: Callable, dataset, source) -> dict[str, float]:
+    """COCO's AP of a function from an image of the source's size and its size to detections, and seconds an image."""
+    results, seconds = [], []
+    image_ids = [image.id for image in dataset.images]
+    for batch in data.eval_batches(dataset, batch_size=1, buckets=[source]):
+        began = time.perf_counter()
+        found = jax.tree.map(np.asarray, detect(batch.images, batch.image_sizes))
+        seconds.append(time.perf_counter() - began)
+        results += evaluate.to_coco_results(found, batch, image_ids=image_ids, category_ids=dataset.category_ids)
+    numbers = evaluate.evaluate_coco(dataset.annotations_path, results).numbers
+    return {"AP": numbers["AP"], "AP50": numbers["AP50"], "seconds": float(np.median(seconds))}
+
+
+def in_turn(slow, fast, images, shape, *, rounds=3) -> list[float]:
+    """How many times as fast the second is, for each image and round but the first."""
+    ratios = []
+    for i in range(rounds):
+        for image in images:
+            padded, sizes = export.pad_images([image], shape)
+            seconds = []
+            for session in (slow, fast):
+                began = time.perf_counter()
+                session.run(None, {"images": padded, "image_sizes": sizes})
+                seconds.append(time.perf_counter() - began)
+            if i > 0:
+                ratios.append(seconds[0] / seconds[1])
+    return ratios
+
+
+def main(options: Options) -> None:
+    """Trains, exports, evaluates."""
+    import onnxruntime
+
+    images = options.data / "images"
+    train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    weights = options.output / "model.safetensors"
+    if not weights.exists():
+        save_safetensors(trained(train_set, options), weights)
+    model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
+
+    (bucket,) = data.make_buckets([*train_set.sizes, *test_set.sizes], **SIZES)
+    source = data.Bucket(bucket.canvas, bucket.source, tuple(range(len(test_set))))
+    shape, fixed = export.Shape(1, bucket.source, CANVAS), export.Options(MIN_SIZE, MAX_SIZE)
+    names = [category.name for category in test_set.categories]
+    some = [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]]
+    float_file, int8_file = options.output / "detector.onnx", options.output / "detector.int8.onnx"
+    export.save_onnx(model, float_file, shape=shape, images=some[:8], class_names=names, options=fixed)
+    export.quantize_onnx(float_file, int8_file, images=some)
+
+    rows = {"jax": measured(jax.jit(export.detection_program(model, shape, fixed)), test_set, source)}
+    sessions = {}
+    for name, file in (("onnx", float_file), ("onnx int8", int8_file)):
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        sessions[name] = session
+
+        def run(images, sizes, session=session):
+            return Detections(*session.run(None, {"images": images, "image_sizes": sizes}))
+
+        rows[name] = measured(run, test_set, source) | {"MB": file.stat().st_size / 1e6}
+    ratios = in_turn(sessions["onnx"], sessions["onnx int8"], some[:12], shape)
+    print(
+        f"int8 is {np.median(ratios):.2f}× as fast as float, {min(ratios):.2f}–{max(ratios):.2f} of {len(ratios)} pairs"
+    )
+    try:
+        require("edge")
+    except ImportError as error:
+        print(error)
+    else:
+        folder = options.output / "edge"
+        export.save_tflite(model, folder, shape=shape, images=some, class_names=names, options=fixed)
+        detector = export.TFLiteDetector(model, folder)
+
+        def run_tflite(images, sizes):
+            found = detector(images[0, : sizes[0, 0], : sizes[0, 1]])
+            return jax.tree.map(lambda x: x[None], found)
+
+        size = sum(file.stat().st_size for file in folder.glob("*.tflite")) / 1e6
+        rows["tflite int8"] = measured(run_tflite, test_set, source) | {"MB": size}
+        print("operators:", ", ".join(sorted(detector.operators())))
+        print("of them not the Edge TPU's:", ", ".join(sorted(detector.operators() - export.EDGE_TPU_OPERATORS)))
+    print(json.dumps(rows, indent=1))
+    (options.output / "exports.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

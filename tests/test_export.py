@@ -1,0 +1,279 @@
+"""Detectors as files: what is in them gives the model's own detections, and what does not is refused by name."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectax_eqx import export, models, nn, ops
+from detectax_eqx.export import _extras, _program
+
+
+ROOT = Path(__file__).parents[1]
+RUN = ROOT / "experiments" / "run_stablehlo.py"
+OPTIONS = export.Options(min_size=64, max_size=96, max_detections=20)
+SHAPE = export.Shape(2, (48, 64), (64, 96))
+NAMES = ["cat", "dog", "owl"]
+
+
+def with_statistics(model, key):
+    """Frozen norms as if they had been measured, so that they are not the identity."""
+
+    def norms(model):
+        return [n for n in jax.tree.leaves(model, is_leaf=is_norm) if is_norm(n)]
+
+    def is_norm(node):
+        return isinstance(node, nn.FrozenBatchNorm)
+
+    def measured(norm, key):
+        keys = jr.split(key, 4)
+        values = [jr.uniform(k, norm.weight.shape, minval=0.5, maxval=1.5) for k in keys]
+        return eqx.tree_at(lambda n: (n.weight, n.bias, n.running_mean, n.running_var), norm, values)
+
+    found = norms(model)
+    return eqx.tree_at(norms, model, [measured(n, k) for n, k in zip(found, jr.split(key, len(found)), strict=True)])
+
+
+@pytest.fixture(scope="module")
+def model():
+    keys = jr.split(jr.key(0), 5)
+    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], width=8), key=keys[1], channels=16)
+    detector = models.FasterRCNN(
+        backbone, 3, key=keys[2], hidden_size=32, anchor_sizes=((8,), (16,), (32,), (64,), (96,))
+    )
+    return with_statistics(models.MaskRCNN(detector, key=keys[3], hidden_channels=8), keys[4])
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Noise with structure, of two sizes."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (6, 8, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    return [blocks, blocks[:40, 10:61].copy()]
+
+
+@pytest.fixture(scope="module")
+def expected(model, images):
+    padded, sizes = export.pad_images(images, SHAPE)
+    return jax.jit(export.detection_program(model, SHAPE, OPTIONS))(padded, sizes)
+
+
+def test_sizes_are_looked_up_as_they_are_computed():
+    shape, options = export.Shape(1, (400, 520), (96, 128)), export.Options(min_size=80, max_size=133)
+    table = _program.resized_sizes(shape, options).reshape(400, 520, 2)
+    rng = np.random.default_rng(0)
+    sizes = np.concatenate([rng.integers(1, [401, 521], (300, 2)), [[334, 500], [1, 1], [400, 520], [1, 520]]])
+    for height, width in sizes.tolist():
+        wanted = ops.resized_size((height, width), min_size=80, max_size=133, canvas=(96, 128))
+        assert tuple(table[height - 1, width - 1].tolist()) == wanted
+
+
+def test_the_program_gives_what_detect_gives(model, images, expected):
+    for i, image in enumerate(images):
+        options = {"canvas": SHAPE.canvas, "min_size": 64, "max_size": 96, "max_detections": 20}
+        alone = eqx.filter_jit(models.detect)(model, jnp.asarray(image), **options)
+        assert alone.valid.any()
+        assert np.array_equal(alone.valid, expected.valid[i])
+        np.testing.assert_allclose(alone.boxes, expected.boxes[i], atol=1e-3)
+
+
+def test_folded_norms_change_nothing(model):
+    folded = export.fold_norms(model)
+    assert not any(
+        isinstance(n, nn.FrozenBatchNorm) for n in jax.tree.leaves(folded, is_leaf=lambda n: hasattr(n, "eps"))
+    )
+    image = jr.normal(jr.key(1), (3, 64, 64))
+    for wanted, found in zip(*(eqx.filter_jit(m.faster_rcnn.backbone)(image) for m in (model, folded)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, monkeypatch):
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(ast.parse(RUN.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert imported - set(sys.stdlib_module_names) == {"jax", "numpy", "PIL"}
+
+    file = tmp_path / "detector.npz"
+    export.save_stablehlo(model, file, shapes=[SHAPE], class_names=NAMES, options=OPTIONS)
+    paths = []
+    for i, image in enumerate(images):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(paths[-1])
+
+    def run():
+        command = [sys.executable, str(RUN), str(file), *map(str, paths)]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
+        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+        return [json.loads(line) for line in output.stdout.splitlines()]
+
+    found = run()
+    for i, line in enumerate(found):
+        valid = np.asarray(expected.valid[i])
+        assert valid.sum() > 3
+        np.testing.assert_allclose(line["boxes"], expected.boxes[i][valid], rtol=1e-6, atol=1e-4)
+        np.testing.assert_allclose(line["scores"], expected.scores[i][valid], rtol=1e-6, atol=1e-6)
+        assert line["labels"] == [NAMES[label] for label in expected.labels[i][valid]]
+
+    # The second process finds the compiled program, and adds none.
+    compiled = sorted(path.name for path in Path(f"{file}.compiled").iterdir())
+    assert run() == found
+    assert compiled and sorted(path.name for path in Path(f"{file}.compiled").iterdir()) == compiled
+
+
+def test_stablehlo_is_refused_outside_the_window(monkeypatch):
+    monkeypatch.syspath_prepend(RUN.parent)
+    from run_stablehlo import check_version
+
+    now = {"jax": jax.__version__, "calling_convention": jax.export.maximum_supported_calling_convention_version}
+    check_version(now)
+    check_version(now | {"jax": "0.9.1"})
+    for other in ({"jax": "0.99.0"}, {"calling_convention": 1}, {"calling_convention": 99}):
+        with pytest.raises(ValueError, match=r"written by jax .* reads conventions"):
+            check_version(now | other)
+
+
+def test_classes_need_names(model, tmp_path):
+    with pytest.raises(ValueError, match="class_names must name the model's 3 classes, got 2"):
+        export.save_stablehlo(model, tmp_path / "x.npz", shapes=[SHAPE], class_names=NAMES[:2])
+    with pytest.raises(ValueError, match="shapes must hold"):
+        export.save_stablehlo(model, tmp_path / "x.npz", shapes=[], class_names=NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(_extras, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"onnxruntime is missing.*'detectax_eqx\[onnx\]'"):
+        _extras.require("onnx")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(model, images, tmp_path_factory):
+    if any(find_spec(module) is None for module in _extras.EXTRAS["onnx"]):
+        pytest.skip("needs the extra onnx")
+    path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
+    export.save_onnx(model, path, shape=SHAPE, images=images, class_names=NAMES, options=OPTIONS)
+    return path
+
+
+@pytest.mark.timeout(600)
+def test_onnx_gives_the_models_detections(onnx_file, images, expected):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    padded, sizes = export.pad_images(images, SHAPE)
+    found = session.run(None, {"images": padded, "image_sizes": sizes})
+    for one, wanted in zip(found, jax.tree.leaves(expected), strict=True):
+        assert one.dtype == wanted.dtype
+        np.testing.assert_allclose(one, wanted, atol=1e-3)
+    assert {node.name for node in session.get_outputs()} == {"boxes", "scores", "labels", "valid", "masks"}
+    proto, about = export.read_onnx(onnx_file)
+    assert (about["class_names"], about["shape"], about["options"]) == (NAMES, SHAPE, OPTIONS)
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
+    assert "faster_rcnn.box_head.fc6.weight" in {tensor.name for tensor in proto.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    "part, output", [("mask_head", "masks"), ("faster_rcnn.box_head.class_logits", "scores|valid")]
+)
+def test_another_models_detections_are_refused_by_name(onnx_file, model, images, part, output):
+    def weights(model):
+        for name in part.split("."):
+            model = getattr(model, name)
+        return (model.mask_logits if part == "mask_head" else model).bias
+
+    other = eqx.tree_at(weights, model, jnp.linspace(0.0, 0.5, weights(model).size))
+    with pytest.raises(export.ExportError, match=output):
+        export.compare_onnx(other, onnx_file, shape=SHAPE, images=images, options=OPTIONS)
+
+
+def test_int8_keeps_predictors_in_float(onnx_file, images, tmp_path):
+    import onnxruntime
+    from onnx import TensorProto
+
+    path = tmp_path / "int8.onnx"
+    export.quantize_onnx(onnx_file, path, images=images)
+    proto, about = export.read_onnx(path)
+    assert about["class_names"] == NAMES
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    assert types["faster_rcnn.box_head.fc6.weight_quantized"] == TensorProto.INT8
+    assert types["faster_rcnn.backbone.body.conv1.weight_quantized"] == TensorProto.INT8
+    assert types["faster_rcnn.box_head.class_logits.weight"] == TensorProto.FLOAT
+    assert path.stat().st_size < onnx_file.stat().st_size
+    padded, sizes = export.pad_images(images, SHAPE)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.run(["valid"], {"images": padded, "image_sizes": sizes})[0].any()
+
+
+@pytest.mark.timeout(600)
+def test_suppression_on_the_host_gives_the_same(onnx_file, model, images, tmp_path):
+    import onnxruntime
+
+    detector = model.faster_rcnn
+    shape = export.Shape(1, SHAPE.source, SHAPE.canvas)
+    export.save_onnx_parts(detector, tmp_path, shape=shape, class_names=NAMES, options=OPTIONS)
+
+    def runner(name):
+        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        inputs, outputs = ([node.name for node in nodes()] for nodes in (session.get_inputs, session.get_outputs))
+        return lambda feeds: dict(zip(outputs, session.run(None, {name: feeds[name] for name in inputs}), strict=True))
+
+    run = jax.jit(export.detection_program(detector, shape, OPTIONS))
+    parts = runner("proposals"), runner("detections")
+    for image in images:
+        padded, sizes = export.pad_images([image], shape)
+        wanted = run(padded, sizes)
+        found = export.host_detections(*parts, image, shape=shape, options=OPTIONS)
+        assert found["labels"].tolist() == wanted.labels[wanted.valid].tolist()
+        np.testing.assert_allclose(found["boxes"], wanted.boxes[wanted.valid], atol=1e-3)
+        np.testing.assert_allclose(found["scores"], wanted.scores[wanted.valid], atol=1e-5)
+
+
+def test_host_nms_keeps_what_nms_keeps():
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 40, (300, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(0, 12, (300, 2))], axis=1).astype(np.float32)
+    scores = (rng.integers(0, 50, 300) / 50).astype(np.float32)  # with ties
+    labels, valid = rng.integers(0, 3, 300).astype(np.int32), rng.random(300) < 0.8
+    for threshold, most in ((0.3, 300), (0.5, 20), (0.0, 300), (1.0, 300)):
+        options = {"iou_threshold": threshold, "max_outputs": most}
+        indices, kept = ops.nms_indices(
+            *map(jnp.asarray, (boxes, scores, valid)), labels=jnp.asarray(labels), **options
+        )
+        found = export.host_nms(boxes, scores, labels, valid, **options)
+        assert found.tolist() == indices[kept].tolist()
+    assert export.host_nms(boxes, scores, labels, valid & False, iou_threshold=0.5, max_outputs=3).tolist() == []
+
+
+@pytest.mark.timeout(600)
+def test_tflite_is_integer_throughout(model, images, tmp_path):
+    if any(find_spec(module) is None for module in _extras.EXTRAS["edge"]):
+        pytest.skip("needs the extra edge")
+    from ai_edge_litert.interpreter import Interpreter
+
+    detector, shape = model.faster_rcnn, export.Shape(1, SHAPE.source, SHAPE.canvas)
+    export.save_tflite(detector, tmp_path, shape=shape, images=images, class_names=NAMES, options=OPTIONS)
+    for file in ("network.tflite", "box_head.tflite"):
+        interpreter = Interpreter(str(tmp_path / file))
+        details = interpreter.get_input_details() + interpreter.get_output_details()
+        assert {detail["dtype"] for detail in details} == {np.int8}
+    run = export.TFLiteDetector(detector, tmp_path)
+    assert "CONV_2D" in run.operators()
+    padded, sizes = export.pad_images(images[:1], shape)
+    wanted = jax.jit(export.detection_program(detector, shape, OPTIONS))(padded, sizes)
+    found = run(images[0])
+    # Integers move boxes. The surest detections are found all the same.
+    iou = ops.pairwise_iou(wanted.boxes[0, :3], found.boxes[found.valid])
+    assert float(iou.max(axis=1).min()) > 0.6
