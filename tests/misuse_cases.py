@@ -98,8 +98,12 @@ TREES = [
 OTHERS = [
     call(nn.cast, {"w": f32(2)}, jnp.bfloat16),
     call(data.mask_in_box, (np.ones((3, 2)),), np.ones(4), size=7),
+    call(draw.draw_comparison, PICTURE, TARGETS, DETECTIONS, crowd=np.ones(N, bool)),
     call(draw.draw_detections, PICTURE, DETECTIONS),
     call(draw.draw_targets, PICTURE, TARGETS),
+    call(draw.plot_calibration, np.ones(N), np.ones(N), np.ones(N, np.int64)),
+    call(draw.plot_confusion, np.ones((N, N), np.int64), class_names=["a", "b"]),
+    call(draw.plot_precision_recall, np.ones((M, N)), np.ones(N), class_names=["a", "b"]),
     call(evaluate.encode_mask, np.ones((3, 4), bool)),
     call(models.box_detections, f32(M, 4), f32(M, 4, 4), PROPOSALS, f32(2)),
     call(models.box_loss, f32(M, 4), f32(M, 4, 4), SAMPLED, TARGETS),
@@ -120,7 +124,7 @@ WITH_MODEL = {
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
     data: {"load_coco", "read_image"},
-    draw: {"class_color"},
+    draw: {"class_color", "plot_error_costs"},
     evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"},
     models: {"mask_rcnn_loss", "detect_batch", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
@@ -203,6 +207,7 @@ OPTIONS = [
     (data.write_shapes_dataset, "seed", -1, call(data.write_shapes_dataset, "nowhere", num_images=1)),
     (data.write_shapes_dataset, "image_size", (8, 8), call(data.write_shapes_dataset, "nowhere", num_images=1)),
     (data.write_shapes_dataset, "suffix", ".gif", call(data.write_shapes_dataset, "nowhere", num_images=1)),
+    (draw.draw_comparison, "mask_opacity", 2),
     (draw.draw_detections, "mask_opacity", 2),
     (draw.draw_detections, "line_width", 0),
     (draw.draw_detections, "font_size", 0),
