@@ -125,7 +125,8 @@ WITH_MODEL = {
 ELSEWHERE = {
     data: {"load_coco", "read_image"},
     draw: {"class_color", "plot_error_costs"},
-    evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"},
+    evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"}
+    | {"class_rows", "error_rows", "format_errors"},
     models: {"mask_rcnn_loss", "detect_batch", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
@@ -153,6 +154,7 @@ COCO = {
     "categories": [{"id": 1, "name": "cat"}],
     "annotations": [],
 }
+ANALYSIS = evaluate.analyze_errors(COCO, [])
 NAN = math.nan
 # (function, option, a bad value, the other arguments where the tables above have no call of it)
 OPTIONS = [
@@ -211,6 +213,11 @@ OPTIONS = [
     (draw.draw_detections, "mask_opacity", 2),
     (draw.draw_detections, "line_width", 0),
     (draw.draw_detections, "font_size", 0),
+    (evaluate.analyze_errors, "background_iou", 0, call(evaluate.analyze_errors, COCO, [])),
+    (evaluate.analyze_errors, "foreground_iou", 2, call(evaluate.analyze_errors, COCO, [])),
+    (evaluate.analyze_errors, "max_detections", 0, call(evaluate.analyze_errors, COCO, [])),
+    (evaluate.calibration, "num_bins", 0, call(evaluate.calibration, ANALYSIS)),
+    (evaluate.confusion_matrix, "score_threshold", 2, call(evaluate.confusion_matrix, ANALYSIS)),
     (evaluate.evaluate_coco, "max_detections", 10, call(evaluate.evaluate_coco, COCO, [])),
     (evaluate.evaluate_coco, "image_ids", [7], call(evaluate.evaluate_coco, COCO, [])),
     (models.box_detections, "nms_threshold", 2),
