@@ -40,6 +40,18 @@ BY_HAND = {
     ),
     # Of two that could be right, the better one is mended and the other vanishes.
     "wrong class twice": (ONE, [found(1, 7, A, 0.9), found(1, 7, A, 0.8)], 0, {"classification": 1}),
+    "the better one is mended": (
+        ONE,
+        [found(1, 7, A, 0.9), found(1, 1, NOWHERE, 0.85), found(1, 7, A, 0.8)],
+        0,
+        {"classification": 1},
+    ),
+    "an object is not found twice by mending": (
+        TWO,
+        [found(1, 1, A, 0.9), found(1, 7, A, 0.8)],
+        HALF,
+        {"missed": 1 - HALF},
+    ),
     # The object has been found: mending can only take the error away.
     "wrong class of what was found": (
         make_annotations((1, 1, A), (2, 7, B)),
