@@ -185,13 +185,21 @@ def evaluate_on(
         console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
     folder.mkdir(parents=True, exist_ok=True)
     evaluate.write_results(results, folder / "detections.json")
-    has_masks = isinstance(detector.model, models.MaskRCNN) and all(
+    return score_results(results, dataset, folder, masks=isinstance(detector.model, models.MaskRCNN))
+
+
+def score_results(
+    results: list[dict[str, Any]], dataset: data.CocoDataset, folder: Path, *, masks: bool
+) -> dict[str, evaluate.CocoMetrics]:
+    """COCO's numbers for boxes, and for `masks` if every object has one; they go to `metrics.json` in `folder`."""
+    has_masks = masks and all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
     metrics = {
         kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps({kind: asdict(m) for kind, m in metrics.items()}, indent=1))
     return metrics
 

@@ -123,7 +123,7 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"load_coco", "read_image"},
+    data: {"decode_rle", "load_coco", "read_image"},
     draw: {"class_color", "plot_error_costs"},
     evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"}
     | {"class_rows", "error_rows", "format_errors"},

@@ -46,7 +46,7 @@ class CocoMetrics:
 
     numbers: dict[str, float]
     per_class: tuple[ClassMetrics, ...]
-    iou_type: str
+    iou_type: Literal["bbox", "segm"]
     max_detections: int
 
 
