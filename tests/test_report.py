@@ -234,3 +234,24 @@ def test_masks_are_drawn_where_they_are(browser, report):
     path = tab.evaluate("([counts, height]) => maskPath(counts, height)", [evaluate.encode_mask(mask)["counts"], 40])
     assert sum(int(rows) for *_, rows in re.findall(r"M(\d+) (\d+)h1v(\d+)h-1z", path)) == mask.sum()
     assert complaints == []
+
+
+def test_a_dataset_page_in_a_browser(browser, scripts, shapes, tmp_path):
+    from _report.dataset import write_dataset_page
+    from _report.inspection import Suspicion
+
+    dataset, _ = shapes
+    suspicions = [Suspicion("odd", 0, 0, NASTY), Suspicion("odd", 1, 0, "second"), Suspicion("rare", 2, 0, "third")]
+    table = {"title": "Counts", "note": "", "columns": ["what", "share"], "rows": [[NASTY, "50.0 %"]], "bars": 1}
+    page = tmp_path / "dataset.html"
+    write_dataset_page(page, dataset, [table], suspicions)
+    for width in (1200, 390):
+        tab, complaints = opened(browser, page, width=width)
+        assert tab.title().startswith("Dataset") and NASTY in tab.locator("table").inner_text()
+        assert len(tab.evaluate(SHOWN)) == tab.locator(".card").count() == 3
+        tab.select_option("#kind", "rare")
+        assert tab.locator(".card .chip").all_inner_texts() == ["rare"]
+        tab.locator(".picture").first.click()
+        assert tab.locator("dialog[open] .picture").count() == 1
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert complaints == []

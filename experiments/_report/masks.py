@@ -26,7 +26,7 @@ def shrink_mask(segmentation: Any, image_size: tuple[int, int], size: tuple[int,
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         whole = {"size": image_size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
-        pixels = Image.fromarray(data.decode_rle(whole) * 255).resize(size[::-1], Image.Resampling.BOX)
+        pixels = Image.fromarray(data.decode_rle(whole) * 255).resize((size[1], size[0]), Image.Resampling.BOX)
         return evaluate.encode_mask(np.asarray(pixels) > 127)["counts"]
     scale = np.array([size[1] / image_size[1], size[0] / image_size[0]])
     polygons = [(np.asarray(points) * scale).ravel().tolist() for points in segmentation]
