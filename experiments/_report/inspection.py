@@ -101,7 +101,8 @@ def bucket_use(
                 image_sizes[index], min_size=min_size, max_size=max_size, canvas=bucket.canvas
             )
             filled += height * width
-            shrunk += (height, width) != wanted
+            # A pixel less is what rounding to the canvas may cost, no more.
+            shrunk += wanted[0] - height > 1 or wanted[1] - width > 1
         total = len(bucket.indices) * bucket.canvas[0] * bucket.canvas[1]
         uses.append(BucketUse(bucket.canvas, len(bucket.indices), shrunk, 1 - filled / total))
     return uses
