@@ -7,11 +7,12 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
 
-.PHONY: help demo test lint format parity bench bench-quick bench-check clean
+.PHONY: help demo test notebooks lint format parity bench bench-quick bench-check clean
 
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
+	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       mend style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
@@ -21,7 +22,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,plot]'
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,plot,notebook,browser]'
 	touch $@
 
 $(PARITY)/.installed: pyproject.toml constraints.txt
@@ -35,6 +36,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
+
+notebooks: $(VENV)/.installed
+	$(VENV)/bin/python experiments/run_notebooks.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check

@@ -233,6 +233,13 @@ def test_a_crowd_is_striped():
         draw_targets(GRAY, targets, crowd=np.array([True, False]))
 
 
+def test_an_empty_name_gives_no_label():
+    boxes = np.array([[20, 40, 100, 90], [110, 40, 150, 90]], np.float32)
+    targets = Targets(boxes, np.array([0, 1], np.int32), np.array([True, True]))
+    picture = draw_targets(GRAY, targets, class_names=["", "b"], **TINY)
+    assert not differs(picture)[:38, :105].any() and differs(picture)[:38, 105:].any()
+
+
 def test_a_comparison_has_truth_at_left_and_findings_at_right():
     targets = Targets(np.array([[20, 40, 100, 90]], np.float32), np.array([0], np.int32), np.array([True]))
     found = detections_of([60, 10, 150, 60], [0, 0, 9, 9], scores=[0.9, 0.2], labels=[1, 2])

@@ -83,6 +83,7 @@ def draw_targets(
     """A picture of the ground truth of one image, as `draw_detections` draws what was found.
 
     - `crowd`: which rows are regions that hold many objects, as `data.Objects.crowd`; they are striped.
+    - `class_names`: by label; a class whose name is empty gets no label.
 
     >>> boxes = np.array([[4, 4, 30, 20]], np.float32)
     >>> targets = Targets(boxes, np.array([0], np.int32), np.array([True]))
@@ -200,10 +201,11 @@ def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Imag
         outline(canvas, rows.boxes[row], colors[row], line_width, (height, width))
     # Labels are placed best first, so that the best has the best place, and drawn the other way round.
     placed = []
-    for row in range(len(rows.boxes)):
+    named = [row for row in range(len(rows.boxes)) if rows.texts[row]]
+    for row in named:
         placed.append(place(canvas, rows.texts[row], font, rows.boxes[row], placed, line_width, (height, width)))
-    for row in order:
-        label(canvas, rows.texts[row], font, placed[row], colors[row])
+    for row, spot in zip(reversed(named), reversed(placed), strict=True):
+        label(canvas, rows.texts[row], font, spot, colors[row])
     return picture
 
 
