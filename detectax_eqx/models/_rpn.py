@@ -113,6 +113,11 @@ def propose(
     - `pre_nms_top_n`: candidates a level. `post_nms_top_n`: boxes over all levels, the capacity of the result.
 
     torchvision's rule and defaults (at training time it keeps 2000 and 2000).
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
+    >>> output = RPNOutput((jnp.array([2.0, -1.0]),), (jnp.zeros((2, 4)),), (boxes,))
+    >>> propose(output, jnp.array([16.0, 16.0])).boxes.tolist()
+    [[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 16.0, 16.0]]
     """
     if not 0 <= nms_threshold <= 1:
         raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")
@@ -155,6 +160,13 @@ def rpn_loss(
 
     An anchor is positive if its IoU with an object reaches `positive_iou`, or is that object's best; negative below
     `negative_iou`. Both terms are counted by the number of sampled anchors, as in torchvision.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
+    >>> output = RPNOutput((jnp.array([2.0, -1.0]),), (jnp.zeros((2, 4)),), (boxes,))
+    >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
+    >>> losses = rpn_loss(output, targets, key=jr.key(0))
+    >>> {name: round(float(loss.mean()), 3) for name, loss in losses.items()}
+    {'loss_objectness': 0.22, 'loss_rpn_box_reg': 0.0}
     """
     if not negative_iou <= positive_iou:
         raise ValueError(f"negative_iou must be at most positive_iou, got {negative_iou} and {positive_iou}.")
