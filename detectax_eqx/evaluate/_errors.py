@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from ._coco_eval import mean_defined, prepare
 
 
-# The paper's main errors, in its order (section 2.2). What is called missed is a missed object, the others are false detections.
+# The paper's main errors (section 2.2). What is called missed is an object, the others are false detections.
 ERROR_KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
 # Verdicts on a detection besides the kinds of error, which are positions in `ERROR_KINDS`.
 RIGHT, IGNORED = -1, -2
