@@ -7,12 +7,13 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
 
-.PHONY: help demo test test-all lint format parity bench bench-quick bench-check clean
+.PHONY: help demo test test-all notebooks lint format parity bench bench-quick bench-check clean
 
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
 	@echo "make test-all     run the long ones too, and write the table of faults in BENCHMARKS.md"
+	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       mend style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
@@ -22,7 +23,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,plot]'
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,plot,notebook,browser]'
 	touch $@
 
 $(PARITY)/.installed: pyproject.toml constraints.txt
@@ -39,6 +40,9 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m "long or not long" --tally BENCHMARKS.md
+
+notebooks: $(VENV)/.installed
+	$(VENV)/bin/python experiments/run_notebooks.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check

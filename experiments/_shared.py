@@ -222,7 +222,14 @@ def evaluate_on(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
-    has_masks = isinstance(detector.model, models.MaskRCNN) and all(
+    return score_results(results, dataset, folder, masks=isinstance(detector.model, models.MaskRCNN))
+
+
+def score_results(
+    results: list[dict[str, Any]], dataset: data.CocoDataset, folder: Path, *, masks: bool
+) -> dict[str, evaluate.CocoMetrics]:
+    """COCO's numbers for boxes, and for `masks` if every object has one; they go to `metrics.json` in `folder`."""
+    has_masks = masks and all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
     annotations = data.read_annotations(dataset.annotations_path)
@@ -230,6 +237,8 @@ def evaluate_on(
         kind: evaluate.evaluate_coco(annotations, results, iou_type=kind)
         for kind in (("bbox", "segm") if has_masks else ("bbox",))
     }
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})
     return metrics
 

@@ -2,13 +2,16 @@
 
     python experiments/evaluate.py --checkpoint runs/mine --annotations test.json --images test/ --output runs/mine/test
 
-Writes `detections.json` (COCO results format, in the original images' pixels) and `metrics.json` to `--output`.
+Writes `detections.json` (COCO results format, in the original images' pixels) and `metrics.json` to `--output`, and
+with `--report` a page to look at: curves, what each kind of error costs, and the worst images. `--detections` does the
+same for results that are there already, of any detector, without running one.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run
+from _report.evaluation import write_report
+from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run, score_results
 
 from detectax_eqx import data, evaluate
 
@@ -22,7 +25,11 @@ class Options:
     images: str
     """Folder that its file names refer to, or a URL."""
     output: Path
-    """Folder for detections.json and metrics.json."""
+    """Folder for detections.json, metrics.json and report.html."""
+    report: bool = False
+    """Also write report.html, a page that needs nothing else: curves, costs of errors, the worst images."""
+    detections: Path | None = None
+    """Instead of --checkpoint: a file in COCO's results format, to evaluate without running a detector."""
     checkpoint: Path | None = None
     """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
     weights: Path | None = None
@@ -53,24 +60,38 @@ RANGES = {"positive": "batch_size min_size max_size max_detections threads", "in
 def main(options: Options) -> None:
     """Evaluates and prints."""
     check_ranges(options, RANGES)
-    detector = load_detector(
-        options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
-    )
+    if options.detections is not None and (options.checkpoint is not None or options.weights is not None):
+        raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
     dataset = data.load_coco(options.annotations, options.images)
     console.print(f"{options.annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
-    metrics = evaluate_on(
-        detector,
-        dataset,
-        options.output,
-        batch_size=options.batch_size,
-        num_threads=options.threads,
-        score_threshold=options.score_threshold,
-        nms_threshold=options.nms_threshold,
-        max_detections=options.max_detections,
-    )
+    if options.detections is not None:
+        try:
+            results = evaluate.read_results(options.detections)
+            masks = bool(results) and all("segmentation" in result for result in results)
+            metrics = score_results(results, dataset, options.output, masks=masks)
+        except ValueError as error:
+            raise SystemExit(f"{options.detections}: {error}") from None
+    else:
+        detector = load_detector(
+            options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
+        )
+        metrics = evaluate_on(
+            detector,
+            dataset,
+            options.output,
+            batch_size=options.batch_size,
+            num_threads=options.threads,
+            score_threshold=options.score_threshold,
+            nms_threshold=options.nms_threshold,
+            max_detections=options.max_detections,
+        )
+        results = evaluate.read_results(options.output / "detections.json")
     for kind in metrics.values():
         print(evaluate.format_metrics(kind))
         print(evaluate.format_per_class(kind))
+    if options.report:
+        write_report(options.output / "report.html", dataset, results, metrics)
+        console.print(f"{options.output / 'report.html'} opens in any browser", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,12 @@ TREES = [
 OTHERS = [
     call(nn.cast, {"w": f32(2)}, jnp.bfloat16),
     call(data.mask_in_box, (np.ones((3, 2)),), np.ones(4), size=7),
+    call(draw.draw_comparison, PICTURE, TARGETS, DETECTIONS, crowd=np.ones(N, bool)),
     call(draw.draw_detections, PICTURE, DETECTIONS),
     call(draw.draw_targets, PICTURE, TARGETS),
+    call(draw.plot_calibration, np.ones(N), np.ones(N), np.ones(N, np.int64)),
+    call(draw.plot_confusion, np.ones((N, N), np.int64), class_names=["a", "b"]),
+    call(draw.plot_precision_recall, np.ones((M, N)), np.ones(N), class_names=["a", "b"]),
     call(evaluate.encode_mask, np.ones((3, 4), bool)),
     call(models.box_detections, f32(M, 4), f32(M, 4, 4), PROPOSALS, f32(2)),
     call(models.box_loss, f32(M, 4), f32(M, 4, 4), SAMPLED, TARGETS),
@@ -122,13 +126,14 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"load_coco", "read_annotations", "read_image"},
-    draw: {"class_color"},
+    data: {"decode_rle", "load_coco", "read_annotations", "read_image"},
+    draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
     export: {"save_stablehlo", "save_onnx", "read_onnx", "compare_onnx", "quantize_onnx", "fold_norms"}
     | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
-    evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"},
+    evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"}
+    | {"class_rows", "error_rows", "format_errors"},
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
@@ -165,6 +170,7 @@ COCO = {
     "categories": [{"id": 1, "name": "cat"}],
     "annotations": [],
 }
+ANALYSIS = evaluate.analyze_errors(COCO, [])
 NAN = math.nan
 # (function, option, a bad value, the other arguments where the tables above have no call of it)
 OPTIONS = [
@@ -219,9 +225,15 @@ OPTIONS = [
     (data.write_shapes_dataset, "seed", -1, call(data.write_shapes_dataset, "nowhere", num_images=1)),
     (data.write_shapes_dataset, "image_size", (8, 8), call(data.write_shapes_dataset, "nowhere", num_images=1)),
     (data.write_shapes_dataset, "suffix", ".gif", call(data.write_shapes_dataset, "nowhere", num_images=1)),
+    (draw.draw_comparison, "mask_opacity", 2),
     (draw.draw_detections, "mask_opacity", 2),
     (draw.draw_detections, "line_width", 0),
     (draw.draw_detections, "font_size", 0),
+    (evaluate.analyze_errors, "background_iou", 0, call(evaluate.analyze_errors, COCO, [])),
+    (evaluate.analyze_errors, "foreground_iou", 2, call(evaluate.analyze_errors, COCO, [])),
+    (evaluate.analyze_errors, "max_detections", 0, call(evaluate.analyze_errors, COCO, [])),
+    (evaluate.calibration, "num_bins", 0, call(evaluate.calibration, ANALYSIS)),
+    (evaluate.confusion_matrix, "score_threshold", 2, call(evaluate.confusion_matrix, ANALYSIS)),
     (evaluate.evaluate_coco, "max_detections", 10, call(evaluate.evaluate_coco, COCO, [])),
     (evaluate.evaluate_coco, "image_ids", [7], call(evaluate.evaluate_coco, COCO, [])),
     (models.box_detections, "nms_threshold", 2),

@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from detectax_eqx import Detections, Targets
-from detectax_eqx.draw import class_color, draw_detections, draw_targets
+from detectax_eqx.draw import (
+    class_color,
+    draw_comparison,
+    draw_detections,
+    draw_targets,
+    plot_calibration,
+    plot_confusion,
+    plot_error_costs,
+    plot_precision_recall,
+)
 
 
 GRAY = np.full((120, 160, 3), 90, np.uint8)
@@ -203,3 +212,67 @@ def test_a_batch_is_refused():
     targets = Targets(batch.boxes, batch.labels, batch.valid)
     with pytest.raises(ValueError, match="one image"):
         draw_targets(GRAY, targets)
+
+
+def test_a_crowd_is_striped():
+    targets = Targets(np.array([[20, 40, 100, 90]], np.float32), np.array([0], np.int32), np.array([True]))
+    plain = draw_targets(GRAY, targets, class_names=[""], **TINY)
+    crowd = draw_targets(GRAY, targets, crowd=np.array([True]), class_names=[""], **TINY)
+    assert not differs(plain)[42:88, 22:98].any()
+    inside = differs(crowd)[42:88, 22:98]
+    assert 0.45 < inside.mean() < 0.55
+    assert (inside[:, 3:] == ~inside[:, :-3]).all()  # stripes as wide as the gaps, slanted
+    assert (inside[3:] == ~inside[:-3]).all()
+    # A mask bounds the stripes.
+    half = np.zeros((1, 28, 28), np.float32)
+    half[:, :, :14] = 1
+    masked = Targets(targets.boxes, targets.labels, targets.valid, half)
+    inside = differs(draw_targets(GRAY, masked, crowd=np.array([True]), **TINY))[42:88, 22:98]
+    assert 0.4 < inside[:, :36].mean() < 0.6 and not inside[:, 40:].any()
+    with pytest.raises(ValueError, match="crowd must have a row for each of the 1 targets, got 2"):
+        draw_targets(GRAY, targets, crowd=np.array([True, False]))
+
+
+def test_an_empty_name_gives_no_label():
+    boxes = np.array([[20, 40, 100, 90], [110, 40, 150, 90]], np.float32)
+    targets = Targets(boxes, np.array([0, 1], np.int32), np.array([True, True]))
+    picture = draw_targets(GRAY, targets, class_names=["", "b"], **TINY)
+    assert not differs(picture)[:38, :105].any() and differs(picture)[:38, 105:].any()
+
+
+def test_a_comparison_has_truth_at_left_and_findings_at_right():
+    targets = Targets(np.array([[20, 40, 100, 90]], np.float32), np.array([0], np.int32), np.array([True]))
+    found = detections_of([60, 10, 150, 60], [0, 0, 9, 9], scores=[0.9, 0.2], labels=[1, 2])
+    options = {"class_names": ["a", "b", "c"], **TINY}
+    picture = np.asarray(draw_comparison(GRAY, targets, found, **options))
+    strip = picture.shape[0] - 120
+    assert 8 <= strip <= 20 and picture.shape[1] == 2 * 160 + 6
+    np.testing.assert_array_equal(picture[strip:, :160], draw_targets(GRAY, targets, **options))
+    np.testing.assert_array_equal(picture[strip:, 166:], draw_detections(GRAY, found, **options))
+    titles = picture[:strip]
+    assert (titles[:, :160] < 100).any() and (titles[:, 166:] < 100).any()
+    low = np.asarray(draw_comparison(GRAY, targets, found, score_threshold=0.1, **options))
+    assert (low[:, 166:] != picture[:, 166:]).any() and (low[:, :160] == picture[:, :160]).all()
+
+
+def test_plots_show_what_they_are_given():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = plt.subplots(2, 2)
+    recall = np.linspace(0, 1, 101)
+    precision = np.stack([1 - recall, np.full(101, -1.0), np.ones(101)])
+    ax = plot_precision_recall(precision, recall, class_names=["a", "none", "b"], ax=axes[0, 0])
+    assert ax.get_legend_handles_labels()[1] == ["a 0.50", "b 1.00", "mean 0.75"]
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), 1 - recall / 2)
+    ax = plot_confusion(np.array([[3, 0, 1], [0, 0, 0], [2, 0, 0]]), class_names=["a", "b"], ax=axes[0, 1])
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {(0, 0): "3", (2, 0): "1", (0, 2): "2"}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "missed"]
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.75, 0, 0.25], [0, 0, 0], [1, 0, 0]])
+    ax = plot_error_costs({"missed": 0.2, "background": 0.0}, ax=axes[1, 0])
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([20, 0])
+    scores, share, counts = np.array([0.1, 0.0, 0.9]), np.array([0.2, 0.0, 0.8]), np.array([4, 0, 9])
+    ax = plot_calibration(scores, share, counts, ax=axes[1, 1])
+    assert ax.lines[-1].get_xydata().tolist() == [[0.1, 0.2], [0.9, 0.8]]
+    figure.canvas.draw()
+    plt.close(figure)
+    with pytest.raises(ValueError, match="class_names must name 2 classes, got 1"):
+        plot_confusion(np.zeros((3, 3), np.int64), class_names=["a"])

@@ -154,7 +154,11 @@ def test_equals_pycocotools(iou_type, seed, capsys, tmp_path):
 def test_tables():
     metrics = evaluate_coco(TRUTH, [found(1, 1, A, 0.9)])
     lines = format_per_class(metrics).splitlines()
-    assert lines == ["category     AP   AP50", "class 1   0.505  0.505", "class 7       –      –"]
+    assert lines == [
+        "category     AP   AP50    APs    APm    APl",
+        "class 1   0.505  0.505      –  0.505      –",
+        "class 7       –      –      –      –      –",
+    ]
     assert " Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = -1.000" in format_metrics(metrics)
 
 

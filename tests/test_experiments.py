@@ -91,8 +91,20 @@ def test_train_resume_evaluate_predict(shapes, tmp_path):
 
     output = run(
         "evaluate.py", "--checkpoint", tmp_path / "whole", "--annotations", annotations, "--images", images,
-        "--output", tmp_path / "evaluation",
+        "--output", tmp_path / "evaluation", "--report",
     )  # fmt: skip
+    assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
+    again = run(
+        "evaluate.py", "--detections", tmp_path / "evaluation" / "detections.json", "--annotations", annotations,
+        "--images", images, "--output", tmp_path / "again",
+    )  # fmt: skip
+    numbers = [(tmp_path / name / "metrics.json").read_text() for name in ("evaluation", "again")]
+    assert numbers[0] == numbers[1] and "Average Precision" in again
+    both = ["--detections", tmp_path / "evaluation" / "detections.json", "--checkpoint", tmp_path / "whole"]
+    refused = run(
+        "evaluate.py", *both, "--annotations", annotations, "--images", images, "--output", tmp_path, status=1
+    )
+    assert "either a detector" in refused
     assert "Average Precision  (AP) @[ IoU=0.50:0.95" in output
     assert "triangle" in output
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
@@ -139,6 +151,7 @@ def test_quickstart_runs(tmp_path):
     )  # fmt: skip
     assert _size(tmp_path / "demo.png")[0] > 1000
     assert {"bbox", "segm"} == json.loads((tmp_path / "metrics.json").read_text()).keys()
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_training_refuses_bad_data(shapes, tmp_path):

@@ -19,12 +19,18 @@ from pycocotools.cocoeval import COCOeval
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """AP over IoU .50:.95 and AP at IoU .50 of one category, both -1 if the ground truth has none of it."""
+    """AP over IoU .50:.95 and AP at IoU .50 of one category, and the first for its small, medium and large objects.
+
+    Each is -1 if the ground truth has no such object.
+    """
 
     category_id: int
     name: str
     ap: float
     ap50: float
+    aps: float = -1.0
+    apm: float = -1.0
+    apl: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class CocoMetrics:
 
     numbers: dict[str, float]
     per_class: tuple[ClassMetrics, ...]
-    iou_type: str
+    iou_type: Literal["bbox", "segm"]
     max_detections: int
 
 
@@ -80,6 +86,41 @@ def evaluate_coco(
     """
     if max_detections <= 10:
         raise ValueError(f"max_detections must be above 10, got {max_detections}.")
+    evaluation, names = prepare(annotations, results, iou_type=iou_type, image_ids=image_ids)
+    evaluation.params.maxDets = [1, 10, max_detections]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return CocoMetrics(
+        {row[0]: mean_defined(_select(evaluation, *row[1:])) for row in _rows(max_detections)},
+        tuple(
+            ClassMetrics(
+                category_id=category_id,
+                name=name,
+                ap=_class_mean(evaluation, k, None, "all"),
+                ap50=_class_mean(evaluation, k, 0.5, "all"),
+                aps=_class_mean(evaluation, k, None, "small"),
+                apm=_class_mean(evaluation, k, None, "medium"),
+                apl=_class_mean(evaluation, k, None, "large"),
+            )
+            for k, (category_id, name) in enumerate(names.items())
+        ),
+        iou_type,
+        max_detections,
+    )
+
+
+def prepare(
+    annotations: str | os.PathLike | Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    iou_type: Literal["bbox", "segm"],
+    image_ids: Sequence[int] | None,
+) -> tuple[COCOeval, dict[int, str]]:
+    """pycocotools' evaluation of checked copies of both, still to be run, and the name of each category by its id.
+
+    Ids of annotations and of results are their positions, counted from 1.
+    """
     if not isinstance(annotations, Mapping):
         annotations = json.loads(Path(annotations).read_text(encoding="utf-8"))
         if not isinstance(annotations, Mapping):
@@ -92,31 +133,14 @@ def evaluate_coco(
     unknown = sorted(set(image_ids or ()) - set(images))
     if unknown:
         raise ValueError(f"image_ids has {unknown[:10]}, which the annotations do not have.")
-
     base = {"images": list(images.values()), "categories": list(categories.values())}
     truth = [_ground_truth(a, images, categories, iou_type) for a in annotations.get("annotations", ())]
     found = [_detection(result, images, categories, iou_type) for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_index(base, truth), _index(base, found), iou_type)
-        evaluation.params.maxDets = [1, 10, max_detections]
-        if image_ids is not None:
-            evaluation.params.imgIds = sorted(set(image_ids))
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return CocoMetrics(
-        {row[0]: _mean(_select(evaluation, *row[1:])) for row in _rows(max_detections)},
-        tuple(
-            ClassMetrics(
-                category_id=category_id,
-                name=str(categories[category_id].get("name", category_id)),
-                ap=_mean(_select(evaluation, "precision", None, "all", 2)[:, :, k]),
-                ap50=_mean(_select(evaluation, "precision", 0.5, "all", 2)[:, :, k]),
-            )
-            for k, category_id in enumerate(sorted(categories))
-        ),
-        iou_type,
-        max_detections,
-    )
+    if image_ids is not None:
+        evaluation.params.imgIds = sorted(set(image_ids))
+    return evaluation, {id: str(categories[id].get("name", id)) for id in sorted(categories)}
 
 
 def format_metrics(metrics: CocoMetrics) -> str:
@@ -137,17 +161,19 @@ def format_metrics(metrics: CocoMetrics) -> str:
 
 
 def format_per_class(metrics: CocoMetrics) -> str:
-    """AP and AP50 of every category as a table; a dash where the ground truth has none of it.
+    """AP, AP50 and AP by size of every category as a table; a dash where the ground truth has no such object.
 
     >>> print(format_per_class(CocoMetrics({}, (ClassMetrics(7, "cat", 0.5, -1.0),), "bbox", 100)))
-    category     AP   AP50
-    cat       0.500      –
+    category     AP   AP50    APs    APm    APl
+    cat       0.500      –      –      –      –
     """
+    columns = ("AP", "AP50", "APs", "APm", "APl")
     width = max(len("category"), *(len(entry.name) for entry in metrics.per_class)) if metrics.per_class else 8
-    lines = [f"{'category':<{width}} {'AP':>6} {'AP50':>6}"]
+    lines = [" ".join([f"{'category':<{width}}", *(f"{column:>6}" for column in columns)])]
     for entry in metrics.per_class:
-        ap, ap50 = (f"{value:.3f}" if value >= 0 else "–" for value in (entry.ap, entry.ap50))
-        lines.append(f"{entry.name:<{width}} {ap:>6} {ap50:>6}")
+        values = (getattr(entry, column.lower()) for column in columns)
+        cells = (f"{value:.3f}" if value >= 0 else "–" for value in values)
+        lines.append(" ".join([f"{entry.name:<{width}}", *(f"{cell:>6}" for cell in cells)]))
     return "\n".join(lines)
 
 
@@ -260,7 +286,12 @@ def _select(
     return values if threshold is None else values[np.isclose(params.iouThrs, threshold)]
 
 
-def _mean(values: Float64[np.ndarray, "..."]) -> float:
-    """The mean of what is defined, -1 if nothing is."""
+def _class_mean(evaluation: COCOeval, k: int, threshold: float | None, area: str) -> float:
+    """The AP of the category at position `k`."""
+    return mean_defined(_select(evaluation, "precision", threshold, area, 2)[:, :, k])
+
+
+def mean_defined(values: Float64[np.ndarray, "..."]) -> float:
+    """The mean of what is defined, that is not -1; -1 if nothing is."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0

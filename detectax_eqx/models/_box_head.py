@@ -88,7 +88,15 @@ def sample_proposals(
     positive_fraction: float = 0.25,
     positive_iou: float = 0.5,
 ) -> SampledProposals:
-    """A balanced sample of the proposals and of the objects' own boxes, which are added so that there are positives."""
+    """A balanced sample of the proposals and of the objects' own boxes, which are added so that there are positives.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
+    >>> proposals = Proposals(boxes, jnp.array([0.9, 0.8]), jnp.array([True, True]))
+    >>> targets = Targets(boxes[:1] + 1, jnp.array([2]), jnp.array([True]))
+    >>> sampled = sample_proposals(proposals, targets, key=jr.key(0), num_samples=4, positive_fraction=0.5)
+    >>> sampled.positive.tolist(), sampled.valid.tolist()
+    ([True, True, False], [True, True, True])
+    """
     boxes = jnp.concatenate([proposals.boxes, targets.boxes])
     valid = jnp.concatenate([proposals.valid, targets.valid])
     matches = match_boxes(
@@ -112,6 +120,13 @@ def box_loss(
     """Cross entropy and box regression of the sampled proposals: `loss_classifier`, `loss_box_reg`.
 
     Both are counted by the number of sampled proposals, as in torchvision; only positives have a box to regress to.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
+    >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
+    >>> targets = Targets(boxes, jnp.array([2]), jnp.array([True]))
+    >>> losses = box_loss(jnp.zeros((1, 4)), jnp.zeros((1, 4, 4)), sampled, targets)  # three classes and background
+    >>> {name: round(float(loss.mean()), 3) for name, loss in losses.items()}
+    {'loss_classifier': 1.386, 'loss_box_reg': 0.0}
     """
     labels = jnp.where(sampled.positive, targets.labels[sampled.matched] + 1, 0)
     log_probabilities = jax.nn.log_softmax(logits)
@@ -142,6 +157,13 @@ def box_detections(
 
     Every proposal may yield a detection of every class whose softmax score exceeds `score_threshold`; boxes are clipped
     to the image and those with a side below `min_size` pixels dropped. No candidate is cut off before suppression.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
+    >>> proposals = Proposals(boxes, jnp.array([0.9]), jnp.array([True]))
+    >>> logits = jnp.array([[0.0, -9.0, 2.0]])  # background and two classes
+    >>> found = box_detections(logits, jnp.zeros((1, 3, 4)), proposals, jnp.array([16.0, 16.0]), max_detections=2)
+    >>> found.labels.tolist(), found.valid.tolist(), round(float(found.scores[0]), 2)
+    ([1, 0], [True, False], 0.88)
     """
     if not 0 <= nms_threshold <= 1:
         raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")

@@ -11,14 +11,24 @@ from ._mask_rcnn import MaskRCNN
 def faster_rcnn_resnet18_fpn(
     num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
 ) -> FasterRCNN:
-    """Faster R-CNN on ResNet-18-FPN; see `faster_rcnn_resnet50_fpn`."""
+    """Faster R-CNN on ResNet-18-FPN; see `faster_rcnn_resnet50_fpn`.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: faster_rcnn_resnet18_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
+    """
     return _faster_rcnn(resnet18, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
 def faster_rcnn_resnet34_fpn(
     num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
 ) -> FasterRCNN:
-    """Faster R-CNN on ResNet-34-FPN; see `faster_rcnn_resnet50_fpn`."""
+    """Faster R-CNN on ResNet-34-FPN; see `faster_rcnn_resnet50_fpn`.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: faster_rcnn_resnet34_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
+    """
     return _faster_rcnn(resnet34, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
@@ -31,6 +41,15 @@ def faster_rcnn_resnet50_fpn(
     - `norm`: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from scratch. torchvision's COCO
       checkpoints want `functools.partial(FrozenBatchNorm, eps=0.0)`.
     - `checkpoint`: gradient checkpointing in the backbone, see `ResNet`.
+
+    >>> import equinox as eqx
+    >>> from functools import partial
+    >>> from detectax_eqx.nn import FrozenBatchNorm
+    >>> norm = partial(FrozenBatchNorm, eps=0.0)
+    >>> # Its shapes alone: the parameters themselves are not made.
+    >>> model = eqx.filter_eval_shape(lambda: faster_rcnn_resnet50_fpn(90, key=jr.key(0), norm=norm))
+    >>> model.num_classes, model.backbone.strides
+    (90, (4, 8, 16, 32, 64))
     """
     return _faster_rcnn(resnet50, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
@@ -38,21 +57,36 @@ def faster_rcnn_resnet50_fpn(
 def faster_rcnn_resnet101_fpn(
     num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
 ) -> FasterRCNN:
-    """Faster R-CNN on ResNet-101-FPN; see `faster_rcnn_resnet50_fpn`."""
+    """Faster R-CNN on ResNet-101-FPN; see `faster_rcnn_resnet50_fpn`.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: faster_rcnn_resnet101_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
+    """
     return _faster_rcnn(resnet101, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
 def mask_rcnn_resnet18_fpn(
     num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
 ) -> MaskRCNN:
-    """Mask R-CNN on ResNet-18-FPN; see `faster_rcnn_resnet50_fpn` for the arguments."""
+    """Mask R-CNN on ResNet-18-FPN; see `faster_rcnn_resnet50_fpn` for the arguments.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: mask_rcnn_resnet18_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
+    """
     return _mask_rcnn(resnet18, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
 def mask_rcnn_resnet34_fpn(
     num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
 ) -> MaskRCNN:
-    """Mask R-CNN on ResNet-34-FPN; see `faster_rcnn_resnet50_fpn` for the arguments."""
+    """Mask R-CNN on ResNet-34-FPN; see `faster_rcnn_resnet50_fpn` for the arguments.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: mask_rcnn_resnet34_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
+    """
     return _mask_rcnn(resnet34, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 
@@ -62,6 +96,10 @@ def mask_rcnn_resnet50_fpn(
     """Mask R-CNN on ResNet-50-FPN: torchvision's `maskrcnn_resnet50_fpn`, 44.4 million parameters at 90 classes.
 
     See `faster_rcnn_resnet50_fpn` for the arguments.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: mask_rcnn_resnet50_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
     """
     return _mask_rcnn(resnet50, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
@@ -69,7 +107,12 @@ def mask_rcnn_resnet50_fpn(
 def mask_rcnn_resnet101_fpn(
     num_classes: int, *, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, checkpoint: bool = False
 ) -> MaskRCNN:
-    """Mask R-CNN on ResNet-101-FPN; see `faster_rcnn_resnet50_fpn` for the arguments."""
+    """Mask R-CNN on ResNet-101-FPN; see `faster_rcnn_resnet50_fpn` for the arguments.
+
+    >>> import equinox as eqx
+    >>> eqx.filter_eval_shape(lambda: mask_rcnn_resnet101_fpn(3, key=jr.key(0))).num_classes  # its shapes alone
+    3
+    """
     return _mask_rcnn(resnet101, num_classes, key=key, norm=norm, checkpoint=checkpoint)
 
 

@@ -91,6 +91,18 @@ def detect_batch(
     An image that would not fit `batch.canvas` is shrunk until it does.
 
     - `mesh`: devices to spread the images over, each working on its own; they must divide the batch.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx import Batch, Targets
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> sizes, ones = np.array([[40, 60]], np.int32), np.ones(1, np.int32)
+    >>> nothing = Targets(np.zeros((1, 1, 4), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))
+    >>> images = np.zeros((1, 64, 64, 3), np.uint8)
+    >>> batch = Batch(images, sizes, sizes, nothing, ones, ones > 0, ones, canvas=(64, 96))
+    >>> detect_batch(model, batch, min_size=64, max_size=96, max_detections=5).boxes.shape
+    (1, 5, 4)
     """
     resized = [
         resized_size((int(height), int(width)), min_size=min_size, max_size=max_size, canvas=batch.canvas)

@@ -202,6 +202,15 @@ def faster_rcnn_loss(
 
     - `image`: RGB in 0..255; `image_size`: its `(height, width)` on the canvas; `targets`: in canvas pixels.
     - `key`: picks the sampled anchors and proposals.
+
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> image, size = jnp.zeros((64, 64, 3)), jnp.array([64, 64])
+    >>> targets = Targets(jnp.array([[4.0, 4.0, 40.0, 40.0]]), jnp.array([2]), jnp.array([True]))
+    >>> losses = eqx.filter_eval_shape(faster_rcnn_loss, model, image, size, targets, key=jr.key(3))
+    >>> sorted(losses)
+    ['loss_box_reg', 'loss_classifier', 'loss_objectness', 'loss_rpn_box_reg']
     """
     return two_stage_losses(model, image, image_size, targets, key=key, sampling=sampling)[0]
 

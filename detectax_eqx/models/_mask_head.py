@@ -70,6 +70,12 @@ def mask_loss(
 
     The target is the object's mask resampled to the proposal (`crop_masks`, to which `sampling_ratio` and `aligned`
     go); the defaults are torchvision's. Counted by the positives' pixels.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
+    >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
+    >>> targets = Targets(boxes, jnp.array([2]), jnp.array([True]), jnp.ones((1, 4, 4)), boxes)
+    >>> round(float(mask_loss(jnp.zeros((1, 4, 4)), sampled, targets)["loss_mask"].mean()), 3)
+    0.693
     """
     if targets.masks is None or targets.mask_boxes is None:
         raise ValueError(

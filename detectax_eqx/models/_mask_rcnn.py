@@ -106,6 +106,17 @@ def mask_rcnn_loss(
       torchvision's; Detectron2 crops with `mask_aligned=True`.
 
     Raises a `ValueError` if `targets` have no masks.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model = MaskRCNN(model, key=jr.key(3), hidden_channels=16)
+    >>> image, size, boxes = jnp.zeros((64, 64, 3)), jnp.array([64, 64]), jnp.array([[4.0, 4.0, 40.0, 40.0]])
+    >>> targets = Targets(boxes, jnp.array([2]), jnp.array([True]), jnp.ones((1, 28, 28)), boxes)
+    >>> losses = eqx.filter_eval_shape(mask_rcnn_loss, model, image, size, targets, key=jr.key(4))
+    >>> sorted(losses)
+    ['loss_box_reg', 'loss_classifier', 'loss_mask', 'loss_objectness', 'loss_rpn_box_reg']
     """
     losses, features, sampled = two_stage_losses(
         model.faster_rcnn, image, image_size, targets, key=key, sampling=sampling

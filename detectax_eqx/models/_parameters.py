@@ -17,6 +17,14 @@ def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyT
     0 none; pyramid and heads always are.
 
     Raises a `ValueError` if `trainable_layers` is not in 0..5.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> chosen = trainable(model, trainable_layers=3)
+    >>> chosen.backbone.body.conv1.weight, chosen.rpn.conv.weight
+    (False, True)
     """
     if not 0 <= trainable_layers <= 5:
         raise ValueError(f"trainable_layers must be in 0..5, got {trainable_layers}.")
@@ -55,6 +63,11 @@ def num_parameters(model: PyTree) -> int:
     """Number of trainable numbers in a model, `FrozenBatchNorm`s left out as torchvision leaves out its buffers.
 
     The model may be one of shapes alone (`eqx.filter_eval_shape`).
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.models import faster_rcnn_resnet50_fpn
+    >>> num_parameters(eqx.filter_eval_shape(lambda: faster_rcnn_resnet50_fpn(90, key=jr.key(0))))
+    41755286
     """
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm))
     return sum(leaf.size for leaf in leaves if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))

@@ -165,6 +165,11 @@ def propose(
     - `pre_nms_top_n`: candidates a level. `post_nms_top_n`: boxes over all levels, the capacity of the result.
 
     torchvision's rule and defaults (at training time it keeps 2000 and 2000).
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
+    >>> output = RPNOutput((jnp.array([2.0, -1.0]),), (jnp.zeros((2, 4)),), (boxes,))
+    >>> propose(output, jnp.array([16.0, 16.0])).boxes.tolist()
+    [[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 16.0, 16.0]]
     """
     if not 0 <= nms_threshold <= 1:
         raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")
@@ -207,6 +212,12 @@ def sample_anchors(
 
     An anchor is positive if its IoU with an object reaches `positive_iou`, or is that object's best; negative below
     `negative_iou`.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
+    >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
+    >>> sampled = sample_anchors([boxes], targets, key=jr.key(0))
+    >>> sampled.indices.tolist(), sampled.positive.tolist()
+    ([0, 1], [True, False])
     """
     if not negative_iou <= positive_iou:
         raise ValueError(f"negative_iou must be at most positive_iou, got {negative_iou} and {positive_iou}.")
@@ -230,6 +241,13 @@ def rpn_loss(
     """Objectness and box regression of the sampled anchors: `loss_objectness`, `loss_rpn_box_reg`.
 
     Both are counted by the number of sampled anchors, as in torchvision; only positives have a box to regress to.
+
+    >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
+    >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
+    >>> sampled = sample_anchors([boxes], targets, key=jr.key(0))
+    >>> losses = rpn_loss(jnp.array([2.0, -1.0]), jnp.zeros((2, 4)), sampled, targets)
+    >>> {name: round(float(loss.mean()), 3) for name, loss in losses.items()}
+    {'loss_objectness': 0.22, 'loss_rpn_box_reg': 0.0}
     """
     wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=RPN_WEIGHTS)
     box_losses = smooth_l1_loss(deltas, wanted, beta=SMOOTH_L1_BETA).sum(axis=1)

@@ -126,5 +126,9 @@ def _first_maximum(a: Float[Array, "*s"], b: Float[Array, "*s"]) -> Float[Array,
 
 @replaceable
 def relu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """`max(x, 0)`, with gradient 0 at 0."""
+    """`max(x, 0)`, with gradient 0 at 0.
+
+    >>> relu(jnp.array([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
+    """
     return jax.nn.relu(x)

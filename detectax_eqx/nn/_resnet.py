@@ -161,20 +161,40 @@ def _recomputed(block: Callable, x: Float[Array, "i h w"]) -> Float[Array, "o h2
 
 
 def resnet18(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
-    """ResNet-18: 11.2 million parameters."""
+    """ResNet-18: 11.2 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnet18(key=jr.key(0)))  # its shapes alone
+    >>> len(body.layers[2])  # blocks of the third stage
+    2
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), key=key, norm=norm, width=width, checkpoint=checkpoint)
 
 
 def resnet34(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
-    """ResNet-34: 21.3 million parameters."""
+    """ResNet-34: 21.3 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnet34(key=jr.key(0)))  # its shapes alone
+    >>> len(body.layers[2])  # blocks of the third stage
+    6
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint)
 
 
 def resnet50(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
-    """ResNet-50: 23.5 million parameters."""
+    """ResNet-50: 23.5 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnet50(key=jr.key(0)))  # its shapes alone
+    >>> len(body.layers[2])  # blocks of the third stage
+    6
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint)
 
 
 def resnet101(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
-    """ResNet-101: 42.5 million parameters."""
+    """ResNet-101: 42.5 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnet101(key=jr.key(0)))  # its shapes alone
+    >>> len(body.layers[2])  # blocks of the third stage
+    23
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, width=width, checkpoint=checkpoint)

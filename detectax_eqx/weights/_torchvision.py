@@ -96,6 +96,16 @@ def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[
     """A copy of a detector whose ResNet has the parameters of an ImageNet classifier's checkpoint.
 
     `source` is as for `load_torchvision`. The pyramid and the heads keep their values.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.models import FasterRCNN
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> arrays = to_torchvision(resnet18(key=jr.key(3), width=8))
+    >>> loaded = load_torchvision_backbone(model, arrays)
+    >>> bool((loaded.backbone.body.conv1.weight == arrays["conv1.weight"]).all())
+    True
     """
 
     def body(tree):
@@ -108,6 +118,11 @@ def to_torchvision(model: eqx.Module) -> dict[str, np.ndarray]:
     """The model's parameters under torchvision's names, for `load_state_dict` after `torch.from_numpy`.
 
     The inverse of `load_torchvision`; takes the same models.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import resnet18
+    >>> to_torchvision(resnet18(key=jr.key(0), width=8))["layer4.1.conv2.weight"].shape
+    (64, 64, 3, 3)
     """
     return {_rename(name, _TO_TORCHVISION): np.array(leaf) for name, leaf in named_leaves(model).items()}
 

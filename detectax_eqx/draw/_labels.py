@@ -1,0 +1,85 @@
+"""Outlines of boxes, and labels that make room for each other."""
+
+import math
+
+import numpy as np
+from jaxtyping import Float64
+from PIL import ImageDraw, ImageFont
+
+from ._color import luminance
+
+
+_PADDING = 2  # pixels of a label's background around its text
+
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def default_font(image_size: tuple[int, int], font_size: int | None) -> Font:
+    """The font of labels: of `font_size` pixels, or in proportion to the image's `(height, width)`."""
+    return ImageFont.load_default(max(10, round(min(image_size) / 38)) if font_size is None else font_size)
+
+
+def corners(box: Float64[np.ndarray, " 4"], image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The first and last pixel that a box covers within the image: what lies beyond is drawn at the border."""
+    height, width = image_size
+    x0, y0, x1, y1 = np.nan_to_num(box).clip(0, [width, height] * 2)
+    left, top = min(round(x0), width - 1), min(round(y0), height - 1)
+    return left, top, max(left, round(x1) - 1), max(top, round(y1) - 1)
+
+
+def outline(
+    canvas: ImageDraw.ImageDraw,
+    box: Float64[np.ndarray, " 4"],
+    color: tuple[int, int, int],
+    line_width: int,
+    image_size: tuple[int, int],
+) -> None:
+    """The box in its colour, within a thin dark line that sets it off from a ground of the same colour."""
+    left, top, right, bottom = corners(box, image_size)
+    canvas.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0))
+    canvas.rectangle((left, top, right, bottom), outline=color, width=line_width)
+
+
+def place(
+    canvas: ImageDraw.ImageDraw,
+    text: str,
+    font: Font,
+    box: Float64[np.ndarray, " 4"],
+    taken: list[tuple[int, int, int, int]],
+    line_width: int,
+    image_size: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """Where a label goes, in the image: above its box, or else inside it or below, where it covers others the least."""
+    height, width = image_size
+    left, top, right, bottom = corners(box, image_size)
+    _, _, text_width, _ = canvas.textbbox((0, 0), text, font=font)
+    _, _, _, text_height = canvas.textbbox((0, 0), "Ag", font=font)  # one height for all labels
+    label_width, label_height = math.ceil(text_width) + 2 * _PADDING, math.ceil(text_height) + 2 * _PADDING
+    candidates = []
+    for x in (left, right + 1 - label_width):
+        for y in (top - label_height, top + line_width, bottom + 1, bottom + 1 - line_width - label_height):
+            x_inside = max(0, min(x, width - label_width))
+            y_inside = max(0, min(y, height - label_height))
+            spot = x_inside, y_inside, x_inside + label_width, y_inside + label_height
+            candidates.append((sum(_overlap(spot, other) for other in taken), (x, y) != (x_inside, y_inside), spot))
+    return min(candidates, key=lambda candidate: candidate[:2])[2]
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
+    """Pixels that two rectangles share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def label(
+    canvas: ImageDraw.ImageDraw,
+    text: str,
+    font: Font,
+    place: tuple[int, int, int, int],
+    color: tuple[int, int, int],
+) -> None:
+    """Text on a ground of the class's colour, black or white as that can be read."""
+    left, top, right, bottom = place
+    canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
+    ink = (0, 0, 0) if luminance(color) > 128 else (255, 255, 255)
+    canvas.text((left + _PADDING, top + _PADDING), text, font=font, fill=ink)

@@ -1,0 +1,257 @@
+"""Pictures of detections and of ground truth: boxes, masks, class names, scores."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float64, Int, UInt8
+from PIL import Image, ImageDraw
+
+from .._types import Detections, Targets
+from ._color import class_color
+from ._labels import default_font, label, outline, place
+
+
+# Width and gap of a crowd's stripes, in widths of a line.
+_STRIPE = 3
+# Pixels between the two halves of a comparison.
+_GAP = 6
+
+
+class _Style(NamedTuple):
+    """How objects are drawn, see `draw_detections`."""
+
+    mask_threshold: float
+    mask_opacity: float
+    line_width: int | None
+    font_size: int | None
+
+
+class _Rows(NamedTuple):
+    """The objects to draw, best first. `frames` are the boxes that masks fill; a crowd is striped."""
+
+    boxes: Float64[np.ndarray, "n 4"]
+    labels: Int[np.ndarray, " n"]
+    texts: list[str]
+    masks: Float[np.ndarray, "n s t"] | None
+    frames: Float64[np.ndarray, "n 4"]
+    crowd: Bool[np.ndarray, " n"]
+
+
+def draw_detections(
+    image: UInt8[Array | np.ndarray, "h w 3"],
+    detections: Detections,
+    *,
+    class_names: Sequence[str] | None = None,
+    score_threshold: float = 0.5,
+    mask_threshold: float = 0.5,
+    mask_opacity: float = 0.45,
+    line_width: int | None = None,
+    font_size: int | None = None,
+) -> Image.Image:
+    """A picture of what was found: masks, boxes, and a label with class name and score for each.
+
+    - `image`: RGB. `detections`: of this one image, boxes in its pixels; boxes may reach beyond it.
+    - `class_names`: by label; a label without a name is shown as its number.
+    - `score_threshold`: only detections with at least this score are drawn, the best on top.
+    - `mask_threshold`, `mask_opacity`: what counts as the object, and how much its colour covers.
+    - `line_width`, `font_size`: in pixels, by default in proportion to the image.
+
+    A class has the same colour in every picture. An image without detections comes back as it was.
+
+    >>> boxes, scores = np.array([[4, 4, 30, 20]], np.float32), np.array([0.9], np.float32)
+    >>> detections = Detections(boxes, scores, np.array([0], np.int32), np.array([True]))
+    >>> draw_detections(np.zeros((32, 48, 3), np.uint8), detections, class_names=["cat"]).size
+    (48, 32)
+    """
+    style = _Style(mask_threshold, mask_opacity, line_width, font_size)
+    return _draw(np.asarray(image), _rows_of_detections(detections, class_names, score_threshold), style)
+
+
+def draw_targets(
+    image: UInt8[Array | np.ndarray, "h w 3"],
+    targets: Targets,
+    *,
+    crowd: Bool[Array | np.ndarray, " n"] | None = None,
+    class_names: Sequence[str] | None = None,
+    mask_threshold: float = 0.5,
+    mask_opacity: float = 0.45,
+    line_width: int | None = None,
+    font_size: int | None = None,
+) -> Image.Image:
+    """A picture of the ground truth of one image, as `draw_detections` draws what was found.
+
+    - `crowd`: which rows are regions that hold many objects, as `data.Objects.crowd`; they are striped.
+    - `class_names`: by label; a class whose name is empty gets no label.
+
+    >>> boxes = np.array([[4, 4, 30, 20]], np.float32)
+    >>> targets = Targets(boxes, np.array([0], np.int32), np.array([True]))
+    >>> draw_targets(np.zeros((32, 48, 3), np.uint8), targets, class_names=["cat"]).size
+    (48, 32)
+    """
+    style = _Style(mask_threshold, mask_opacity, line_width, font_size)
+    return _draw(np.asarray(image), _rows_of_targets(targets, crowd, class_names), style)
+
+
+def draw_comparison(
+    image: UInt8[Array | np.ndarray, "h w 3"],
+    targets: Targets,
+    detections: Detections,
+    *,
+    crowd: Bool[Array | np.ndarray, " n"] | None = None,
+    class_names: Sequence[str] | None = None,
+    score_threshold: float = 0.5,
+    mask_threshold: float = 0.5,
+    mask_opacity: float = 0.45,
+    line_width: int | None = None,
+    font_size: int | None = None,
+    titles: tuple[str, str] = ("ground truth", "prediction"),
+) -> Image.Image:
+    """The same image twice, side by side under its titles: the ground truth at left, what was found at right.
+
+    The other arguments are those of `draw_detections` and `draw_targets`. Boxes of both are in pixels of `image`.
+
+    >>> box, label, true = np.array([[4, 4, 30, 20]], np.float32), np.array([0], np.int32), np.array([True])
+    >>> targets, found = Targets(box, label, true), Detections(box, np.array([0.9], np.float32), label, true)
+    >>> draw_comparison(np.zeros((32, 48, 3), np.uint8), targets, found).size[0]  # 48 + a gap of 6 + 48
+    102
+    """
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    style = _Style(mask_threshold, mask_opacity, line_width, font_size)
+    halves = (
+        _draw(pixels, _rows_of_targets(targets, crowd, class_names), style),
+        _draw(pixels, _rows_of_detections(detections, class_names, score_threshold), style),
+    )
+    font = default_font((height, width), font_size)
+    strip = math.ceil(font.getbbox("Ag")[3]) + 4
+    sheet = Image.new("RGB", (2 * width + _GAP, height + strip), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for position, (half, title) in enumerate(zip(halves, titles, strict=True)):
+        left = position * (width + _GAP)
+        canvas.text((left + 1, 1), title, font=font, fill=(0, 0, 0))
+        sheet.paste(half, (left, strip))
+    return sheet
+
+
+def _rows_of_detections(detections: Detections, class_names: Sequence[str] | None, threshold: float) -> _Rows:
+    if np.ndim(detections.boxes) != 2:
+        raise ValueError(f"detections must be those of one image, got boxes of shape {np.shape(detections.boxes)}.")
+    scores = np.asarray(detections.scores, np.float64)
+    rows = np.flatnonzero(np.asarray(detections.valid) & (scores >= threshold))
+    rows = rows[np.argsort(-scores[rows], kind="stable")]
+    labels = np.asarray(detections.labels)[rows]
+    boxes = np.asarray(detections.boxes, np.float64)[rows]
+    texts = [
+        f"{_class_name(int(label), class_names)} {score:.2f}" for label, score in zip(labels, scores[rows], strict=True)
+    ]
+    masks = None if detections.masks is None else np.asarray(detections.masks, np.float32)[rows]
+    return _Rows(boxes, labels, texts, masks, boxes, np.zeros(len(rows), bool))
+
+
+def _rows_of_targets(
+    targets: Targets, crowd: Bool[Array | np.ndarray, " n"] | None, class_names: Sequence[str] | None
+) -> _Rows:
+    if np.ndim(targets.boxes) != 2:
+        raise ValueError(f"targets must be those of one image, got boxes of shape {np.shape(targets.boxes)}.")
+    crowd = np.zeros(len(targets.boxes), bool) if crowd is None else np.asarray(crowd)
+    if len(crowd) != len(targets.boxes):
+        raise ValueError(f"crowd must have a row for each of the {len(targets.boxes)} targets, got {len(crowd)}.")
+    rows = np.flatnonzero(np.asarray(targets.valid))
+    labels, crowd = np.asarray(targets.labels)[rows], crowd[rows]
+    texts = [
+        _class_name(int(label), class_names) + (" (crowd)" if many else "")
+        for label, many in zip(labels, crowd, strict=True)
+    ]
+    masks = None
+    if targets.masks is not None:
+        masks = np.asarray(targets.masks)[rows]
+        masks = masks.astype(np.float32) / (255 if masks.dtype == np.uint8 else 1)
+    frames = targets.boxes if targets.mask_boxes is None else targets.mask_boxes
+    boxes, frames = (np.asarray(x, np.float64)[rows] for x in (targets.boxes, frames))
+    return _Rows(boxes, labels, texts, masks, frames, crowd)
+
+
+def _class_name(label: int, names: Sequence[str] | None) -> str:
+    return names[label] if names is not None and 0 <= label < len(names) else str(label)
+
+
+def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Image.Image:
+    """Masks below boxes below labels; of each, the first row comes on top."""
+    if not 0 <= style.mask_opacity <= 1:
+        raise ValueError(f"mask_opacity must be in 0..1, got {style.mask_opacity}.")
+    if style.line_width is not None and style.line_width < 1:
+        raise ValueError(f"line_width must be at least 1, got {style.line_width}.")
+    height, width = image.shape[:2]
+    line_width = max(1, round(min(height, width) / 240)) if style.line_width is None else style.line_width
+    font = default_font((height, width), style.font_size)
+    colors = [class_color(int(label)) for label in rows.labels]
+    order = range(len(rows.boxes) - 1, -1, -1)
+    pixels = image.copy()
+    whole = np.ones((1, 1), np.float32)  # the mask of a crowd that has a box only
+    for row in order:
+        if rows.masks is not None or rows.crowd[row]:
+            mask = whole if rows.masks is None else rows.masks[row]
+            stripe = _STRIPE * line_width if rows.crowd[row] else None
+            _blend(pixels, mask, rows.frames[row], colors[row], style, stripe)
+    picture = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(picture)
+    for row in order:
+        outline(canvas, rows.boxes[row], colors[row], line_width, (height, width))
+    # Labels are placed best first, so that the best has the best place, and drawn the other way round.
+    placed = []
+    named = [row for row in range(len(rows.boxes)) if rows.texts[row]]
+    for row in named:
+        placed.append(place(canvas, rows.texts[row], font, rows.boxes[row], placed, line_width, (height, width)))
+    for row, spot in zip(reversed(named), reversed(placed), strict=True):
+        label(canvas, rows.texts[row], font, spot, colors[row])
+    return picture
+
+
+def _blend(
+    pixels: UInt8[np.ndarray, "h w 3"],
+    mask: Float[np.ndarray, "s t"],
+    frame: Float64[np.ndarray, " 4"],
+    color: tuple[int, int, int],
+    style: _Style,
+    stripe: int | None,
+) -> None:
+    """Tints the pixels under a mask filling `frame`, and draws its contour. Only what lies in the image is resized.
+
+    - `stripe`: width in pixels of slanted stripes that are tinted instead, or `None`.
+    """
+    height, width = pixels.shape[:2]
+    x0, y0, x1, y1 = frame.tolist()
+    left, top = max(0, math.floor(_finite(x0))), max(0, math.floor(_finite(y0)))
+    right, bottom = min(width, math.ceil(_finite(x1))), min(height, math.ceil(_finite(y1)))
+    if not np.isfinite(frame).all() or left >= right or top >= bottom or x0 >= x1 or y0 >= y1:
+        return
+    rows, columns = mask.shape
+    source = (
+        max(0.0, (left - x0) / (x1 - x0) * columns),
+        max(0.0, (top - y0) / (y1 - y0) * rows),
+        min(float(columns), (right - x0) / (x1 - x0) * columns),
+        min(float(rows), (bottom - y0) / (y1 - y0) * rows),
+    )
+    size = right - left, bottom - top
+    resized = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BILINEAR, box=source)
+    inside = np.asarray(resized) > style.mask_threshold
+    tinted = inside
+    if stripe is not None:
+        y, x = np.ogrid[top:bottom, left:right]
+        tinted = inside & ((x + y) // stripe % 2 == 0)
+    part = pixels[top:bottom, left:right]
+    tint = np.array(color, np.float32)
+    part[tinted] = (part[tinted] * (1 - style.mask_opacity) + tint * style.mask_opacity + 0.5).astype(np.uint8)
+    part[inside & ~_eroded(inside)] = color
+
+
+def _eroded(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """The pixels whose four neighbours belong to the mask as well."""
+    around = np.pad(mask, 1)
+    return around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+
+
+def _finite(number: float) -> int | float:
+    return number if math.isfinite(number) else 0

@@ -1,0 +1,305 @@
+"""What each kind of error costs in AP, as TIDE defines them (Bolya et al. 2020, arXiv:2008.08115)."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+from pycocotools import mask as rle
+from pycocotools.cocoeval import COCOeval
+
+from ._coco_eval import mean_defined, prepare
+
+
+# The paper's main errors (section 2.2). What is called missed is an object, the others are false detections.
+ERROR_KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
+# Verdicts on a detection besides the kinds of error, which are positions in `ERROR_KINDS`.
+RIGHT, IGNORED = -1, -2
+_CLASSIFICATION, _LOCALIZATION, _BOTH, _DUPLICATE, _BACKGROUND = range(5)
+
+
+@dataclass(frozen=True)
+class JudgedDetections:
+    """The `n` detections that count, by class and within a class by image.
+
+    - `results`: position of each in the results. `image_ids`, `labels` (positions in the categories), `scores`.
+    - `verdicts`: position in `ERROR_KINDS`, or `RIGHT`, or `IGNORED` for one on a crowd.
+    - `objects`: row of the object found, or that the error is about; -1 if there is none. `ious`: with that object; of
+      a detection without one the largest with any.
+    - `rivals`: row of the object of another class that it covers best, -1 if none by the foreground IoU.
+    """
+
+    results: Int64[np.ndarray, " n"]
+    image_ids: Int64[np.ndarray, " n"]
+    labels: Int64[np.ndarray, " n"]
+    scores: Float64[np.ndarray, " n"]
+    verdicts: Int64[np.ndarray, " n"]
+    objects: Int64[np.ndarray, " n"]
+    ious: Float64[np.ndarray, " n"]
+    rivals: Int64[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class JudgedObjects:
+    """The `m` objects of the ground truth, crowds left out.
+
+    - `annotations`: position of each in the annotations. `image_ids`, `labels` (positions in the categories).
+    - `found`: a detection of its class is right about it. `missed`: none is, nor does a classification or localization
+      error point at it.
+    """
+
+    annotations: Int64[np.ndarray, " m"]
+    image_ids: Int64[np.ndarray, " m"]
+    labels: Int64[np.ndarray, " m"]
+    found: Bool[np.ndarray, " m"]
+    missed: Bool[np.ndarray, " m"]
+
+
+@dataclass(frozen=True)
+class ErrorAnalysis:
+    """What `analyze_errors` gives, for `k` categories in the order of their ids.
+
+    - `ap`: AP at the foreground IoU, exactly as pycocotools has it (AP50 by default). -1 without ground truth.
+    - `costs`: by kind of error, how much AP is lost to it: what it would rise by if that kind alone were mended.
+    - `false_positive_cost`, `false_negative_cost`: the same for all false detections, and for all objects not found.
+    - `class_ap`: AP of each class, -1 where there is no object. `class_costs`: by class and kind; 0 in such rows.
+    - `precision`: of each class at each `recall` (0, .01, … 1), the best at that recall or beyond; -1 without objects.
+    - `foreground_iou`, `background_iou`: the thresholds used.
+    """
+
+    category_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    ap: float
+    costs: dict[str, float]
+    false_positive_cost: float
+    false_negative_cost: float
+    class_ap: Float64[np.ndarray, " k"]
+    class_costs: Float64[np.ndarray, "k e"]
+    precision: Float64[np.ndarray, "k r"]
+    recall: Float64[np.ndarray, " r"]
+    detections: JudgedDetections
+    objects: JudgedObjects
+    foreground_iou: float
+    background_iou: float
+
+
+def analyze_errors(
+    annotations: str | os.PathLike | Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    foreground_iou: float = 0.5,
+    background_iou: float = 0.1,
+    image_ids: Sequence[int] | None = None,
+    max_detections: int = 100,
+) -> ErrorAnalysis:
+    """Sorts every false detection and every object not found into kinds of error, and says what each kind costs.
+
+    pycocotools matches detections with objects at `foreground_iou`, as for AP50. A detection left over is, the first
+    that applies:
+
+    - localization: its IoU with the best object of its class is at least `background_iou`, below `foreground_iou`;
+    - classification: that with the best object of another class reaches `foreground_iou`;
+    - duplicate: an object of its class, which a better detection has found, reaches `foreground_iou`;
+    - background: no object reaches `background_iou`;
+    - both: what remains: an object of another class between the two.
+
+    An object is missed if it is not found and no classification or localization error is about it. Mending a kind means
+    (section 2.3): classification and localization errors become right, the best about each object that was not found,
+    the others vanish; both, duplicate and background errors vanish; missed objects no longer count. A class of which
+    then none remains has AP 1, or 0 with false detections left. Costs do not add up to what is lacking to 1: the paper
+    says why.
+
+    The other arguments, what is guarded and what raises a `ValueError` are as in `evaluate_coco`; further, thresholds
+    must be 0 < `background_iou` < `foreground_iou` <= 1.
+
+    >>> annotations = {
+    ...     "images": [{"id": 1, "width": 100, "height": 100}],
+    ...     "categories": [{"id": 7, "name": "cat"}, {"id": 8, "name": "dog"}],
+    ...     "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [10, 10, 50, 50], "iscrowd": 0}],
+    ... }
+    >>> called_dog = [{"image_id": 1, "category_id": 8, "bbox": [10, 10, 50, 50], "score": 0.9}]
+    >>> analysis = analyze_errors(annotations, called_dog)
+    >>> analysis.ap, {kind: round(cost, 3) for kind, cost in analysis.costs.items() if cost}
+    (0.0, {'classification': 1.0})
+    """
+    if not 0 < background_iou < foreground_iou <= 1:
+        got = f"background_iou {background_iou} and foreground_iou {foreground_iou}"
+        raise ValueError(f"background_iou must be above 0 and below foreground_iou, that at most 1, got {got}.")
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be positive, got {max_detections}.")
+    evaluation, names = prepare(annotations, results, iou_type=iou_type, image_ids=image_ids)
+    params = evaluation.params
+    params.iouThrs, params.maxDets = np.array([foreground_iou]), [max_detections]
+    params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    detections, objects = _judge(evaluation, foreground_iou, background_iou)
+    recall = np.asarray(params.recThrs, np.float64)
+
+    counts = np.bincount(objects.labels, minlength=len(names))
+    as_found = _Outcome(detections.labels, detections.verdicts == RIGHT, detections.verdicts == IGNORED, counts)
+
+    def precision_of(outcome: _Outcome) -> Float64[np.ndarray, "k r"]:
+        return _precision(outcome, detections.scores, recall, counted=counts > 0)
+
+    base = precision_of(as_found)
+    mended = [precision_of(_mend(kind, as_found, detections, objects)) for kind in range(len(ERROR_KINDS))]
+    no_false = precision_of(as_found._replace(ignored=as_found.ignored | (detections.verdicts >= 0)))
+    found_counts = np.bincount(objects.labels[objects.found], minlength=len(names))
+    none_missed = precision_of(as_found._replace(counts=found_counts))
+    ap = mean_defined(base.T)  # in the order in which pycocotools adds
+    class_ap = base.mean(axis=1)
+    return ErrorAnalysis(
+        category_ids=tuple(names),
+        class_names=tuple(names.values()),
+        ap=ap,
+        costs={name: mean_defined(after.T) - ap for name, after in zip(ERROR_KINDS, mended, strict=True)},
+        false_positive_cost=mean_defined(no_false.T) - ap,
+        false_negative_cost=mean_defined(none_missed.T) - ap,
+        class_ap=class_ap,
+        class_costs=np.stack([after.mean(axis=1) - class_ap for after in mended], axis=1),
+        precision=base,
+        recall=recall,
+        detections=detections,
+        objects=objects,
+        foreground_iou=foreground_iou,
+        background_iou=background_iou,
+    )
+
+
+class _Outcome(NamedTuple):
+    """What AP depends on: of each detection its label, and whether it is right or left out; objects of each class."""
+
+    labels: Int64[np.ndarray, " n"]
+    right: Bool[np.ndarray, " n"]
+    ignored: Bool[np.ndarray, " n"]
+    counts: Int64[np.ndarray, " k"]
+
+
+def _mend(kind: int, outcome: _Outcome, detections: JudgedDetections, objects: JudgedObjects) -> _Outcome:
+    """The outcome without the errors of a kind."""
+    if ERROR_KINDS[kind] == "missed":
+        missed = np.bincount(objects.labels[objects.missed], minlength=len(outcome.counts))
+        return outcome._replace(counts=outcome.counts - missed)
+    rows = np.flatnonzero(detections.verdicts == kind)
+    labels, right, ignored = outcome.labels.copy(), outcome.right.copy(), outcome.ignored.copy()
+    ignored[rows] = True
+    if kind in (_CLASSIFICATION, _LOCALIZATION):
+        rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
+        rows = rows[~objects.found[detections.objects[rows]]]
+        _, first = np.unique(detections.objects[rows], return_index=True)
+        best = rows[first]
+        labels[best] = objects.labels[detections.objects[best]]
+        right[best], ignored[best] = True, False
+    return outcome._replace(labels=labels, right=right, ignored=ignored)
+
+
+def _precision(
+    outcome: _Outcome, scores: Float64[np.ndarray, " n"], recall: Float64[np.ndarray, " r"], *, counted: np.ndarray
+) -> Float64[np.ndarray, "k r"]:
+    """Precision of each class at each recall, by pycocotools' `accumulate` to the last bit; -1 if not `counted`."""
+    precision = np.full((len(outcome.counts), len(recall)), -1.0)
+    by_class = np.argsort(outcome.labels, kind="stable")
+    bounds = np.searchsorted(outcome.labels[by_class], np.arange(len(outcome.counts) + 1))
+    for k in np.flatnonzero(counted):
+        rows = by_class[bounds[k] : bounds[k + 1]]
+        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        rows = rows[~outcome.ignored[rows]]
+        if not outcome.counts[k]:
+            precision[k] = float(len(rows) == 0)
+            continue
+        right = np.cumsum(outcome.right[rows]).astype(np.float64)
+        wrong = np.cumsum(~outcome.right[rows]).astype(np.float64)
+        share = right / (wrong + right + np.spacing(1))
+        share = np.maximum.accumulate(share[::-1])[::-1]
+        at = np.searchsorted(right / outcome.counts[k], recall, side="left")
+        precision[k] = np.append(share, 0.0)[at]
+    return precision
+
+
+def _judge(
+    evaluation: COCOeval, foreground_iou: float, background_iou: float
+) -> tuple[JudgedDetections, JudgedObjects]:
+    """Every detection and every object as flat tables, in pycocotools' order, and what is to be said of each."""
+    labels = {category_id: k for k, category_id in enumerate(evaluation.params.catIds)}
+    found, truth = [], []
+    row_of = {0: -1}  # of each annotation; pycocotools' 0 is no match
+    for entry in filter(None, evaluation.evalImgs):
+        image_id, label = entry["image_id"], labels[entry["category_id"]]
+        for annotation, match, ignored in zip(entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"], strict=True):
+            row_of[annotation] = -1 if ignored else len(truth)
+            if not ignored:
+                truth.append((annotation - 1, image_id, label, match > 0))
+        for result, match, ignored, score in zip(
+            entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], entry["dtScores"], strict=True
+        ):
+            verdict = IGNORED if ignored else RIGHT if match > 0 else _BACKGROUND
+            found.append((result - 1, image_id, label, verdict, row_of[int(match)], score))
+    annotations, object_images, object_labels, is_found = (
+        np.array(column, np.int64) for column in (zip(*truth, strict=True) if truth else [()] * 4)
+    )
+    *columns, scores = zip(*found, strict=True) if found else [()] * 6
+    rows, image_ids, detected_labels, verdicts, owners = (np.array(column, np.int64) for column in columns)
+    ious, rivals = np.zeros(len(found)), np.full(len(found), -1)
+    pointed_at = np.zeros(len(truth), bool)
+    for d, o in _by_image(image_ids, object_images):
+        overlap = _overlaps(evaluation, rows[d], annotations[o])
+        same = detected_labels[d][:, None] == object_labels[o][None]
+        own, other = np.where(same, overlap, 0.0), np.where(same, 0.0, overlap)
+        best_own, best_other, any_iou = own.max(axis=1), other.max(axis=1), overlap.max(axis=1)
+        own_row, other_row = o[own.argmax(axis=1)], o[other.argmax(axis=1)]
+        rivals[d] = np.where(best_other >= foreground_iou, other_row, -1)
+        kinds = np.select(
+            [
+                (best_own >= background_iou) & (best_own < foreground_iou),
+                best_other >= foreground_iou,
+                best_own >= foreground_iou,
+                any_iou < background_iou,
+            ],
+            [_LOCALIZATION, _CLASSIFICATION, _DUPLICATE, _BACKGROUND],
+            _BOTH,
+        )
+        wrong = verdicts[d] == _BACKGROUND  # not judged yet
+        about_own = (kinds == _LOCALIZATION) | (kinds == _DUPLICATE)
+        about = np.where(about_own, own_row, np.where(kinds == _BACKGROUND, -1, other_row))
+        verdicts[d] = np.where(wrong, kinds, verdicts[d])
+        owners[d] = np.where(wrong, about, owners[d])
+        position = np.searchsorted(o, owners[d].clip(0)).clip(0, len(o) - 1)
+        ious[d] = np.where(owners[d] >= 0, overlap[np.arange(len(d)), position], any_iou)
+        points = wrong & ((kinds == _LOCALIZATION) | (kinds == _CLASSIFICATION))
+        pointed_at[about[points]] = True
+    found_flags = is_found.astype(bool)
+    return (
+        JudgedDetections(
+            rows, image_ids, detected_labels, np.array(scores, np.float64), verdicts, owners, ious, rivals
+        ),
+        JudgedObjects(annotations, object_images, object_labels, found_flags, ~found_flags & ~pointed_at),
+    )
+
+
+def _by_image(
+    of_detections: Int64[np.ndarray, " n"], of_objects: Int64[np.ndarray, " m"]
+) -> Iterator[tuple[Int64[np.ndarray, " d"], Int64[np.ndarray, " o"]]]:
+    """The rows of the detections and of the objects of each image that has both, ascending."""
+    by_detection, by_object = np.argsort(of_detections, kind="stable"), np.argsort(of_objects, kind="stable")
+    images = np.intersect1d(of_detections, of_objects)
+    groups = []
+    for order, values in ((by_detection, of_detections[by_detection]), (by_object, of_objects[by_object])):
+        starts, ends = np.searchsorted(values, images), np.searchsorted(values, images, side="right")
+        groups.append([order[start:end] for start, end in zip(starts, ends, strict=True)])
+    yield from zip(*groups, strict=True)
+
+
+def _overlaps(
+    evaluation: COCOeval, results: Int64[np.ndarray, " d"], annotations: Int64[np.ndarray, " o"]
+) -> Float64[np.ndarray, "d o"]:
+    """The IoU of each detection with each object of an image."""
+    key = "bbox" if evaluation.params.iouType == "bbox" else "segmentation"
+    detected: Any = [evaluation.cocoDt.anns[int(row) + 1][key] for row in results]
+    objects: Any = [evaluation.cocoGt.anns[int(row) + 1][key] for row in annotations]
+    return np.asarray(rle.iou(detected, objects, [0] * len(objects)), np.float64)

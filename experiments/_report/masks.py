@@ -1,0 +1,34 @@
+"""Masks at the size of a thumbnail."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+
+from detectax_eqx import data, evaluate
+
+
+# A mask has this many pixels along the thumbnail's longest side, at most.
+LONGEST = 240
+
+
+def mask_size(image_size: tuple[int, int]) -> tuple[int, int]:
+    """The `(height, width)` at which the masks of an image of `(height, width)` are kept."""
+    scale = min(1.0, LONGEST / max(image_size))
+    return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
+
+
+def shrink_mask(segmentation: Any, image_size: tuple[int, int], size: tuple[int, int]) -> str | None:
+    """Polygons or run lengths of an image as compressed run lengths of a smaller `(height, width)`; `None` for none."""
+    if segmentation is None:
+        return None
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        whole = {"size": image_size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
+        pixels = Image.fromarray(data.decode_rle(whole) * 255).resize((size[1], size[0]), Image.Resampling.BOX)
+        return evaluate.encode_mask(np.asarray(pixels) > 127)["counts"]
+    scale = np.array([size[1] / image_size[1], size[0] / image_size[0]])
+    polygons = [(np.asarray(points) * scale).ravel().tolist() for points in segmentation]
+    merged = rle.merge(rle.frPyObjects(polygons, *size))  # type: ignore[arg-type]
+    return merged["counts"].decode("ascii")  # type: ignore[union-attr]

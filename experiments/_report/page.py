@@ -1,0 +1,52 @@
+"""Puts a page together: its markup, style, scripts and data in one file that needs nothing else."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+FOLDER = Path(__file__).parent
+# Thumbnails are no larger than this, in pixels of their longest side.
+THUMBNAIL = 480
+JPEG_QUALITY = 72
+
+
+def write_page(path: Path, *, title: str, body: str, scripts: Sequence[str], data: dict[str, Any]) -> None:
+    """Writes `page.html` with its placeholders filled: `body` and `scripts` are files beside this one.
+
+    The data go in as JSON. A `<` within it is escaped, so that no name or text can end the element that holds it.
+    """
+    content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "{{title}}": html.escape(title),
+        "{{style}}": _read("page.css"),
+        "{{body}}": _read(body),
+        "{{script}}": "\n".join(_read(script) for script in scripts),
+        "{{data}}": content,
+    }
+    text = _read("page.html")
+    for mark, part in parts.items():
+        before, after = text.split(mark)
+        text = before + part + after
+    path.write_text(text, encoding="utf-8")
+
+
+def thumbnail(image: np.ndarray) -> tuple[str, tuple[int, int]]:
+    """An RGB image as a small JPEG: its data URI and its `(height, width)`."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return uri, (picture.height, picture.width)
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
