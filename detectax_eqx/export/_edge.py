@@ -218,11 +218,12 @@ def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: ja
 
     with substituted({conv2d: _conv2d, max_pool2d: _max_pool2d, _upsample_nearest: _upsample}):
         jaxpr = fold_constants(jax.make_jaxpr(run)(example))
-    lowered = jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr)).lower(example)
+    lowered = jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr)).lower(example).compiler_ir("stablehlo")
+    assert lowered is not None
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context:
-        module = ir.Module.parse(lowered.compiler_ir("stablehlo").operation.get_asm(large_elements_limit=None))
+        module = ir.Module.parse(lowered.operation.get_asm(large_elements_limit=None))
         (main,) = (op for op in module.body.operations if "main" in str(op.attributes["sym_name"]))
         converter.set_signature(main, SIGNATURE, [name], names)
         converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())

@@ -1,11 +1,13 @@
 """What a program need not compute: frozen norms go into the convolutions before them, and constants are worked out."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 
 from ..nn import Conv2d, FrozenBatchNorm
@@ -69,12 +71,16 @@ def fold_constants(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
     return jax.make_jaxpr(run)(*jaxpr.in_avals)
 
 
+def _size(aval: Any) -> int:
+    return math.prod(aval.shape)
+
+
 def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
     values: dict[core.Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
     for eqn in jaxpr.eqns:
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
-        traced = any(isinstance(operand, jax.core.Tracer) for operand in operands)
-        if traced or any(var.aval.size > LARGEST_CONSTANT for var in eqn.outvars):
+        traced = any(isinstance(operand, Tracer) for operand in operands)
+        if traced or any(_size(var.aval) > LARGEST_CONSTANT for var in eqn.outvars):
             results = _apply(eqn, operands)
         else:
             with jax.ensure_compile_time_eval():

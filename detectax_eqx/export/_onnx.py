@@ -180,7 +180,7 @@ def compare_onnx(
         padded, sizes = pad_images(some, shape)
         expected = run(jnp.asarray(padded), jnp.asarray(sizes))
         outputs = session.run(None, {"images": padded, "image_sizes": sizes})
-        found = dict(zip(OUTPUTS, outputs, strict=False))
+        found: dict[str, np.ndarray] = dict(zip(OUTPUTS, outputs, strict=False))
         for i in range(len(some)):
             _compare(found, expected, i, f"image {start + i}")
 

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jaxtyping import Array, Bool, Float, Int
@@ -31,7 +32,7 @@ DOMAIN, OPSET = "detectax_eqx", 18
 
 _call_p = Primitive("onnx_call")
 _call_p.multiple_results = True
-_call_p.def_abstract_eval(lambda *operands, function, results: [jax.core.ShapedArray(*result) for result in results])
+_call_p.def_abstract_eval(lambda *operands, function, results: [ShapedArray(*result) for result in results])
 
 
 @cache
@@ -105,6 +106,7 @@ class Substitutes:
 
     def _linear(self, layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
         weight, bias = layer.weight, layer.bias
+        assert bias is not None
         text = _function(["x", "w", "b"], ["y"], ["y = Gemm <transB = 1> (x, w, b)"])
         return self._call(text, [x, weight, bias], [((x.shape[0], weight.shape[0]), x.dtype)])[0]
 
@@ -270,7 +272,7 @@ def _sides(x: Array, kernel: tuple[int, ...], stride: int, padding: int) -> tupl
     return tuple((side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[1:], kernel, strict=True))
 
 
-def _map_all(function, rows, count, *, chunk_size):
+def _map_all(function, rows, count, *, chunk_size, kept):
     return function(*rows)
 
 

@@ -7,7 +7,8 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _substitutes: ContextVar[Mapping[Callable[..., Any], Callable[..., Any]]] = ContextVar("substitutes", default={})  # noqa: B039
 

@@ -11,7 +11,7 @@ from detectax_eqx import data, draw
 
 from .inspection import Suspicion
 from .masks import mask_size, shrink_mask
-from .page import thumbnail, write_page
+from .page import file_name, thumbnail, write_page
 
 
 # Pictures of suspicious annotations: so many of each kind, and no more than this size in bytes of the page.
@@ -30,7 +30,7 @@ def write_dataset_page(
       percentage to be drawn.
     """
     content = {
-        "title": f"Dataset: {dataset.annotations_path.name}",
+        "title": f"Dataset: {file_name(dataset.annotations_path)}",
         "subtitle": f"{len(dataset):,} images, {dataset.num_classes} classes; {dataset.report}",
         "tables": tables,
         "classes": [
@@ -58,7 +58,7 @@ def pictures(dataset: data.CocoDataset, suspicions: Sequence[Suspicion]) -> list
             {
                 "kind": suspicion.kind,
                 "what": suspicion.what,
-                "name": image.path.name,
+                "name": file_name(image.path),
                 "id": image.id,
                 "annotation": objects.annotation_ids[suspicion.row],
                 "src": uri,

@@ -11,7 +11,7 @@ import numpy as np
 from detectax_eqx import data, draw, evaluate
 
 from .masks import mask_size, shrink_mask
-from .page import thumbnail, write_page
+from .page import file_name, thumbnail, write_page
 
 
 # The images that are kept: the worst of all, and the worst for each class and each kind of error.
@@ -44,14 +44,14 @@ def write_report(
     metrics: Mapping[str, evaluate.CocoMetrics],
 ) -> None:
     """Writes the page. `metrics` are those of `results` on `dataset`, for boxes and perhaps for masks."""
-    annotations = json.loads(dataset.annotations_path.read_text(encoding="utf-8"))
+    annotations = data.read_annotations(dataset.annotations_path)
     analyses = {
         kind: evaluate.analyze_errors(annotations, results, iou_type=one.iou_type) for kind, one in metrics.items()
     }
     first = next(iter(analyses.values()))
     content = {
         "title": f"Evaluation: {path.resolve().parent.name}",
-        "subtitle": f"{dataset.annotations_path.name}: {len(dataset):,} images, {len(first.objects.labels):,} objects, "
+        "subtitle": f"{file_name(dataset.annotations_path)}: {len(dataset):,} images, {len(first.objects.labels):,} objects, "
         f"{len(results):,} detections",
         "num_images": len(dataset),
         "kinds": evaluate.ERROR_KINDS,
@@ -146,7 +146,7 @@ def worst_images(
         rows = sorted(rows_of[image.id], key=lambda row: -results[row]["score"])[:SHOWN]
         entry = {
             "id": image.id,
-            "name": image.path.name,
+            "name": file_name(image.path),
             "src": uri,
             "width": shown[1],
             "height": shown[0],

@@ -18,6 +18,11 @@ THUMBNAIL = 480
 JPEG_QUALITY = 72
 
 
+def file_name(location: str | Path) -> str:
+    """The last part of a path or URL."""
+    return str(location).rpartition("/")[2]
+
+
 def write_page(path: Path, *, title: str, body: str, scripts: Sequence[str], data: dict[str, Any]) -> None:
     """Writes `page.html` with its placeholders filled: `body` and `scripts` are files beside this one.
 
