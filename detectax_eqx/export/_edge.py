@@ -3,6 +3,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -235,7 +236,10 @@ def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) 
     from ai_edge_quantizer import quantizer, recipe
 
     quantize = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
-    ranges = quantize.calibrate({SIGNATURE: samples})
+    with warnings.catch_warnings():
+        # Ranges are read off all tensors, against which the interpreter warns for its memory.
+        warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors", category=UserWarning)
+        ranges = quantize.calibrate({SIGNATURE: samples})
     quantize.quantize(ranges).export_model(path, overwrite=True)
 
 

@@ -100,7 +100,7 @@ def save_onnx_parts(
     }
     second = {
         "proposals": jax.ShapeDtypeStruct((selection.post_nms_top_n, 4), np.float32),
-        "valid": jax.ShapeDtypeStruct((selection.post_nms_top_n,), np.bool_),
+        "proposals_valid": jax.ShapeDtypeStruct((selection.post_nms_top_n,), np.bool_),
         "resized": jax.ShapeDtypeStruct((2,), np.int32),
     } | {f"features{i}": feature for i, feature in enumerate(features[:-1])}
     folder = Path(folder)
@@ -145,7 +145,7 @@ def host_detections(
     chosen = np.zeros((capacity, 4), np.float32)
     chosen[: len(kept)] = boxes[kept]
     resized = found["resized"]
-    found = detections(found | {"proposals": chosen, "valid": np.arange(capacity) < len(kept)})
+    found = detections(found | {"proposals": chosen, "proposals_valid": np.arange(capacity) < len(kept)})
     boxes, scores, labels, valid = (found[name] for name in ("boxes", "scores", "labels", "valid"))
     kept = host_nms(
         boxes, scores, labels, valid, iou_threshold=options.nms_threshold, max_outputs=options.max_detections
