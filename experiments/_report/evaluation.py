@@ -51,8 +51,8 @@ def write_report(
     first = next(iter(analyses.values()))
     content = {
         "title": f"Evaluation: {path.resolve().parent.name}",
-        "subtitle": f"{file_name(dataset.annotations_path)}: {len(dataset):,} images, {len(first.objects.labels):,} objects, "
-        f"{len(results):,} detections",
+        "subtitle": f"{file_name(dataset.annotations_path)}: {len(dataset):,} images, "
+        f"{len(first.objects.labels):,} objects, {len(results):,} detections",
         "num_images": len(dataset),
         "kinds": evaluate.ERROR_KINDS,
         "meanings": MEANINGS,
