@@ -238,7 +238,7 @@ def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) 
     quantize = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
     with warnings.catch_warnings():
         # Ranges are read off all tensors, against which the interpreter warns for its memory.
-        warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors", category=UserWarning)
+        warnings.filterwarnings("ignore", message="(?s).*experimental_preserve_all_tensors", category=UserWarning)
         ranges = quantize.calibrate({SIGNATURE: samples})
     quantize.quantize(ranges).export_model(path, overwrite=True)
 
