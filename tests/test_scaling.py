@@ -129,6 +129,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_two_processes_give_what_one_gives(tmp_path):
     """train.py, each process with a piece of the parameters and its rows of the batches, and sharing an evaluation."""
     for name, count in (("train", 8), ("val", 7)):
