@@ -240,7 +240,7 @@ def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) 
         # Ranges are read off all tensors, against which the interpreter warns for its memory.
         warnings.filterwarnings("ignore", message="(?s).*experimental_preserve_all_tensors", category=UserWarning)
         ranges = quantize.calibrate({SIGNATURE: samples})
-    quantize.quantize(ranges).export_model(path, overwrite=True)
+        quantize.quantize(ranges).export_model(path, overwrite=True)
 
 
 def _conv2d(x, weight, bias=None, *, stride=1, padding=0):

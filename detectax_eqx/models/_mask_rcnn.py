@@ -79,13 +79,16 @@ class MaskRCNN(eqx.Module):
 
         The head runs on as many boxes as are valid, a few at a time; the other rows are 0 or what their box gives.
         """
-
-        def logits(boxes, labels):
-            pooled = self.faster_rcnn.pool(features, boxes, output_size=self.mask_head.pool_size)
-            return self.mask_head(pooled, labels)
-
+        logits = eqx.Partial(_mask_logits, self, features)
         count = valid.sum(dtype=jnp.int32)
         return map_chunks(logits, (boxes, labels), count, chunk_size=MASK_CHUNK, kept=MASK_CHUNKS_KEPT)
+
+
+def _mask_logits(
+    model: MaskRCNN, features: Features, boxes: Float[Array, "n 4"], labels: Int32[Array, " n"]
+) -> Float[Array, "n s s"]:
+    pooled = model.faster_rcnn.pool(features, boxes, output_size=model.mask_head.pool_size)
+    return model.mask_head(pooled, labels)
 
 
 def mask_rcnn_loss(
