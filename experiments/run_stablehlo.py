@@ -1,4 +1,4 @@
-"""Runs a detector that `export.py` wrote as StableHLO, by jax alone (and Pillow to read images), without this package.
+"""Runs a detector that `export.py` wrote as StableHLO, without this package: by jax, flatbuffers and Pillow.
 
     python experiments/run_stablehlo.py detector.npz street.jpg
 

@@ -78,7 +78,7 @@ def test_targets_are_read_off_the_tables(file):
         ("mask paste, 100 onto 800×1216", "1", bench.NO_PEER, name),
     ]
     tables.merge(file, "ops", header, rows, keys=[row[:1] for row in rows])
-    for other in ("inference", "training", "data", "compile"):
+    for other in ("inference", "training", "data", "compile", "export"):
         file.write_text(file.read_text() + f"<!-- {other} -->\n<!-- /{other} -->\n")
     targets.write_targets(file, CPU)
     assert tables.read_table(file, "targets")[1] == [
