@@ -259,6 +259,9 @@ def test_paste_eager_batched_gradient_and_dtype(getkey):
     np.testing.assert_allclose((mask_gradient * more[1]).sum(), (out * cotangent).sum(), rtol=1e-4)
     assert jnp.isfinite(box_gradient).all()
 
+    above = paste_masks(masks, boxes, image_size=(14, 18), threshold=0.25)
+    assert above.dtype == bool
+    np.testing.assert_array_equal(above, np.asarray(expected) > 0.25)
     half = fast_paste(masks.astype(jnp.bfloat16), boxes, image_size=(14, 18))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=2**-7)

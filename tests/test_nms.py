@@ -306,3 +306,15 @@ def test_errors(threshold):
         nms_indices(CHAIN, CHAIN_SCORES, iou_threshold=0.5, max_outputs=0)
     with pytest.raises(Exception, match="scores"):
         nms(CHAIN, CHAIN_SCORES[:2], iou_threshold=0.5)
+
+
+@pytest.mark.parametrize("size", [1, 5, 40, 400])
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 300])
+def test_first_true_is_nonzero(n, share, size):
+    masks = np.random.default_rng(n).uniform(size=(2, n)) < share
+    positions, counts = jax.vmap(lambda mask: forms._first_true(mask, size))(jnp.asarray(masks))
+    for mask_, found, count in zip(masks, np.asarray(positions), np.asarray(counts), strict=True):
+        np.testing.assert_array_equal(found[:count], np.flatnonzero(mask_)[:size])
+        assert count == min(mask_.sum(), size)
+        assert ((found >= 0) & (found < n)).all()

@@ -182,4 +182,4 @@ def _paste_chunk(
     *,
     canvas: tuple[int, int],
 ) -> Bool[Array, "n h w"]:
-    return paste_masks(masks, boxes, image_size=canvas) > threshold
+    return paste_masks(masks, boxes, image_size=canvas, threshold=threshold)

@@ -1,6 +1,10 @@
 """Masks between the frame of a box and the pixels of an image."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Real
 
 from ._boxes import _product, _upcast
@@ -78,25 +82,32 @@ def _crop_weights(
 
 
 def paste_masks(
-    masks: Float[Array, "n s t"], boxes: Float[Array, "n 4"], *, image_size: tuple[int, int]
-) -> Float[Array, "n {image_size[0]} {image_size[1]}"]:
+    masks: Float[Array, "n s t"],
+    boxes: Float[Array, "n 4"],
+    *,
+    image_size: tuple[int, int],
+    threshold: float | Real[Array, ""] | None = None,
+) -> Float[Array, "n {image_size[0]} {image_size[1]}"] | Bool[Array, "n {image_size[0]} {image_size[1]}"]:
     """Masks, each drawn where its box lies in an image of `image_size` = `(height, width)`, and 0 elsewhere.
 
-    - `masks`: values in the frame of their box, usually probabilities, to be compared with a threshold afterwards.
+    - `masks`: values in the frame of their box, usually probabilities.
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image.
+    - `threshold`: if given, the result is whether a pixel is above it, in a quarter of the memory and half the time.
 
     torchvision's `paste_masks_in_image`, exactly. A mask gets a margin of one zero pixel and its box grows with it;
     the grown box is cut to integers, towards zero, both ends included; the mask is resized to it, bilinear, with the
     values of pixels at their middles; what falls outside the image is cut off. So a box without extent still paints a
     few pixels. One that is outside the image, upside down or not finite paints nothing.
 
-    Differentiable in `masks`; the rounding of boxes has no gradient. The result has the dtype of `masks`.
+    Differentiable in `masks`; the rounding of boxes has no gradient. Without a threshold the result has their dtype.
 
     Raises a ValueError for an `image_size` below 1 or masks without pixels.
 
     >>> masks = jnp.array([[[1.0, 0.5], [0.25, 0.75]]])
     >>> paste_masks(masks, jnp.array([[2.0, 1.0, 3.5, 2.5]]), image_size=(3, 5))[0].tolist()
     [[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.25, 0.75, 0.0]]
+    >>> paste_masks(masks, jnp.array([[2.0, 1.0, 3.5, 2.5]]), image_size=(3, 5), threshold=0.5)[0, 2].tolist()
+    [False, False, False, True, False]
     """
     height, width = output_bins(image_size, "image_size")
     if 0 in masks.shape[1:]:
@@ -105,7 +116,21 @@ def paste_masks(
     vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)
     horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)
     rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
-    return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest").astype(masks.dtype)
+    return _resize_rows(rows, horizontal, threshold, dtype=masks.dtype)
+
+
+# Jitted, so that eager calls do not compile the loop anew each time.
+@partial(jax.jit, static_argnames="dtype")
+def _resize_rows(rows, horizontal, threshold, *, dtype):
+    """Masks whose rows are in place, with their columns put in place, and compared with a threshold, if any."""
+
+    def finish(mask):
+        values = jnp.einsum("ht,wt->hw", *mask, precision="highest").astype(dtype)
+        return values if threshold is None else values > threshold
+
+    # One at a time on CPU: what is not yet compared stays in the cache, and is not written to new memory.
+    one_by_one = partial(lax.map, finish)
+    return lax.platform_dependent((rows, horizontal), cpu=one_by_one, default=jax.vmap(finish))
 
 
 def _paste_weights(

@@ -90,6 +90,33 @@ def _sorted_keep(rows, scores, valid, threshold, *, keep):
     return order, keep(_at(rows, order), valid[order], threshold)
 
 
+def _first_true(mask, size):
+    """Positions of the first `size` that are true, and how many of them there are; the other positions mean nothing.
+
+    `jnp.nonzero`, five times as fast on CPU. The mask is read as words of 32 bits, a running count of their bits says
+    in which word an output lies, and halving the word five times says where.
+    """
+    bits = jnp.pad(mask, (0, -mask.size % 32)).reshape(-1, 32).astype(jnp.uint32)
+    words = (bits << jnp.arange(32, dtype=jnp.uint32)[None]).sum(axis=1, dtype=jnp.uint32)
+    ends = jnp.cumsum(_count_bits(words))
+    outputs = jnp.arange(size, dtype=jnp.int32)
+    at = jnp.searchsorted(ends, outputs, side="right", method="scan_unrolled").astype(jnp.int32)
+    at = jnp.minimum(at, words.size - 1)
+    word, position = words[at], at * 32
+    rank = outputs - (ends[at] - _count_bits(word))
+    for half in (16, 8, 4, 2, 1):
+        low = word & ((1 << half) - 1)
+        upper = rank >= _count_bits(low)
+        position = jnp.where(upper, position + half, position)
+        rank = jnp.where(upper, rank - _count_bits(low), rank)
+        word = jnp.where(upper, word >> half, low)
+    return jnp.minimum(position, mask.size - 1), jnp.minimum(ends[-1], size)
+
+
+def _count_bits(words):
+    return lax.population_count(words).astype(jnp.int32)
+
+
 def _keep_mask(*args, keep):
     order, kept = _sorted_keep(*args, keep=keep)
     return jnp.zeros_like(kept).at[order].set(kept, unique_indices=True)
@@ -98,9 +125,8 @@ def _keep_mask(*args, keep):
 def _select_sorted(*args, max_outputs, keep):
     """The first `max_outputs` boxes kept, and how many there are."""
     order, kept = _sorted_keep(*args, keep=keep)
-    slots = jnp.where(kept, jnp.cumsum(kept) - 1, max_outputs)
-    indices = jnp.zeros(max_outputs, jnp.int32).at[slots].set(order, mode="drop")
-    return indices, jnp.minimum(kept.sum(dtype=jnp.int32), max_outputs)
+    positions, count = _first_true(kept, max_outputs)
+    return jnp.where(jnp.arange(max_outputs) < count, order[positions], 0), count
 
 
 def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
@@ -128,7 +154,7 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
 def _select_packed(rows, scores, valid, threshold, *, max_outputs):
     """`_select_greedy` on the valid boxes alone, if there is room for them."""
     select = partial(_select_greedy, max_outputs=max_outputs)
-    total = valid.sum(dtype=jnp.int32)
+    total = largest_of_batch(valid.sum(dtype=jnp.int32))
 
     def within(rooms):
         if not rooms or valid.size <= rooms[0]:
@@ -136,12 +162,11 @@ def _select_packed(rows, scores, valid, threshold, *, max_outputs):
         room, *larger = rooms
 
         def few():
-            packed = jnp.nonzero(valid, size=room, fill_value=0)[0].astype(jnp.int32)
-            there = jnp.arange(room) < total
-            indices, count = select(_at(rows, packed), scores[packed], there, threshold)
+            packed, number = _first_true(valid, room)
+            indices, count = select(_at(rows, packed), scores[packed], jnp.arange(room) < number, threshold)
             return jnp.where(jnp.arange(max_outputs) < count, packed[indices], 0), count
 
-        return lax.cond(largest_of_batch(total) <= room, few, lambda: within(larger))
+        return lax.cond(total <= room, few, lambda: within(larger))
 
     return within(list(PACKED_BOXES))
 
