@@ -81,6 +81,11 @@ def _operators(bench: Bench) -> list[Operator]:
             f"mask paste, {pasted} onto {height}×{width}",
             "paste_masks", partial(_pasting, n=pasted), {"image_size": inputs.IMAGE_SIZE},
         ),
+        Operator(
+            f"mask paste, {pasted} onto {height}×{width}, whether above .5",
+            "paste_masks", partial(_pasting, n=pasted), {"image_size": inputs.IMAGE_SIZE, "threshold": 0.5},
+            _same_pixels,
+        ),
         # Ours are taken from 112×112 masks in box frames, torchvision's from masks of the whole image.
         Operator("mask targets of 128 proposals, 28×28", "mask_targets", _mask_targets, compare=_similar_targets),
         Operator(f"pairwise IoU, 100 × {anchors:,}", "pairwise_iou", partial(_objects_and_anchors, n=anchors)),
@@ -102,6 +107,12 @@ def _similar_targets(ours: Arrays, theirs: Arrays) -> None:
     difference = float(np.abs(ours["targets"] - theirs["targets"]).mean())
     if not difference < 0.02:
         raise Disagreement(f"targets differ from torchvision's by {difference:.3f} on average")
+
+
+def _same_pixels(ours: Arrays, theirs: Arrays) -> None:
+    differing = int((ours["pasted"] != theirs["pasted"]).sum())
+    if differing > 1e-6 * theirs["pasted"].size:
+        raise Disagreement(f"{differing} pixels differ from torchvision's, more than one in a million")
 
 
 def _spread(rng, *, n: int) -> Arrays:

@@ -86,9 +86,9 @@ def roi_align(arrays: Arrays, *, levels: int, backward: bool) -> Case:
     return compiled(gradient, maps, arrays["boxes"], arrays["cotangent"], names=names)
 
 
-def paste_masks(arrays: Arrays, *, image_size: tuple[int, int]) -> Case:
-    """Masks onto an image."""
-    paste = partial(ops.paste_masks, image_size=(image_size[0], image_size[1]))
+def paste_masks(arrays: Arrays, *, image_size: tuple[int, int], threshold: float | None = None) -> Case:
+    """Masks onto an image, or where they are above a threshold."""
+    paste = partial(ops.paste_masks, image_size=(image_size[0], image_size[1]), threshold=threshold)
     return compiled(paste, arrays["masks"], arrays["boxes"], names="pasted")
 
 

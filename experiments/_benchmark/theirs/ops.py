@@ -85,9 +85,14 @@ def roi_align(arrays: Arrays, *, levels: int, backward: bool) -> Case:
     return Case(ready(gradient), lambda r: {f"gradient{i}": g[0].cpu().numpy() for i, g in enumerate(r)})
 
 
-def paste_masks(arrays: Arrays, *, image_size: tuple[int, int]) -> Case:
+def paste_masks(arrays: Arrays, *, image_size: tuple[int, int], threshold: float | None = None) -> Case:
     masks, boxes = tensor(arrays["masks"])[:, None], tensor(arrays["boxes"])
-    return evaluated(lambda: paste_masks_in_image(masks, boxes, tuple(image_size)), pasted=lambda r: r[:, 0])
+
+    def paste():
+        pasted = paste_masks_in_image(masks, boxes, tuple(image_size))
+        return pasted if threshold is None else pasted > threshold
+
+    return evaluated(paste, pasted=lambda r: r[:, 0])
 
 
 def mask_targets(arrays: Arrays) -> Case:
