@@ -55,11 +55,16 @@ def init_train_state(
     >>> int(state.step), state.model.weight.shape
     (0, (2, 3))
     """
-    average = model if ema else None
-    model, key, average = jax.tree.map(lambda leaf: _copy(leaf) if eqx.is_array(leaf) else leaf, (model, key, average))
     parameters, _ = partition(model, trainable)
+    return _start(model, model if ema else None, key, parameters, optimizer.init)
+
+
+@eqx.filter_jit
+def _start(model, average, key, parameters, init_optimizer):
+    """All in one program: one for each shape would take a hundred times as long to compile, and 100 MB."""
+    model, key, average = jax.tree.map(lambda leaf: _copy(leaf) if eqx.is_array(leaf) else leaf, (model, key, average))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, key, model, optimizer.init(parameters), average, jnp.zeros_like(zero))
+    return TrainState(zero, key, model, init_optimizer(parameters), average, jnp.zeros_like(zero))
 
 
 def partition(model: PyTree, trainable: PyTree[bool]) -> tuple[PyTree, PyTree]:

@@ -103,7 +103,9 @@ def make_train_step(
             "overflow": jnp.sum(jnp.where(batch.valid, batch.overflow, 0)).astype(jnp.float32),
             "invalid": jnp.sum(~batch.valid).astype(jnp.float32),
         }
-        finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"] + metrics["update_norm"])
+        # All norms, so that every use of the parameters comes before they change: else XLA keeps a copy of them.
+        norms = metrics["gradient_norm"] + metrics["update_norm"] + metrics["parameter_norm"]
+        finite = jnp.isfinite(metrics["loss"] + norms)
         updated = eqx.apply_updates(parameters, updates)
 
         def if_finite(new: PyTree, old: PyTree) -> PyTree:

@@ -93,8 +93,9 @@ def replace_leaves(tree: Tree, arrays: Mapping[str, Any], *, source: str = "the 
     def replacement(path, leaf):
         if not isinstance(leaf, jax.Array | np.ndarray):
             return leaf
-        array = arrays[_name(path)]
-        return np.array(array) if isinstance(leaf, np.ndarray) else jnp.array(array)
+        array = np.array(arrays[_name(path)])
+        # jnp.array would compile a program for each shape.
+        return array if isinstance(leaf, np.ndarray) else jax.device_put(array)
 
     return jax.tree_util.tree_map_with_path(replacement, tree)
 
