@@ -1,5 +1,7 @@
 """The training step: gradients by hand, frozen leaves, weighting, randomness, devices."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,21 @@ def test_gradient_and_metrics_are_those_computed_by_hand(getkey):
         assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
     assert int(state.step) == 1
+
+
+def test_no_copy_of_the_parameters_is_kept(getkey):
+    """The norms of a step are read before it changes the parameters in place, so that one set of them is enough."""
+    side = 700
+
+    def loss(model, example, *, key):
+        return {"loss_a": WeightedSum(jnp.sum(jnp.sin(model @ model)), jnp.ones(()))}
+
+    optimizer = train.sgd(0.1)
+    state = train.init_train_state(jr.normal(getkey(), (side, side)), optimizer, trainable=True, key=getkey())
+    step = train.make_train_step(loss, optimizer, trainable=True)
+    program = jax.jit(step, donate_argnums=0).lower(state, make_batch(BOXES, BOX_VALID)).compile()
+    assert f"f32[{side},{side}]" in program.as_text()
+    assert not re.search(rf"f32\[{side},{side}\]\S* copy\(", program.as_text())
 
 
 def test_frozen_leaves_stay_bit_for_bit_under_weight_decay(getkey):

@@ -55,14 +55,14 @@ def init_train_state(
     >>> int(state.step), state.model.weight.shape
     (0, (2, 3))
     """
-    parameters, _ = partition(model, trainable)
-    return _start(model, model if ema else None, key, parameters, optimizer.init)
+    return _start(model, model if ema else None, key, trainable, optimizer.init)
 
 
 @eqx.filter_jit
-def _start(model, average, key, parameters, init_optimizer):
-    """All in one program: one for each shape would take a hundred times as long to compile, and 100 MB."""
+def _start(model, average, key, trainable, init_optimizer):
+    """All in one program: those of every shape on its own would take 100 MB."""
     model, key, average = jax.tree.map(lambda leaf: _copy(leaf) if eqx.is_array(leaf) else leaf, (model, key, average))
+    parameters, _ = partition(model, trainable)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, key, model, init_optimizer(parameters), average, jnp.zeros_like(zero))
 
