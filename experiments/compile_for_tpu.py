@@ -5,8 +5,8 @@
 
 A TPU's compiler, in the package `libtpu`, runs anywhere and accounts for every byte: a program that it accepts fits the
 memory of a core. Nothing is run, and no speed follows. The step is that of train.py, over all cores of a topology; the
-exit status is 1 if one of its programs does not fit. A training program takes a quarter of an hour of one CPU core and
-9 GB of its memory to compile, detection some minutes.
+exit status is 1 if one of its programs does not fit. Each is compiled on one CPU core: training in seven to ten minutes and
+some GB of memory, detection in two minutes.
 """
 
 import os
