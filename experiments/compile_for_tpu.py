@@ -5,8 +5,8 @@
 
 A TPU's compiler, in the package `libtpu`, runs anywhere and accounts for every byte: a program that it accepts fits the
 memory of a core. Nothing is run, and no speed follows. The step is that of train.py, over all cores of a topology; the
-exit status is 1 if one of its programs does not fit. Each is compiled on one CPU core: training in seven to ten minutes and
-some GB of memory, detection in two minutes.
+exit status is 1 if one of its programs does not fit. On a CPU core a training program takes seven to ten minutes and
+some GB of memory to compile, detection two minutes.
 """
 
 import os
