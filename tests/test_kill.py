@@ -156,8 +156,8 @@ def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
             if status == 0:
                 break
             assert status == -signal.SIGKILL, output
-            saving = any(folder.glob("*/*.tmp"))
-            here["amid a save" if saving else "while starting" if progress(folder) == before else "while training"] += 1
+            idle = "while starting" if progress(folder) == before else "while training"
+            here["amid a save" if saving(folder) else idle] += 1
             assert_readable(folder, monkeypatch)
             options = ["--resume"]
         runs += 1
@@ -171,21 +171,28 @@ def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
 
 def progress(folder):
     """What a run has left so far."""
-    return sorted((path.name, path.stat().st_mtime) for path in folder.glob("*/*"))
+    try:
+        return sorted((path.name, path.stat().st_mtime) for path in folder.glob("*/*"))
+    except FileNotFoundError:  # one of them has got its final name meanwhile
+        return progress(folder)
+
+
+def saving(folder):
+    """Whether a checkpoint is being written, or was when its writer was killed."""
+    return any(any(folder.glob(f"{kind}/*.tmp")) for kind in ("last", "best"))
 
 
 def wait_to_kill(process, folder, moment, rng):
     """Returns at a random moment, or when the process has ended."""
-    before, saves = progress(folder), rng.randrange(1, 5)
+    before, saves, was_saving = progress(folder), rng.randrange(1, 5), saving(folder)
     deadline = time.monotonic() + (rng.uniform(0, 8) if moment == "any" else 60)
     while time.monotonic() < deadline and process.poll() is None:
         if moment == "training" and progress(folder) != before:
             moment, deadline = "any", time.monotonic() + rng.uniform(0, 3)
-        if moment == "saving" and any(folder.glob("*/*.tmp")):
-            saves -= 1
-            if not saves:
-                time.sleep(rng.uniform(0, 0.02))
-                return
-            while any(folder.glob("*/*.tmp")):
-                time.sleep(0.001)
+        is_saving = saving(folder)
+        saves -= is_saving and not was_saving
+        was_saving = is_saving
+        if moment == "saving" and not saves:
+            time.sleep(rng.uniform(0, 0.02))
+            return
         time.sleep(0.001)
