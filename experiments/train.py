@@ -10,7 +10,7 @@ a run ended, `--resume` goes on from the last checkpoint to bit-identical parame
 kept apart, in `timing.jsonl`.
 
 All devices are used, a batch being spread over them. On several machines, start the script on each of them with
-`--coordinator`; `--output` must be a folder that all of them see.
+`--coordinator`; `--output` must be a folder that all of them see. A signal to one ends all, after the same step.
 """
 
 import time
