@@ -117,7 +117,7 @@ def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_processes_stop_together(shapes, tmp_path, tally):
     """Whichever of them is told to: the other does not know, and neither can take or save a step alone."""
     outputs, statuses = finish_both(shapes, tmp_path / "whole")
