@@ -21,7 +21,8 @@ class Stop:
 
     A step consumes the state that it is given: an exception in its midst would leave nothing to save.
 
-    Several processes must stop after the same step. There JAX takes SIGTERM, and lets them agree on one.
+    Several processes must stop after the same step. There JAX takes SIGTERM, and lets them agree on one; Ctrl-C in
+    any of them is the same.
 
     - `signal`: the number of the signal that came, or 0.
     """
@@ -29,12 +30,19 @@ class Stop:
     def __init__(self):
         self.signal = 0
         self._at_once = False
-        for number in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ():
-            signal.signal(number, self._handle)
+        self._asked = 0
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._handle)
+            signal.signal(signal.SIGINT, self._handle)
+        else:
+            signal.signal(signal.SIGINT, self._tell_all)
 
-    def after(self, step: int) -> bool:
-        """Whether to stop after this step. To be asked after each."""
-        if multihost_utils.reached_preemption_sync_point(step):
+    def after_this_step(self) -> bool:
+        """Whether to stop. To be asked after each step."""
+        # JAX sets the last number that any process asked with, 0 if none has yet, plus 1. So they count from 1, a
+        # resumed run too: its steps begin later, and a signal during compilation would never be answered.
+        self._asked += 1
+        if multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = signal.SIGTERM
         return self.signal != 0
 
@@ -43,6 +51,11 @@ class Stop:
         if again or self._at_once:
             raise KeyboardInterrupt
         console.print("Stopping after this step (once more to stop at once) …")
+
+    def _tell_all(self, number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        console.print("Stopping with the other processes after one of the next steps (once more to stop at once) …")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     @contextmanager
     def at_once(self, what: str, saver: train.CheckpointSaver) -> Generator[None, None, None]:

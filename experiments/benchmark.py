@@ -63,10 +63,9 @@ class Options:
     tables: tuple[TableName, ...] = ()
     """Which tables to measure. Default: all, or with --check those of operators, detection and training."""
     only: str | None = None
-    """A regular expression: measure only rows in whose name it is found; the others stay."""
+    """A regular expression: measure only rows in whose name it is found; the others stay. Default: all rows."""
     check: bool = False
-    """Write nothing, but measure again what has a ratio in the file for this hardware, and fail if one fell by over
-    20 %, twice in a row."""
+    """Write nothing; measure this hardware's ratios again, and fail if one fell by over 20 %, twice in a row."""
     peer_python: Path | None = None
     """The interpreter of an environment with torchvision. Default: this one, if it has it."""
     file: Path = Path(__file__).parents[1] / "BENCHMARKS.md"

@@ -39,7 +39,7 @@ class Options:
     norm: NormName = "frozen_batch"
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     batch_size: int = 1
-    """Images a step."""
+    """Images a step, on each device."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
     max_size: int | None = None
@@ -49,7 +49,7 @@ class Options:
     nms_threshold: float = 0.5
     """IoU above which the lower of two detections of a class is dropped."""
     max_detections: int = 100
-    """Detections an image."""
+    """Detections kept of an image, those of the highest scores."""
     threads: int = 2
     """Threads that decode images."""
 

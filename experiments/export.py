@@ -26,7 +26,7 @@ class Options:
     """Options of an export."""
 
     output: Path
-    """File to write: .onnx, .int8.onnx or .npz."""
+    """File to write, whose suffix says what: .onnx, .int8.onnx or .npz (StableHLO)."""
     checkpoint: Path | None = None
     """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
     weights: Path | None = None
@@ -36,13 +36,13 @@ class Options:
     norm: NormName = "frozen_batch"
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     images: Path | None = None
-    """Folder of images to compare and to calibrate on, some dozens like those that are to come."""
+    """Folder of images to compare and to calibrate on, some dozens like those to come. A .npz needs none."""
     source: tuple[int, int] = (640, 640)
-    """Height and width of the largest image that the file is to take."""
+    """Height and width in pixels of the largest image that the file is to take."""
     canvas: tuple[int, int] | None = None
-    """Height and width that the network sees; default the detector's first. A .npz has all of its canvases."""
+    """Height and width in pixels that the network sees. Default: the detector's first canvas; in a .npz, all."""
     batch_size: int = 1
-    """Images at a time."""
+    """Images that the file takes at a time."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
     max_size: int | None = None
@@ -52,9 +52,9 @@ class Options:
     nms_threshold: float = 0.5
     """IoU above which the lower of two detections of a class is dropped."""
     max_detections: int = 100
-    """Detections an image."""
+    """Detections kept of an image, those of the highest scores."""
     max_images: int = 64
-    """Images of the folder to use."""
+    """Images of --images to use, the first by name."""
 
 
 def main(options: Options) -> None:

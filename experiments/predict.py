@@ -50,7 +50,7 @@ class Options:
     nms_threshold: float = 0.5
     """IoU above which the lower of two detections of a class is dropped."""
     max_detections: int = 100
-    """Detections an image."""
+    """Detections kept of an image, those of the highest scores."""
 
 
 RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}

@@ -10,7 +10,7 @@ a run ended, `--resume` goes on from the last checkpoint to bit-identical parame
 kept apart, in `timing.jsonl`.
 
 All devices are used, a batch being spread over them. On several machines, start the script on each of them with
-`--coordinator`; `--output` must be a folder that all of them see.
+`--coordinator`; `--output` must be a folder that all of them see. A signal to one ends all, after the same step.
 """
 
 import time
@@ -195,7 +195,7 @@ def fit(options: Options) -> None:
                 state, metrics = step(state, train.shard_batch(batch, mesh))
                 saver.check()
                 done, images = k + 1, images + options.batch_size
-                stopping = stop.after(done) and done < total_steps
+                stopping = stop.after_this_step() and done < total_steps
                 saving = ends_epoch(done) or done % options.checkpoint_every == 0 or stopping
                 logging = done % options.log_every == 0 or done == 1 or ends_epoch(done)
                 if pending:

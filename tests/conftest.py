@@ -45,7 +45,10 @@ def tally(record_property):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Prints the table of faults tried and survived, and writes it to `--tally`."""
+    """Prints the table of faults tried and survived, and writes it to `--tally`.
+
+    Of a run of some tests only, rows that it has nothing on stay. Run whole files: several tests may add to one row.
+    """
     faults = {}
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
     for fault, tried, survived, outcome in [
@@ -59,11 +62,25 @@ def pytest_terminal_summary(terminalreporter, config):
         row[:2] = row[0] + tried, row[1] + survived
     if not faults:
         return
-    rows = [("fault", "tried", "survived", "outcome"), ("---",) * 4]
-    rows += [(fault, *map(str, row)) for fault, row in sorted(faults.items())]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     terminalreporter.section("faults tried and survived")
-    terminalreporter.write_line("\n".join(lines))
+    terminalreporter.write_line(table(faults))
     if file := config.getoption("tally"):
         before, rest = file.read_text().split(BEGIN)
-        file.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1])
+        old, after = rest.split(END)
+        everything = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
+        if not (everything and config.option.markexpr == "long or not long"):
+            faults = read_table(old) | faults
+        file.write_text(f"{before}{BEGIN}\n{table(faults)}\n{END}{after}")
+
+
+def table(faults):
+    """Lines of a table in Markdown, from what was tried, what survived and the outcome by fault."""
+    rows = [("fault", "tried", "survived", "outcome"), ("---",) * 4]
+    rows += [(fault, *map(str, row)) for fault, row in sorted(faults.items())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def read_table(text):
+    """What `table` was given."""
+    rows = [line.strip("| ").split(" | ") for line in text.strip().splitlines()[2:]]
+    return {fault: row for fault, *row in rows}

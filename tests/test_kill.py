@@ -5,10 +5,8 @@ checkpoint, what their indexes hold, and the bytes of the metrics and detections
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 
@@ -49,16 +47,21 @@ def whole(shapes, tmp_path_factory):
 
 
 def start(shapes, folder, *options):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    # Most of such a short run is compiling: all of it is kept for the next.
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = tiny_train.command(shapes, folder, *options)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    # One device. Most of such a short run is compiling: all of it is kept for the next.
+    environment = {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return tiny_train.start(shapes, folder, *options, **environment)
 
 
 def finish(process):
-    output, _ = process.communicate()
-    return output, process.returncode
+    (output,), (status,) = tiny_train.finish(process)
+    return output, status
+
+
+def finish_both(shapes, folder, *options, signals=((), ())):
+    """Outputs and exit statuses of a run of two processes, each with a signal of its own."""
+    members = tiny_train.members()
+    processes = [start(shapes, folder, *options, *member, *own) for member, own in zip(members, signals, strict=True)]
+    return tiny_train.finish(*processes)
 
 
 def metrics(folder):
@@ -114,6 +117,29 @@ def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_two_processes_stop_together(shapes, tmp_path, tally):
+    """Whichever of them is told to: the other does not know, and neither can take or save a step alone."""
+    outputs, statuses = finish_both(shapes, tmp_path / "whole")
+    assert statuses == [0, 0], outputs
+    folder, done, resume = tmp_path / "run", 0, ()
+    sigterm, sigint = (("--stop-after", "stepping:1"), ("--interrupt-after", "stepping:1"))
+    for signals in (((), sigterm), (sigterm, ()), (sigterm, sigterm), ((), sigint)):
+        outputs, statuses = finish_both(shapes, folder, *resume, signals=signals)
+        assert statuses == [128 + signal.SIGTERM] * 2, outputs
+        before, done = done, int(train.latest_checkpoint(folder / "last").name)
+        assert before < done < 24 and f"Stopped and saved at step {done};" in outputs[0], outputs
+        assert not resume or f"Going on at step {before}" in outputs[0], outputs
+        resume = ("--resume",)
+    outputs, statuses = finish_both(shapes, folder, *resume)
+    assert statuses == [0, 0], outputs
+    same = contents(folder) == contents(tmp_path / "whole")
+    tally("SIGTERM to one of two processes, or both", 3, 3 * same, f"both save one step and exit; {SAME}")
+    tally("Ctrl-C in one of two processes", 1, same, f"both save one step and exit; {SAME}")
+    assert same
+
+
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
     """At any moment of a run's life, at any of its training, and while a checkpoint is being written, in turn."""
@@ -130,8 +156,8 @@ def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
             if status == 0:
                 break
             assert status == -signal.SIGKILL, output
-            saving = any(folder.glob("*/*.tmp"))
-            here["amid a save" if saving else "while starting" if progress(folder) == before else "while training"] += 1
+            idle = "while starting" if progress(folder) == before else "while training"
+            here["amid a save" if saving(folder) else idle] += 1
             assert_readable(folder, monkeypatch)
             options = ["--resume"]
         runs += 1
@@ -145,21 +171,28 @@ def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
 
 def progress(folder):
     """What a run has left so far."""
-    return sorted((path.name, path.stat().st_mtime) for path in folder.glob("*/*"))
+    try:
+        return sorted((path.name, path.stat().st_mtime) for path in folder.glob("*/*"))
+    except FileNotFoundError:  # one of them has got its final name meanwhile
+        return progress(folder)
+
+
+def saving(folder):
+    """Whether a checkpoint is being written, or was when its writer was killed."""
+    return any(any(folder.glob(f"{kind}/*.tmp")) for kind in ("last", "best"))
 
 
 def wait_to_kill(process, folder, moment, rng):
     """Returns at a random moment, or when the process has ended."""
-    before, saves = progress(folder), rng.randrange(1, 5)
+    before, saves, was_saving = progress(folder), rng.randrange(1, 5), saving(folder)
     deadline = time.monotonic() + (rng.uniform(0, 8) if moment == "any" else 60)
     while time.monotonic() < deadline and process.poll() is None:
         if moment == "training" and progress(folder) != before:
             moment, deadline = "any", time.monotonic() + rng.uniform(0, 3)
-        if moment == "saving" and any(folder.glob("*/*.tmp")):
-            saves -= 1
-            if not saves:
-                time.sleep(rng.uniform(0, 0.02))
-                return
-            while any(folder.glob("*/*.tmp")):
-                time.sleep(0.001)
+        is_saving = saving(folder)
+        saves -= is_saving and not was_saving
+        was_saving = is_saving
+        if moment == "saving" and not saves:
+            time.sleep(rng.uniform(0, 0.02))
+            return
         time.sleep(0.001)

@@ -4,10 +4,7 @@ And nothing sent between devices but what must be.
 """
 
 import json
-import os
 import re
-import socket
-import subprocess
 from functools import cache
 
 import equinox as eqx
@@ -123,12 +120,6 @@ def test_pieces_send_parameters_and_gradients():
     assert sent(text) == (sorted(expected), {"all-reduce"})
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_two_processes_give_what_one_gives(tmp_path):
@@ -136,19 +127,15 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for name, count in (("train", 8), ("val", 7)):
         data.write_shapes_dataset(tmp_path / name, num_images=count, seed=count, image_size=(64, 64))
     options = ["--steps", "4", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
-    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
-    processes = [
-        run_script(tmp_path, "one", *options, devices=2),
-        *(run_script(tmp_path, "two", *options, *address, str(i), devices=1) for i in range(2)),
-    ]
-    try:
-        outputs = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # one may wait for another that failed
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    force = "--xla_force_host_platform_device_count="
+    outputs, statuses = tiny_train.finish(
+        tiny_train.start(tmp_path, tmp_path / "one", *options, XLA_FLAGS=f"{force}2"),
+        *(
+            tiny_train.start(tmp_path, tmp_path / "two", *options, *member, XLA_FLAGS=f"{force}1")
+            for member in tiny_train.members()
+        ),
+    )
+    assert statuses == [0, 0, 0], outputs
     one, two = (contents(tmp_path / name) for name in ("one", "two"))
     for name, array in one["arrays"].items():
         np.testing.assert_allclose(two["arrays"][name], array, atol=1e-5, err_msg=name)
@@ -160,16 +147,6 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for name in ("image_id", "score"):
         values = [sorted(result[name] for result in run["found"]) for run in (one, two)]
         np.testing.assert_allclose(*values, atol=1e-4)
-
-
-def run_script(folder, output, *options, devices):
-    return subprocess.Popen(
-        tiny_train.command(folder, folder / output, *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-    )
 
 
 def contents(output):

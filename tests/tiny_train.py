@@ -1,17 +1,19 @@
 """experiments/train.py with a detector so small that a step takes milliseconds; the killing test runs it.
 
-    python tests/tiny_train.py [train.py's options] [--die-after PLACE:N | --stop-after PLACE:N]
+    python tests/tiny_train.py [train.py's options] [--die-after | --stop-after | --interrupt-after PLACE:N]
 
 Everything but the detector's width is the script's own. The last option makes the process kill itself, as `kill -9`
-does, or send itself SIGTERM, the N-th time that it comes to one of four places: when a checkpoint's arrays are written
-and it has no index yet; when a checkpoint was moved away and the new one of its step is not yet in its place; before a
-step; and amid an evaluation.
+does, or send itself SIGTERM, or SIGINT as Ctrl-C does, the N-th time that it comes to one of four places: when a
+checkpoint's arrays are written and it has no index yet; when a checkpoint was moved away and the new one of its step is
+not yet in its place; before a step; and amid an evaluation.
 """
 
 import itertools
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,6 +65,32 @@ def command(shapes, output, *options):
     return [sys.executable, __file__, *itertools.chain(*pairs), *options]
 
 
+def members():
+    """The options that make two processes one run, for each of the two."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [["--coordinator", address, "--num-processes", "2", "--process-id", str(i)] for i in range(2)]
+
+
+def start(shapes, output, *options, **environment):
+    """Starts `command`, with these variables set."""
+    environment = os.environ | environment
+    arguments = command(shapes, output, *options)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(*processes):
+    """What each printed, and its exit status."""
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one may wait for another that failed
+            process.wait()
+    return outputs, [process.returncode for process in processes]
+
+
 def saved_arrays(output):
     """The arrays of a run's last checkpoint by name."""
     path = train.latest_checkpoint(output / "last")
@@ -80,7 +108,7 @@ PLACES = {
 }
 
 
-SIGNALS = {"--die-after": signal.SIGKILL, "--stop-after": signal.SIGTERM}
+SIGNALS = {"--die-after": signal.SIGKILL, "--stop-after": signal.SIGTERM, "--interrupt-after": signal.SIGINT}
 
 
 def signal_after(place, number, kind):
