@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import export, models, nn, ops
+from detectax_eqx import data, export, models, nn, ops
 from detectax_eqx.export import _extras, _program
+
+from .parity import compare_exports
 
 
 ROOT = Path(__file__).parents[1]
@@ -160,10 +162,15 @@ def test_a_missing_extra_is_named(monkeypatch):
         _extras.require("onnx")
 
 
+def needs(extra):
+    """Skips the test where what the extra brings is not installed."""
+    if any(find_spec(module) is None for module in _extras.EXTRAS[extra]):
+        pytest.skip(f"needs the extra {extra}")
+
+
 @pytest.fixture(scope="module")
 def onnx_file(model, images, tmp_path_factory):
-    if any(find_spec(module) is None for module in _extras.EXTRAS["onnx"]):
-        pytest.skip("needs the extra onnx")
+    needs("onnx")
     path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
     export.save_onnx(model, path, shape=SHAPE, images=images, class_names=NAMES, options=OPTIONS)
     return path
@@ -184,6 +191,60 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
     assert (about["class_names"], about["shape"], about["options"]) == (NAMES, SHAPE, OPTIONS)
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
     assert "faster_rcnn.box_head.fc6.weight" in {tensor.name for tensor in proto.graph.initializer}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_batch_of_four_in_onnx_with_nothing_in_one(tmp_path):
+    """ResNet-18 of full width, masks, four images of four sizes; a threshold that nothing in one of them reaches."""
+    needs("onnx")
+    import onnxruntime
+
+    def build(key):
+        keys = jr.split(key)
+        return with_statistics(models.mask_rcnn_resnet18_fpn(3, key=keys[0]), keys[1])
+
+    model, shape = eqx.filter_jit(build)(jr.key(0)), export.Shape(4, (120, 160), (160, 224))
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 256, (height // 10, width // 10, 3)).astype(np.uint8).repeat(10, 0).repeat(10, 1)
+        for height, width in ((120, 160), (80, 160), (120, 60), (100, 100))
+    ]
+    padded, sizes = export.pad_images(images, shape)
+    best = np.asarray(jax.jit(export.detection_program(model, shape, export.Options(160, 224)))(padded, sizes).scores)
+    nothing, least = np.sort(best[:, 0])[:2]
+    assert least - nothing > 1e-3  # far more than runtimes differ by
+    options = export.Options(160, 224, score_threshold=float(nothing + least) / 2)
+
+    path = tmp_path / "detector.onnx"
+    export.save_onnx(model, path, shape=shape, images=images, class_names=NAMES, options=options)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = ["boxes", "scores", "valid", "masks"]
+    boxes, scores, valid, masks = session.run(names, {"images": padded, "image_sizes": sizes})
+    assert masks.shape == (4, 100, 28, 28)
+    assert sorted(valid.any(axis=1)) == [False, True, True, True]
+    assert not boxes[~valid].any() and not scores[~valid].any()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_what_int8_costs_a_detector_that_was_trained(tmp_path):
+    """The comparison that fills BENCHMARKS.md, shorter and on generated shapes."""
+    needs("onnx")
+    annotations, _ = data.write_shapes_dataset(tmp_path, num_images=240, image_size=(160, 224))
+    content = json.loads(annotations.read_text())
+    for name, wanted in (("train", range(1, 201)), ("test", range(201, 241))):
+        part = {
+            "images": [image for image in content["images"] if image["id"] in wanted],
+            "annotations": [one for one in content["annotations"] if one["image_id"] in wanted],
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | part))
+    compare_exports.main(compare_exports.Options(tmp_path, tmp_path / "exports", steps=120))
+    rows = json.loads((tmp_path / "exports" / "exports.json").read_text())
+    assert rows["jax"]["AP"] > 0.2  # else there is nothing to lose
+    assert abs(rows["onnx"]["AP"] - rows["jax"]["AP"]) < 1e-3
+    assert rows["onnx int8"]["AP"] > rows["onnx"]["AP"] - 0.01
+    assert rows["onnx int8"]["MB"] < 0.3 * rows["onnx"]["MB"]
 
 
 @pytest.mark.parametrize(
@@ -260,8 +321,7 @@ def test_host_nms_keeps_what_nms_keeps():
 
 @pytest.mark.timeout(600)
 def test_tflite_is_integer_throughout(model, images, tmp_path):
-    if any(find_spec(module) is None for module in _extras.EXTRAS["edge"]):
-        pytest.skip("needs the extra edge")
+    needs("edge")
     from ai_edge_litert.interpreter import Interpreter
 
     detector, shape = model.faster_rcnn, export.Shape(1, SHAPE.source, SHAPE.canvas)
