@@ -6,7 +6,8 @@
 from scratch with frozen norms, whose statistics are measured once, on the first batch: they fold into convolutions as
 those of imported weights do, and GroupNorm would not. The trained weights stay in `--output` and are found by the next
 call. Prints AP, file size and seconds an image of each: of ONNX where the extra `onnx` is there, of TFLite where `edge`
-is. These want different versions, hence an environment each, and a call in each with the same `--output`.
+is. These want different versions, hence an environment each, and a call in each with the same `--output`, whose
+`exports.json` then has the rows of both.
 """
 
 import json
@@ -239,8 +240,9 @@ def main(options: Options) -> None:
     images = options.data / "images"
     train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
     options.output.mkdir(parents=True, exist_ok=True)
-    weights = options.output / "model.safetensors"
+    weights, result = options.output / "model.safetensors", options.output / "exports.json"
     if not weights.exists():
+        result.unlink(missing_ok=True)
         save_safetensors(trained(train_set, options), weights)
     model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
 
@@ -253,7 +255,8 @@ def main(options: Options) -> None:
         [category.name for category in test_set.categories],
         [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]],
     )
-    rows = {"jax": measured(jax.jit(export.detection_program(model, setup.shape, setup.options)), setup)}
+    rows = json.loads(result.read_text()) if result.exists() else {}  # of the other environment
+    rows["jax"] = measured(jax.jit(export.detection_program(model, setup.shape, setup.options)), setup)
     for extra, measure in (("onnx", onnx_rows), ("edge", tflite_rows)):
         try:
             require(extra)
@@ -262,7 +265,7 @@ def main(options: Options) -> None:
         else:
             rows |= measure(model, setup)
     print(json.dumps(rows, indent=1))
-    (options.output / "exports.json").write_text(json.dumps(rows, indent=1))
+    result.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
