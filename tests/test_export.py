@@ -100,6 +100,13 @@ def test_folded_norms_change_nothing(model):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def lines_of(command, folder):
+    """What a command prints, in an environment without the settings of the tests."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder)
+    return output.stdout.splitlines()
+
+
 @pytest.mark.timeout(900)
 def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, monkeypatch):
     imported = {
@@ -118,9 +125,7 @@ def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, m
 
     def run():
         command = [sys.executable, str(RUN), str(file), *map(str, paths)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
-        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
-        return [json.loads(line) for line in output.stdout.splitlines()]
+        return [json.loads(line) for line in lines_of(command, tmp_path)]
 
     found = run()
     for i, line in enumerate(found):
@@ -134,6 +139,24 @@ def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, m
     compiled = sorted(path.name for path in Path(f"{file}.compiled").iterdir())
     assert run() == found
     assert compiled and sorted(path.name for path in Path(f"{file}.compiled").iterdir()) == compiled
+
+
+@pytest.mark.timeout(600)
+def test_stablehlo_of_any_batch(model, images, expected, tmp_path):
+    path, image = tmp_path / "detector.npz", tmp_path / "0.png"
+    export.save_stablehlo(model, path, shapes=[SHAPE], class_names=NAMES, options=OPTIONS, any_batch=True)
+    file = np.load(path)
+    program = jax.export.deserialize(bytearray(file[f"programs/{SHAPE.name}"].tobytes()))
+    weights = [file[f"weights/{i}"] for i in range(json.loads(file["about"].tobytes())["num_weights"])]
+    padded, sizes = export.pad_images(images, SHAPE)
+    for rows in ([0, 1], [1, 0, 1]):
+        for found, wanted in zip(
+            program.call(weights, padded[rows], sizes[rows]), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(found, wanted[np.array(rows)], rtol=1e-5, atol=1e-4)
+    Image.fromarray(images[1]).save(image)
+    (line,) = lines_of([sys.executable, str(RUN), str(path), str(image)], tmp_path)
+    np.testing.assert_allclose(json.loads(line)["scores"], expected.scores[1][expected.valid[1]], atol=1e-6)
 
 
 def test_stablehlo_is_refused_outside_the_window(monkeypatch):
