@@ -354,10 +354,12 @@ def test_tflite_is_integer_throughout(model, images, tmp_path):
         details = interpreter.get_input_details() + interpreter.get_output_details()
         assert {detail["dtype"] for detail in details} == {np.int8}
     run = export.TFLiteDetector(detector, tmp_path)
-    assert "CONV_2D" in run.operators()
+    operators = run.operators()
+    assert "CONV_2D" in operators
     padded, sizes = export.pad_images(images[:1], shape)
     wanted = jax.jit(export.detection_program(detector, shape, OPTIONS))(padded, sizes)
     found = run(images[0])
+    assert run.operators() == operators
     # Integers move boxes. The surest detections are found all the same.
     iou = ops.pairwise_iou(wanted.boxes[0, :3], found.boxes[found.valid])
     assert float(iou.max(axis=1).min()) > 0.6
