@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
+EXPORT := .venv-export
+EDGE := .venv-edge
 PIP_FLAGS := --disable-pip-version-check --quiet
 # Compiled programs are kept between runs: the second `make test` is several times quicker.
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
 
-.PHONY: help demo test test-all notebooks lint format parity bench bench-quick bench-check clean
+.PHONY: help demo test test-all notebooks lint format parity exports bench bench-quick bench-check clean
 
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
@@ -17,6 +19,7 @@ help:
 	@echo "make lint         check style and types"
 	@echo "make format       mend style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
+	@echo "make exports      run the tests of exports with the extras onnx and edge, in environments of their own"
 	@echo "make bench        measure beside torchvision, if make parity was run, and write the tables of BENCHMARKS.md"
 	@echo "make bench-quick  the same at small sizes, in two minutes"
 	@echo "make bench-check  fail if a ratio to torchvision fell by over 20 % from what BENCHMARKS.md says"
@@ -29,7 +32,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(PARITY)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) torch==2.12.1 torchvision==0.27.1
-	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,onnx]'
+	touch $@
+
+$(EXPORT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXPORT)
+	$(EXPORT)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,onnx]'
+	touch $@
+
+# Without the constraints: litert-converter wants an older typing_extensions.
+$(EDGE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EDGE)
+	$(EDGE)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,edge]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -56,6 +70,10 @@ format: $(VENV)/.installed
 parity: $(PARITY)/.installed
 	$(PARITY)/bin/python -m pytest tests/parity -s -n 0 -p no:cacheprovider --override-ini norecursedirs=
 
+exports: $(EXPORT)/.installed $(EDGE)/.installed
+	$(EXPORT)/bin/python -m pytest tests/test_export.py -m "long or not long"
+	$(EDGE)/bin/python -m pytest tests/test_export.py -k tflite
+
 BENCHMARK = $(VENV)/bin/python experiments/benchmark.py $(addprefix --peer-python ,$(wildcard $(PARITY)/bin/python))
 
 bench: $(VENV)/.installed
@@ -68,4 +86,4 @@ bench-check: $(VENV)/.installed
 	$(BENCHMARK) --check
 
 clean:
-	rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) $(PARITY) $(EXPORT) $(EDGE) .cache .pytest_cache .ruff_cache runs

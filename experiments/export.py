@@ -43,6 +43,8 @@ class Options:
     """Height and width in pixels that the network sees. Default: the detector's first canvas; in a .npz, all."""
     batch_size: int = 1
     """Images that the file takes at a time."""
+    any_batch: bool = False
+    """Take any number of images at a time, instead of --batch-size: .npz alone can."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
     max_size: int | None = None
@@ -75,7 +77,16 @@ def main(options: Options) -> None:
     try:
         if options.output.suffix == ".npz":
             names = class_names(detector)
-            export.save_stablehlo(detector.model, options.output, shapes=shapes, class_names=names, options=fixed)
+            export.save_stablehlo(
+                detector.model,
+                options.output,
+                shapes=shapes,
+                class_names=names,
+                options=fixed,
+                any_batch=options.any_batch,
+            )
+        elif options.any_batch:
+            raise SystemExit(f"--any-batch needs an --output that ends in .npz, got {options.output}.")
         elif options.output.suffix == ".onnx":
             save_onnx(detector, options, shapes[0], fixed)
         else:

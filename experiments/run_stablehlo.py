@@ -31,8 +31,9 @@ class Detector:
     def __call__(self, images: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Arrays by the names in `about["outputs"]` for each image, of those rows that are valid."""
         shape = self._shape(images)
-        padded = np.zeros((shape["batch"], *shape["source"], 3), np.uint8)
-        sizes = np.ones((shape["batch"], 2), np.int32)
+        batch = shape["batch"] or len(images)  # null where any number will do
+        padded = np.zeros((batch, *shape["source"], 3), np.uint8)
+        sizes = np.ones((batch, 2), np.int32)
         for i, image in enumerate(images):
             sizes[i] = image.shape[:2]
             padded[i, : sizes[i, 0], : sizes[i, 1]] = image
@@ -47,7 +48,9 @@ class Detector:
         fitting = [
             shape
             for shape in self.about["shapes"]
-            if shape["batch"] >= len(images) and shape["source"][0] >= height and shape["source"][1] >= width
+            if (shape["batch"] or len(images)) >= len(images)
+            and shape["source"][0] >= height
+            and shape["source"][1] >= width
         ]
         if not fitting:
             raise ValueError(
@@ -58,7 +61,7 @@ class Detector:
 
         def key(shape):
             fit = min(wanted, shape["canvas"][0] / height, shape["canvas"][1] / width)
-            return shape["batch"], -fit, shape["canvas"][0] * shape["canvas"][1], shape["source"]
+            return shape["batch"] or 0, -fit, shape["canvas"][0] * shape["canvas"][1], shape["source"]
 
         return min(fitting, key=key)
 

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import export, models, nn, ops
+from detectax_eqx import data, export, models, nn, ops
 from detectax_eqx.export import _extras, _program
+
+from .parity import compare_exports
 
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,13 @@ def test_folded_norms_change_nothing(model):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def lines_of(command, folder):
+    """What a command prints, in an environment without the settings of the tests."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder)
+    return output.stdout.splitlines()
+
+
 @pytest.mark.timeout(900)
 def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, monkeypatch):
     imported = {
@@ -116,9 +125,7 @@ def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, m
 
     def run():
         command = [sys.executable, str(RUN), str(file), *map(str, paths)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
-        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
-        return [json.loads(line) for line in output.stdout.splitlines()]
+        return [json.loads(line) for line in lines_of(command, tmp_path)]
 
     found = run()
     for i, line in enumerate(found):
@@ -132,6 +139,24 @@ def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, m
     compiled = sorted(path.name for path in Path(f"{file}.compiled").iterdir())
     assert run() == found
     assert compiled and sorted(path.name for path in Path(f"{file}.compiled").iterdir()) == compiled
+
+
+@pytest.mark.timeout(600)
+def test_stablehlo_of_any_batch(model, images, expected, tmp_path):
+    path, image = tmp_path / "detector.npz", tmp_path / "0.png"
+    export.save_stablehlo(model, path, shapes=[SHAPE], class_names=NAMES, options=OPTIONS, any_batch=True)
+    file = np.load(path)
+    program = jax.export.deserialize(bytearray(file[f"programs/{SHAPE.name}"].tobytes()))
+    weights = [file[f"weights/{i}"] for i in range(json.loads(file["about"].tobytes())["num_weights"])]
+    padded, sizes = export.pad_images(images, SHAPE)
+    for rows in ([0, 1], [1, 0, 1]):
+        for found, wanted in zip(
+            program.call(weights, padded[rows], sizes[rows]), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(found, wanted[np.array(rows)], rtol=1e-5, atol=1e-4)
+    Image.fromarray(images[1]).save(image)
+    (line,) = lines_of([sys.executable, str(RUN), str(path), str(image)], tmp_path)
+    np.testing.assert_allclose(json.loads(line)["scores"], expected.scores[1][expected.valid[1]], atol=1e-6)
 
 
 def test_stablehlo_is_refused_outside_the_window(monkeypatch):
@@ -160,10 +185,15 @@ def test_a_missing_extra_is_named(monkeypatch):
         _extras.require("onnx")
 
 
+def needs(extra):
+    """Skips the test where what the extra brings is not installed."""
+    if any(find_spec(module) is None for module in _extras.EXTRAS[extra]):
+        pytest.skip(f"needs the extra {extra}")
+
+
 @pytest.fixture(scope="module")
 def onnx_file(model, images, tmp_path_factory):
-    if any(find_spec(module) is None for module in _extras.EXTRAS["onnx"]):
-        pytest.skip("needs the extra onnx")
+    needs("onnx")
     path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
     export.save_onnx(model, path, shape=SHAPE, images=images, class_names=NAMES, options=OPTIONS)
     return path
@@ -184,6 +214,60 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
     assert (about["class_names"], about["shape"], about["options"]) == (NAMES, SHAPE, OPTIONS)
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
     assert "faster_rcnn.box_head.fc6.weight" in {tensor.name for tensor in proto.graph.initializer}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_batch_of_four_in_onnx_with_nothing_in_one(tmp_path):
+    """ResNet-18 of full width, masks, four images of four sizes; a threshold that nothing in one of them reaches."""
+    needs("onnx")
+    import onnxruntime
+
+    def build(key):
+        keys = jr.split(key)
+        return with_statistics(models.mask_rcnn_resnet18_fpn(3, key=keys[0]), keys[1])
+
+    model, shape = eqx.filter_jit(build)(jr.key(0)), export.Shape(4, (120, 160), (160, 224))
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 256, (height // 10, width // 10, 3)).astype(np.uint8).repeat(10, 0).repeat(10, 1)
+        for height, width in ((120, 160), (80, 160), (120, 60), (100, 100))
+    ]
+    padded, sizes = export.pad_images(images, shape)
+    best = np.asarray(jax.jit(export.detection_program(model, shape, export.Options(160, 224)))(padded, sizes).scores)
+    nothing, least = np.sort(best[:, 0])[:2]
+    assert least - nothing > 1e-3  # far more than runtimes differ by
+    options = export.Options(160, 224, score_threshold=float(nothing + least) / 2)
+
+    path = tmp_path / "detector.onnx"
+    export.save_onnx(model, path, shape=shape, images=images, class_names=NAMES, options=options)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = ["boxes", "scores", "valid", "masks"]
+    boxes, scores, valid, masks = session.run(names, {"images": padded, "image_sizes": sizes})
+    assert masks.shape == (4, 100, 28, 28)
+    assert sorted(valid.any(axis=1)) == [False, True, True, True]
+    assert not boxes[~valid].any() and not scores[~valid].any()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_what_int8_costs_a_detector_that_was_trained(tmp_path):
+    """The comparison that fills BENCHMARKS.md, shorter and on generated shapes."""
+    needs("onnx")
+    annotations, _ = data.write_shapes_dataset(tmp_path, num_images=240, image_size=(160, 224))
+    content = json.loads(annotations.read_text())
+    for name, wanted in (("train", range(1, 201)), ("test", range(201, 241))):
+        part = {
+            "images": [image for image in content["images"] if image["id"] in wanted],
+            "annotations": [one for one in content["annotations"] if one["image_id"] in wanted],
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | part))
+    compare_exports.main(compare_exports.Options(tmp_path, tmp_path / "exports", steps=120))
+    rows = json.loads((tmp_path / "exports" / "exports.json").read_text())
+    assert rows["jax"]["AP"] > 0.2  # else there is nothing to lose
+    assert abs(rows["onnx"]["AP"] - rows["jax"]["AP"]) < 1e-3
+    assert rows["onnx int8"]["AP"] > rows["onnx"]["AP"] - 0.01
+    assert rows["onnx int8"]["MB"] < 0.3 * rows["onnx"]["MB"]
 
 
 @pytest.mark.parametrize(
@@ -260,8 +344,7 @@ def test_host_nms_keeps_what_nms_keeps():
 
 @pytest.mark.timeout(600)
 def test_tflite_is_integer_throughout(model, images, tmp_path):
-    if any(find_spec(module) is None for module in _extras.EXTRAS["edge"]):
-        pytest.skip("needs the extra edge")
+    needs("edge")
     from ai_edge_litert.interpreter import Interpreter
 
     detector, shape = model.faster_rcnn, export.Shape(1, SHAPE.source, SHAPE.canvas)
@@ -271,10 +354,12 @@ def test_tflite_is_integer_throughout(model, images, tmp_path):
         details = interpreter.get_input_details() + interpreter.get_output_details()
         assert {detail["dtype"] for detail in details} == {np.int8}
     run = export.TFLiteDetector(detector, tmp_path)
-    assert "CONV_2D" in run.operators()
+    operators = run.operators()
+    assert "CONV_2D" in operators
     padded, sizes = export.pad_images(images[:1], shape)
     wanted = jax.jit(export.detection_program(detector, shape, OPTIONS))(padded, sizes)
     found = run(images[0])
+    assert run.operators() == operators
     # Integers move boxes. The surest detections are found all the same.
     iou = ops.pairwise_iou(wanted.boxes[0, :3], found.boxes[found.valid])
     assert float(iou.max(axis=1).min()) > 0.6

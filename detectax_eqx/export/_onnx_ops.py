@@ -23,6 +23,7 @@ from ..models import box_detections, propose
 from ..models._box_head import _linear
 from ..models._chunks import map_chunks
 from ..nn import conv2d, max_pool2d, relu
+from ..nn._fpn import _upsample_nearest
 from ..ops import multilevel_roi_align, nms_indices, resize_image
 from ..ops._nms import _comparable
 from ..ops._roi_align import _levels
@@ -63,6 +64,7 @@ class Substitutes:
             relu: self._relu,
             _linear: one_by_one(self._linear),
             max_pool2d: self._max_pool2d,
+            _upsample_nearest: self._upsample_nearest,
             map_chunks: one_by_one(_map_all),
             multilevel_roi_align: one_by_one(self._multilevel_roi_align),
             resize_image: one_by_one(inspect.unwrap(resize_image)),
@@ -92,17 +94,24 @@ class Substitutes:
         parameters = {"w": weight} if bias is None else {"w": weight, "b": bias}
         line = f"y = Conv <strides = {_list(stride, 2)}, pads = {_list(padding, 4)}> (x, {', '.join(parameters)})"
         sides = _sides(x, weight.shape[2:], stride, padding)
-        return self._on_images(line, x, (weight.shape[0], *sides), **parameters)
+        return self._on_images([line], x, (weight.shape[0], *sides), **parameters)
 
     def _max_pool2d(
         self, x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0
     ) -> Float[Array, "c h2 w2"]:
         options = f"kernel_shape = {_list(kernel_size, 2)}, strides = {_list(stride, 2)}, pads = {_list(padding, 4)}"
         sides = _sides(x, (kernel_size, kernel_size), stride, padding)
-        return self._on_images(f"y = MaxPool <{options}> (x)", x, (x.shape[0], *sides))
+        return self._on_images([f"y = MaxPool <{options}> (x)"], x, (x.shape[0], *sides))
+
+    def _upsample_nearest(self, x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
+        options = 'mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"'
+        scales = "scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()"
+        return self._on_images(
+            [scales, f"y = Resize <{options}> (x, , scales)"], x, (x.shape[0], 2 * x.shape[1], 2 * x.shape[2])
+        )
 
     def _relu(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return self._on_images("y = Relu (x)", x, x.shape)
+        return self._on_images(["y = Relu (x)"], x, x.shape)
 
     def _linear(self, layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
         weight, bias = layer.weight, layer.bias
@@ -110,9 +119,9 @@ class Substitutes:
         text = _function(["x", "w", "b"], ["y"], ["y = Gemm <transB = 1> (x, w, b)"])
         return self._call(text, [x, weight, bias], [((x.shape[0], weight.shape[0]), x.dtype)])[0]
 
-    def _on_images(self, line: str, x: Array, shape: tuple[int, ...], **parameters: Array) -> Array:
-        """The result, of `shape`, of a line of ONNX for an image `x`; of a batch under `vmap`."""
-        text = _function(["x", *parameters], ["y"], [line])
+    def _on_images(self, lines: Sequence[str], x: Array, shape: tuple[int, ...], **parameters: Array) -> Array:
+        """The result `y`, of `shape`, of lines of ONNX for an image `x`; of a batch under `vmap`."""
+        text = _function(["x", *parameters], ["y"], lines)
 
         def batched(x):
             return self._call(text, [x, *parameters.values()], [((x.shape[0], *shape), x.dtype)])[0]

@@ -26,6 +26,7 @@ def save_stablehlo(
     class_names: Sequence[str],
     options: Options = DEFAULTS,
     platforms: Sequence[str] = PLATFORMS,
+    any_batch: bool = False,
 ) -> None:
     """Writes a detector to a `.npz` file with a program for each of `shapes`, all of which share its weights.
 
@@ -35,6 +36,9 @@ def save_stablehlo(
     - `programs/NAME`, for each shape's `name`: what `jax.export.deserialize` takes. Its call takes the weights, images
       uint8 `(b, h, w, 3)` and their `(height, width)` int32 `(b, 2)`, and gives `outputs`: boxes, scores, labels, valid
       and, if the model has them, masks, as `Detections` has them.
+
+    - `any_batch`: the programs take any number of images; the `batch` of `shapes` is not looked at, and is null in
+      `about`. JAX compiles such a program for each number that it is called with.
 
     `experiments/run_stablehlo.py` is a script that runs it, without this package. The file appears complete or not at
     all: it is written beside, then renamed.
@@ -58,15 +62,18 @@ def save_stablehlo(
             model = eqx.combine(jax.tree.unflatten(rebuild, weights), static)
             return tuple(jax.tree.leaves(detection_program(model, shape, options)(images, image_sizes)))
 
+        batch = export.symbolic_shape("b")[0] if any_batch else shape.batch
         arguments = (
             [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights],
-            jax.ShapeDtypeStruct((shape.batch, *shape.source, 3), np.uint8),
-            jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
+            jax.ShapeDtypeStruct((batch, *shape.source, 3), np.uint8),
+            jax.ShapeDtypeStruct((batch, 2), np.int32),
         )
         programs[shape.name] = export.export(jax.jit(run), platforms=tuple(platforms))(*arguments)
     about = {
         "class_names": list(class_names),
-        "shapes": [asdict(shape) | {"name": shape.name} for shape in shapes],
+        "shapes": [
+            asdict(shape) | {"name": shape.name, "batch": None if any_batch else shape.batch} for shape in shapes
+        ],
         "options": asdict(options),
         "platforms": list(platforms),
         "outputs": ["boxes", "scores", "labels", "valid", "masks"][: len(next(iter(programs.values())).out_avals)],

@@ -141,10 +141,13 @@ def _is_pointwise(weight, stride, padding):
 
 def _products(subscripts, weight, maps):
     """A matrix times the pixels `p` of every map."""
+    count = maps.shape[0]
     pixels = maps.reshape(*maps.shape[:2], -1)
     product = partial(jnp.einsum, subscripts, weight)
-    y = jnp.stack([product(p) for p in pixels]) if len(maps) <= IMAGES_APART else jax.vmap(product)(pixels)
-    return y.reshape(len(maps), -1, *maps.shape[2:])
+    # The count is no number where a program is exported for batches of any size.
+    apart = isinstance(count, int) and count <= IMAGES_APART
+    y = jnp.stack([product(p) for p in pixels]) if apart else jax.vmap(product)(pixels)
+    return y.reshape(count, -1, *maps.shape[2:])
 
 
 def _sum_of_products(subscripts, a, b):

@@ -5,7 +5,9 @@
 `DIR` holds `train.json`, `test.json` and `images/` (the blood-cell set BCCD in COCO format, say). ResNet-18-FPN
 from scratch with frozen norms, whose statistics are measured once, on the first batch: they fold into convolutions as
 those of imported weights do, and GroupNorm would not. The trained weights stay in `--output` and are found by the next
-call. Prints AP, file size and seconds an image of each. Needs the extra `onnx`; TFLite is left out without `edge`.
+call. Prints AP, file size and seconds an image of each: of ONNX where the extra `onnx` is there, of TFLite where `edge`
+is. These want different versions, hence an environment each, and a call in each with the same `--output`, whose
+`exports.json` then has the rows of both.
 """
 
 import json
@@ -145,10 +147,24 @@ def trained(dataset, options):
     return state.model
 
 
-def measured(detect: Callable, dataset, source) -> dict[str, float]:
+@dataclass
+class Setup:
+    """What every export is made from and evaluated on."""
+
+    output: Path
+    test_set: data.CocoDataset
+    shape: export.Shape
+    options: export.Options
+    names: list[str]
+    images: list[np.ndarray]
+    """Images to calibrate on."""
+
+
+def measured(detect: Callable, setup: Setup) -> dict[str, float]:
     """COCO's AP of a function from an image of the source's size and its size to detections, and seconds an image."""
-    results, seconds = [], []
+    results, seconds, dataset = [], [], setup.test_set
     image_ids = [image.id for image in dataset.images]
+    source = data.Bucket(setup.shape.canvas, setup.shape.source, tuple(range(len(dataset))))
     for batch in data.eval_batches(dataset, batch_size=1, buckets=[source]):
         began = time.perf_counter()
         found = jax.tree.map(np.asarray, detect(batch.images, batch.image_sizes))
@@ -174,29 +190,15 @@ def in_turn(slow, fast, images, shape, *, rounds=3) -> list[float]:
     return ratios
 
 
-def main(options: Options) -> None:
-    """Trains, exports, evaluates."""
+def onnx_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
+    """The ONNX file in floats and in integers, and how many times as fast the second is."""
     import onnxruntime
 
-    images = options.data / "images"
-    train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    weights = options.output / "model.safetensors"
-    if not weights.exists():
-        save_safetensors(trained(train_set, options), weights)
-    model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
-
-    (bucket,) = data.make_buckets([*train_set.sizes, *test_set.sizes], **SIZES)
-    source = data.Bucket(bucket.canvas, bucket.source, tuple(range(len(test_set))))
-    shape, fixed = export.Shape(1, bucket.source, CANVAS), export.Options(MIN_SIZE, MAX_SIZE)
-    names = [category.name for category in test_set.categories]
-    some = [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]]
-    float_file, int8_file = options.output / "detector.onnx", options.output / "detector.int8.onnx"
-    export.save_onnx(model, float_file, shape=shape, images=some[:8], class_names=names, options=fixed)
-    export.quantize_onnx(float_file, int8_file, images=some)
-
-    rows = {"jax": measured(jax.jit(export.detection_program(model, shape, fixed)), test_set, source)}
-    sessions = {}
+    rows, sessions = {}, {}
+    float_file, int8_file = (setup.output / name for name in ("detector.onnx", "detector.int8.onnx"))
+    named = {"class_names": setup.names, "options": setup.options}
+    export.save_onnx(model, float_file, shape=setup.shape, images=setup.images[:8], **named)
+    export.quantize_onnx(float_file, int8_file, images=setup.images)
     for name, file in (("onnx", float_file), ("onnx int8", int8_file)):
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         sessions[name] = session
@@ -204,30 +206,66 @@ def main(options: Options) -> None:
         def run(images, sizes, session=session):
             return Detections(*session.run(None, {"images": images, "image_sizes": sizes}))
 
-        rows[name] = measured(run, test_set, source) | {"MB": file.stat().st_size / 1e6}
-    ratios = in_turn(sessions["onnx"], sessions["onnx int8"], some[:12], shape)
+        rows[name] = measured(run, setup) | {"MB": file.stat().st_size / 1e6}
+    ratios = in_turn(sessions["onnx"], sessions["onnx int8"], setup.images[:12], setup.shape)
     print(
-        f"int8 is {np.median(ratios):.2f}× as fast as float, {min(ratios):.2f}–{max(ratios):.2f} of {len(ratios)} pairs"
+        f"int8 is {np.median(ratios):.2f}× as fast as float, {min(ratios):.2f}–{max(ratios):.2f}, {len(ratios)} pairs"
     )
-    try:
-        require("edge")
-    except ImportError as error:
-        print(error)
-    else:
-        folder = options.output / "edge"
-        export.save_tflite(model, folder, shape=shape, images=some, class_names=names, options=fixed)
-        detector = export.TFLiteDetector(model, folder)
+    rows["onnx int8"]["times as fast as float"] = float(np.median(ratios))
+    return rows
 
-        def run_tflite(images, sizes):
-            found = detector(images[0, : sizes[0, 0], : sizes[0, 1]])
-            return jax.tree.map(lambda x: x[None], found)
 
-        size = sum(file.stat().st_size for file in folder.glob("*.tflite")) / 1e6
-        rows["tflite int8"] = measured(run_tflite, test_set, source) | {"MB": size}
-        print("operators:", ", ".join(sorted(detector.operators())))
-        print("of them not the Edge TPU's:", ", ".join(sorted(detector.operators() - export.EDGE_TPU_OPERATORS)))
+def tflite_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
+    """The TFLite files, and which operators they have."""
+    folder = setup.output / "edge"
+    export.save_tflite(
+        model, folder, shape=setup.shape, images=setup.images, class_names=setup.names, options=setup.options
+    )
+    detector = export.TFLiteDetector(model, folder)
+
+    def run(images, sizes):
+        found = detector(images[0, : sizes[0, 0], : sizes[0, 1]])
+        return jax.tree.map(lambda x: x[None], found)
+
+    size = sum(file.stat().st_size for file in folder.glob("*.tflite")) / 1e6
+    row = measured(run, setup) | {"MB": size}
+    operators = detector.operators()
+    print("operators:", ", ".join(sorted(operators)))
+    print("of them not the Edge TPU's:", ", ".join(sorted(operators - export.EDGE_TPU_OPERATORS)) or "none")
+    return {"tflite int8": row}
+
+
+def main(options: Options) -> None:
+    """Trains, exports, evaluates."""
+    images = options.data / "images"
+    train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    weights, result = options.output / "model.safetensors", options.output / "exports.json"
+    if not weights.exists():
+        result.unlink(missing_ok=True)
+        save_safetensors(trained(train_set, options), weights)
+    model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
+
+    (bucket,) = data.make_buckets([*train_set.sizes, *test_set.sizes], **SIZES)
+    setup = Setup(
+        options.output,
+        test_set,
+        export.Shape(1, bucket.source, CANVAS),
+        export.Options(MIN_SIZE, MAX_SIZE),
+        [category.name for category in test_set.categories],
+        [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]],
+    )
+    rows = json.loads(result.read_text()) if result.exists() else {}  # of the other environment
+    rows["jax"] = measured(jax.jit(export.detection_program(model, setup.shape, setup.options)), setup)
+    for extra, measure in (("onnx", onnx_rows), ("edge", tflite_rows)):
+        try:
+            require(extra)
+        except ImportError as error:
+            print(error)
+        else:
+            rows |= measure(model, setup)
     print(json.dumps(rows, indent=1))
-    (options.output / "exports.json").write_text(json.dumps(rows, indent=1))
+    result.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

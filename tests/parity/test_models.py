@@ -1,6 +1,7 @@
 """torchvision's detectors at the same weights: the same detections, the same losses, the same gradients."""
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import pytest
 
@@ -44,15 +45,23 @@ def _mask_iou(a, b):
     return (a & b).sum() / union if union else 1.0
 
 
-def _torchvision_detections(reference, image):
+def torchvision_detections(reference, image):
     dtype = next(reference.parameters()).dtype
     with torch.no_grad():
         tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).to(dtype) / 255
         return {name: value.numpy() for name, value in reference([tensor])[0].items()}
 
 
-def _assert_same(found, expected, image):
-    """Fails unless the detections agree; gives the IoU of each pair of pasted masks."""
+class Agreement(NamedTuple):
+    """Largest differences of boxes, in pixels, and of scores, and the IoU of each pair of pasted masks."""
+
+    boxes: float
+    scores: float
+    ious: list[float]
+
+
+def assert_same(found, expected, image):
+    """Fails unless the detections agree, and says how well they do."""
     n = int(found.valid.sum())
     assert n == len(expected["scores"])
     boxes, labels, scores = (np.asarray(x)[:n] for x in (found.boxes, found.labels + 1, found.scores))
@@ -61,10 +70,16 @@ def _assert_same(found, expected, image):
     np.testing.assert_array_equal(labels, expected["labels"])
     np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
     np.testing.assert_allclose(boxes, expected["boxes"], atol=0.05)
+    agreement = Agreement(
+        float(np.abs(boxes - expected["boxes"]).max(initial=0.0)),
+        float(np.abs(scores - expected["scores"]).max(initial=0.0)),
+        [],
+    )
     if found.masks is None:
-        return []
+        return agreement
     pasted = np.asarray(ops.paste_masks(found.masks[:n], found.boxes[:n], image_size=image.shape[:2]))
-    return [_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)]
+    ious = [_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)]
+    return agreement._replace(ious=ious)
 
 
 @pytest.mark.timeout(3600)
@@ -87,10 +102,10 @@ def test_detections_on_real_images(kind):
         found = detect(model, image)
         total += int(found.valid.sum())
         try:
-            ious += _assert_same(found, _torchvision_detections(reference, image), image)
+            ious += assert_same(found, torchvision_detections(reference, image), image).ious
         except AssertionError:
             judged_in_double.append(i)
-            ious += _assert_same(found, _torchvision_detections(deepcopy(reference).double(), image), image)
+            ious += assert_same(found, torchvision_detections(deepcopy(reference).double(), image), image).ious
     print(f"{kind}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
     assert len(judged_in_double) <= 2

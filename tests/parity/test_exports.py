@@ -1,0 +1,116 @@
+"""torchvision detectors as ONNX files: the detections of JAX, and of torchvision in double precision."""
+
+from copy import deepcopy
+from itertools import groupby
+
+import pytest
+
+
+torch = pytest.importorskip(
+    "torch", reason="torch is not installed; `make parity` runs this in an environment of its own"
+)
+pytest.importorskip("torchvision", reason="torchvision is not installed; `make parity` runs this")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed; `make parity` brings it")
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from detectax_eqx import Detections, export, ops
+from detectax_eqx.weights import load_torchvision
+
+from .test_models import CASES, assert_same, torchvision_detections
+from .torchvision_models import arrays_of, random_detector, real_images
+
+
+# How near to a threshold a decision must lie for float32 to turn it: IoUs and scores here differ by 1e-5 at most.
+MARGIN = 1e-5
+
+
+def _first(found, image):
+    """The detections of the first image of a batch, and the same as torchvision gives them, masks on the image."""
+    found = jax.tree.map(lambda x: jnp.asarray(x)[0], found)
+    n = int(found.valid.sum())
+    rows = {"boxes": found.boxes[:n], "labels": found.labels[:n] + 1, "scores": found.scores[:n]}
+    if found.masks is not None:
+        rows["masks"] = ops.paste_masks(found.masks[:n], found.boxes[:n], image_size=image.shape[:2])[:, None]
+    return found, {name: np.asarray(value) for name, value in rows.items()}
+
+
+def _in_double(reference, image):
+    """torchvision's detections in double precision, as they are and with one of its thresholds moved by `MARGIN`."""
+    double = deepcopy(reference).double()
+    yield "none moved", torchvision_detections(double, image)
+    heads = double.roi_heads
+    for module, name in ((double.rpn, "nms_thresh"), (heads, "nms_thresh"), (heads, "score_thresh")):
+        threshold = getattr(module, name)
+        for moved in (threshold - MARGIN, threshold + MARGIN):
+            setattr(module, name, moved)
+            yield f"{type(module).__name__}.{name} = {moved:.5f}", torchvision_detections(double, image)
+        setattr(module, name, threshold)
+
+
+def _judged(reference, image, sides):
+    """With which thresholds double precision gives the detections of each side; fails where with none."""
+    found = {}
+    for thresholds, expected in _in_double(reference, image):
+        for side, detections in sides.items():
+            try:
+                assert_same(detections, expected, image)
+            except AssertionError:
+                continue
+            found.setdefault(side, thresholds)
+        if len(found) == len(sides):
+            return found
+    raise AssertionError(f"double precision gives the detections of {list(found)} only, of {list(sides)}")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", CASES)
+def test_onnx_gives_the_detections_of_jax(kind, tmp_path):
+    """On real images, at the canvases that torchvision too would lay them on.
+
+    Where a decision lies so near to a threshold that the one's rounding turns it and the other's does not, torchvision
+    in double precision has to give the detections of either, with its thresholds moved by `MARGIN` at most.
+    """
+    torch_class, build = CASES[kind]
+    images = real_images(20)
+    if len(images) < 20:
+        pytest.skip("no folder of real images beside the repository")
+    reference = random_detector(torch_class)
+    model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    names, options = [str(label) for label in range(90)], export.Options()
+
+    def canvas_of(image):
+        resized = ops.resized_size(image.shape[:2], min_size=options.min_size, max_size=options.max_size)
+        return tuple(-(-side // 32) * 32 for side in resized)
+
+    total, agreements, turned = 0, [], {}
+    for canvas, group in groupby(sorted(images, key=canvas_of), canvas_of):
+        group = list(group)
+        source = tuple(max(image.shape[axis] for image in group) for axis in (0, 1))
+        shape, file = export.Shape(1, source, canvas), tmp_path / "detector.onnx"
+        export.save_onnx(model, file, shape=shape, images=group[:1], class_names=names, options=options)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        run = jax.jit(export.detection_program(model, shape, options))
+        for i, image in enumerate(group):
+            padded, sizes = export.pad_images([image], shape)
+            ours, expected = _first(run(padded, sizes), image)
+            found, _ = _first(Detections(*session.run(None, {"images": padded, "image_sizes": sizes})), image)
+            total += len(expected["scores"])
+            try:
+                agreements.append(assert_same(found, expected, image))
+            except AssertionError:
+                turned[f"{i} on {canvas}"] = _judged(reference, image, {"onnx": found, "jax": ours})
+    ious = [iou for agreement in agreements for iou in agreement.ious]
+    boxes, scores = (max(getattr(agreement, name) for agreement in agreements) for name in ("boxes", "scores"))
+    print(
+        f"{kind}: {total} detections on {len(images)} images; boxes within {boxes:.1e} px, scores within {scores:.1e}"
+    )
+    print(f"judged in double precision: {turned}")
+    assert total > 20 * 5, f"only {total} detections: the comparison shows little"
+    assert len(turned) <= 2
+    if kind == "mask":
+        print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}")
+        assert min(ious) > 0.99
