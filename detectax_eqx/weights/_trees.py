@@ -39,6 +39,7 @@ def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray, "..."
 
     Raises a `ValueError` if two leaves have the same name, which takes a dictionary with dots in its keys.
 
+    >>> import jax.numpy as jnp
     >>> {name: leaf.shape for name, leaf in named_leaves({"a": [jnp.zeros(2), 1.0], "b": jnp.zeros((3, 1))}).items()}
     {'a.0': (2,), 'b': (3, 1)}
     """
@@ -63,6 +64,7 @@ def replace_leaves(tree: Tree, arrays: Mapping[str, Any], *, source: str = "the 
 
     Raises one `WeightsError` that lists every name that is missing, unused, or of another shape or dtype.
 
+    >>> import jax.numpy as jnp
     >>> replace_leaves({"a": jnp.zeros(2), "activation": abs}, {"a": np.ones(2, np.float32)})
     {'a': Array([1., 1.], dtype=float32), 'activation': <built-in function abs>}
     >>> replace_leaves({"a": jnp.zeros(2)}, {"b": np.ones(2, np.float32)}, source="b.pth")
