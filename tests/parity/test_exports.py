@@ -14,14 +14,11 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not i
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 
 from detectax_eqx import Detections, export, ops
-from detectax_eqx.weights import load_torchvision
 
-from .test_models import CASES, assert_same, torchvision_detections
-from .torchvision_models import arrays_of, random_detector, real_images
+from .test_models import CASES, assert_same, on_real_images, torchvision_detections
 
 
 # How near to a threshold a decision must lie for float32 to turn it: IoUs and scores here differ by 1e-5 at most.
@@ -74,12 +71,7 @@ def test_onnx_gives_the_detections_of_jax(kind, tmp_path):
     Where a decision lies so near to a threshold that the one's rounding turns it and the other's does not, torchvision
     in double precision has to give the detections of either, with its thresholds moved by `MARGIN` at most.
     """
-    torch_class, build = CASES[kind]
-    images = real_images(20)
-    if len(images) < 20:
-        pytest.skip("no folder of real images beside the repository")
-    reference = random_detector(torch_class)
-    model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    images, reference, model = on_real_images(kind)
     names, options = [str(label) for label in range(90)], export.Options()
 
     def canvas_of(image):

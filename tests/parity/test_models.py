@@ -82,6 +82,16 @@ def assert_same(found, expected, image):
     return agreement._replace(ious=ious)
 
 
+def on_real_images(kind):
+    """20 real images, torchvision's detector of a kind at random weights, and ours at the same weights."""
+    torch_class, build = CASES[kind]
+    images = real_images(20)
+    if len(images) < 20:
+        pytest.skip("no folder of real images beside the repository")
+    reference = random_detector(torch_class)
+    return images, reference, load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", CASES)
 def test_detections_on_real_images(kind):
@@ -90,12 +100,7 @@ def test_detections_on_real_images(kind):
     Among the 20,000 proposals of 20 images one lay within 5e-6 of the IoU threshold .7, on either side of it by how the
     convolutions round. There torchvision in double precision is the judge, of the whole image and as strictly.
     """
-    torch_class, build = CASES[kind]
-    images = real_images(20)
-    if len(images) < 20:
-        pytest.skip("no folder of real images beside the repository")
-    reference = random_detector(torch_class)
-    model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    images, reference, model = on_real_images(kind)
     detect = eqx.filter_jit(models.detect)
     ious, total, judged_in_double = [], 0, []
     for i, image in enumerate(images):
