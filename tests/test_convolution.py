@@ -118,3 +118,15 @@ def test_bfloat16(getkey):
     exact = jax.grad(total, argnums=(0, 1))(x.astype(jnp.float32), weight.astype(jnp.float32))
     for a, b in zip(gradients, exact, strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 5, 8), (3, 12, 7), (2, 45, 130)])
+def test_many_channels(getkey, batch, height, width):
+    """As above, where 3×3 kernels are applied by Winograd's algorithm, in one block of rows and in several."""
+    x, weight = jr.normal(getkey(), (batch, 256, height, width)), jr.normal(getkey(), (256, 256, 3, 3)) / 48
+
+    def run(convolution):
+        convolve = jax.vmap(partial(convolution, stride=1, padding=1), in_axes=(0, None))
+        return jax.jit(lambda x, weight, y: (convolve(x, weight), jax.vjp(convolve, x, weight)[1](y)))
+
+    _compare(run, x, weight, jr.normal(getkey(), x.shape))

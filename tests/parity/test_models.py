@@ -53,11 +53,16 @@ def torchvision_detections(reference, image):
 
 
 class Agreement(NamedTuple):
-    """Largest differences of boxes, in pixels, and of scores, and the IoU of each pair of pasted masks."""
+    """Largest differences of boxes, in pixels, and of scores; the IoU of each pair of pasted masks.
+
+    `shifted` counts masks that agree only if both are pasted into one of their two boxes: pasting cuts a box to whole
+    pixels, and where an edge lies a rounding error beside one, all that is painted moves.
+    """
 
     boxes: float
     scores: float
     ious: list[float]
+    shifted: int = 0
 
 
 def assert_same(found, expected, image):
@@ -77,9 +82,26 @@ def assert_same(found, expected, image):
     )
     if found.masks is None:
         return agreement
-    pasted = np.asarray(ops.paste_masks(found.masks[:n], found.boxes[:n], image_size=image.shape[:2]))
-    ious = [_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)]
-    return agreement._replace(ious=ious)
+
+    def ious(to):
+        pasted = np.asarray(ops.paste_masks(found.masks[:n], jnp.asarray(to), image_size=image.shape[:2]))
+        return np.array([_mask_iou(a > 0.5, b[0] > 0.5) for a, b in zip(pasted, expected["masks"], strict=True)])
+
+    apart, together = ious(boxes), ious(expected["boxes"])
+    shifted = (apart <= 0.99) & (together > 0.99)
+    return agreement._replace(ious=np.where(shifted, together, apart).tolist(), shifted=int(shifted.sum()))
+
+
+def assert_masks_agree(agreements):
+    """Of all images, and says how well; nothing to say where there are no masks."""
+    ious = [iou for agreement in agreements for iou in agreement.ious]
+    if not ious:
+        return
+    shifted = sum(agreement.shifted for agreement in agreements)
+    print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}; {shifted} of {len(ious)} compared in one box")
+    assert min(ious) > 0.99
+    assert np.mean(ious) > 0.999
+    assert shifted <= len(ious) / 1000
 
 
 def on_real_images(kind):
@@ -102,51 +124,79 @@ def test_detections_on_real_images(kind):
     """
     images, reference, model = on_real_images(kind)
     detect = eqx.filter_jit(models.detect)
-    ious, total, judged_in_double = [], 0, []
+    agreements, total, judged_in_double = [], 0, []
     for i, image in enumerate(images):
         found = detect(model, image)
         total += int(found.valid.sum())
         try:
-            ious += assert_same(found, torchvision_detections(reference, image), image).ious
+            agreements.append(assert_same(found, torchvision_detections(reference, image), image))
         except AssertionError:
             judged_in_double.append(i)
-            ious += assert_same(found, torchvision_detections(deepcopy(reference).double(), image), image).ious
+            double = torchvision_detections(deepcopy(reference).double(), image)
+            agreements.append(assert_same(found, double, image))
     print(f"{kind}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
     assert len(judged_in_double) <= 2
-    if kind == "mask":
-        print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}")
-        assert min(ious) > 0.99
-        assert np.mean(ious) > 0.999
+    assert_masks_agree(agreements)
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("kind", CASES)
-def test_losses_and_gradients(kind):
+def test_losses_and_gradients(kind, precision):
+    """Every loss, and the gradient to every parameter.
+
+    In single precision a rounding error may turn a ReLU that is next to nothing, in torchvision as here, and what one
+    pixel of a map adds to a gradient comes or goes: over four seeds the worst gradient of 83 was 6e-5, 4e-4, 2e-3 and
+    3e-3 off. So all are compared in double precision, and in single precision the one in the middle.
+    """
+    with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
+        losses, grads, expected, gradients = _losses_and_gradients(kind, precision)
+    assert losses.keys() == expected.keys()
+    tolerance = {"float32": 1e-4, "float64": 1e-6}[precision]
+    for name, value in expected.items():
+        np.testing.assert_allclose(losses[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+        print(f"{kind} {precision} {name}: {losses[name]:.6f} torchvision {value:.6f}")
+    assert gradients.keys() <= grads.keys()
+    differences = sorted((_relative(grads[name], grad), name) for name, grad in gradients.items())
+    middle, worst = differences[len(differences) // 2], differences[-1]
+    print(f"{kind} {precision}: {len(gradients)} gradients, relative differences: worst {worst}, middle {middle}")
+    if precision == "float32":
+        assert middle[0] < 1e-3
+    else:
+        assert worst[0] < 1e-6
+
+
+def _losses_and_gradients(kind, precision):
+    """Ours and torchvision's, at the same weights, with all candidates sampled."""
     torch_class, build = CASES[kind]
     height, width, objects = 256, 320, 5
     everything = 1_000_000
-    reference = random_detector(
-        torch_class,
-        min_size=height,
-        max_size=width,
-        rpn_batch_size_per_image=everything,
-        box_batch_size_per_image=everything,
-        box_positive_fraction=0.5,
-        rpn_post_nms_top_n_train=60,
-        rpn_pre_nms_top_n_train=200,
-    ).train()
+    reference = (
+        random_detector(
+            torch_class,
+            min_size=height,
+            max_size=width,
+            rpn_batch_size_per_image=everything,
+            box_batch_size_per_image=everything,
+            box_positive_fraction=0.5,
+            rpn_post_nms_top_n_train=60,
+            rpn_pre_nms_top_n_train=200,
+        )
+        .to(getattr(torch, precision))
+        .train()
+    )
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     corners = rng.uniform(0, (width - 120, height - 120), (2, objects, 2))
-    boxes = np.concatenate([corners, corners + rng.uniform(20, 120, (2, objects, 2))], axis=2).astype(np.float32)
+    boxes = np.concatenate([corners, corners + rng.uniform(20, 120, (2, objects, 2))], axis=2).astype(precision)
     labels = rng.integers(0, 90, (2, objects)).astype(np.int32)
     masks = rng.random((2, objects, height, width)) < 0.5
     inside_y = (np.arange(height) >= boxes[..., 1, None]) & (np.arange(height) < boxes[..., 3, None])
     inside_x = (np.arange(width) >= boxes[..., 0, None]) & (np.arange(width) < boxes[..., 2, None])
     masks = (masks & inside_y[..., :, None] & inside_x[..., None, :]).astype(np.uint8)
 
-    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images]
+    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).to(getattr(torch, precision)) / 255 for image in images]
     torch_targets = [
         {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + 1).long(), "masks": torch.from_numpy(m)}
         for b, l, m in zip(boxes, labels, masks, strict=True)
@@ -156,7 +206,7 @@ def test_losses_and_gradients(kind):
     gradients = {name: p.grad.numpy() for name, p in reference.named_parameters()}
 
     model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
-    frame = jnp.tile(jnp.array([0.0, 0.0, width, height], jnp.float32), (2, objects, 1))
+    frame = jnp.tile(jnp.array([0, 0, width, height], precision), (2, objects, 1))
     targets = Targets(
         jnp.asarray(boxes), jnp.asarray(labels), jnp.ones((2, objects), bool), jnp.asarray(masks) == 1, frame
     )
@@ -180,15 +230,8 @@ def test_losses_and_gradients(kind):
         return sum(means.values()), means
 
     grads, losses = total(model)
-    assert losses.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(float(losses[name]), value.item(), rtol=1e-4, atol=1e-4, err_msg=name)
-        print(f"{kind} {name}: {float(losses[name]):.6f} torchvision {value.item():.6f}")
-    ours = to_torchvision(grads)
-    assert gradients.keys() <= ours.keys()
-    worst = max((_relative(ours[name], grad), name) for name, grad in gradients.items())
-    print(f"{kind}: {len(gradients)} gradients, worst relative difference {worst}")
-    assert worst[0] < 1e-3
+    losses = {name: float(value) for name, value in losses.items()}
+    return losses, to_torchvision(grads), {name: value.item() for name, value in expected.items()}, gradients
 
 
 def _relative(a, b):
