@@ -5,6 +5,8 @@ the tile costs one product for each of 16 positions, which for all tiles and cha
 errors stay those of float32: with 256 channels of normal numbers they are a quarter larger than of the direct form.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -42,10 +44,10 @@ def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) ->
     return y.reshape(n, -1, *y.shape[3:])[:, :height, :width]
 
 
-def _transform(matrix, tile):
+def _transform(matrix: Any, tile: Any) -> list[list[Array]]:
     """`matrix @ tile @ matrix.T`, where a tile is a grid of arrays."""
 
-    def along(parts):
+    def along(parts: Any) -> list[Any]:
         return [sum(factor * part for factor, part in zip(row, parts, strict=True) if factor) for row in matrix]
 
     columns = [along(column) for column in zip(*tile, strict=True)]
