@@ -7,6 +7,7 @@ errors stay those of float32: with 256 channels of normal numbers they are a qua
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -20,6 +21,8 @@ OUTPUTS = ((1, 1, 1, 0), (0, 1, -1, -1))
 BLOCK_TILES = 1000
 
 
+# Jitted, so that it is traced once for each shape and not for each layer.
+@jax.jit
 def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
     """Cross-correlates maps with a kernel, zero-padded by one pixel on all sides."""
     n, height, width, _ = x.shape
