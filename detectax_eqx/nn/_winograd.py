@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-# What is multiplied, along one axis: arXiv:1509.09308, equation 6, whose last line is that of the outputs transposed.
+# The transforms of F(2, 3) along one axis, in arXiv:1509.09308 called B transposed, G and A transposed.
 PIXELS = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 OUTPUTS = ((1, 1, 1, 0), (0, 1, -1, -1))

@@ -104,4 +104,5 @@ def test_onnx_gives_the_detections_of_jax(kind, tmp_path):
     print(f"judged by torchvision: {turned}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
     assert len(turned) <= 2
-    assert_masks_agree(agreements)
+    if kind == "mask":
+        assert_masks_agree(agreements)

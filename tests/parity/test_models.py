@@ -93,10 +93,8 @@ def assert_same(found, expected, image):
 
 
 def assert_masks_agree(agreements):
-    """Of all images, and says how well; nothing to say where there are no masks."""
+    """Of all images, and says how well."""
     ious = [iou for agreement in agreements for iou in agreement.ious]
-    if not ious:
-        return
     shifted = sum(agreement.shifted for agreement in agreements)
     print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}; {shifted} of {len(ious)} compared in one box")
     assert min(ious) > 0.99
@@ -137,7 +135,8 @@ def test_detections_on_real_images(kind):
     print(f"{kind}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
     assert len(judged_in_double) <= 2
-    assert_masks_agree(agreements)
+    if kind == "mask":
+        assert_masks_agree(agreements)
 
 
 @pytest.mark.timeout(1800)
@@ -148,7 +147,7 @@ def test_losses_and_gradients(kind, precision):
 
     In single precision a rounding error may turn a ReLU that is next to nothing, in torchvision as here, and what one
     pixel of a map adds to a gradient comes or goes: over four seeds the worst gradient of 83 was 6e-5, 4e-4, 2e-3 and
-    3e-3 off. So all are compared in double precision, and in single precision the one in the middle.
+    3e-3 off. So each is held to 1e-6 in double precision; in single, to 1e-2, and the one in the middle to 1e-3.
     """
     with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
         losses, grads, expected, gradients = _losses_and_gradients(kind, precision)
@@ -163,6 +162,7 @@ def test_losses_and_gradients(kind, precision):
     print(f"{kind} {precision}: {len(gradients)} gradients, relative differences: worst {worst}, middle {middle}")
     if precision == "float32":
         assert middle[0] < 1e-3
+        assert worst[0] < 1e-2
     else:
         assert worst[0] < 1e-6
 
@@ -172,20 +172,18 @@ def _losses_and_gradients(kind, precision):
     torch_class, build = CASES[kind]
     height, width, objects = 256, 320, 5
     everything = 1_000_000
-    reference = (
-        random_detector(
-            torch_class,
-            min_size=height,
-            max_size=width,
-            rpn_batch_size_per_image=everything,
-            box_batch_size_per_image=everything,
-            box_positive_fraction=0.5,
-            rpn_post_nms_top_n_train=60,
-            rpn_pre_nms_top_n_train=200,
-        )
-        .to(getattr(torch, precision))
-        .train()
-    )
+    dtype = getattr(torch, precision)
+    reference = random_detector(
+        torch_class,
+        min_size=height,
+        max_size=width,
+        rpn_batch_size_per_image=everything,
+        box_batch_size_per_image=everything,
+        box_positive_fraction=0.5,
+        rpn_post_nms_top_n_train=60,
+        rpn_pre_nms_top_n_train=200,
+    ).train()
+    reference.to(dtype)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     corners = rng.uniform(0, (width - 120, height - 120), (2, objects, 2))
@@ -196,7 +194,7 @@ def _losses_and_gradients(kind, precision):
     inside_x = (np.arange(width) >= boxes[..., 0, None]) & (np.arange(width) < boxes[..., 2, None])
     masks = (masks & inside_y[..., :, None] & inside_x[..., None, :]).astype(np.uint8)
 
-    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).to(getattr(torch, precision)) / 255 for image in images]
+    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).to(dtype) / 255 for image in images]
     torch_targets = [
         {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + 1).long(), "masks": torch.from_numpy(m)}
         for b, l, m in zip(boxes, labels, masks, strict=True)
