@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -62,6 +63,8 @@ class Options:
     """Small sizes and few repeats; the rows say so."""
     tables: tuple[TableName, ...] = ()
     """Which tables to measure. Default: all, or with --check those of operators, detection and training."""
+    seconds: float = 10.0
+    """How long a row is timed, about; detectors and their steps twice that. Rows take turns at least five times."""
     only: str | None = None
     """A regular expression: measure only rows in whose name it is found; the others stay. Default: all rows."""
     check: bool = False
@@ -73,7 +76,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measures table after table and writes each as soon as it is there."""
+    """Measures table after table."""
     peer = options.peer_python or (own_python() if find_spec("torchvision") else None)
     names = options.tables or (CHECKED if options.check else tuple(TABLES))
     tables = [table for name, table in TABLES.items() if name in names]
@@ -81,7 +84,7 @@ def main(options: Options) -> None:
         read_table(options.file, table.name)  # markers that are missing are told before anything is measured
     failures: list[str] = []
     with TemporaryDirectory() as folder:
-        bench = Bench(quick=options.quick, peer_python=peer, folder=Path(folder))
+        bench = Bench(quick=options.quick, peer_python=peer, folder=Path(folder), seconds=options.seconds)
         try:
             run = describe(bench)
             console.print(f"{run.hardware}; {run.versions}; commit {run.commit}")
@@ -90,7 +93,7 @@ def main(options: Options) -> None:
             else:
                 for table in tables:
                     failures += measure(options, bench, table, run)
-                write_targets(options.file, run.hardware)
+                write_targets(options.file, run.hardware, on_host=bench.on_host)
         except WorkerError as error:
             raise SystemExit(str(error)) from None
         except KeyboardInterrupt:
@@ -103,25 +106,23 @@ def main(options: Options) -> None:
 
 
 def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]:
-    """Measures the rows of a table and writes them; tells of those that failed."""
+    """Measures the rows of a table, writes each as soon as it is there, and tells of those that failed."""
     rows = chosen(options, bench, table)
+    keys = [row.key for row in table.rows(bench)]
     console.print(f"[bold]{table.name}[/bold]: " + ", ".join(table.header))
-    done, failures = [], []
+    failures = []
     for i, row in enumerate(rows):
         label = " | ".join(row.key)
         try:
             began = time.perf_counter()
             with console.status(f"{i + 1} of {len(rows)}: {label}"):
-                done.append((*row.key, *row.measure()))
-            console.print("  " + " | ".join(done[-1]) + f" [dim]({time.perf_counter() - began:.0f} s)[/dim]")
+                cells = (*row.key, *row.measure())
+            merge(options.file, table.name, (*table.header, "run"), [(*cells, register(options.file, run))], keys=keys)
+            console.print("  " + " | ".join(cells) + f" [dim]({time.perf_counter() - began:.0f} s)[/dim]")
         except (Disagreement, WorkerError) as error:
             failures.append(f"{table.name}: {label}: {error}")
             console.print(f"  {label}: [red]not written[/red]: {error}")
     bench.release()
-    if done:
-        name = register(options.file, run)
-        keys = [row.key for row in table.rows(bench)]
-        merge(options.file, table.name, (*table.header, "run"), [(*cells, name) for cells in done], keys=keys)
     return failures
 
 
@@ -175,6 +176,9 @@ def describe(bench: Bench) -> Run:
 
 def commit() -> str:
     """The commit that is measured, and whether files differ from it."""
+
+    if which("git") is None:
+        return "unknown"
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -136,7 +136,7 @@ ELSEWHERE = {
     | {"class_rows", "error_rows", "format_errors"},
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
-    nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
+    nn: {"convolution_options", "relu", "resnet18", "resnet34", "resnet50", "resnet101"},
     train: {
         "latest_checkpoint",
         "load_checkpoint",

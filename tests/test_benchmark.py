@@ -80,20 +80,22 @@ def test_targets_are_read_off_the_tables(file):
     tables.merge(file, "ops", header, rows, keys=[row[:1] for row in rows])
     for other in ("inference", "training", "data", "compile", "export"):
         file.write_text(file.read_text() + f"<!-- {other} -->\n<!-- /{other} -->\n")
-    targets.write_targets(file, CPU)
+    targets.write_targets(file, CPU, on_host=True)
     assert tables.read_table(file, "targets")[1] == [
         ("nms, 1,000 boxes, spread", "≥ 7×", "7.00×", "yes", "1"),
         ("nms, 10,000 boxes, spread", "≥ 4.5×", "4.49×", "no", "1"),
     ]
 
 
-def test_every_target_names_a_row_that_is_measured(tmp_path):
-    cpu = bench.Bench(quick=False, peer_python=None, folder=tmp_path)
-    cpu.abouts = [{"platform": "cpu"}]
-    for target in targets.TARGETS:
+@pytest.mark.parametrize(("platform", "wanted"), [("cpu", targets.CPU_TARGETS), ("gpu", targets.GPU_TARGETS)])
+def test_every_target_names_a_row_that_is_measured(tmp_path, platform, wanted):
+    device = bench.Bench(quick=False, peer_python=None, folder=tmp_path)
+    device.abouts = [{"platform": platform}]
+    assert len({target.work for target in wanted}) == len(wanted)
+    for target in wanted:
         table = benchmark.TABLES[target.table]
         assert target.column in table.columns
-        assert [row for row in table.rows(cpu) if row.key[: len(target.key)] == target.key], target.work
+        assert [row for row in table.rows(device) if row.key[: len(target.key)] == target.key], target.work
 
 
 def table_of(*rows):

@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from detectax_eqx.ops import match_boxes, sample_balanced
+from detectax_eqx.ops import _matching, match_boxes, sample_balanced
 
 
 THRESHOLDS = {"low_threshold": 0.3, "high_threshold": 0.7}
@@ -42,6 +42,20 @@ def test_match_equals_naive_reference(allow_low_quality, n, m):
         matches = match_boxes(quality, valid, allow_low_quality=allow_low_quality, **THRESHOLDS)
         for got, expected in zip(matches, naive_match(quality, valid, 0.3, 0.7, allow_low_quality), strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("allow_low_quality", [False, True])
+def test_forms_of_matching_agree(allow_low_quality):
+    # The platform chooses one of them.
+    for seed in range(6):
+        quality, valid = random_quality(seed, 12, 100)
+        quality = quality.at[seed, seed::9].set(jnp.nan)
+        forms = [
+            jax.jit(partial(form, allow_low_quality=allow_low_quality))(quality, valid)
+            for form in (_matching._best_in_turn, _matching._best_at_once)
+        ]
+        for in_turn, at_once in zip(*forms, strict=True):
+            np.testing.assert_array_equal(in_turn, at_once)
 
 
 def test_match_by_hand():

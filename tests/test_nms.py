@@ -1,5 +1,7 @@
 """Non-maximum suppression: each of its forms, and the public functions that choose between them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,8 +103,13 @@ def test_forms_on_a_long_chain(keep):
     np.testing.assert_array_equal(keep(rows, jnp.ones(101, bool), 0.3), np.arange(101) % 2 == 0)
 
 
-def test_few_and_many_valid_boxes_among_very_many():
+IN_ORDER = partial(forms._select_sorted, keep=forms._keep_fixed_point)
+
+
+@pytest.mark.parametrize("select", [forms._select_greedy, IN_ORDER], ids=["greedy", "in order"])
+def test_few_and_many_valid_boxes_among_very_many(select, monkeypatch):
     """All branches of packing, alone and in a batch, against the plain greedy form."""
+    monkeypatch.setattr(forms, "PACKED_BOXES", (200, 800))
     (less, room), max_outputs = forms.PACKED_BOXES, 20
     n = room + 500
     boxes, scores, labels, _ = random_case(5, n)
@@ -110,8 +117,13 @@ def test_few_and_many_valid_boxes_among_very_many():
     places = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(jax.random.key(0), len(counts)))
     valid = places < counts[:, None]
 
+    @jax.jit
     def packed(valid):
-        return nms_indices(boxes, scores, valid, iou_threshold=0.5, max_outputs=max_outputs, labels=labels)
+        rows, scores_, valid = forms._prepared(boxes, scores, labels, valid)
+        indices, count = forms._select_packed(
+            rows, scores_, valid, jnp.float32(0.5), max_outputs=max_outputs, select=select
+        )
+        return indices, jnp.arange(max_outputs) < count
 
     expected = []
     for row in valid:

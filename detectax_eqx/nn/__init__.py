@@ -9,7 +9,7 @@ from ._conv import (
 )
 from ._fpn import FPN as FPN, Backbone as Backbone, ResNetFPN as ResNetFPN
 from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
-from ._precision import cast as cast
+from ._precision import cast as cast, convolution_options as convolution_options
 from ._resnet import (
     BasicBlock as BasicBlock,
     Bottleneck as Bottleneck,

@@ -6,8 +6,10 @@ IoU with a kept one exceeds the threshold. Three forms compute it, and the platf
 - `_keep_scan`, for CPU: one pass over the sorted boxes, each kept box suppressing the later ones as a vector.
 - `_keep_fixed_point`, for accelerators: iterate "keep what no kept earlier box overlaps" until nothing changes. After k
   rounds the first k boxes are right, but a handful is usually enough, and each is one large parallel step.
-- `_select_greedy`, for few outputs of many boxes: take the best remaining, drop what it overlaps, repeat. No sort. On
-  CPU the valid boxes are first moved together where they are few, as a score threshold leaves them.
+- `_select_greedy`, for few outputs of many boxes: take the best remaining, drop what it overlaps, repeat. No sort.
+
+Where few outputs of many boxes are wanted, the valid ones are first moved together if they are few, as a score
+threshold leaves them; an accelerator then goes through them in order.
 
 IoU rows are computed on the fly; nothing of size n × n is stored.
 """
@@ -30,6 +32,8 @@ from ._substitute import replaceable
 GREEDY_BOXES_PER_OUTPUT = 4
 # Up to here a round of the fixed-point form, n² IoUs, takes an accelerator about as long as starting it.
 FIXED_POINT_BOXES = 4096
+# Rounds between two looks at whether anything changed, for which an accelerator waits: more than are needed are idle.
+ROUNDS_A_LOOK = 4
 # Room for the valid boxes that greedy selection moves together, the least that holds them. Candidates above a
 # detector's score threshold are a thousand or two where it is sure of what it sees, and some thousand where not.
 PACKED_BOXES = (2048, 8192)
@@ -72,16 +76,20 @@ def _keep_scan(rows, valid, threshold):
 def _keep_fixed_point(rows, valid, threshold):
     """Keep mask of boxes that are sorted by score: all rows at a time, until nothing changes."""
     positions = jnp.arange(valid.size)
-    earlier = positions[:, None] < positions[None, :]
-    first, second = _at(rows, (slice(None), None)), _at(rows, (None, slice(None)))
+    # Suppressors lie along the last axis: a GPU adds up rows, of which it reads a whole one at a time.
+    earlier = positions[None, :] < positions[:, None]
+    later, suppressor = _at(rows, (slice(None), None)), _at(rows, (None, slice(None)))
 
-    def step(state):
+    def one_round(keep):
+        return valid & ~jnp.any(_overlaps(later, suppressor, threshold) & earlier & keep[None, :], axis=1)
+
+    def some_rounds(state):
         keep, _ = state
-        suppressed = jnp.any(_overlaps(first, second, threshold) & earlier & keep[:, None], axis=0)
-        return valid & ~suppressed, keep
+        for _ in range(ROUNDS_A_LOOK - 1):
+            keep = one_round(keep)
+        return one_round(keep), keep
 
-    keep, _ = lax.while_loop(lambda state: jnp.any(state[0] != state[1]), step, step((valid, valid)))
-    return keep
+    return lax.while_loop(lambda state: jnp.any(state[0] != state[1]), some_rounds, some_rounds((valid, valid)))[0]
 
 
 def _sorted_keep(rows, scores, valid, threshold, *, keep):
@@ -151,19 +159,19 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
     return indices, count
 
 
-def _select_packed(rows, scores, valid, threshold, *, max_outputs):
-    """`_select_greedy` on the valid boxes alone, if there is room for them."""
-    select = partial(_select_greedy, max_outputs=max_outputs)
+def _select_packed(rows, scores, valid, threshold, *, max_outputs, select):
+    """`select` on the valid boxes alone, if there is room for them; else `_select_greedy` on all."""
     total = largest_of_batch(valid.sum(dtype=jnp.int32))
 
     def within(rooms):
         if not rooms or valid.size <= rooms[0]:
-            return select(rows, scores, valid, threshold)
+            return _select_greedy(rows, scores, valid, threshold, max_outputs=max_outputs)
         room, *larger = rooms
 
         def few():
             packed, number = _first_true(valid, room)
-            indices, count = select(_at(rows, packed), scores[packed], jnp.arange(room) < number, threshold)
+            some = _at(rows, packed), scores[packed], jnp.arange(room) < number
+            indices, count = select(*some, threshold, max_outputs=max_outputs)
             return jnp.where(jnp.arange(max_outputs) < count, packed[indices], 0), count
 
         return lax.cond(total <= room, few, lambda: within(larger))
@@ -196,14 +204,15 @@ def _nms_indices(boxes, scores, labels, valid, threshold, *, max_outputs):
     n = boxes.shape[0]
     if n == 0:
         return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, bool)
-    greedy = partial(_select_greedy, max_outputs=max_outputs)
-    in_order = partial(_select_sorted, max_outputs=max_outputs)
     few = n >= GREEDY_BOXES_PER_OUTPUT * max_outputs
+    scan, fixed_point = (partial(_select_sorted, keep=keep) for keep in (_keep_scan, _keep_fixed_point))
+    cpu = partial(_select_packed, select=_select_greedy) if few else scan
+    default = partial(_select_packed, select=fixed_point) if few and n > FIXED_POINT_BOXES else fixed_point
     indices, count = lax.platform_dependent(
         *_prepared(boxes, scores, labels, valid),
         threshold,
-        cpu=partial(_select_packed, max_outputs=max_outputs) if few else partial(in_order, keep=_keep_scan),
-        default=greedy if few and n > FIXED_POINT_BOXES else partial(in_order, keep=_keep_fixed_point),
+        cpu=partial(cpu, max_outputs=max_outputs),
+        default=partial(default, max_outputs=max_outputs),
     )
     return indices, jnp.arange(max_outputs) < count
 

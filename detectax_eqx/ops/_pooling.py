@@ -37,10 +37,11 @@ def _pool_boxes(
     """
 
     def all_boxes(cells, grids, maps):
-        return _pool(bins, sampling_ratio, cells, grids, maps)
+        # Laid out before they are read, lest a compiler transposes them at each of the reads instead.
+        return _pool(bins, sampling_ratio, lax.optimization_barrier(cells), grids, maps)
 
     def one_by_one(cells, grids, maps):
-        return lax.map(lambda box: all_boxes(cells, *_single(box))[0], (grids, maps))
+        return lax.map(lambda box: _pool(bins, sampling_ratio, cells, *_single(box))[0], (grids, maps))
 
     return lax.platform_dependent(cells, grids, maps, cpu=one_by_one, default=all_boxes)
 

@@ -22,20 +22,22 @@ class Bench:
     - `quick`: small sizes and few repeats.
     - `peer_python`: an interpreter with torchvision, or `None`.
     - `folder`: for files of this run.
+    - `seconds`: how long a row is timed, unless `quick`.
     - `memo`: what more than one table needs and is measured once.
     """
 
-    def __init__(self, *, quick: bool, peer_python: Path | None, folder: Path):
+    def __init__(self, *, quick: bool, peer_python: Path | None, folder: Path, seconds: float = 10.0):
         self.quick = quick
         self.peer_python = peer_python
         self.folder = folder
+        self.seconds = seconds
         self.memo: dict[Any, Any] = {}
         self._stack = ExitStack()
         self._shared: Pair | None = None
 
     def compare(self, ours: Worker, theirs: Worker | None, *, share: float = 1.0) -> Comparison:
-        """Times both sides' current cases in turn, for `share` times ten seconds or what a quick run can spare."""
-        budget, least = (0.7, 3) if self.quick else (10.0, 5)
+        """Times both sides' current cases in turn, for `share` times `seconds` or what a quick run can spare."""
+        budget, least = (0.7, 3) if self.quick else (self.seconds, 5)
         return side_by_side(ours, theirs, budget=share * budget, least=least)
 
     def ours(self, environment: dict[str, str] | None = None) -> Worker:
@@ -64,6 +66,15 @@ class Bench:
         if self._shared is None:
             self._shared = self._stack.enter_context(self.pair())
         return self._shared
+
+    @contextmanager
+    def pair_for_results(self) -> Iterator[Pair]:
+        """Workers whose memory is not looked at: the shared ones on an accelerator, where starting them is slow."""
+        if self.on_host:
+            with self.pair() as workers:
+                yield workers
+        else:
+            yield self.shared()
 
     def release(self) -> None:
         """Ends the shared workers."""
@@ -125,6 +136,11 @@ def ratio_cells(comparison: Comparison) -> tuple[str, str]:
     if comparison.ratio is None:
         return NO_PEER, ""
     return f"{comparison.ratio:.2f}×", f"{min(comparison.ratios):.2f}–{max(comparison.ratios):.2f}"
+
+
+def in_seconds(value: float | None) -> str:
+    """Seconds to a hundredth, or where they are few to a tenth of a millisecond."""
+    return number(value, 2 if value is None or value >= 0.1 else 4)
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import inputs
 from .agreement import Agreement, compare_detections, compare_losses
-from .bench import NO_PEER, Bench, Row, Table, number, ratio_cells
+from .bench import NO_PEER, Bench, Row, Table, in_seconds, number, ratio_cells
 from .process import Worker
 
 
@@ -102,11 +102,11 @@ def _build_detection(bench: Bench, work: Work, ours: Worker, theirs: Worker | No
 
 
 def _infer(bench: Bench, work: Work) -> tuple[str, ...]:
-    with bench.pair() as (ours, theirs):
+    with bench.pair_for_results() as (ours, theirs):
         _build_detection(bench, work, ours, theirs)
         compared = bench.compare(ours, theirs, share=2)
     rates = [None if seconds is None else work.batch / seconds for seconds in (compared.ours, compared.theirs)]
-    seconds = number(compared.ours), number(compared.theirs)
+    seconds = in_seconds(compared.ours), in_seconds(compared.theirs)
     return *seconds, *ratio_cells(compared), *(number(rate) for rate in rates)
 
 
@@ -118,7 +118,7 @@ def _agree(bench: Bench, work: Work) -> tuple[str, ...]:
     if bench.peer_python is None:
         return NO_PEER, "", "", "", ""
     if ("agreement", work) not in bench.memo:
-        with bench.pair() as (ours, theirs):
+        with bench.pair_for_results() as (ours, theirs):
             _build_detection(bench, work, ours, theirs)
     agreed: Agreement = bench.memo["agreement", work]
     iou = "—" if agreed.mask_iou is None else f"{agreed.mask_iou:.4f}"
@@ -171,7 +171,7 @@ def _train(bench: Bench, work: Work) -> tuple[str, ...]:
     assert peak is not None
     rate = work.batch / compared.ours
     return (
-        number(compared.ours), number(compared.theirs), *ratio_cells(compared), number(rate),
+        in_seconds(compared.ours), in_seconds(compared.theirs), *ratio_cells(compared), number(rate),
         number(COCO_TRAIN_IMAGES / rate / 3600, 0), number(peak, 0), number(other, 0),
         NO_PEER if other is None else f"{other / peak:.2f}×",
     )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import inputs
 from .agreement import Disagreement
-from .bench import Bench, Row, Table, number, ratio_cells
+from .bench import Bench, Row, Table, in_seconds, number, ratio_cells
 from .process import WorkerError
 from .rows_detectors import LEARNING_RATE, QUICK_IMAGE, QUICK_STEP, Work, detection_batch, training_batch
 
@@ -160,4 +160,4 @@ def _try(bench: Bench, technique: Technique) -> tuple[str, ...]:
             worker.time()
         compared = bench.compare(on, off)
     memory = (number(fact.get("temp MB"), 0) for fact in facts)
-    return number(compared.theirs), number(compared.ours), *ratio_cells(compared), *memory
+    return in_seconds(compared.theirs), in_seconds(compared.ours), *ratio_cells(compared), *memory

@@ -1,4 +1,4 @@
-"""What the toolkit set out to reach on two CPU cores beside torchvision, and whether the measured tables show it."""
+"""What the toolkit set out to reach beside torchvision, on two CPU cores and a GPU, and whether the tables show it."""
 
 import re
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from .tables import merge, read_table, runs_on
 HEADER = ("work", "wanted", "measured", "met", "run")
 FASTER, MASK = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn"
 STEP, IMAGE = "2 × 320×480", "1 × 800×1216"
+LARGE_STEP, IMAGES = "4 × 800×1344", "8 × 800×1216"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _op(work: str, least: float, *key: str) -> Target:
     return Target(work, "ops", key or (work,), least=least)
 
 
-TARGETS = (
+CPU_TARGETS = (
     _op("nms, 1,000 boxes, spread", 7),
     _op("nms, 10,000 boxes, spread", 4.5),
     _op("class-aware nms, 1,000 proposals × 90 classes", 3),
@@ -67,11 +68,28 @@ TARGETS = (
 )
 
 
-def write_targets(file: Path, hardware: str) -> None:
+GPU_TARGETS = (
+    *(_op(f"nms, {n} boxes, {where}", 1) for n in ("1,000", "10,000") for where in ("spread", "in clusters")),
+    _op("multi-level RoIAlign, 1,000×256×7×7", 1),
+    _op("multi-level RoIAlign, 512×256×7×7, forward + backward", 1),
+    *(
+        Target(f"whole inference, {name}, {images}, {precision}", "inference", (model, images, precision), least=least)
+        for images, least in ((IMAGE, 2), (IMAGES, 1.3))
+        for name, model in (("Faster R-CNN", FASTER), ("Mask R-CNN", MASK))
+        for precision in ("float32", "tf32", "bfloat16")
+    ),
+    *(
+        Target(f"training step, {name}, bfloat16 against AMP", "training", (model, LARGE_STEP, "bfloat16"), least=1.5)
+        for name, model in (("Faster R-CNN", FASTER), ("Mask R-CNN", MASK))
+    ),
+)
+
+
+def write_targets(file: Path, hardware: str, *, on_host: bool) -> None:
     """Fills the table of targets from the other tables' rows of some hardware; nothing is measured."""
     runs = runs_on(file, hardware)
     rows = []
-    for target in TARGETS:
+    for target in CPU_TARGETS if on_host else GPU_TARGETS:
         header, table = read_table(file, target.table)
         for row in table:
             if row[-1] in runs and row[: len(target.key)] == target.key:

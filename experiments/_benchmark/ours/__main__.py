@@ -21,6 +21,7 @@ def main() -> None:
         "kind": _processor() if on_host else device.device_kind,
         "count": os.cpu_count() if on_host else len(jax.devices()),
     }
+    detectors.set_product_precision("float32")
     peak = None if on_host else lambda: (device.memory_stats() or {})["peak_bytes_in_use"]
     serve(ops.CASES | detectors.CASES | exports.CASES | data.CASES, Device(about, peak))
 

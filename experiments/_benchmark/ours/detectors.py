@@ -34,7 +34,9 @@ def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str)
         pasted = None if found.masks is None else ops.paste_masks(found.masks, found.boxes, image_size=size)
         return found, pasted
 
-    program, facts = compiled_program(eqx.filter_jit(eqx.filter_vmap(detect, in_axes=(None, 0))), model, images)
+    detect_all = eqx.filter_vmap(detect, in_axes=(None, 0))
+    options = {"compiler_options": nn.convolution_options()}
+    program, facts = compiled_program(eqx.filter_jit(detect_all, **options), model, images)  # pyright: ignore
 
     def detections(result: Any) -> Arrays:
         found, pasted = result

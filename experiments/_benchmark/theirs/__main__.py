@@ -13,6 +13,7 @@ def main() -> None:
     about = {
         "versions": {"torch": torch.__version__.split("+")[0], "torchvision": torchvision.__version__.split("+")[0]}
     }
+    detectors.set_precision("float32")
     if ops.DEVICE.type == "cpu":
         device = Device(about)
     else:
