@@ -95,8 +95,10 @@ def test_forms_agree(labelled):
             assert count == greedy[1]
 
 
+@pytest.mark.parametrize("size_of_rows", [1, 1000])
 @pytest.mark.parametrize("keep", [forms._keep_scan, forms._keep_fixed_point])
-def test_forms_on_a_long_chain(keep):
+def test_forms_on_a_long_chain(keep, size_of_rows, monkeypatch):
+    monkeypatch.setattr(forms, "SUPPRESSORS_IN_ROWS", size_of_rows)
     # Each box overlaps only the next: every second one is kept, which takes the fixed point the most rounds.
     x = 4.2 * jnp.arange(101, dtype=jnp.float32)
     rows = (x, jnp.zeros(101), x + 10, jnp.full(101, 10.0), None)
