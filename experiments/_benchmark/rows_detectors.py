@@ -160,7 +160,7 @@ def _train(bench: Bench, work: Work) -> tuple[str, ...]:
     with bench.pair() as (ours, theirs):
         expected = []
         if theirs is not None:
-            # In bfloat16 torchvision rounds its anchors too, by pixels, and learns other boxes: its float32 is the judge.
+            # In bfloat16 torchvision rounds its anchors too, by pixels, and learns other boxes: its float32 judges.
             theirs.build("training", arrays, **options | {"precision": "float32"})
             expected = [theirs.result() for _ in range(COMPARED_STEPS)]
             if work.precision != "float32":
