@@ -175,9 +175,10 @@ def _train(bench: Bench, work: Work) -> tuple[str, ...]:
     peak = _footprint(bench, work, options["weights"], measured=True)[1]
     assert peak is not None
     rate = work.batch / compared.ours
+    hours = COCO_TRAIN_IMAGES / rate / 3600
     return (
         in_seconds(compared.ours), in_seconds(compared.theirs), *ratio_cells(compared), number(rate),
-        number(COCO_TRAIN_IMAGES / rate / 3600, 0), number(peak, 0), number(other, 0),
+        number(hours, 0 if hours >= 10 else 2), number(peak, 0), number(other, 0),
         NO_PEER if other is None else f"{other / peak:.2f}×",
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ GPU_TARGETS = (
 
 
 def write_targets(file: Path, hardware: str, *, on_host: bool) -> None:
-    """Fills the table of targets from the other tables' rows of some hardware; nothing is measured."""
+    """Fills a table of targets from the other tables' rows of some hardware; nothing is measured."""
     runs = runs_on(file, hardware)
     rows = []
     for target in CPU_TARGETS if on_host else GPU_TARGETS:
@@ -99,7 +99,7 @@ def write_targets(file: Path, hardware: str, *, on_host: bool) -> None:
                     met = "yes" if target.met(value) else "no"
                     rows.append((target.work, target.wanted, cell, met, row[-1]))
     if rows:
-        merge(file, "targets", HEADER, rows, keys=[row[:1] for row in rows])
+        merge(file, "targets" if on_host else "targets-gpu", HEADER, rows, keys=[row[:1] for row in rows])
 
 
 def figure(cell: str) -> float | None:
