@@ -53,7 +53,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 test-all: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m "long or not long" --tally BENCHMARKS.md
+	$(VENV)/bin/python -m pytest -m "long or not long" --tally=BENCHMARKS.md
 
 notebooks: $(VENV)/.installed
 	$(VENV)/bin/python experiments/run_notebooks.py
