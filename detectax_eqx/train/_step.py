@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, PyTree
 
 from .._types import Batch
-from ..nn import convolution_options
 from ._gradient import Loss, Metrics, mean_gradient, sharded_mean_gradient
 from ._state import TrainState, partition
 
@@ -136,13 +135,13 @@ def make_train_step(
     return step
 
 
-def step_compiler_options() -> dict[str, str | bool]:
+def step_compiler_options() -> dict[str, str]:
     """The options of XLA that `make_train_step` compiles with, for who compiles the step within a program of their own.
 
     >>> isinstance(step_compiler_options(), dict)
     True
     """
-    return {**convolution_options(), **(CPU_OPTIONS if jax.default_backend() == "cpu" else {})}
+    return CPU_OPTIONS if jax.default_backend() == "cpu" else {}
 
 
 def _norm(tree: PyTree) -> Float32[Array, ""]:
