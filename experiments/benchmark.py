@@ -11,14 +11,12 @@ written. Rows of other hardware stay as they are.
 """
 
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -29,7 +27,7 @@ from _benchmark.agreement import Disagreement
 from _benchmark.bench import Bench, Row, Table
 from _benchmark.check import Verdict, committed_ratios, judge
 from _benchmark.process import WorkerError, own_python
-from _benchmark.tables import Run, merge, read_table, register
+from _benchmark.tables import Run, commit, merge, read_table, register
 from _benchmark.targets import figure, write_targets
 from rich.console import Console
 
@@ -172,20 +170,6 @@ def describe(bench: Bench) -> Run:
         date=date.today().isoformat(),
         command="`" + " ".join(["python", "experiments/benchmark.py", *sys.argv[1:]]) + "`",
     )
-
-
-def commit() -> str:
-    """The commit that is measured, and whether files differ from it."""
-
-    if which("git") is None:
-        return "unknown"
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/BENCHMARKS.md")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (", changed" if changed else "")
 
 
 if __name__ == "__main__":

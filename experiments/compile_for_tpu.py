@@ -16,14 +16,14 @@ from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import train as script
-from _benchmark.tables import read_table, write_table
+from _benchmark.tables import commit, read_table, write_table
 from _options import Options as TrainOptions
 from _shared import ModelName, build, console, run
 from jax.experimental import topologies
@@ -51,6 +51,8 @@ class Options:
     """Images a step, over all cores."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
     """Height and width that the network sees."""
+    programs: tuple[Literal["training", "detection"], ...] = ("training", "detection")
+    """What is compiled."""
     file: Path = Path("BENCHMARKS.md")
     """File with the markers between which the table goes."""
 
@@ -59,7 +61,7 @@ def main(options: Options) -> None:
     """Compiles everything, and enters each row as it comes. Rows of programs that are not asked for stay."""
     # Without these libtpu looks for a machine's description, and complains that there is none.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
-    versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}", True
+    versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}, commit {commit()}", True
     for topology, name, canvas in product(options.topologies, options.models, options.canvases):
         limit = GIB[topology.split(":")[0]]
         mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
@@ -67,10 +69,13 @@ def main(options: Options) -> None:
             "", "", Path(), model=name, batch_size=options.batch_size, precision="bfloat16", trainable_layers=3
         )
         programs = {
-            f"training in bfloat16, {options.batch_size} images": partial(lower_step, recipe, canvas, mesh),
-            "detection, an image on each core": partial(lower_detection, name, canvas, mesh),
+            "training": (
+                f"training in bfloat16, {options.batch_size} images",
+                partial(lower_step, recipe, canvas, mesh),
+            ),
+            "detection": ("detection, an image on each core", partial(lower_detection, name, canvas, mesh)),
         }
-        for what, lower_one in programs.items():
+        for what, lower_one in (programs[program] for program in options.programs):
             key = topology, f"{name}, {canvas[0]}×{canvas[1]}", what
             cells = measure(lower_one, limit)
             fits &= cells[1] != ""

@@ -34,6 +34,7 @@ def cpu(monkeypatch):
         script.topologies, "get_topology_desc", lambda name, platform: SimpleNamespace(devices=jax.devices()[:8])
     )
     monkeypatch.setattr(script, "version", lambda package: "1.2")
+    monkeypatch.setattr(script, "commit", lambda: "abc")
     monkeypatch.setattr(script, "lower_step", lambda *_: program)
     monkeypatch.setattr(script, "lower_detection", lambda *_: program)
 
@@ -48,8 +49,14 @@ def test_rows_are_measured_and_others_stay(file):
     assert header == script.HEADER and rows[-1] == other and len(rows) == 3
     for row, what in zip(rows, ("detection, an image on each core", "training in bfloat16, 16 images"), strict=False):
         assert row[:3] == ("v3:2x2x1", "mask_rcnn_resnet50_fpn, 64×96", what)
-        assert row[3:] == ("0.00 of 16 GiB", "0", f"jax {jax.__version__}, libtpu 1.2")
+        assert row[3:] == ("0.00 of 16 GiB", "0", f"jax {jax.__version__}, libtpu 1.2, commit abc")
     assert file.read_text().startswith("Before.\n") and file.read_text().endswith("After.\n")
+
+
+@pytest.mark.usefixtures("cpu")
+def test_only_what_is_asked_for_is_compiled(file):
+    script.main(script.Options(**FAKE, programs=("detection",), file=file))
+    assert [row[2] for row in tables.read_table(file, "tpu")[1]] == ["detection, an image on each core"]
 
 
 @pytest.mark.usefixtures("cpu")

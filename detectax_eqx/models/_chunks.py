@@ -40,7 +40,8 @@ def map_chunks(
 
         return lax.cond(needed, work, nothing, *rows) if rows[0].shape[0] else nothing(*rows)
 
-    def something(*rows):  # a module is a function that a condition cannot hash
+    @jax.jit  # traced once for all chunks
+    def something(*rows):
         return function(*rows)
 
     def in_turn(*rows):

@@ -40,6 +40,8 @@ def convolve(
     return _convolve_p.bind(x, weight, stride=stride, padding=padding)
 
 
+# What follows is jitted, so that both its forms are traced once for all convolutions of the same shapes.
+@partial(jax.jit, static_argnames=("stride", "padding"))
 def _convolve(x, weight, *, stride, padding):
     def cpu(x, weight):
         if _is_pointwise(weight, stride, padding):
@@ -52,6 +54,11 @@ def _convolve(x, weight, *, stride, padding):
 
 
 def _image_gradient(cotangent, x, weight, *, stride, padding):
+    return _gradient_in_image(cotangent, weight, x.aval, stride=stride, padding=padding)
+
+
+@partial(jax.jit, static_argnames=("image", "stride", "padding"))
+def _gradient_in_image(cotangent, weight, image, *, stride, padding):
     """The cotangent, spread out by the stride, convolved with the kernel turned by 180 degrees."""
 
     def cpu(cotangent, weight):
@@ -59,24 +66,29 @@ def _image_gradient(cotangent, x, weight, *, stride, padding):
             return _products("oi,op->ip", weight[:, :, 0, 0], cotangent)
         pads = [
             (k - 1 - padding, size + padding - (stride * (out - 1) + 1))
-            for k, size, out in zip(weight.shape[2:], x.aval.shape[2:], cotangent.shape[2:], strict=True)
+            for k, size, out in zip(weight.shape[2:], image.shape[2:], cotangent.shape[2:], strict=True)
         ]
         turned = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
         return _channels_last(cotangent.transpose(0, 2, 3, 1), turned, pads, spread=stride).transpose(0, 3, 1, 2)
 
     def default(cotangent, weight):
         forward = partial(_by_xla, weight=weight, stride=stride, padding=padding)
-        return jax.linear_transpose(forward, x.aval)(cotangent)[0]
+        return jax.linear_transpose(forward, image)(cotangent)[0]
 
     return lax.platform_dependent(cotangent, weight, cpu=cpu, default=default)
 
 
 def _weight_gradient(cotangent, x, weight, *, stride, padding):
+    return _gradient_in_weight(cotangent, x, weight.aval, stride=stride, padding=padding)
+
+
+@partial(jax.jit, static_argnames=("weight", "stride", "padding"))
+def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
     """The image convolved with the cotangent, spread out by the stride; the batch is summed over, as channels are."""
-    kernel = weight.aval.shape[2:]
+    kernel = weight.shape[2:]
 
     def cpu(cotangent, x):
-        if _is_pointwise(weight.aval, stride, padding):
+        if _is_pointwise(weight, stride, padding):
             return _sum_of_products("op,ip->oi", cotangent, x)[:, :, None, None]
         if stride == 1:
             return _weight_gradient_by_blocks(cotangent, x, kernel, padding)
@@ -89,13 +101,13 @@ def _weight_gradient(cotangent, x, weight, *, stride, padding):
 
     def default(cotangent, x):
         forward = partial(_by_xla, x, stride=stride, padding=padding)
-        return jax.linear_transpose(forward, weight.aval)(cotangent)[0]
+        return jax.linear_transpose(forward, weight)(cotangent)[0]
 
     return lax.platform_dependent(cotangent, x, cpu=cpu, default=default)
 
 
 def _weight_gradient_by_blocks(cotangent, x, kernel, padding):
-    """For each tap of the kernel, the product of the cotangent with what the tap sees of the image.
+    """For each row of the kernel, the product of the cotangent with what its taps see of the image, side by side.
 
     A block of rows at a time, which all taps then read from the cache.
     """
@@ -105,20 +117,24 @@ def _weight_gradient_by_blocks(cotangent, x, kernel, padding):
     below = steps * rows - height
     image = jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (padding, padding + below), (padding, padding), (0, 0)))
     cotangent = jnp.pad(cotangent.transpose(0, 2, 3, 1), ((0, 0), (0, below), (0, 0), (0, 0)))
-    taps = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
 
     def add(totals, step):
         block = lax.dynamic_slice_in_dim(image, step * rows, rows + kernel[0] - 1, 1)
         left = lax.dynamic_slice_in_dim(cotangent, step * rows, rows, 1).reshape(-1, channels).T
         left = lax.optimization_barrier(left)  # transposed once, not in each of the products
-        seen = [block[:, i : i + rows, j : j + width].reshape(-1, block.shape[-1]) for i, j in taps]
+        seen = [
+            jnp.concatenate([block[:, i : i + rows, j : j + width] for j in range(kernel[1])], axis=-1)
+            for i in range(kernel[0])
+        ]
         product = partial(jnp.matmul, left, preferred_element_type=zeros.dtype)
-        return [total + product(pixels) for total, pixels in zip(totals, seen, strict=True)], None
+        return [total + product(s.reshape(-1, s.shape[-1])) for total, s in zip(totals, seen, strict=True)], None
 
     # Sums of many steps are kept in float32 at least.
-    zeros = jnp.zeros((channels, x.shape[1]), jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-    totals, _ = lax.scan(add, [zeros] * len(taps), jnp.arange(steps, dtype=jnp.int32))
-    return jnp.stack(totals, axis=-1).reshape(channels, -1, *kernel).astype(x.dtype)
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    zeros = jnp.zeros((channels, kernel[1] * x.shape[1]), dtype)
+    totals, _ = lax.scan(add, [zeros] * kernel[0], jnp.arange(steps, dtype=jnp.int32))
+    by_tap = jnp.stack(totals).reshape(kernel[0], channels, kernel[1], -1)
+    return by_tap.transpose(1, 3, 0, 2).astype(x.dtype)
 
 
 def _by_xla(x, weight, *, stride, padding):
@@ -181,7 +197,7 @@ def _abstract(x, weight, **options):
 
 
 _convolve_p = Primitive("convolve")
-_convolve_p.def_impl(jax.jit(_convolve, static_argnames=("stride", "padding")))
+_convolve_p.def_impl(_convolve)
 _convolve_p.def_abstract_eval(_abstract)
 mlir.register_lowering(_convolve_p, mlir.lower_fun(_convolve, multiple_results=False))
 batching.primitive_batchers[_convolve_p] = _batch

@@ -5,6 +5,7 @@ the tile costs one product for each of 16 positions, which for all tiles and cha
 errors stay those of float32: with 256 channels of normal numbers they are a quarter larger than of the direct form.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +14,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-# The transforms of F(2, 3) along one axis, in arXiv:1509.09308 called B transposed, G and A transposed.
-PIXELS = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
-KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
-OUTPUTS = ((1, 1, 1, 0), (0, 1, -1, -1))
 # Tiles that are transformed at a time, so that they stay in the cache: transformed they are four times as large.
 BLOCK_TILES = 1000
 
@@ -32,14 +29,16 @@ def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) ->
     starts = jnp.arange(0, down, rows, dtype=jnp.int32)
     below = 2 * rows * len(starts) - height
     padded = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + width % 2), (0, 0)))
-    kernel = _transform(KERNEL, weight)
+    kernel = [jnp.stack(row) for row in _transform(_kernel, weight)]
 
     def some_rows(start):
         block = lax.dynamic_slice_in_dim(padded, 2 * start, 2 * rows + 2, axis=1)
         tiles = [[block[:, i : i + 2 * rows : 2, j : j + 2 * across : 2] for j in range(4)] for i in range(4)]
-        seen = _transform(PIXELS, tiles)
-        products = [[s @ k for s, k in zip(*pair, strict=True)] for pair in zip(seen, kernel, strict=True)]
-        outputs = _transform(OUTPUTS, products)
+        seen = _transform(_pixels, tiles)
+        # Four products in one are faster than each on its own, and the program is half as long.
+        rows_seen = [jnp.stack([part.reshape(-1, part.shape[-1]) for part in row]) for row in seen]
+        products = [s @ k for s, k in zip(rows_seen, kernel, strict=True)]
+        outputs = _transform(_outputs, [p.reshape(4, n, rows, across, -1) for p in products])
         y = jnp.stack([jnp.stack(row, axis=3) for row in outputs], axis=2)
         return y.reshape(n, 2 * rows, 2 * across, -1)
 
@@ -47,11 +46,22 @@ def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) ->
     return y.reshape(n, -1, *y.shape[3:])[:, :height, :width]
 
 
-def _transform(matrix: Any, tile: Any) -> list[list[Array]]:
-    """`matrix @ tile @ matrix.T`, where a tile is a grid of arrays."""
+# The transforms of F(2, 3) along one axis, in arXiv:1509.09308 the matrices B transposed, G and A transposed.
 
-    def along(parts: Any) -> list[Any]:
-        return [sum(factor * part for factor, part in zip(row, parts, strict=True) if factor) for row in matrix]
 
-    columns = [along(column) for column in zip(*tile, strict=True)]
-    return [along(row) for row in zip(*columns, strict=True)]
+def _pixels(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, ...]:
+    return a - c, b + c, c - b, b - d
+
+
+def _kernel(a: Any, b: Any, c: Any) -> tuple[Any, ...]:
+    return a, (a + b + c) / 2, (a - b + c) / 2, c
+
+
+def _outputs(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, ...]:
+    return a + b + c, b - c - d
+
+
+def _transform(along: Callable[..., tuple[Any, ...]], tile: Any) -> list[tuple[Any, ...]]:
+    """A tile, a grid of arrays, transformed along both axes."""
+    columns = [along(*column) for column in zip(*tile, strict=True)]
+    return [along(*row) for row in zip(*columns, strict=True)]

@@ -50,12 +50,16 @@ pool = jax.custom_vjp(_pool_boxes, nondiff_argnums=(0, 1))
 
 
 def _pool_forward(bins, sampling_ratio, cells, grids, maps):
-    return _pool_boxes(bins, sampling_ratio, cells, grids, maps), (cells, grids, maps)
+    # Training takes its boxes as they are, and what nothing asks for is not even traced. Residuals are arrays, so that
+    # it is their structure that tells.
+    grids_wanted = () if grids.perturbed else None
+    arrays = cells.value, grids.value, maps.value
+    return _pool_boxes(bins, sampling_ratio, *arrays), (*arrays, grids_wanted)
 
 
 def _pool_backward(bins, sampling_ratio, residuals, cotangent):
-    """Cotangents of cells and grids. Two loops, so that a compiler drops the one whose result is not used."""
-    cells, grids, maps = residuals
+    """Cotangents of cells and, where wanted, of grids."""
+    cells, grids, maps, grids_wanted = residuals
 
     def all_cells(into, grids, maps, cotangent):
         return _scatter(bins, sampling_ratio, _channels_last(into), grids, maps, _channels_last(cotangent))
@@ -73,15 +77,14 @@ def _pool_backward(bins, sampling_ratio, residuals, cotangent):
         return lax.map(lambda box: all_grids(cells, *_single(box))[0], boxes)
 
     boxes = (grids, maps, cotangent)
-    into = jnp.zeros_like(cells)
-    return (
-        lax.platform_dependent(into, *boxes, cpu=cells_one_by_one, default=all_cells),
-        lax.platform_dependent(cells, *boxes, cpu=grids_one_by_one, default=all_grids),
-        None,
-    )
+    by_cells = lax.platform_dependent(jnp.zeros_like(cells), *boxes, cpu=cells_one_by_one, default=all_cells)
+    by_grids = None
+    if grids_wanted is not None:
+        by_grids = lax.platform_dependent(cells, *boxes, cpu=grids_one_by_one, default=all_grids)
+    return by_cells, by_grids, None
 
 
-pool.defvjp(_pool_forward, _pool_backward)
+pool.defvjp(_pool_forward, _pool_backward, symbolic_zeros=True)
 
 
 def _channels_last(x):

@@ -6,8 +6,10 @@ was measured. Rows of other hardware stay.
 
 import os
 import re
+import subprocess
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from shutil import which
 
 
 Cells = tuple[str, ...]
@@ -29,6 +31,19 @@ class Run:
 
 
 RUN_COLUMNS = ("run", *(field.name for field in fields(Run)))
+
+
+def commit() -> str:
+    """The commit that is measured, and whether files differ from it."""
+    if which("git") is None:
+        return "unknown"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/BENCHMARKS.md")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (", changed" if changed else "")
 
 
 def read_table(file: Path, name: str) -> tuple[Cells, list[Cells]]:
