@@ -46,10 +46,14 @@ OPTIONS = {
 }
 
 
-@eqx.filter_jit
 def build(name, num_classes, norm, seed=0, *, checkpoint=False):
     """A Faster R-CNN on a ResNet-18 of an eighth of the width."""
-    keys = jr.split(jr.key(seed), 3)
+    return _build(num_classes, jr.key(seed), checkpoint)
+
+
+@eqx.filter_jit
+def _build(num_classes, key, checkpoint):
+    keys = jr.split(key, 3)
     body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
     backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
     sizes = ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
