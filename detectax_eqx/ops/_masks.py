@@ -116,21 +116,22 @@ def paste_masks(
     vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)
     horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)
     rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
-    return _resize_rows(rows, horizontal, threshold, dtype=masks.dtype)
+    if threshold is None:
+        return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest").astype(masks.dtype)
+    return _above(rows, horizontal, threshold, dtype=masks.dtype)
 
 
 # Jitted, so that eager calls do not compile the loop anew each time.
 @partial(jax.jit, static_argnames="dtype")
-def _resize_rows(rows, horizontal, threshold, *, dtype):
-    """Masks whose rows are in place, with their columns put in place, and compared with a threshold, if any."""
+def _above(rows, horizontal, threshold, *, dtype):
+    """Where masks, whose rows are in place, are above a threshold once their columns are as well."""
 
-    def finish(mask):
-        values = jnp.einsum("ht,wt->hw", *mask, precision="highest").astype(dtype)
-        return values if threshold is None else values > threshold
+    def compare(mask):
+        return jnp.einsum("ht,wt->hw", *mask, precision="highest").astype(dtype) > threshold
 
     # One at a time on CPU: what is not yet compared stays in the cache, and is not written to new memory.
-    one_by_one = partial(lax.map, finish)
-    return lax.platform_dependent((rows, horizontal), cpu=one_by_one, default=jax.vmap(finish))
+    one_by_one = partial(lax.map, compare)
+    return lax.platform_dependent((rows, horizontal), cpu=one_by_one, default=jax.vmap(compare))
 
 
 def _paste_weights(
