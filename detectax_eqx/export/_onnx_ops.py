@@ -24,9 +24,9 @@ from ..models._box_head import _linear
 from ..models._chunks import map_chunks
 from ..nn import conv2d, max_pool2d, relu
 from ..nn._fpn import _upsample_nearest
-from ..ops import multilevel_roi_align, nms_indices, resize_image
+from ..ops import nms_indices, resize_image
 from ..ops._nms import _comparable
-from ..ops._roi_align import _levels
+from ..ops._roi_align import _levels, level_pooler
 
 
 DOMAIN, OPSET = "detectax_eqx", 18
@@ -66,7 +66,7 @@ class Substitutes:
             max_pool2d: self._max_pool2d,
             _upsample_nearest: self._upsample_nearest,
             map_chunks: one_by_one(_map_all),
-            multilevel_roi_align: one_by_one(self._multilevel_roi_align),
+            level_pooler: self._level_pooler,
             resize_image: one_by_one(inspect.unwrap(resize_image)),
             propose: one_by_one(inspect.unwrap(propose)),
             box_detections: one_by_one(inspect.unwrap(box_detections)),
@@ -130,6 +130,10 @@ class Substitutes:
 
         mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))
         return mapped(x)
+
+    def _level_pooler(self, features: Sequence[Float[Array, "c _ _"]], **options: Any) -> Callable[..., Any]:
+        # A PyTree: `one_by_one` has to find the features in what is given to it.
+        return eqx.Partial(one_by_one(self._multilevel_roi_align), features, **options)
 
     def _multilevel_roi_align(
         self,

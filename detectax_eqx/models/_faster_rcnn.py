@@ -1,5 +1,6 @@
 """Faster R-CNN (arXiv:1506.01497) on a feature pyramid."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
-from ..ops import multilevel_roi_align
+from ..ops._roi_align import level_pooler
 from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
 from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
 
@@ -115,10 +116,12 @@ class FasterRCNN(eqx.Module):
 
     def pool(self, features: Features, boxes: Float[Array, "n 4"], *, output_size: int) -> Float[Array, "n c s s"]:
         """The features inside each box, from the level that suits its size. The coarsest map is for anchors only."""
-        return multilevel_roi_align(
+        return self.pooler(features)(boxes, output_size=output_size)
+
+    def pooler(self, features: Features) -> Callable[..., Float[Array, "n c s s"]]:
+        """`pool` of these features, as a function of the other arguments: they are laid out once, not in each call."""
+        return level_pooler(
             features[:-1],
-            boxes,
-            output_size=output_size,
             strides=tuple(self.backbone.strides[:-1]),
             sampling_ratio=self.roi_sampling_ratio,
             aligned=self.roi_aligned,

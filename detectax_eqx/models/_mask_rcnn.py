@@ -1,5 +1,6 @@
 """Mask R-CNN (arXiv:1703.06870): Faster R-CNN with a mask branch."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -79,16 +80,15 @@ class MaskRCNN(eqx.Module):
 
         The head runs on as many boxes as are valid, a few at a time; the other rows are 0 or what their box gives.
         """
-        logits = eqx.Partial(_mask_logits, self, features)
+        logits = eqx.Partial(_mask_logits, self.mask_head, self.faster_rcnn.pooler(features))
         count = valid.sum(dtype=jnp.int32)
         return map_chunks(logits, (boxes, labels), count, chunk_size=MASK_CHUNK, kept=MASK_CHUNKS_KEPT)
 
 
 def _mask_logits(
-    model: MaskRCNN, features: Features, boxes: Float[Array, "n 4"], labels: Int32[Array, " n"]
+    head: MaskHead, pool: Callable[..., Float[Array, "n c p p"]], boxes: Float[Array, "n 4"], labels: Int32[Array, " n"]
 ) -> Float[Array, "n s s"]:
-    pooled = model.faster_rcnn.pool(features, boxes, output_size=model.mask_head.pool_size)
-    return model.mask_head(pooled, labels)
+    return head(pool(boxes, output_size=head.pool_size), labels)
 
 
 def mask_rcnn_loss(

@@ -1,7 +1,8 @@
 """RoIAlign: features of fixed size for boxes of any size, by bilinear sampling. He et al. 2017, section 3."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -52,10 +53,9 @@ def roi_align(
     if not (spatial_scale > 0 and math.isfinite(spatial_scale)):
         raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}.")
     level = jnp.zeros(boxes.shape[0], jnp.int32)
-    return _align([features], boxes, [spatial_scale], level, output_size, sampling_ratio, aligned)
+    return _align(_end_to_end([features]), boxes, [spatial_scale], level, output_size, sampling_ratio, aligned)
 
 
-@replaceable
 def multilevel_roi_align(
     features: Sequence[Float[Array, "c _ _"]],
     boxes: Float[Array, "n 4"],
@@ -86,6 +86,31 @@ def multilevel_roi_align(
     >>> pooled.ravel().tolist()
     [0.0, 1.0]
     """
+    pool = level_pooler(
+        features,
+        strides=strides,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
+    )
+    return pool(boxes, output_size=output_size)
+
+
+@replaceable
+def level_pooler(
+    features: Sequence[Float[Array, "c _ _"]],
+    *,
+    strides: Sequence[int],
+    sampling_ratio: int = 2,
+    aligned: bool = True,
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+) -> Callable[..., Float[Array, "n c p q"]]:
+    """`multilevel_roi_align` of these features, as a function of `boxes` and `output_size`.
+
+    The maps are laid out for it here, once for all calls: within a loop or a condition, each would do so anew.
+    """
     strides = tuple(strides)
     if not strides or len(strides) != len(features):
         raise ValueError(f"strides must have one entry for each of the {len(features)} feature maps, got {strides}.")
@@ -98,8 +123,13 @@ def multilevel_roi_align(
         raise ValueError(f"features must have the same axes, channels and dtype on all levels, got {maps}.")
     if not canonical_size > 0:
         raise ValueError(f"canonical_size must be positive, got {canonical_size}.")
-    level = _levels(boxes, first, first + len(strides) - 1, canonical_size, canonical_level) - first
-    return _align(features, boxes, [1 / stride for stride in strides], level, output_size, sampling_ratio, aligned)
+    maps = _end_to_end(features)
+
+    def of_boxes(boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]) -> Float[Array, "n c p q"]:
+        level = _levels(boxes, first, first + len(strides) - 1, canonical_size, canonical_level) - first
+        return _align(maps, boxes, [1 / stride for stride in strides], level, output_size, sampling_ratio, aligned)
+
+    return of_boxes
 
 
 def _levels(
@@ -113,26 +143,36 @@ def _levels(
     return jnp.where(known, jnp.clip(level, first, last), first).astype(jnp.int32)
 
 
-def _align(features, boxes, scales, level, output_size, sampling_ratio, aligned):
-    """RoIAlign on several maps, each box on the one that `level` names, at that map's scale."""
-    rows, columns = output_bins(output_size)
-    check_sampling_ratio(sampling_ratio)
+class _Maps(NamedTuple):
+    """Maps as `pool` reads them: their cells end to end, and where each begins. Sums are in the dtype of the cells."""
+
+    cells: Float[Array, "l c"]
+    sides: tuple[tuple[int, int, int], ...]  # (height, width, first cell) of each
+    dtype: jnp.dtype
+
+
+def _end_to_end(features):
     for feature in features:
         if 0 in feature.shape[1:]:
             raise ValueError(f"features must have at least one row and column, got a map of shape {feature.shape}.")
-    channels, dtype = features[0].shape[0], features[0].dtype
-    if boxes.shape[0] == 0:
-        return jnp.zeros((0, channels, rows, columns), dtype)
+    cells = jnp.concatenate([feature.reshape(feature.shape[0], -1).T for feature in features])
+    counts = [math.prod(feature.shape[1:]) for feature in features]
+    sides = [(*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features)]
+    # Sums, and the gradients of cells that many boxes read.
+    return _Maps(_upcast(cells), tuple(sides), features[0].dtype)
 
-    cells = jnp.concatenate([feature.reshape(channels, -1).T for feature in features])
-    sides = [feature.shape[1:] for feature in features]
-    maps = [(*side, sum(math.prod(before) for before in sides[:i])) for i, side in enumerate(sides)]
+
+def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
+    """RoIAlign on several maps, each box on the one that `level` names, at that map's scale."""
+    rows, columns = output_bins(output_size)
+    check_sampling_ratio(sampling_ratio)
+    if boxes.shape[0] == 0:
+        return jnp.zeros((0, maps.cells.shape[1], rows, columns), maps.dtype)
 
     boxes = _upcast(boxes)
     scale = jnp.asarray(scales, boxes.dtype)[level]
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
-    cells = _upcast(cells)  # sums, and the gradients of cells that many boxes read
-    grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)
-    pooled = pool((rows, columns), sampling_ratio, cells, grids, jnp.asarray(maps, jnp.int32)[level])
-    return pooled.transpose(0, 3, 1, 2).astype(dtype)
+    grids = jnp.stack([y, height, x, width], axis=1).astype(maps.cells.dtype)
+    pooled = pool((rows, columns), sampling_ratio, maps.cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
+    return pooled.transpose(0, 3, 1, 2).astype(maps.dtype)
