@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from ._winograd import convolve_3x3
+from ._winograd import convolve_3x3, weight_gradient_3x3
 
 
 # Pixels that one step of the weight gradient looks at: with 256 channels a megabyte, which a core's cache holds.
@@ -90,6 +90,8 @@ def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
     def cpu(cotangent, x):
         if _is_pointwise(weight, stride, padding):
             return _sum_of_products("op,ip->oi", cotangent, x)[:, :, None, None]
+        if stride == 1 and _by_winograd(kernel, weight.shape[:2], ((padding, padding),) * 2, x.dtype):
+            return weight_gradient_3x3(cotangent.transpose(0, 2, 3, 1), x.transpose(0, 2, 3, 1))
         if stride == 1:
             return _weight_gradient_by_blocks(cotangent, x, kernel, padding)
         pads = [
@@ -145,9 +147,7 @@ def _by_xla(x, weight, *, stride, padding):
 
 def _channels_last(x, weight, pads, *, stride=1, spread=1, dilation=1):
     """NHWC and HWIO: the one form that is quick on a CPU in any place of a program."""
-    same = weight.shape[:2] == (3, 3) and tuple(pads) == ((1, 1), (1, 1)) and stride == spread == dilation == 1
-    # Half precision would not bear the transforms.
-    if same and min(weight.shape[2:]) >= WINOGRAD_CHANNELS and jnp.finfo(x.dtype).bits >= 32:
+    if stride == spread == dilation == 1 and _by_winograd(weight.shape[:2], weight.shape[2:], pads, x.dtype):
         return convolve_3x3(x, weight)
     return lax.conv_general_dilated(
         x,
@@ -158,6 +158,12 @@ def _channels_last(x, weight, pads, *, stride=1, spread=1, dilation=1):
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+def _by_winograd(kernel, channels, pads, dtype):
+    """Whether Winograd's algorithm is for such a kernel; half precision would not bear its transforms."""
+    same = tuple(kernel) == (3, 3) and tuple(pads) == ((1, 1), (1, 1))
+    return same and min(channels) >= WINOGRAD_CHANNELS and jnp.finfo(dtype).bits >= 32
 
 
 def _is_pointwise(weight, stride, padding):

@@ -6,6 +6,7 @@ errors stay those of float32: with 256 channels of normal numbers they are a qua
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,35 +16,87 @@ from jaxtyping import Array, Float
 
 
 # Tiles that are transformed at a time, so that they stay in the cache: transformed they are four times as large.
+# Half as many where two maps are.
 BLOCK_TILES = 1000
 
 
-# Jitted, so that it is traced once for each shape and not for each layer.
+# Jitted, as what follows, so that it is traced once for each shape and not for each layer.
 @jax.jit
 def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
     """Cross-correlates maps with a kernel, zero-padded by one pixel on all sides."""
     n, height, width, _ = x.shape
-    down, across = -(-height // 2), -(-width // 2)
-    # The count is no number where a program is exported for batches of any size.
-    rows = max(1, min(down, BLOCK_TILES // (across * (n if isinstance(n, int) else 1))))
-    starts = jnp.arange(0, down, rows, dtype=jnp.int32)
-    below = 2 * rows * len(starts) - height
-    padded = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + width % 2), (0, 0)))
+    rows, across, starts = _blocks(x.shape, BLOCK_TILES)
+    padded = _pad(x, rows * len(starts), across, border=1)
     kernel = [jnp.stack(row) for row in _transform(_kernel, weight)]
 
     def some_rows(start):
-        block = lax.dynamic_slice_in_dim(padded, 2 * start, 2 * rows + 2, axis=1)
-        tiles = [[block[:, i : i + 2 * rows : 2, j : j + 2 * across : 2] for j in range(4)] for i in range(4)]
-        seen = _transform(_pixels, tiles)
+        seen = _stack_rows(_seen(padded, start, rows, across))
         # Four products in one are faster than each on its own, and the program is half as long.
-        rows_seen = [jnp.stack([part.reshape(-1, part.shape[-1]) for part in row]) for row in seen]
-        products = [s @ k for s, k in zip(rows_seen, kernel, strict=True)]
+        products = [s @ k for s, k in zip(seen, kernel, strict=True)]
         outputs = _transform(_outputs, [p.reshape(4, n, rows, across, -1) for p in products])
         y = jnp.stack([jnp.stack(row, axis=3) for row in outputs], axis=2)
         return y.reshape(n, 2 * rows, 2 * across, -1)
 
     y = lax.map(some_rows, starts).swapaxes(0, 1)
     return y.reshape(n, -1, *y.shape[3:])[:, :height, :width]
+
+
+@jax.jit
+def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h w i"]) -> Float[Array, "o i 3 3"]:
+    """The gradient of `convolve_3x3` in its kernel: the transforms' transposes around the same 16 products."""
+    rows, across, starts = _blocks(x.shape, BLOCK_TILES // 2)
+    padded = _pad(x, rows * len(starts), across, border=1)
+    cotangents = _pad(cotangent, rows * len(starts), across, border=0)
+
+    def add(totals, start):
+        block = lax.dynamic_slice_in_dim(cotangents, 2 * start, 2 * rows, axis=1)
+        tiles = [[block[:, i::2, j::2] for j in range(2)] for i in range(2)]
+        # By columns: by rows, XLA would take them for what `convolve_3x3` transformed, and keep that until now.
+        given = _stack_rows(_transposed(_transform(_outputs_transposed, tiles)))
+        seen = _stack_rows(_transposed(_seen(padded, start, rows, across)))
+        product = partial(jnp.einsum, "bto,bti->boi", preferred_element_type=totals[0].dtype)
+        return [total + product(g, s) for total, g, s in zip(totals, given, seen, strict=True)], None
+
+    # Sums of many steps are kept in float32 at least.
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    zeros = jnp.zeros((4, cotangent.shape[-1], x.shape[-1]), dtype)
+    totals, _ = lax.scan(add, [zeros] * 4, starts)
+    kernel = _transform(_kernel_transposed, _transposed(totals))
+    return jnp.stack([jnp.stack(row, axis=-1) for row in kernel], axis=-2).astype(x.dtype)
+
+
+def _blocks(shape: tuple[int, ...], tiles: int) -> tuple[int, int, Array]:
+    """Rows in a block of about so many tiles, tiles in a row, and the first row of each block."""
+    n, height, width, _ = shape
+    down, across = -(-height // 2), -(-width // 2)
+    # The count is no number where a program is exported for batches of any size.
+    most = min(down, max(1, tiles // (across * (n if isinstance(n, int) else 1))))
+    # Half as many if then fewer are added below.
+    rows = min(range(most, most // 2, -1), key=lambda rows: -down % rows)
+    return rows, across, jnp.arange(0, down, rows, dtype=jnp.int32)
+
+
+def _pad(maps: Array, down: int, across: int, *, border: int) -> Array:
+    """Zeros around maps, and below and to the right of them until whole tiles are full."""
+    _, height, width, _ = maps.shape
+    ends = [(border, border + 2 * count - size) for count, size in ((down, height), (across, width))]
+    return jnp.pad(maps, ((0, 0), *ends, (0, 0)))
+
+
+def _seen(padded: Array, start: Array, rows: int, across: int) -> list[tuple[Array, ...]]:
+    """What the tiles of some rows see, transformed."""
+    block = lax.dynamic_slice_in_dim(padded, 2 * start, 2 * rows + 2, axis=1)
+    tiles = [[block[:, i : i + 2 * rows : 2, j : j + 2 * across : 2] for j in range(4)] for i in range(4)]
+    return _transform(_pixels, tiles)
+
+
+def _transposed(tile: Any) -> list[tuple[Array, ...]]:
+    return list(zip(*tile, strict=True))
+
+
+def _stack_rows(tile: list[tuple[Array, ...]]) -> list[Array]:
+    """For each row of a tile `4 tiles channels`."""
+    return [jnp.stack([part.reshape(-1, part.shape[-1]) for part in row]) for row in tile]
 
 
 # The transforms of F(2, 3) along one axis, in arXiv:1509.09308 the matrices B transposed, G and A transposed.
@@ -59,6 +112,17 @@ def _kernel(a: Any, b: Any, c: Any) -> tuple[Any, ...]:
 
 def _outputs(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, ...]:
     return a + b + c, b - c - d
+
+
+# Their transposes, for the gradient.
+
+
+def _outputs_transposed(a: Any, b: Any) -> tuple[Any, ...]:
+    return a, a + b, a - b, -b
+
+
+def _kernel_transposed(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, ...]:
+    return a + (b + c) / 2, (b - c) / 2, (b + c) / 2 + d
 
 
 def _transform(along: Callable[..., tuple[Any, ...]], tile: Any) -> list[tuple[Any, ...]]:
