@@ -1,7 +1,7 @@
 """Measures this machine and writes the tables of BENCHMARKS.md.
 
     python experiments/benchmark.py                       # everything, about 40 minutes on two CPU cores
-    python experiments/benchmark.py --quick               # small sizes, about two minutes
+    python experiments/benchmark.py --quick               # small sizes, and what is compiled anyway: two minutes
     python experiments/benchmark.py --tables ops --only nms
     python experiments/benchmark.py --check               # fails where a ratio fell by a fifth
 
@@ -49,6 +49,8 @@ TABLES: dict[TableName, Table] = {
     "techniques": rows_programs.techniques_table(),
     "data": rows_data.table(),
 }
+# Left out of a quick run, unless they are asked for: they build what no other table does.
+NOT_QUICK: tuple[TableName, ...] = ("export", "techniques")
 CHECKED: tuple[TableName, ...] = ("ops", "inference", "training")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -58,9 +60,10 @@ class Options:
     """Options of the benchmark."""
 
     quick: bool = False
-    """Small sizes and few repeats; the rows say so."""
+    """Small sizes and few repeats; the rows say so. Without the tables of exports and techniques, unless asked for."""
     tables: tuple[TableName, ...] = ()
-    """Which tables to measure. Default: all, or with --check those of operators, detection and training."""
+    """Which tables to measure. Default: all, or with --check those of operators, detection and training. That of
+    exports needs the extra `onnx`, and is left out where it is missing."""
     seconds: float = 10.0
     """How long a row is timed, about; detectors and their steps twice that. Rows take turns at least five times."""
     only: str | None = None
@@ -76,7 +79,7 @@ class Options:
 def main(options: Options) -> None:
     """Measures table after table."""
     peer = options.peer_python or (own_python() if find_spec("torchvision") else None)
-    names = options.tables or (CHECKED if options.check else tuple(TABLES))
+    names = options.tables or default_tables(options)
     tables = [table for name, table in TABLES.items() if name in names]
     for table in tables:
         read_table(options.file, table.name)  # markers that are missing are told before anything is measured
@@ -101,6 +104,16 @@ def main(options: Options) -> None:
             bench.release()
     if failures:
         raise SystemExit("Not written:\n" + "\n".join(failures))
+
+
+def default_tables(options: Options) -> list[TableName]:
+    """What is measured if nothing is asked for: what can be, in this environment."""
+    names = CHECKED if options.check else tuple(TABLES)
+    left_out = set(NOT_QUICK) if options.quick else set()
+    if "export" in names and find_spec("onnxruntime") is None:
+        left_out.add("export")
+        console.print("Without the table of exports: it needs the extra `onnx` (pip install 'detectax_eqx\\[onnx]').")
+    return [name for name in names if name not in left_out]
 
 
 def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]:

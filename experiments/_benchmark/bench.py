@@ -70,7 +70,7 @@ class Bench:
     @contextmanager
     def pair_for_results(self) -> Iterator[Pair]:
         """Workers whose memory is not looked at: the shared ones on an accelerator, where starting them is slow."""
-        if self.on_host:
+        if self.on_host and not self.quick:
             with self.pair() as workers:
                 yield workers
         else:
