@@ -211,7 +211,10 @@ def test_mask_loss_refuses_targets_without_masks(getkey):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_overfits_a_handful_of_images(kind):
-    """Bright rectangles on a dark ground: after 200 steps each is found, with its class."""
+    """Bright rectangles on a dark ground: after 300 steps each is found, with its class.
+
+    After 200 at twice the learning rate, one of seven runs that differ in their keys, or in rounding alone, misses one.
+    """
     model, loss = made(kind), MODELS[kind][1]
     rng = np.random.default_rng(0)
     images, targets, truths = [], [], []
@@ -226,7 +229,7 @@ def test_overfits_a_handful_of_images(kind):
         truths.append((boxes, labels))
     images = jnp.asarray(np.stack(images))
     targets = jax.tree.map(lambda *leaves: jnp.stack(leaves), *targets)
-    optimizer = train.adamw(train.warmup_cosine(2e-3, total_steps=200, warmup_steps=10), weight_decay=0.0)
+    optimizer = train.adamw(train.warmup_cosine(1e-3, total_steps=300, warmup_steps=10), weight_decay=0.0)
     state = optimizer.init(eqx.filter(model, eqx.is_array))
 
     @eqx.filter_jit
@@ -240,7 +243,7 @@ def test_overfits_a_handful_of_images(kind):
         updates, state_ = optimizer.update(grads, state, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), state_, value
 
-    for i in range(200):
+    for i in range(300):
         model, state, value = step(model, state, jr.key(i))
     detect = eqx.filter_jit(lambda m, x: models.detect(m, x, min_size=64, max_size=96, score_threshold=0.5))
     for image, (boxes, labels) in zip(images, truths, strict=True):
