@@ -108,12 +108,12 @@ def main(options: Options) -> None:
 
 def default_tables(options: Options) -> list[TableName]:
     """What is measured if nothing is asked for: what can be, in this environment."""
-    names = CHECKED if options.check else tuple(TABLES)
-    left_out = set(NOT_QUICK) if options.quick else set()
+    names: list[TableName] = list(CHECKED if options.check else TABLES)
+    names = [name for name in names if not (options.quick and name in NOT_QUICK)]
     if "export" in names and find_spec("onnxruntime") is None:
-        left_out.add("export")
+        names.remove("export")
         console.print("Without the table of exports: it needs the extra `onnx` (pip install 'detectax_eqx\\[onnx]').")
-    return [name for name in names if name not in left_out]
+    return names
 
 
 def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]:

@@ -69,7 +69,10 @@ class Bench:
 
     @contextmanager
     def pair_for_results(self) -> Iterator[Pair]:
-        """Workers whose memory is not looked at: the shared ones on an accelerator, where starting them is slow."""
+        """Workers whose memory is not looked at: the shared ones where starting them takes too long.
+
+        That is on an accelerator, and in a quick run.
+        """
         if self.on_host and not self.quick:
             with self.pair() as workers:
                 yield workers
