@@ -76,6 +76,20 @@ def test_transformations(getkey, kernel, stride, padding):
     _compare(lambda c: jax.vmap(jax.vmap(gradient(c), (0, None)), (None, 0)), x, weights)
     _compare(lambda c: lambda x, w: jax.jvp(partial(total, c), (x, w), (x, w))[1], x[0], weights[0])
     _compare(lambda c: jax.grad(lambda w: (gradient(c)(x[0], w)[1] ** 2).sum()), weights[0])  # second order
+    _compare(lambda c: lambda x, w: jax.jvp(gradient(c), (x, w), (x, w))[1], x[0], weights[0])
+    _compare(lambda c: jax.hessian(partial(total, c), argnums=(0, 1)), x[0, :, :4, :3], weights[0])
+
+
+def test_gradients_that_are_not_finite(getkey):
+    """A gradient in the weight, which the CPU takes first, does not touch the one in the image."""
+    x, weight = jr.normal(getkey(), (4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
+
+    def gradient(x):
+        return jax.grad(lambda x, w: nn.conv2d(x, w, padding=1).sum(), argnums=(0, 1))(x, weight)
+
+    (in_image, _), (same, in_weight) = gradient(x), gradient(x.at[:, 3, 4].set(jnp.array([jnp.inf, jnp.nan, 0, 0])))
+    assert not jnp.isfinite(in_weight).all()
+    np.testing.assert_array_equal(in_image, same)
 
 
 def test_in_loops_and_conditions(getkey):
