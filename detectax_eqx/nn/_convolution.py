@@ -1,12 +1,11 @@
 """Batched convolution whose gradients are quick on a CPU too.
 
-XLA's own leaves five things to be desired there (measured with jaxlib 0.10.2 on two cores):
+XLA's own leaves four things to be desired there (measured with jaxlib 0.10.2 on two cores):
 
 - Within a loop or a condition only channels-last operands reach its fast kernels; others run some 70 times slower.
 - Weight gradients of large maps run at a third to a sixth of the forward's rate.
 - A 1×1 kernel as one product over a whole batch has its operands transposed in memory, forth and back.
 - 3×3 kernels of many channels are applied directly: by Winograd's algorithm it is 1.2 to 2 times as fast.
-- Weight gradients are put off until the images' gradients of all layers are there, and what they need is kept.
 
 So this is a primitive, bilinear in image and weight, which takes other paths on a CPU and is XLA's convolution, with
 XLA's gradients, elsewhere. It is no `custom_vjp` because there `vmap` would make a weight gradient for each example of
@@ -28,7 +27,7 @@ from ._winograd import convolve_3x3, weight_gradient_3x3
 # Pixels that one step of the weight gradient looks at: with 256 channels a megabyte, which a core's cache holds.
 # Between 1,000 and 2,000 there is no difference.
 BLOCK_PIXELS = 1000
-# Up to so many images the gradient of a 1×1 kernel is taken of each on its own; programs would grow long with more.
+# Up to so many images a 1×1 kernel is applied to each on its own; programs would grow long with more.
 IMAGES_APART = 8
 # From so many channels on, in and out, Winograd's algorithm is faster: with 128 it is as fast, with 64 slower.
 WINOGRAD_CHANNELS = 256
@@ -46,7 +45,7 @@ def convolve(
 def _convolve(x, weight, *, stride, padding):
     def cpu(x, weight):
         if _is_pointwise(weight, stride, padding):
-            return _products("noi,nip->nop", weight[:, :, 0, 0], x)
+            return _products("oi,ip->op", weight[:, :, 0, 0], x)
         pads = ((padding, padding),) * 2
         y = _channels_last(x.transpose(0, 2, 3, 1), weight.transpose(2, 3, 1, 0), pads, stride=stride)
         return y.transpose(0, 3, 1, 2)
@@ -64,7 +63,7 @@ def _gradient_in_image(cotangent, weight, image, *, stride, padding):
 
     def cpu(cotangent, weight):
         if _is_pointwise(weight, stride, padding):
-            return _products("noi,nop->nip", weight[:, :, 0, 0], cotangent)
+            return _products("oi,op->ip", weight[:, :, 0, 0], cotangent)
         pads = [
             (k - 1 - padding, size + padding - (stride * (out - 1) + 1))
             for k, size, out in zip(weight.shape[2:], image.shape[2:], cotangent.shape[2:], strict=True)
@@ -90,7 +89,7 @@ def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
 
     def cpu(cotangent, x):
         if _is_pointwise(weight, stride, padding):
-            return _sum_of_products(cotangent, x)[:, :, None, None]
+            return _sum_of_products("op,ip->oi", cotangent, x)[:, :, None, None]
         if stride == 1 and _by_winograd(kernel, weight.shape[:2], ((padding, padding),) * 2, x.dtype):
             return weight_gradient_3x3(cotangent.transpose(0, 2, 3, 1), x.transpose(0, 2, 3, 1))
         if stride == 1:
@@ -171,34 +170,32 @@ def _is_pointwise(weight, stride, padding):
     return weight.shape[2:] == (1, 1) and stride == 1 and padding == 0
 
 
-def _products(subscripts, matrix, maps):
-    """A matrix times the pixels `p` of every map `n`."""
+def _products(subscripts, weight, maps):
+    """A matrix times the pixels `p` of every map."""
+    count = maps.shape[0]
     pixels = maps.reshape(*maps.shape[:2], -1)
-    # A copy for every map: of products with slices, the slices would be kept for the backward pass beside the maps.
-    matrices = jnp.broadcast_to(matrix, (maps.shape[0], *matrix.shape))
-    return jnp.einsum(subscripts, matrices, pixels).reshape(maps.shape[0], -1, *maps.shape[2:])
+    product = partial(jnp.einsum, subscripts, weight)
+    # The count is no number where a program is exported for batches of any size.
+    apart = isinstance(count, int) and count <= IMAGES_APART
+    y = jnp.stack([product(p) for p in pixels]) if apart else jax.vmap(product)(pixels)
+    return y.reshape(count, -1, *maps.shape[2:])
 
 
-def _sum_of_products(a, b):
-    """Products over the pixels `p` of two maps, added up over all pairs of maps `n`."""
+def _sum_of_products(subscripts, a, b):
+    """Products over the pixels of two maps, added up over all pairs of maps."""
     a, b = (maps.reshape(*maps.shape[:2], -1) for maps in (a, b))
     if len(a) > IMAGES_APART:
-        return jnp.einsum("nop,nip->oi", a, b)
-    return reduce(jnp.add, [jnp.einsum("op,ip->oi", *pair) for pair in zip(a, b, strict=True)])
+        return jnp.einsum(subscripts.replace("p", "np"), a.swapaxes(0, 1), b.swapaxes(0, 1))
+    return reduce(jnp.add, [jnp.einsum(subscripts, *pair) for pair in zip(a, b, strict=True)])
 
 
 def _batch(args, dims, **options):
     x, weight = args
     if dims[1] is not None:
         return jax.vmap(partial(_by_xla, **options), in_axes=dims)(x, weight), 0
-    y = convolve(_flat(x, dims[0]), weight, **options)
-    return y.reshape(x.shape[dims[0]], -1, *y.shape[1:]), 0
-
-
-def _flat(x, dim):
-    """Maps of all examples of a batch."""
-    x = jnp.moveaxis(x, dim, 0)
-    return x.reshape(-1, *x.shape[2:])
+    x = jnp.moveaxis(x, dims[0], 0)
+    y = convolve(x.reshape(-1, *x.shape[2:]), weight, **options)
+    return y.reshape(*x.shape[:2], *y.shape[1:]), 0
 
 
 def _abstract(x, weight, **options):
@@ -211,57 +208,3 @@ _convolve_p.def_abstract_eval(_abstract)
 mlir.register_lowering(_convolve_p, mlir.lower_fun(_convolve, multiple_results=False))
 batching.primitive_batchers[_convolve_p] = _batch
 ad.defbilinear(_convolve_p, _image_gradient, _weight_gradient)
-
-
-# Where image and weight have a tangent, the derivative is one operation, so that both gradients are taken at one place.
-
-
-def _derivative(dx, dweight, x, weight, **options):
-    return convolve(dx, weight, **options) + convolve(x, dweight, **options)
-
-
-def _transpose_derivative(cotangent, dx, dweight, x, weight, **options):
-    in_weight = _weight_gradient(cotangent, x, dweight, **options)
-    in_image = _image_gradient(cotangent, dx, _after(in_weight, weight), **options)
-    return in_image, in_weight, None, None
-
-
-def _after(first, x):
-    """`x`, but on a CPU not before another array is there: XLA drops its own barriers there before it orders things."""
-
-    def cpu(first, x):
-        return x * jnp.where(first[(0,) * first.ndim] > jnp.inf, 0, 1).astype(x.dtype)
-
-    return lax.platform_dependent(first, x, cpu=cpu, default=lambda first, x: x)
-
-
-def _batch_derivative(args, dims, **options):
-    dx, dweight, x, weight = args
-    if dims[1] is not None or dims[3] is not None or dims[0] is None or dims[2] is None:
-        return jax.vmap(partial(_derivative, **options), in_axes=dims)(*args), 0
-    y = _derivative_p.bind(_flat(dx, dims[0]), dweight, _flat(x, dims[2]), weight, **options)
-    return y.reshape(x.shape[dims[2]], -1, *y.shape[1:]), 0
-
-
-def _differentiate(primals, tangents, **options):
-    (x, weight), (dx, dweight) = primals, tangents
-    y = convolve(x, weight, **options)
-    if isinstance(dx, ad.Zero):
-        return y, convolve(x, dweight, **options)
-    if isinstance(dweight, ad.Zero):
-        return y, convolve(dx, weight, **options)
-    return y, _derivative_p.bind(dx, dweight, x, weight, **options)
-
-
-def _differentiate_derivative(primals, tangents, **options):
-    return jax.jvp(partial(_derivative, **options), primals, tuple(map(ad.instantiate_zeros, tangents)))
-
-
-_derivative_p = Primitive("convolve_derivative")
-_derivative_p.def_impl(_derivative)
-_derivative_p.def_abstract_eval(lambda dx, dweight, x, weight, **options: _abstract(dx, weight, **options))
-mlir.register_lowering(_derivative_p, mlir.lower_fun(_derivative, multiple_results=False))
-batching.primitive_batchers[_derivative_p] = _batch_derivative
-ad.primitive_transposes[_derivative_p] = _transpose_derivative
-ad.primitive_jvps[_derivative_p] = _differentiate_derivative
-ad.primitive_jvps[_convolve_p] = _differentiate
