@@ -49,10 +49,9 @@ def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h
     def add(totals, start):
         block = lax.dynamic_slice_in_dim(cotangents, 2 * start, 2 * rows, axis=1)
         down = jnp.stack(_outputs_transposed(block[:, ::2], block[:, 1::2]))
-        given = _outputs_transposed(down[..., ::2, :], down[..., 1::2, :])
+        given = _tiles(_outputs_transposed(down[..., ::2, :], down[..., 1::2, :]))
         # By columns: by rows, XLA would take them for what `convolve_3x3` transformed, and keep that until now.
         seen = _seen_by_columns(padded, start, rows, across)
-        given, seen = ([a.reshape(4, -1, a.shape[-1]) for a in tile] for tile in (given, seen))
         product = partial(jnp.einsum, "bto,bti->boi", preferred_element_type=totals[0].dtype)
         return [total + product(g, s) for total, g, s in zip(totals, given, seen, strict=True)], None
 
@@ -92,11 +91,16 @@ def _seen_by_rows(padded: Array, start: Array, rows: int, across: int) -> list[A
     return [jnp.stack([part.reshape(-1, part.shape[-1]) for part in row]) for row in by_rows]
 
 
-def _seen_by_columns(padded: Array, start: Array, rows: int, across: int) -> tuple[Array, ...]:
-    """The same, for each column of a tile `4 n rows across channels`."""
+def _seen_by_columns(padded: Array, start: Array, rows: int, across: int) -> list[Array]:
+    """The same, for each column of a tile."""
     block = _block(padded, start, rows)
     down = jnp.stack(_pixels(*(block[:, i : i + 2 * rows : 2] for i in range(4))))
-    return _pixels(*(down[..., j : j + 2 * across : 2, :] for j in range(4)))
+    return _tiles(_pixels(*(down[..., j : j + 2 * across : 2, :] for j in range(4))))
+
+
+def _tiles(parts: tuple[Array, ...]) -> list[Array]:
+    """`4 tiles channels` of each of `4 n rows across channels`."""
+    return [part.reshape(4, -1, part.shape[-1]) for part in parts]
 
 
 def _block(padded: Array, start: Array, rows: int) -> Array:
