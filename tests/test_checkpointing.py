@@ -27,7 +27,7 @@ def memory_of(build, loss):
 
 def test_checkpointing_saves_memory():
     def make(checkpoint):
-        return lambda: nn.resnet18(key=jr.key(0), width=8, checkpoint=checkpoint)
+        return lambda: nn.resnet50(key=jr.key(0), width=8, checkpoint=checkpoint)
 
     def energy(model):
         return sum(jnp.sum(x**2) for x in model(jnp.ones((3, 256, 256))))

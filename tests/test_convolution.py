@@ -81,7 +81,7 @@ def test_transformations(getkey, kernel, stride, padding):
 
 
 def test_gradients_that_are_not_finite(getkey):
-    """What is not finite in an image is in the gradient of the weight alone."""
+    """What is not finite in an image is in the gradient of the weight, which the CPU takes first, alone."""
     x, weight = jr.normal(getkey(), (4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
 
     def gradient(x):

@@ -1,6 +1,7 @@
 """Work on the first rows of arrays that are padded to a capacity."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,29 +45,27 @@ def map_chunks(
     def something(*rows):
         return function(*rows)
 
-    def in_turn(*rows):
+    def in_turn(start, wrap, *rows):
         total = rows[0].shape[0]
         steps = -(-total // chunk_size)
-        starts = start_of_rest + jnp.arange(steps, dtype=limit.dtype) * chunk_size
+        starts = start + jnp.arange(steps, dtype=limit.dtype) * chunk_size
 
         def chunked(x):
             padded = jnp.pad(x, [(0, steps * chunk_size - total)] + [(0, 0)] * (x.ndim - 1))
             return padded.reshape(-1, chunk_size, *x.shape[1:])
 
-        @jax.checkpoint
         def step(chunk):
             start, *rows = chunk
             return when(start < limit, something, rows)
 
-        results = lax.map(step, (starts, *map(chunked, rows)))
+        results = lax.map(wrap(step), (starts, *map(chunked, rows)))
         return results.reshape(-1, *results.shape[2:])[:total]
 
+    # All of a condition's work is remembered, and what it reads copied, unless `jax.checkpoint` is told otherwise.
+    remembering = partial(jax.checkpoint, policy=jax.checkpoint_policies.everything_saveable)  # all but what is read
     start_of_rest = min(kept * chunk_size, n)
-    parts = [
-        when(start < limit, something, [x[start : min(start + chunk_size, n)] for x in rows])
-        for start in range(0, start_of_rest, chunk_size)
-    ]
-    # All of a condition's work is remembered, and what it reads copied, unless it is within the part computed again.
-    rest = jax.checkpoint(lambda *rows: when(start_of_rest < limit, in_turn, rows))
-    parts.append(rest(*(x[start_of_rest:] for x in rows)))
-    return jnp.concatenate(parts)
+    first = in_turn(0, remembering, *(x[:start_of_rest] for x in rows))
+    rest = jax.checkpoint(
+        lambda *rows: when(start_of_rest < limit, partial(in_turn, start_of_rest, jax.checkpoint), rows)
+    )
+    return jnp.concatenate([first, rest(*(x[start_of_rest:] for x in rows))])

@@ -44,8 +44,7 @@ def conv2d(
         raise ValueError(f"stride must be at least 1, got {stride}.")
     if weight.shape[2:] == (1, 1) and padding == 0:
         x, stride = x[:, ::stride, ::stride], 1
-    y = convolve(x[None], weight, stride=stride, padding=padding)[0]
-    return y if bias is None else y + bias[:, None, None]
+    return convolve(x[None], weight, bias, stride=stride, padding=padding)[0]
 
 
 class Conv2d(eqx.Module):

@@ -1,11 +1,12 @@
 """Batched convolution whose gradients are quick on a CPU too.
 
-XLA's own leaves four things to be desired there (measured with jaxlib 0.10.2 on two cores):
+XLA's own leaves five things to be desired there (measured with jaxlib 0.10.2 on two cores):
 
 - Within a loop or a condition only channels-last operands reach its fast kernels; others run some 70 times slower.
 - Weight gradients of large maps run at a third to a sixth of the forward's rate.
 - A 1×1 kernel as one product over a whole batch has its operands transposed in memory, forth and back.
 - 3×3 kernels of many channels are applied directly: by Winograd's algorithm it is 1.2 to 2 times as fast.
+- Gradients of kernels and biases are put off until those of all images are there, and what they need is kept.
 
 So this is a primitive, bilinear in image and weight, which takes other paths on a CPU and is XLA's convolution, with
 XLA's gradients, elsewhere. It is no `custom_vjp` because there `vmap` would make a weight gradient for each example of
@@ -21,23 +22,30 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from ._undivided import undivided
 from ._winograd import convolve_3x3, weight_gradient_3x3
 
 
 # Pixels that one step of the weight gradient looks at: with 256 channels a megabyte, which a core's cache holds.
 # Between 1,000 and 2,000 there is no difference.
 BLOCK_PIXELS = 1000
-# Up to so many images a 1×1 kernel is applied to each on its own; programs would grow long with more.
+# Up to so many images the gradient of a 1×1 kernel is taken of each on its own; programs would grow long with more.
 IMAGES_APART = 8
 # From so many channels on, in and out, Winograd's algorithm is faster: with 128 it is as fast, with 64 slower.
 WINOGRAD_CHANNELS = 256
 
 
 def convolve(
-    x: Float[Array, "n i h w"], weight: Float[Array, "o i kh kw"], *, stride: int, padding: int
+    x: Float[Array, "n i h w"],
+    weight: Float[Array, "o i kh kw"],
+    bias: Float[Array, " o"] | None = None,
+    *,
+    stride: int,
+    padding: int,
 ) -> Float[Array, "n o h2 w2"]:
-    """Cross-correlates `n` maps with a kernel, zero-padded on all sides."""
-    return _convolve_p.bind(x, weight, stride=stride, padding=padding)
+    """Cross-correlates `n` maps with a kernel, zero-padded on all sides, and adds the bias."""
+    parameters = (weight,) if bias is None else (weight, bias.astype(weight.dtype))
+    return _convolve_p.bind(x, *parameters, stride=stride, padding=padding)
 
 
 # What follows is jitted, so that both its forms are traced once for all convolutions of the same shapes.
@@ -45,7 +53,7 @@ def convolve(
 def _convolve(x, weight, *, stride, padding):
     def cpu(x, weight):
         if _is_pointwise(weight, stride, padding):
-            return _products("oi,ip->op", weight[:, :, 0, 0], x)
+            return _products("noi,nip->nop", weight[:, :, 0, 0], x)
         pads = ((padding, padding),) * 2
         y = _channels_last(x.transpose(0, 2, 3, 1), weight.transpose(2, 3, 1, 0), pads, stride=stride)
         return y.transpose(0, 3, 1, 2)
@@ -63,7 +71,7 @@ def _gradient_in_image(cotangent, weight, image, *, stride, padding):
 
     def cpu(cotangent, weight):
         if _is_pointwise(weight, stride, padding):
-            return _products("oi,op->ip", weight[:, :, 0, 0], cotangent)
+            return _products("noi,nop->nip", weight[:, :, 0, 0], cotangent)
         pads = [
             (k - 1 - padding, size + padding - (stride * (out - 1) + 1))
             for k, size, out in zip(weight.shape[2:], image.shape[2:], cotangent.shape[2:], strict=True)
@@ -89,7 +97,7 @@ def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
 
     def cpu(cotangent, x):
         if _is_pointwise(weight, stride, padding):
-            return _sum_of_products("op,ip->oi", cotangent, x)[:, :, None, None]
+            return _sum_of_products(cotangent, x)[:, :, None, None]
         if stride == 1 and _by_winograd(kernel, weight.shape[:2], ((padding, padding),) * 2, x.dtype):
             return weight_gradient_3x3(cotangent.transpose(0, 2, 3, 1), x.transpose(0, 2, 3, 1))
         if stride == 1:
@@ -170,41 +178,113 @@ def _is_pointwise(weight, stride, padding):
     return weight.shape[2:] == (1, 1) and stride == 1 and padding == 0
 
 
-def _products(subscripts, weight, maps):
-    """A matrix times the pixels `p` of every map."""
-    count = maps.shape[0]
+def _products(subscripts, matrix, maps):
+    """A matrix times the pixels `p` of every map `n`."""
     pixels = maps.reshape(*maps.shape[:2], -1)
-    product = partial(jnp.einsum, subscripts, weight)
-    # The count is no number where a program is exported for batches of any size.
-    apart = isinstance(count, int) and count <= IMAGES_APART
-    y = jnp.stack([product(p) for p in pixels]) if apart else jax.vmap(product)(pixels)
-    return y.reshape(count, -1, *maps.shape[2:])
+    # A copy for every map: of products with slices, the slices would be kept for the backward pass beside the maps.
+    matrices = jnp.broadcast_to(matrix, (maps.shape[0], *matrix.shape))
+    return jnp.einsum(subscripts, matrices, pixels).reshape(maps.shape[0], -1, *maps.shape[2:])
 
 
-def _sum_of_products(subscripts, a, b):
-    """Products over the pixels of two maps, added up over all pairs of maps."""
+def _sum_of_products(a, b):
+    """Products over the pixels `p` of two maps, added up over all pairs of maps `n`."""
     a, b = (maps.reshape(*maps.shape[:2], -1) for maps in (a, b))
     if len(a) > IMAGES_APART:
-        return jnp.einsum(subscripts.replace("p", "np"), a.swapaxes(0, 1), b.swapaxes(0, 1))
-    return reduce(jnp.add, [jnp.einsum(subscripts, *pair) for pair in zip(a, b, strict=True)])
+        return jnp.einsum("nop,nip->oi", a, b)
+    return reduce(jnp.add, [jnp.einsum("op,ip->oi", *pair) for pair in zip(a, b, strict=True)])
 
 
-def _batch(args, dims, **options):
-    x, weight = args
-    if dims[1] is not None:
-        return jax.vmap(partial(_by_xla, **options), in_axes=dims)(x, weight), 0
-    x = jnp.moveaxis(x, dims[0], 0)
-    y = convolve(x.reshape(-1, *x.shape[2:]), weight, **options)
-    return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+def _convolve_and_add(x, weight, *bias, **options):
+    y = _convolve(x, weight, **options)
+    return _add(y, *bias)
 
 
-def _abstract(x, weight, **options):
+def _add(y, *bias):
+    return y + bias[0][None, :, None, None] if bias else y
+
+
+def _abstract(x, weight, *bias, **options):
     return jax.typeof(jax.eval_shape(partial(_by_xla, **options), x, weight))
 
 
+def _batch(args, dims, **options):
+    x, *parameters = args
+    if any(dim is not None for dim in dims[1:]):
+        return jax.vmap(lambda x, weight, *bias: _add(_by_xla(x, weight, **options), *bias), in_axes=dims)(*args), 0
+    y = convolve(_flat(x, dims[0]), *parameters, **options)
+    return y.reshape(x.shape[dims[0]], -1, *y.shape[1:]), 0
+
+
+def _flat(x, dim):
+    """Maps of all examples of a batch."""
+    x = jnp.moveaxis(x, dim, 0)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _differentiate(primals, tangents, **options):
+    (x, weight, *_), (dx, dweight, *dbias) = primals, tangents
+    y = convolve(*primals, **options)
+    dbias = [d for d in dbias if not isinstance(d, ad.Zero)]
+    if not isinstance(dx, ad.Zero) and not isinstance(dweight, ad.Zero):
+        return y, _derivative_p.bind(x, weight, dx, dweight, *dbias, **options)
+    parts = [_add(jnp.zeros_like(y), *dbias)] if dbias else []
+    if not isinstance(dx, ad.Zero):
+        parts.append(convolve(dx, weight, **options))
+    if not isinstance(dweight, ad.Zero):
+        parts.append(convolve(x, dweight, **options))
+    return y, reduce(jnp.add, parts)
+
+
+# Bilinear without a bias; with one it is never transposed, as its derivative has none or is the operation below.
 _convolve_p = Primitive("convolve")
-_convolve_p.def_impl(_convolve)
+_convolve_p.def_impl(_convolve_and_add)
 _convolve_p.def_abstract_eval(_abstract)
-mlir.register_lowering(_convolve_p, mlir.lower_fun(_convolve, multiple_results=False))
+mlir.register_lowering(_convolve_p, mlir.lower_fun(_convolve_and_add, multiple_results=False))
 batching.primitive_batchers[_convolve_p] = _batch
 ad.defbilinear(_convolve_p, _image_gradient, _weight_gradient)
+ad.primitive_jvps[_convolve_p] = _differentiate
+
+
+# Where image and kernel have a tangent, the derivative is one operation, so that all gradients are taken at one time.
+
+
+def _derivative(x, weight, dx, dweight, *dbias, **options):
+    return convolve(dx, weight, **options) + convolve(x, dweight, *dbias, **options)
+
+
+def _transpose_derivative(cotangent, x, weight, dx, dweight, *dbias, **options):
+    tangents = dx, dweight, *dbias
+    gradients = _gradients(cotangent, x, weight, (dx.aval, dweight.aval), biased=bool(dbias), **options)
+    return None, None, *(g if ad.is_undefined_primal(t) else None for g, t in zip(gradients, tangents, strict=True))
+
+
+@partial(jax.jit, static_argnames=("shapes", "biased", "stride", "padding"))
+def _gradients(cotangent, x, weight, shapes, *, biased, **options):
+    def gradients(cotangent, x, weight):
+        in_image = _gradient_in_image(cotangent, weight, shapes[0], **options)
+        in_weight = _gradient_in_weight(cotangent, x, shapes[1], **options)
+        return [in_image, in_weight] + [cotangent.sum(axis=(0, 2, 3))] * biased
+
+    return undivided(gradients, cotangent, x, weight)
+
+
+def _batch_derivative(args, dims, **options):
+    parameters_dims = dims[1:2] + dims[3:]
+    if any(dim is not None for dim in parameters_dims) or dims[0] is None or dims[2] is None:
+        return jax.vmap(partial(_derivative, **options), in_axes=dims)(*args), 0
+    x, weight, dx, *tangents = args
+    y = _derivative_p.bind(_flat(x, dims[0]), weight, _flat(dx, dims[2]), *tangents, **options)
+    return y.reshape(x.shape[dims[0]], -1, *y.shape[1:]), 0
+
+
+def _differentiate_derivative(primals, tangents, **options):
+    return jax.jvp(partial(_derivative, **options), primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+
+_derivative_p = Primitive("convolve_derivative")
+_derivative_p.def_impl(_derivative)
+_derivative_p.def_abstract_eval(_abstract)
+mlir.register_lowering(_derivative_p, mlir.lower_fun(_derivative, multiple_results=False))
+batching.primitive_batchers[_derivative_p] = _batch_derivative
+ad.primitive_transposes[_derivative_p] = _transpose_derivative
+ad.primitive_jvps[_derivative_p] = _differentiate_derivative

@@ -1,16 +1,16 @@
 """ResNet (arXiv:1512.03385) as a feature extractor: torchvision's architecture, stride in the 3×3 convolution."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._conv import Conv2d, max_pool2d, relu
 from ._norm import FrozenBatchNorm, Norm
+from ._undivided import undivided
 
 
 class Downsample(eqx.Module):
@@ -110,7 +110,7 @@ class ResNet(eqx.Module):
         """Builds stem and stages.
 
         - `depths`: blocks of each stage. `width`: channels of the stem and of the first stage (64 in the paper).
-        - `checkpoint`: keep only what goes from block to block for the backward pass, and compute the rest anew there
+        - `checkpoint`: keep only what goes into stem and blocks for the backward pass, and compute the rest anew there
           (arXiv:1604.06174): less memory, about a third more time.
         """
         stem_key, *stage_keys = jr.split(key, 5)
@@ -129,35 +129,33 @@ class ResNet(eqx.Module):
         self.checkpoint = checkpoint
 
     def __call__(self, image: Float[Array, "3 h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
-        x = image.astype(self.conv1.weight.dtype)
-        x = max_pool2d(relu(self.norm1(self.conv1(x))), kernel_size=3, stride=2, padding=1)
+        apply = _recomputed if self.checkpoint else lambda block, x: block(x)
+        x = apply(eqx.Partial(_stem, self.conv1, self.norm1), image.astype(self.conv1.weight.dtype))
         features = []
         for blocks in self.layers:
             for block in blocks:
-                x = _recomputed(block, x) if self.checkpoint else block(x)
+                x = apply(block, x)
             features.append(x)
         return tuple(features)
+
+
+def _stem(conv, norm, x):
+    return max_pool2d(relu(norm(conv(x))), kernel_size=3, stride=2, padding=1)
 
 
 def _recomputed(block: Callable, x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
     """`block(x)`, of which the backward pass computes anew what it needs.
 
-    XLA keeps the two computations apart by a barrier. Its CPU compiler drops that, finds them to be the same, and keeps
-    the first one's results after all, unless they are in a condition. So they are in one there, on what is always true.
+    It does so within what XLA has to do at one time, or XLA's CPU compiler would find both computations to be the same,
+    and keep the first one's results after all. Checkpointed within, or all would be computed before it is needed, and
+    without, or what a condition reads would be copied and kept.
     """
     arrays, static = eqx.partition(block, eqx.is_array)
 
     def run(arrays: PyTree, x: Array) -> Array:
-        return eqx.filter_checkpoint(eqx.combine(arrays, static))(x)
+        return eqx.combine(arrays, static)(x)
 
-    def never(arrays: PyTree, x: Array) -> Array:
-        return jnp.zeros_like(jax.eval_shape(run, arrays, x))
-
-    number = jax.tree.leaves(arrays)[0].ravel()[0]
-    always = lax.platform_dependent(
-        number, cpu=lambda number: (number < 0) | ~(number < 0), default=lambda number: jnp.array(True)
-    )
-    return lax.cond(always, run, never, arrays, x)
+    return jax.checkpoint(partial(undivided, jax.checkpoint(run)))(arrays, x)
 
 
 def resnet18(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:

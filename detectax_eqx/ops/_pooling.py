@@ -61,14 +61,22 @@ def _pool_backward(bins, sampling_ratio, residuals, cotangent):
     """Cotangents of cells and, where wanted, of grids."""
     cells, grids, maps, grids_wanted = residuals
 
-    def all_cells(into, grids, maps, cotangent):
-        return _scatter(bins, sampling_ratio, _channels_last(into), grids, maps, _channels_last(cotangent))
+    def all_cells(grids, maps, cotangent):
+        into = _channels_last(jnp.zeros_like(cells))
+        return _scatter(bins, sampling_ratio, into, grids, maps, _channels_last(cotangent))
 
-    def cells_one_by_one(into, *boxes):
-        def add(into, box):
-            return _scatter(bins, sampling_ratio, into, *_single(box)), None
+    def cells_one_by_one(grids, maps, cotangent):
+        # A 1 that XLA does not know. Otherwise it would bring the cotangent into order in two steps, with a copy between
+        # them, and take the zeros for others of that shape, which it would then keep.
+        one = jnp.where(cotangent[0, 0, 0, 0] > jnp.inf, 0, 1).astype(cotangent.dtype)
+        boxes = (grids, maps, cotangent * one)
 
-        return lax.scan(add, into, boxes)[0]
+        def add(i, into):
+            # Sliced where they are: what a scan goes over, `vmap` would first copy, a box of all examples side by side.
+            box = (lax.dynamic_slice_in_dim(x, i, 1) for x in boxes)
+            return _scatter(bins, sampling_ratio, into, *box)
+
+        return lax.fori_loop(0, len(grids), add, jnp.full_like(cells, 1 - one))
 
     def all_grids(cells, grids, maps, cotangent):
         return _grid_cotangent(bins, sampling_ratio, cells, grids, maps, cotangent)
@@ -77,7 +85,7 @@ def _pool_backward(bins, sampling_ratio, residuals, cotangent):
         return lax.map(lambda box: all_grids(cells, *_single(box))[0], boxes)
 
     boxes = (grids, maps, cotangent)
-    by_cells = lax.platform_dependent(jnp.zeros_like(cells), *boxes, cpu=cells_one_by_one, default=all_cells)
+    by_cells = lax.platform_dependent(*boxes, cpu=cells_one_by_one, default=all_cells)
     by_grids = None
     if grids_wanted is not None:
         by_grids = lax.platform_dependent(cells, *boxes, cpu=grids_one_by_one, default=all_grids)
