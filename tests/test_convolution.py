@@ -12,11 +12,11 @@ from jax import lax
 from detectax_eqx import nn
 
 
-def _by_xla(x, weight, *, stride, padding):
+def _by_xla(x, weight, bias=None, *, stride, padding):
     y = lax.conv_general_dilated(
         x[None], weight, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NCHW", "OIHW", "NCHW")
     )
-    return y[0]
+    return y[0] if bias is None else y[0] + bias[:, None, None]
 
 
 CASES = [
@@ -80,8 +80,36 @@ def test_transformations(getkey, kernel, stride, padding):
     _compare(lambda c: jax.hessian(partial(total, c), argnums=(0, 1)), x[0, :, :4, :3], weights[0])
 
 
+@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 2, 1)])
+def test_bias(getkey, kernel, stride, padding):
+    x, weight = jr.normal(getkey(), (3, 4, 9, 8)), jr.normal(getkey(), (5, 4, kernel, kernel))
+    bias = jr.normal(getkey(), (5,))
+
+    def total(convolution, x, weight, bias):
+        return jnp.sin(convolution(x, weight, bias, stride=stride, padding=padding)).sum()
+
+    def of_batch(convolution, *arrays):
+        return jax.vmap(partial(total, convolution), in_axes=(0, None, None))(*arrays).sum()
+
+    # Whatever is trained, and whatever is not.
+    for argnums in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]:
+        _compare(lambda c, argnums=argnums: jax.jit(jax.grad(partial(of_batch, c), argnums)), x, weight, bias)
+    gradient = partial(jax.grad, argnums=(0, 1, 2))
+    _compare(lambda c: jax.vmap(gradient(partial(total, c)), in_axes=(0, None, None)), x, weight, bias)
+    _compare(
+        lambda c: jax.vmap(gradient(partial(total, c)), in_axes=(None, None, 0)),
+        x[0],
+        weight,
+        jr.normal(getkey(), (2, 5)),
+    )
+    primals = (x[0], weight, bias)
+    _compare(lambda c: lambda *a: jax.jvp(partial(total, c), a, a)[1], *primals)
+    _compare(lambda c: lambda *a: jax.jvp(gradient(partial(total, c)), a, a)[1], *primals)
+    _compare(lambda c: jax.hessian(partial(total, c), argnums=(0, 1, 2)), x[0, :, :4, :3], weight, bias)
+
+
 def test_gradients_that_are_not_finite(getkey):
-    """What is not finite in an image is in the gradient of the weight, which the CPU takes first, alone."""
+    """What is not finite in an image is in the gradient of the weight alone."""
     x, weight = jr.normal(getkey(), (4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
 
     def gradient(x):
@@ -90,6 +118,8 @@ def test_gradients_that_are_not_finite(getkey):
     (in_image, _), (same, in_weight) = gradient(x), gradient(x.at[:, 3, 4].set(jnp.array([jnp.inf, jnp.nan, 0, 0])))
     assert not jnp.isfinite(in_weight).all()
     np.testing.assert_array_equal(in_image, same)
+    _, pull = jax.vjp(lambda x, weight: nn.conv2d(x, weight, padding=1), x, weight)
+    assert all(jnp.isnan(g).all() for g in pull(jnp.full((5, 9, 8), jnp.nan)))
 
 
 def test_in_loops_and_conditions(getkey):

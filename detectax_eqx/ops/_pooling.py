@@ -66,8 +66,8 @@ def _pool_backward(bins, sampling_ratio, residuals, cotangent):
         return _scatter(bins, sampling_ratio, into, grids, maps, _channels_last(cotangent))
 
     def cells_one_by_one(grids, maps, cotangent):
-        # A 1 that XLA does not know. Otherwise it would bring the cotangent into order in two steps, with a copy between
-        # them, and take the zeros for others of that shape, which it would then keep.
+        # A 1 that XLA does not know. Otherwise it would bring the cotangent into order in two steps, with a copy of it
+        # between, and take the zeros for others of that shape, which it would then keep.
         one = jnp.where(cotangent[0, 0, 0, 0] > jnp.inf, 0, 1).astype(cotangent.dtype)
         boxes = (grids, maps, cotangent * one)
 
