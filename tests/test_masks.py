@@ -267,6 +267,32 @@ def test_paste_eager_batched_gradient_and_dtype(getkey):
     np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=2**-7)
 
 
+def test_paste_of_many_rows_is_linear(getkey):
+    """The tangent, for which all rows are computed, is what is pasted, of which only the rows of boxes are."""
+    masks, low = jr.uniform(getkey(), (20, 7, 7)), jr.uniform(getkey(), (20, 2), minval=-30, maxval=100)
+    boxes = jnp.concatenate([low, low + jr.uniform(getkey(), (20, 2), maxval=90)], axis=1)
+
+    def paste(masks):
+        return paste_masks(masks, boxes, image_size=(100, 90))
+
+    pasted, tangent = jax.jit(lambda x: jax.jvp(paste, (x,), (x,)))(masks)
+    assert (pasted > 0).any(axis=2).sum(axis=1).max() > 64  # rows of a mask
+    np.testing.assert_allclose(pasted, tangent, atol=1e-6)
+
+
+def test_paste_thresholds(getkey):
+    masks, boxes = jr.uniform(getkey(), (3, 2, 5, 5)), jnp.array([[2.0, 3, 9, 50], [-4, -4, 20, 9]])
+
+    def above(masks, threshold):
+        return paste_masks(masks, boxes, image_size=(60, 18), threshold=threshold)
+
+    thresholds = jnp.array([-0.5, 0.0, 0.6])
+    pasted = jax.vmap(lambda x: paste_masks(x, boxes, image_size=(60, 18)))(masks)
+    np.testing.assert_array_equal(jax.vmap(above)(masks, thresholds), pasted > thresholds[:, None, None, None])
+    gradient = jax.grad(lambda x: jnp.where(above(x, x.mean()), 2.0, 1.0).sum())(masks[0])
+    np.testing.assert_array_equal(gradient, 0)
+
+
 @pytest.mark.parametrize("options", [{"output_size": 0}, {"output_size": (2, -1)}, {"sampling_ratio": -1}])
 def test_crop_refuses(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int32, Real
 
 from ._boxes import _product, _upcast
@@ -13,6 +14,8 @@ from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pi
 
 # Boxes are clamped to this before they become integers, far outside any image.
 FARTHEST_PIXEL = 2.0**30
+# Rows of a mask that are drawn at a time; 16 and 64 are as fast.
+ROWS_A_STEP = 32
 
 
 def crop_masks(
@@ -92,7 +95,8 @@ def paste_masks(
 
     - `masks`: values in the frame of their box, usually probabilities.
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image.
-    - `threshold`: if given, the result is whether a pixel is above it, in a quarter of the memory and half the time.
+    - `threshold`: if given, the result is whether a pixel is above it, in a quarter of the memory and less than half
+      the time.
 
     torchvision's `paste_masks_in_image`, exactly. A mask gets a margin of one zero pixel and its box grows with it;
     the grown box is cut to integers, towards zero, both ends included; the mask is resized to it, bilinear, with the
@@ -115,23 +119,71 @@ def paste_masks(
     values, boxes = _upcast(masks), _upcast(boxes)
     vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)
     horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)
-    rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
     if threshold is None:
-        return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest").astype(masks.dtype)
-    return _above(rows, horizontal, threshold, dtype=masks.dtype)
+        return _paste(vertical, values, horizontal, masks.dtype)
+    threshold = jnp.broadcast_to(jnp.asarray(threshold, masks.dtype), masks.shape[:1])
+    return _draw(*lax.stop_gradient((vertical, values, horizontal, threshold)), dtype=masks.dtype)
 
 
-# Jitted, so that eager calls do not compile the loop anew each time.
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _paste(vertical, values, horizontal, dtype):
+    return _draw(vertical, values, horizontal, None, dtype=dtype)
+
+
+@_paste.defjvp
+def _differentiate(dtype, primals, tangents):
+    vertical, _, horizontal = primals  # weights have no gradient
+    return _paste(*primals, dtype), _resample(vertical, tangents[1], horizontal).astype(dtype)
+
+
+def _resample(vertical, values, horizontal):
+    rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
+    return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest")
+
+
+# Jitted, so that eager calls do not compile the loops anew each time.
 @partial(jax.jit, static_argnames="dtype")
-def _above(rows, horizontal, threshold, *, dtype):
-    """Where masks, whose rows are in place, are above a threshold once their columns are as well."""
+def _draw(vertical, values, horizontal, threshold, *, dtype):
+    """Masks in their places, or where they are above the threshold of each; on a CPU no rows but those of the boxes."""
 
-    def compare(mask):
-        return jnp.einsum("ht,wt->hw", *mask, precision="highest").astype(dtype) > threshold
+    def finish(values, threshold):
+        values = values.astype(dtype)
+        return values if threshold is None else values > threshold[:, None, None]
 
-    # One at a time on CPU: what is not yet compared stays in the cache, and is not written to new memory.
-    one_by_one = partial(lax.map, compare)
-    return lax.platform_dependent((rows, horizontal), cpu=one_by_one, default=jax.vmap(compare))
+    def everywhere(vertical, values, horizontal, threshold):
+        return finish(_resample(vertical, values, horizontal), threshold)
+
+    @custom_vmap
+    def in_boxes(*masks):
+        n, height, _ = masks[0].shape
+        if n == 0:
+            return everywhere(*masks)
+        rows = min(ROWS_A_STEP, height)
+        drawn = (masks[0] != 0).any(axis=2)
+        first = jnp.argmax(drawn, axis=1)
+        count = jnp.where(drawn.any(axis=1), height - jnp.argmax(drawn[:, ::-1], axis=1) - first, 0)
+
+        def draw(i, out):
+            vertical, *others = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 1), masks)
+
+            def draw_rows(k, out):
+                start = jnp.minimum(first[i] + k * rows, height - rows)
+                part = everywhere(lax.dynamic_slice_in_dim(vertical, start, rows, axis=1), *others)
+                return lax.dynamic_update_slice(out, part, (i, start, 0))
+
+            return lax.fori_loop(0, -(-count[i] // rows), draw_rows, out)
+
+        nothing = finish(jnp.zeros((n, 1, 1)), masks[3])
+        return lax.fori_loop(0, n, draw, jnp.broadcast_to(nothing, (n, height, masks[2].shape[1])))
+
+    @in_boxes.def_vmap
+    def _(size, batched, *masks):
+        """One stack of all masks of the batch."""
+        masks = jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), masks, tuple(batched))
+        drawn = in_boxes(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), masks))
+        return drawn.reshape(masks[0].shape[:2] + drawn.shape[1:]), True
+
+    return lax.platform_dependent(vertical, values, horizontal, threshold, cpu=in_boxes, default=everywhere)
 
 
 def _paste_weights(
