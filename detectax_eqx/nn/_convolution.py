@@ -195,8 +195,7 @@ def _sum_of_products(a, b):
 
 
 def _convolve_and_add(x, weight, *bias, **options):
-    y = _convolve(x, weight, **options)
-    return _add(y, *bias)
+    return _add(_convolve(x, weight, **options), *bias)
 
 
 def _add(y, *bias):

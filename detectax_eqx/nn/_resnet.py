@@ -132,7 +132,11 @@ class ResNet(eqx.Module):
     def __call__(self, image: Float[Array, "3 h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
         x = image.astype(self.conv1.weight.dtype)
         stem = eqx.Partial(_stem, self.conv1, self.norm1)
-        x = _recomputed_on_cpu(stem, x) if self.checkpoint else stem(x)
+        if self.checkpoint:
+            # The stem on a CPU alone: a TPU's program would take more memory by it, and not less.
+            x = lax.platform_dependent(x, cpu=partial(_recomputed, stem), default=lambda x: stem(x))
+        else:
+            x = stem(x)
         features = []
         for blocks in self.layers:
             for block in blocks:
@@ -158,19 +162,6 @@ def _recomputed(block: Callable, x: Float[Array, "i h w"]) -> Float[Array, "o h2
         return eqx.combine(arrays, static)(x)
 
     return jax.checkpoint(partial(undivided, jax.checkpoint(run)))(arrays, x)
-
-
-def _recomputed_on_cpu(block: Callable, x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
-    """The same on a CPU alone: where it is done to the stem, a TPU's program takes more memory, and not less."""
-    arrays, static = eqx.partition(block, eqx.is_array)
-
-    def run(arrays: PyTree, x: Array) -> Array:
-        return eqx.combine(arrays, static)(x)
-
-    def cpu(arrays: PyTree, x: Array) -> Array:
-        return _recomputed(eqx.combine(arrays, static), x)
-
-    return lax.platform_dependent(arrays, x, cpu=cpu, default=run)
 
 
 def resnet18(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
