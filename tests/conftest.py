@@ -18,6 +18,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 BEGIN, END = "<!-- reliability -->", "<!-- /reliability -->"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Lets go of a file's compiled programs at its end: those of all files are many gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that gives a fresh key at each call, the same ones in every run of a test."""
