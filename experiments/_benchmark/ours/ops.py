@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=eqx.Module)
 def compiled(function: Callable, *args: Any, names: str | tuple[str, ...] = "") -> Case:
     """A case of a function jitted over its arguments, which lie on the device before the clock starts."""
     args = jax.tree.map(jnp.asarray, args)
-    run = eqx.filter_jit(function)
+    run = jax.jit(function)
     named = (names,) if isinstance(names, str) else names
 
     def arrays(result: Any) -> Arrays:
