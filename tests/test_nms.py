@@ -26,9 +26,9 @@ def random_boxes(seed, n, spread=60):
 
 
 def random_case(seed, n):
-    """Boxes, scores with many ties, labels and validity."""
+    """Boxes, scores of both signs with many ties, zeros of both signs among them, labels and validity."""
     rng = np.random.default_rng(seed)
-    scores = rng.integers(0, n // 2 + 1, n) / np.float32(n)
+    scores = rng.choice([-1.0, 1.0], n) * rng.integers(0, n // 4 + 1, n) / n
     labels, valid = rng.integers(0, 3, n), rng.uniform(size=n) < 0.8
     return random_boxes(seed, n), jnp.asarray(scores, jnp.float32), jnp.asarray(labels, jnp.int32), jnp.asarray(valid)
 
@@ -181,8 +181,9 @@ def test_equal_scores_keep_the_earlier():
     boxes = jnp.array([[1, 0, 11, 10], [0, 0, 10, 10], [0, 0, 10, 10]], jnp.float32)
     for scores in ([0.5, 0.5, 0.5], [0.0, -0.0, 0.0], [-0.0, 0.0, -0.0]):
         assert nms(boxes, jnp.array(scores), iou_threshold=0.5).tolist() == [True, False, False]
-        indices, _ = nms_indices(boxes, jnp.array(scores), iou_threshold=1.0, max_outputs=3)
-        assert indices.tolist() == [0, 1, 2]
+        for max_outputs in (1, 3):  # selected greedily, and in order
+            indices, _ = nms_indices(boxes, jnp.array(scores), iou_threshold=1.0, max_outputs=max_outputs)
+            assert indices.tolist() == [0, 1, 2][:max_outputs]
 
 
 def test_boxes_without_area_are_kept_and_suppress_nothing():
