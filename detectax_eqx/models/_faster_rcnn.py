@@ -20,6 +20,7 @@ IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 Features = tuple[Float[Array, "c _ _"], ...]
+Pool = Callable[..., Float[Array, "n c s s"]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class FasterRCNN(eqx.Module):
         """The features inside each box, from the level that suits its size. The coarsest map is for anchors only."""
         return self.pooler(features)(boxes, output_size=output_size)
 
-    def pooler(self, features: Features) -> Callable[..., Float[Array, "n c s s"]]:
+    def pooler(self, features: Features) -> Pool:
         """`pool` of these features, as a function of the other arguments: they are laid out once, not in each call."""
         return level_pooler(
             features[:-1],
@@ -144,14 +145,15 @@ class FasterRCNN(eqx.Module):
 
     def detect_boxes(
         self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"], *, selection: Selection
-    ) -> tuple[Features, Detections]:
-        """What the call does, and the features it did it on, for heads beside the box head."""
+    ) -> tuple[Pool, Detections]:
+        """What the call does, and the `pooler` of the features it did it on, for heads beside the box head."""
         features, output = self.extract(image, image_size)
         size = image_size.astype(jnp.float32)
         proposals = propose(
             output, size, pre_nms_top_n=selection.pre_nms_top_n, post_nms_top_n=selection.post_nms_top_n
         )
-        logits, deltas = self.box_head(self.pool(features, proposals.boxes, output_size=self.box_head.pool_size))
+        pool = self.pooler(features)
+        logits, deltas = self.box_head(pool(proposals.boxes, output_size=self.box_head.pool_size))
         detections = box_detections(
             logits,
             deltas,
@@ -161,7 +163,7 @@ class FasterRCNN(eqx.Module):
             nms_threshold=selection.nms_threshold,
             max_detections=selection.max_detections,
         )
-        return features, detections
+        return pool, detections
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,8 @@ def two_stage_losses(
     *,
     key: PRNGKeyArray,
     sampling: Sampling,
-) -> tuple[dict[str, WeightedSum], Features, SampledProposals]:
-    """`faster_rcnn_loss`, and the features and the proposals that it looked at, for heads beside the box head."""
+) -> tuple[dict[str, WeightedSum], Pool, SampledProposals]:
+    """`faster_rcnn_loss`, and for heads beside the box head the `pooler` of its features and its proposals."""
     rpn_key, box_key = jr.split(key)
     features, output = model.extract(image, image_size)
     anchors = sample_anchors(
@@ -255,5 +257,6 @@ def two_stage_losses(
         positive_fraction=sampling.box_positive_fraction,
         positive_iou=sampling.box_positive_iou,
     )
-    logits, deltas = model.box_head(model.pool(features, sampled.boxes, output_size=model.box_head.pool_size))
-    return losses | box_loss(logits, deltas, sampled, targets), features, sampled
+    pool = model.pooler(features)
+    logits, deltas = model.box_head(pool(sampled.boxes, output_size=model.box_head.pool_size))
+    return losses | box_loss(logits, deltas, sampled, targets), pool, sampled

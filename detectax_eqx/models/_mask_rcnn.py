@@ -1,6 +1,5 @@
 """Mask R-CNN (arXiv:1703.06870): Faster R-CNN with a mask branch."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -14,7 +13,7 @@ from ._faster_rcnn import (
     TORCHVISION_SAMPLING,
     TORCHVISION_SELECTION,
     FasterRCNN,
-    Features,
+    Pool,
     Sampling,
     Selection,
     two_stage_losses,
@@ -65,28 +64,29 @@ class MaskRCNN(eqx.Module):
 
         Arguments are those of `FasterRCNN`.
         """
-        features, detections = self.faster_rcnn.detect_boxes(image, image_size, selection=selection)
-        logits = self.mask_logits(features, detections.boxes, detections.labels, detections.valid)
+        pool, detections = self.faster_rcnn.detect_boxes(image, image_size, selection=selection)
+        logits = self.mask_logits(pool, detections.boxes, detections.labels, detections.valid)
         return replace(detections, masks=jax.nn.sigmoid(logits))
 
     def mask_logits(
         self,
-        features: Features,
+        pool: Pool,
         boxes: Float[Array, "n 4"],
         labels: Int32[Array, " n"],
         valid: Bool[Array, " n"],
     ) -> Float[Array, "n s s"]:
         """Mask logits of the class `labels` in the frame of each of `boxes`, canvas pixels, valid ones first.
 
-        The head runs on as many boxes as are valid, a few at a time; the other rows are 0 or what their box gives.
+        `pool` gives the features inside boxes (`FasterRCNN.pooler`). The head runs on as many boxes as are valid, a few
+        at a time; the other rows are 0 or what their box gives.
         """
-        logits = eqx.Partial(_mask_logits, self.mask_head, self.faster_rcnn.pooler(features))
+        logits = eqx.Partial(_mask_logits, self.mask_head, pool)
         count = valid.sum(dtype=jnp.int32)
         return map_chunks(logits, (boxes, labels), count, chunk_size=MASK_CHUNK, kept=MASK_CHUNKS_KEPT)
 
 
 def _mask_logits(
-    head: MaskHead, pool: Callable[..., Float[Array, "n c p p"]], boxes: Float[Array, "n 4"], labels: Int32[Array, " n"]
+    head: MaskHead, pool: Pool, boxes: Float[Array, "n 4"], labels: Int32[Array, " n"]
 ) -> Float[Array, "n s s"]:
     return head(pool(boxes, output_size=head.pool_size), labels)
 
@@ -121,12 +121,10 @@ def mask_rcnn_loss(
     >>> sorted(losses)
     ['loss_box_reg', 'loss_classifier', 'loss_mask', 'loss_objectness', 'loss_rpn_box_reg']
     """
-    losses, features, sampled = two_stage_losses(
-        model.faster_rcnn, image, image_size, targets, key=key, sampling=sampling
-    )
+    losses, pool, sampled = two_stage_losses(model.faster_rcnn, image, image_size, targets, key=key, sampling=sampling)
     # Positives are sampled first, so that the mask head runs on as many rows as may be positive and no more.
     positives = jax.tree.map(lambda x: x[: max_positives(sampled.boxes.shape[0], sampling)], sampled)
-    logits = model.mask_logits(features, positives.boxes, targets.labels[positives.matched], positives.positive)
+    logits = model.mask_logits(pool, positives.boxes, targets.labels[positives.matched], positives.positive)
     return losses | mask_loss(logits, positives, targets, sampling_ratio=mask_sampling_ratio, aligned=mask_aligned)
 
 

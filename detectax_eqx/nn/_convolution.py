@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from ._undivided import undivided
+from ..ops._undivided import undivided
 from ._winograd import convolve_3x3, weight_gradient_3x3
 
 

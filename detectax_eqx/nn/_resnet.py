@@ -9,9 +9,9 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..ops._undivided import undivided
 from ._conv import Conv2d, max_pool2d, relu
 from ._norm import FrozenBatchNorm, Norm
-from ._undivided import undivided
 
 
 class Downsample(eqx.Module):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -11,6 +12,7 @@ from ._boxes import _upcast
 from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
 from ._substitute import replaceable
+from ._undivided import undivided
 
 
 # Added to a level before rounding down, so that a box of exactly the canonical size does not fall short of its level.
@@ -155,11 +157,32 @@ def _end_to_end(features):
     for feature in features:
         if 0 in feature.shape[1:]:
             raise ValueError(f"features must have at least one row and column, got a map of shape {feature.shape}.")
-    cells = jnp.concatenate([feature.reshape(feature.shape[0], -1).T for feature in features])
     counts = [math.prod(feature.shape[1:]) for feature in features]
-    sides = [(*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features)]
+    sides = tuple((*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features))
     # Sums, and the gradients of cells that many boxes read.
-    return _Maps(_upcast(cells), tuple(sides), features[0].dtype)
+    return _Maps(_upcast(_cells(sides, tuple(features))), sides, features[0].dtype)
+
+
+def _lay_out(sides, features) -> Float[Array, "l c"]:
+    return jnp.concatenate([feature.reshape(feature.shape[0], -1).T for feature in features])
+
+
+_cells = jax.custom_vjp(_lay_out, nondiff_argnums=(0,))
+
+
+def _cells_forward(sides, features):
+    return _lay_out(sides, features), None
+
+
+def _cells_backward(sides, residuals, cotangent):
+    # Undivided from the sum of several poolings' cotangents: a CPU would else transpose each term, at thrice the time.
+    def apart(cotangent):
+        return tuple(cotangent[first : first + h * w].T.reshape(-1, h, w) for h, w, first in sides)
+
+    return (undivided(apart, cotangent),)
+
+
+_cells.defvjp(_cells_forward, _cells_backward)
 
 
 def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
