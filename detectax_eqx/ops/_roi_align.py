@@ -175,7 +175,8 @@ def _cells_forward(sides, features):
 
 
 def _cells_backward(sides, residuals, cotangent):
-    # Undivided from the sum of several poolings' cotangents: a CPU would else transpose each term, at thrice the time.
+    # Undivided: a CPU would else transpose each term where several poolings' cotangents are added up, for which Mask
+    # R-CNN's training step takes 3 % longer.
     def apart(cotangent):
         return tuple(cotangent[first : first + h * w].T.reshape(-1, h, w) for h, w, first in sides)
 
