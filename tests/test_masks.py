@@ -1,6 +1,7 @@
 """Cropping and pasting masks against naive loops in float64 and hand-computed tables."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +279,20 @@ def test_paste_of_many_rows_is_linear(getkey):
     pasted, tangent = jax.jit(lambda x: jax.jvp(paste, (x,), (x,)))(masks)
     assert (pasted > 0).any(axis=2).sum(axis=1).max() > 64  # rows of a mask
     np.testing.assert_allclose(pasted, tangent, atol=1e-6)
+
+
+def test_paste_draws_in_the_memory_of_a_result_given_away(getkey):
+    masks, boxes = jr.uniform(getkey(), (len(PASTES), 5, 5)), jnp.array(PASTES, jnp.float32)
+    last = jnp.full((len(PASTES), 14, 18), 7.0)
+    memory = last.unsafe_buffer_pointer()
+
+    @partial(jax.jit, donate_argnums=0, keep_unused=True)
+    def redraw(last, masks, boxes):
+        return paste_masks(masks, boxes, image_size=last.shape[1:])
+
+    pasted = redraw(last, masks, boxes)
+    assert last.is_deleted() and pasted.unsafe_buffer_pointer() == memory
+    np.testing.assert_allclose(pasted, _paste(masks, boxes, (14, 18)), atol=1e-5)
 
 
 def test_paste_thresholds(getkey):

@@ -86,6 +86,10 @@ def _operators(bench: Bench) -> list[Operator]:
             "paste_masks", partial(_pasting, n=pasted), {"image_size": inputs.IMAGE_SIZE},
         ),
         Operator(
+            f"mask paste, {pasted} onto {height}×{width}, ours in the memory of its last result",
+            "redraw_masks", partial(_pasting, n=pasted), {"image_size": inputs.IMAGE_SIZE},
+        ),
+        Operator(
             f"mask paste, {pasted} onto {height}×{width}, whether above .5",
             "paste_masks", partial(_pasting, n=pasted), {"image_size": inputs.IMAGE_SIZE, "threshold": 0.5},
             _same_pixels,

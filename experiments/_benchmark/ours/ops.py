@@ -92,6 +92,24 @@ def paste_masks(arrays: Arrays, *, image_size: tuple[int, int], threshold: float
     return compiled(paste, arrays["masks"], arrays["boxes"], names="pasted")
 
 
+def redraw_masks(arrays: Arrays, *, image_size: tuple[int, int]) -> Case:
+    """Masks onto an image, each time in the memory of the last result."""
+    masks, boxes = jnp.asarray(arrays["masks"]), jnp.asarray(arrays["boxes"])
+
+    @partial(jax.jit, donate_argnums=0, keep_unused=True)
+    def redraw(last, masks, boxes):
+        return ops.paste_masks(masks, boxes, image_size=last.shape[1:])
+
+    pasted = jnp.zeros((len(masks), *image_size), masks.dtype)
+
+    def run() -> jax.Array:
+        nonlocal pasted
+        pasted = redraw(pasted, masks, boxes)
+        return pasted.block_until_ready()
+
+    return Case(run, lambda result: {"pasted": np.asarray(result)})
+
+
 def mask_targets(arrays: Arrays) -> Case:
     """Targets of a mask head, 28×28, from masks in the frame of their box."""
 
@@ -181,7 +199,7 @@ def _trained(model: nn.ResNetFPN) -> Any:
 CASES = {
     case.__name__: case
     for case in (
-        nms, box_selection, roi_align, paste_masks, mask_targets, pairwise_iou, decode_boxes, match_boxes, resize,
-        backbone,
+        nms, box_selection, roi_align, paste_masks, redraw_masks, mask_targets, pairwise_iou, decode_boxes, match_boxes,
+        resize, backbone,
     )
 }  # fmt: skip

@@ -95,6 +95,11 @@ def paste_masks(arrays: Arrays, *, image_size: tuple[int, int], threshold: float
     return evaluated(paste, pasted=lambda r: r[:, 0])
 
 
+def redraw_masks(arrays: Arrays, *, image_size: tuple[int, int]) -> Case:
+    """As `paste_masks`: torchvision's takes no memory for its result."""
+    return paste_masks(arrays, image_size=image_size)
+
+
 def mask_targets(arrays: Arrays) -> Case:
     masks, rois, matched = tensor(arrays["masks"]), tensor(arrays["rois"]), tensor(arrays["matched"]).long()
     return evaluated(lambda: project_masks_on_boxes(masks, rois, matched, 28), targets=lambda r: r)
@@ -148,7 +153,7 @@ def backbone(arrays: Arrays, *, body: str, weights: str, backward: bool) -> Case
 CASES = {
     case.__name__: case
     for case in (
-        nms, box_selection, roi_align, paste_masks, mask_targets, pairwise_iou, decode_boxes, match_boxes, resize,
-        backbone,
+        nms, box_selection, roi_align, paste_masks, redraw_masks, mask_targets, pairwise_iou, decode_boxes, match_boxes,
+        resize, backbone,
     )
 }  # fmt: skip
