@@ -60,6 +60,21 @@ def test_gradients_of_a_batch(getkey, kernel, stride, padding, height, width, ba
     _compare(gradients, x, weight)
 
 
+@pytest.mark.parametrize("kernel, channels, padding", [(1, 4, 0), (3, 4, 1), (3, 256, 1)])
+def test_a_batch_of_no_image(getkey, kernel, channels, padding):
+    x, weight = jnp.zeros((0, channels, 6, 7)), jr.normal(getkey(), (channels, channels, kernel, kernel))
+
+    def run(x, weight):
+        return jax.vmap(lambda x: nn.conv2d(x, weight, padding=padding))(x)
+
+    def one(x):
+        return nn.conv2d(x, weight, padding=padding).sum()
+
+    assert run(x, weight).shape == jax.vmap(jax.grad(one))(x).shape == x.shape
+    gradient = jax.jit(jax.grad(lambda weight: run(x, weight).sum()))(weight)
+    np.testing.assert_array_equal(gradient, jnp.zeros_like(weight))
+
+
 @pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 2, 1)])
 def test_transformations(getkey, kernel, stride, padding):
     x, weights = jr.normal(getkey(), (3, 4, 9, 8)), jr.normal(getkey(), (3, 5, 4, kernel, kernel))

@@ -158,6 +158,7 @@ def test_an_image_alone_and_in_a_batch_give_the_same(case, getkey):
         np.testing.assert_allclose(one.scores, batch.scores[i], atol=1e-4)
         if one.masks is not None:
             np.testing.assert_allclose(one.masks, batch.masks[i], atol=1e-4)
+    assert together(model, images[:0]).boxes.shape == (0, 10, 4)
 
 
 def test_a_padded_image_gives_what_it_gives_alone(case, getkey):

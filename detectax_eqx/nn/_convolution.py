@@ -208,7 +208,7 @@ def _abstract(x, weight, *bias, **options):
 
 def _batch(args, dims, **options):
     x, *parameters = args
-    if any(dim is not None for dim in dims[1:]):
+    if any(dim is not None for dim in dims[1:]) or 0 in x.shape:
         return jax.vmap(lambda x, weight, *bias: _add(_by_xla(x, weight, **options), *bias), in_axes=dims)(*args), 0
     y = convolve(_flat(x, dims[0]), *parameters, **options)
     return y.reshape(x.shape[dims[0]], -1, *y.shape[1:]), 0
@@ -269,7 +269,7 @@ def _gradients(cotangent, x, weight, shapes, *, biased, **options):
 
 def _batch_derivative(args, dims, **options):
     parameters_dims = dims[1:2] + dims[3:]
-    if any(dim is not None for dim in parameters_dims) or dims[0] is None or dims[2] is None:
+    if any(dim is not None for dim in parameters_dims) or dims[0] is None or dims[2] is None or 0 in args[0].shape:
         return jax.vmap(partial(_derivative, **options), in_axes=dims)(*args), 0
     x, weight, dx, *tangents = args
     y = _derivative_p.bind(_flat(x, dims[0]), weight, _flat(dx, dims[2]), *tangents, **options)
