@@ -121,7 +121,7 @@ def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
     outputs = next((array.shape[0] for key, array in arrays.items() if key.endswith(ends)), None)
     if outputs is None:
         raise SystemExit(f"{path} has no entry …{ends}: it does not hold a detector.")
-    model = build(name, outputs - 1, norm)
+    model = eqx.filter_eval_shape(build, name, outputs - 1, norm)
     return Detector(weights.load_torchvision(model, path) if is_torch else weights.load_safetensors(model, path))
 
 

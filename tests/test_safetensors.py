@@ -32,6 +32,10 @@ def test_round_trip_of_a_model(path, getkey):
     save_safetensors(model, path, metadata={"categories": "[1, 3]"})
     loaded = load_safetensors(other, path)
     assert eqx.tree_equal(loaded, model) and not eqx.tree_equal(loaded, other)
+    shapes = eqx.filter_eval_shape(lambda: other)
+    assert eqx.tree_equal(load_safetensors(shapes, path), model)
+    with pytest.raises(ValueError, match=r"layers\.0\.weight is a shape without values"):
+        save_safetensors(shapes, path)
     arrays, metadata = read_safetensors(path)
     assert metadata == {"categories": "[1, 3]"} and set(arrays) == set(named_leaves(model))
     assert os.listdir(path.parent) == [path.name]

@@ -60,6 +60,9 @@ def test_round_trips(build):
     assert len(arrays) == len(named_leaves(model))
     loaded = load_torchvision(other, arrays)
     _check_equal(loaded, model)
+    _check_equal(load_torchvision(_shapes(build), arrays), model)
+    with pytest.raises(ValueError, match="is a shape without values"):
+        to_torchvision(_shapes(build))
     again = to_torchvision(loaded)
     assert list(again) == list(arrays)
     for name, array in arrays.items():

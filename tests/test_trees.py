@@ -1,5 +1,7 @@
 """Arrays of a PyTree by name, and replacing them completely or not at all."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,18 @@ def test_replaces_every_array_and_nothing_else(getkey):
     arrays["table"][:] = arrays["head.bias"][:] = 7  # the tree has its own copies
     assert new.table.tolist() == [1, 2, 3] and (np.asarray(new.head.bias) != 7).all()
     jax.jit(lambda tree: tree.head.bias + 1, donate_argnums=())(eqx.filter(new, eqx.is_array))
+
+
+def test_shapes_alone_become_arrays(getkey):
+    model = make_model(getkey())
+    arrays = {name: np.array(leaf) for name, leaf in named_leaves(model).items() if name != "table"}
+    shapes = eqx.filter_eval_shape(lambda: replace(model, table=None))
+    assert list(named_leaves(shapes)) == list(arrays)
+    new = replace_leaves(shapes, arrays)
+    assert all(isinstance(leaf, jax.Array) for leaf in named_leaves(new).values())
+    assert eqx.tree_equal(new, replace(model, table=None))
+    with pytest.raises(WeightsError, match=r"head.bias is float32 \(3,\) in the source but"):
+        replace_leaves(shapes, arrays | {"head.bias": np.zeros(3, np.float32)})
 
 
 def test_one_error_lists_everything(getkey):

@@ -12,7 +12,7 @@ from jaxtyping import PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ._trees import WeightsError, named_leaves, replace_leaves
+from ._trees import WeightsError, named_values, replace_leaves
 
 
 Model = TypeVar("Model")
@@ -26,7 +26,8 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
 
     The file appears complete or not at all: it is written beside, then renamed.
 
-    Raises a `ValueError` for typed PRNG keys, which the format has no place for (`jax.random.key_data` gives numbers).
+    Raises a `ValueError` for typed PRNG keys, which the format has no place for (`jax.random.key_data` gives numbers),
+    and for shapes without values.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +36,7 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
     ['model.safetensors']
     """
     arrays = {}
-    for name, leaf in named_leaves(model).items():
+    for name, leaf in named_values(model).items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(f"{name} is a PRNG key, which safetensors cannot hold. Store jax.random.key_data of it.")
         arrays[name] = np.ascontiguousarray(leaf).reshape(leaf.shape)  # NumPy makes scalars one-dimensional
@@ -51,7 +52,7 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
 
 
 def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
-    """A copy of `model` with the arrays of a file that `save_safetensors` wrote.
+    """A copy of `model`, which may be one of shapes alone, with the arrays of a file that `save_safetensors` wrote.
 
     Raises a `WeightsError` that names the file if it is damaged, or lists every array of the model that it lacks, every
     one that it has too many, and every one of another shape or dtype (with both).

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._pth import read_pth
-from ._trees import LISTED, WeightsError, named_leaves, replace_leaves
+from ._trees import LISTED, WeightsError, named_leaves, named_values, replace_leaves
 
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -48,7 +48,7 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     """A copy of `model` with torchvision's parameters.
 
     - `model`: a `FasterRCNN` or `MaskRCNN` of one of the builders, or a `ResNet` for an ImageNet classifier's
-      checkpoint, whose `fc` layer is left aside.
+      checkpoint, whose `fc` layer is left aside. Its shapes are enough (`equinox.filter_eval_shape`).
     - `source`: a `.pth` file, read without torch and without running anything in it, or a mapping from torchvision's
       names to arrays.
 
@@ -117,14 +117,14 @@ def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[
 def to_torchvision(model: eqx.Module) -> dict[str, np.ndarray]:
     """The model's parameters under torchvision's names, for `load_state_dict` after `torch.from_numpy`.
 
-    The inverse of `load_torchvision`; takes the same models.
+    The inverse of `load_torchvision`; takes the same models. Raises a `ValueError` for shapes without values.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import resnet18
     >>> to_torchvision(resnet18(key=jr.key(0), width=8))["layer4.1.conv2.weight"].shape
     (64, 64, 3, 3)
     """
-    return {_rename(name, _TO_TORCHVISION): np.array(leaf) for name, leaf in named_leaves(model).items()}
+    return {_rename(name, _TO_TORCHVISION): np.array(leaf) for name, leaf in named_values(model).items()}
 
 
 def _rename(name: str, rules: tuple[tuple[str, Any], ...]) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree, Shaped
 
 Tree = TypeVar("Tree")
 
+ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct  # the last stands for one whose values are still to come
 LISTED = 20  # entries of each kind that a message lists; the error's attributes hold all
 
 
@@ -32,10 +33,11 @@ class WeightsError(ValueError):
         self.missing, self.unused, self.mismatched = missing, unused, mismatched
 
 
-def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray, "..."]]:
+def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray | jax.ShapeDtypeStruct, "..."]]:
     """The arrays of a tree by their dotted path, such as `backbone.body.layers.0.0.conv1.weight`, in the tree's order.
 
-    Leaves that are not arrays of JAX or NumPy (functions, Python numbers) are left out.
+    Leaves that are neither arrays of JAX or NumPy nor shapes that stand for them (functions, Python numbers) are left
+    out.
 
     Raises a `ValueError` if two leaves have the same name, which takes a dictionary with dots in its keys.
 
@@ -45,7 +47,7 @@ def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray, "..."
     """
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, jax.Array | np.ndarray):
+        if isinstance(leaf, ARRAYS):
             name = _name(path)
             if name in leaves:
                 raise ValueError(
@@ -55,11 +57,27 @@ def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray, "..."
     return leaves
 
 
+def named_values(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray, "..."]]:
+    """`named_leaves` of a tree that holds values.
+
+    Raises a `ValueError` for a leaf that is a shape alone.
+    """
+    values = {}
+    for name, leaf in named_leaves(tree).items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{name} is a shape without values, as eval_shape gives. Load weights into the model first."
+            )
+        values[name] = leaf
+    return values
+
+
 def replace_leaves(tree: Tree, arrays: Mapping[str, Any], *, source: str = "the given arrays") -> Tree:
     """A copy of `tree` whose every array is the one of that name in `arrays`.
 
     - `arrays`: under the names of `named_leaves`, each of the very shape and dtype of the leaf that it replaces. They
-      are copied, so that changing them later does not change the tree.
+      are copied, so that changing them later does not change the tree. Where the leaf is a shape alone
+      (`equinox.filter_eval_shape` makes a model of such, at no cost), it becomes an array of JAX.
     - `source`: where they come from, for the message.
 
     Raises one `WeightsError` that lists every name that is missing, unused, or of another shape or dtype.
@@ -92,7 +110,7 @@ def replace_leaves(tree: Tree, arrays: Mapping[str, Any], *, source: str = "the 
         raise WeightsError("\n".join(lines), missing=missing, unused=unused, mismatched=mismatched)
 
     def replacement(path, leaf):
-        if not isinstance(leaf, jax.Array | np.ndarray):
+        if not isinstance(leaf, ARRAYS):
             return leaf
         array = np.array(arrays[_name(path)])
         # jnp.array would compile a program for each shape.
@@ -106,5 +124,5 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _describe(array: Any) -> str:
-    array = array if isinstance(array, jax.Array | np.ndarray) else np.asarray(array)
+    array = array if isinstance(array, ARRAYS) else np.asarray(array)
     return f"{array.dtype} {tuple(array.shape)}"

@@ -37,8 +37,7 @@ def load(build: Callable[[jax.Array], Model], weights: str | None) -> Model:
     """What `build` makes of a key, with torchvision's parameters of a file, or its own random ones."""
     if weights is None:
         return eqx.filter_jit(build)(jr.key(0))
-    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), eqx.filter_eval_shape(build, jr.key(0)))
-    return load_torchvision(jax.device_put(empty), dict(np.load(weights)))
+    return load_torchvision(eqx.filter_eval_shape(build, jr.key(0)), dict(np.load(weights)))
 
 
 def nms(arrays: Arrays, *, iou_threshold: float) -> Case:
