@@ -5,6 +5,7 @@ whole rows of channels. Differentiable in the maps and in the boxes, in reverse 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from ._batching import largest_of_batch
 from ._sampling import pixel_range, pixel_weights, sample_taps
+from ._undivided import undivided
 
 
 # Pixels of a bin and axis that one step of the adaptive loop adds up. Most boxes on the level that suits them need one.
@@ -34,16 +36,20 @@ def _pool_boxes(
     - `grids`: `(y, bin height, x, bin width)` of each box, in cells of its map, see `box_axis`.
     - `maps`: `(height, width, first cell)` of the map that each box reads.
 
-    On a CPU box by box, which keeps the sum in its cache; elsewhere all at once.
+    All at once, but on a CPU box by box where the sum takes several steps: that keeps it in the cache.
     """
+    at_once = partial(_pool, bins, sampling_ratio)
 
-    def all_boxes(cells, grids, maps):
-        return _channels_last(_pool(bins, sampling_ratio, _channels_last(cells), grids, maps))
+    def accelerator(cells, grids, maps):
+        return _channels_last(at_once(_channels_last(cells), grids, maps))
 
-    def one_by_one(cells, grids, maps):
-        return lax.map(lambda box: _pool(bins, sampling_ratio, cells, *_single(box))[0], (grids, maps))
+    def cpu(cells, grids, maps):
+        if sampling_ratio in (1, 2):
+            # Undivided: XLA would else sum in the order of what becomes of it, channels first, at twice the time.
+            return undivided(at_once, cells, grids, maps)
+        return lax.map(lambda box: at_once(cells, *_single(box))[0], (grids, maps))
 
-    return lax.platform_dependent(cells, grids, maps, cpu=one_by_one, default=all_boxes)
+    return lax.platform_dependent(cells, grids, maps, cpu=cpu, default=accelerator)
 
 
 pool = jax.custom_vjp(_pool_boxes, nondiff_argnums=(0, 1))
