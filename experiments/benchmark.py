@@ -133,7 +133,8 @@ def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]
         except (Disagreement, WorkerError) as error:
             failures.append(f"{table.name}: {label}: {error}")
             console.print(f"  {label}: [red]not written[/red]: {error}")
-    if not options.quick:  # which would rather not start others for the next table
+    # A quick run would rather not start others for the next table; of an accelerator's memory they hold half.
+    if not (bench.quick and bench.on_host):
         bench.release()
     return failures
 
