@@ -44,8 +44,8 @@ def _pool_boxes(
         return _channels_last(at_once(_channels_last(cells), grids, maps))
 
     def cpu(cells, grids, maps):
-        if sampling_ratio in (1, 2):
-            # Undivided: XLA would else sum in the order of what becomes of it, channels first, at twice the time.
+        if sampling_ratio == _samples_a_step(sampling_ratio):
+            # Undivided: XLA would else sum in the order of what becomes of it, channels first, in over twice the time.
             return undivided(at_once, cells, grids, maps)
         return lax.map(lambda box: at_once(cells, *_single(box))[0], (grids, maps))
 
