@@ -26,7 +26,8 @@ from ..nn import conv2d, max_pool2d, relu
 from ..nn._fpn import _upsample_nearest
 from ..ops import nms_indices, resize_image
 from ..ops._nms import _comparable
-from ..ops._roi_align import _levels, level_pooler
+from ..ops import RoIFeatures
+from ..ops._roi_align import _levels
 
 
 DOMAIN, OPSET = "detectax_eqx", 18
@@ -66,7 +67,7 @@ class Substitutes:
             max_pool2d: self._max_pool2d,
             _upsample_nearest: self._upsample_nearest,
             map_chunks: one_by_one(_map_all),
-            level_pooler: self._level_pooler,
+            RoIFeatures.pool: one_by_one(self._pool),
             resize_image: one_by_one(inspect.unwrap(resize_image)),
             propose: one_by_one(inspect.unwrap(propose)),
             box_detections: one_by_one(inspect.unwrap(box_detections)),
@@ -131,25 +132,14 @@ class Substitutes:
         mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))
         return mapped(x)
 
-    def _level_pooler(self, features: Sequence[Float[Array, "c _ _"]], **options: Any) -> Callable[..., Any]:
-        # A PyTree: `one_by_one` has to find the features in what is given to it.
-        return eqx.Partial(one_by_one(self._multilevel_roi_align), features, **options)
-
-    def _multilevel_roi_align(
-        self,
-        features: Sequence[Float[Array, "c _ _"]],
-        boxes: Float[Array, "n 4"],
-        *,
-        output_size: int | tuple[int, int],
-        strides: Sequence[int],
-        sampling_ratio: int = 2,
-        aligned: bool = True,
-        canonical_size: float = 224,
-        canonical_level: int = 4,
+    def _pool(
+        self, rois: RoIFeatures, boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]
     ) -> Float[Array, "n c p q"]:
         rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+        features, strides, sampling_ratio, aligned = rois.maps, rois.strides, rois.sampling_ratio, rois.aligned
         first = strides[0].bit_length() - 1
-        level = _levels(boxes, first, first + len(strides) - 1, canonical_size, canonical_level) - first
+        last = first + len(strides) - 1
+        level = _levels(boxes, first, last, rois.canonical_size, rois.canonical_level) - first
         mode = "half_pixel" if aligned else "output_half_pixel"
         lines = ["minus = Constant <value_ints = [-1]> ()", "first = Constant <value_ints = [0]> ()"]
         for k, stride in enumerate(strides):

@@ -7,26 +7,22 @@ from ._box_head import (
     box_loss as box_loss,
     sample_proposals as sample_proposals,
 )
-from ._builders import (
-    faster_rcnn_resnet18_fpn as faster_rcnn_resnet18_fpn,
-    faster_rcnn_resnet34_fpn as faster_rcnn_resnet34_fpn,
-    faster_rcnn_resnet50_fpn as faster_rcnn_resnet50_fpn,
-    faster_rcnn_resnet101_fpn as faster_rcnn_resnet101_fpn,
-    mask_rcnn_resnet18_fpn as mask_rcnn_resnet18_fpn,
-    mask_rcnn_resnet34_fpn as mask_rcnn_resnet34_fpn,
-    mask_rcnn_resnet50_fpn as mask_rcnn_resnet50_fpn,
-    mask_rcnn_resnet101_fpn as mask_rcnn_resnet101_fpn,
-)
-from ._detect import detect as detect, detect_batch as detect_batch
-from ._faster_rcnn import (
-    FasterRCNN as FasterRCNN,
-    Sampling as Sampling,
-    Selection as Selection,
-    faster_rcnn_loss as faster_rcnn_loss,
-)
+from ._detect import detect as detect, detect_batch as detect_batch, selected as selected, smallest_canvas as smallest_canvas
+from ._detector import AbstractDetector as AbstractDetector, Selection as Selection
+from ._dense import DenseSelection as DenseSelection
+from ._faster_rcnn import FasterRCNN as FasterRCNN, faster_rcnn as faster_rcnn
+from ._fcos import FCOS as FCOS, FCOSMatching as FCOSMatching, fcos as fcos
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss
-from ._mask_rcnn import MaskRCNN as MaskRCNN, mask_rcnn_loss as mask_rcnn_loss
-from ._parameters import in_resnet as in_resnet, num_parameters as num_parameters, trainable as trainable
+from ._mask_rcnn import MaskRCNN as MaskRCNN, mask_rcnn as mask_rcnn
+from ._parameters import in_backbone as in_backbone, num_parameters as num_parameters, trainable as trainable
+from ._preprocessing import Preprocessing as Preprocessing, ShortestEdge as ShortestEdge, Square as Square
+from ._retinanet import (
+    RetinaNet as RetinaNet,
+    RetinaNetMatching as RetinaNetMatching,
+    giou_of_boxes as giou_of_boxes,
+    l1_of_deltas as l1_of_deltas,
+    retinanet as retinanet,
+)
 from ._rpn import (
     RPN as RPN,
     Proposals as Proposals,
@@ -35,4 +31,9 @@ from ._rpn import (
     propose as propose,
     rpn_loss as rpn_loss,
     sample_anchors as sample_anchors,
+)
+from ._two_stage import (
+    RoIPooling as RoIPooling,
+    TwoStageSampling as TwoStageSampling,
+    TwoStageSelection as TwoStageSelection,
 )

@@ -19,11 +19,11 @@ from ..ops import (
     smooth_l1_loss,
 )
 from ..ops._substitute import replaceable
-from ._rpn import SMOOTH_L1_BETA, Proposals, has_size
+from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_size
 
 
 # Standard deviations of the deltas of matched proposals on COCO are about .1 and .2 (arXiv:1504.08083, Fast R-CNN).
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+BOX_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)
 
 
 class BoxHead(eqx.Module):
@@ -31,6 +31,8 @@ class BoxHead(eqx.Module):
 
     Outputs have `num_classes + 1` entries, background first, as torchvision's weights do; the box of the background is
     never used.
+
+    - `weights`: of the box coder. `smooth_l1_beta`: of the box regression loss; 0 is L1, Detectron2's.
     """
 
     fc6: eqx.nn.Linear
@@ -39,9 +41,19 @@ class BoxHead(eqx.Module):
     box_deltas: eqx.nn.Linear
     pool_size: int = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
+    weights: Weights = eqx.field(static=True)
+    smooth_l1_beta: float = eqx.field(static=True)
 
     def __init__(
-        self, channels: int, num_classes: int, *, key: PRNGKeyArray, pool_size: int = 7, hidden_size: int = 1024
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        key: PRNGKeyArray,
+        pool_size: int = 7,
+        hidden_size: int = 1024,
+        weights: Weights = BOX_WEIGHTS,
+        smooth_l1_beta: float = SMOOTH_L1_BETA,
     ):
         """`pool_size`: side of the RoI's feature patch, in bins."""
         if num_classes < 1:
@@ -53,6 +65,8 @@ class BoxHead(eqx.Module):
         self.box_deltas = eqx.nn.Linear(hidden_size, 4 * (num_classes + 1), key=keys[3])
         self.pool_size = pool_size
         self.num_classes = num_classes
+        self.weights = weights
+        self.smooth_l1_beta = smooth_l1_beta
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
         """Class logits and box deltas, background at index 0, in float32."""
@@ -115,11 +129,18 @@ def sample_proposals(
 
 
 def box_loss(
-    logits: Float[Array, "s k1"], deltas: Float[Array, "s k1 4"], sampled: SampledProposals, targets: Targets
+    logits: Float[Array, "s k1"],
+    deltas: Float[Array, "s k1 4"],
+    sampled: SampledProposals,
+    targets: Targets,
+    *,
+    weights: Weights = BOX_WEIGHTS,
+    beta: float = SMOOTH_L1_BETA,
 ) -> dict[str, WeightedSum]:
     """Cross entropy and box regression of the sampled proposals: `loss_classifier`, `loss_box_reg`.
 
     Both are counted by the number of sampled proposals, as in torchvision; only positives have a box to regress to.
+    `weights` are the box coder's, `beta` the smooth L1 loss's.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
@@ -131,9 +152,9 @@ def box_loss(
     labels = jnp.where(sampled.positive, targets.labels[sampled.matched] + 1, 0)
     log_probabilities = jax.nn.log_softmax(logits)
     class_losses = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
-    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=BOX_WEIGHTS)
+    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)
     predicted = jnp.take_along_axis(deltas, labels[:, None, None], axis=1)[:, 0]
-    box_losses = smooth_l1_loss(predicted, wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
+    box_losses = smooth_l1_loss(predicted, wanted, beta=beta).sum(axis=1)
     count = sampled.valid.sum().astype(jnp.float32)
     return {
         "loss_classifier": WeightedSum(jnp.where(sampled.valid, class_losses, 0.0).sum(), count),
@@ -152,6 +173,7 @@ def box_detections(
     nms_threshold: float = 0.5,
     max_detections: int = 100,
     min_size: float = 1e-2,
+    weights: Weights = BOX_WEIGHTS,
 ) -> Detections:
     """The best boxes after non-maximum suppression within each class, in canvas pixels, without masks.
 
@@ -172,7 +194,7 @@ def box_detections(
     num_proposals, num_classes = logits.shape[0], logits.shape[1] - 1
     scores = jax.nn.softmax(logits)[:, 1:]
     boxes = decode_boxes(
-        deltas[:, 1:].reshape(-1, 4), jnp.repeat(proposals.boxes, num_classes, axis=0), weights=BOX_WEIGHTS
+        deltas[:, 1:].reshape(-1, 4), jnp.repeat(proposals.boxes, num_classes, axis=0), weights=weights
     )
     boxes = clip_boxes(boxes, image_size)
     scores = scores.reshape(-1)

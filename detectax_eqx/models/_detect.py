@@ -1,6 +1,7 @@
 """From an image as it was decoded to detections in its own pixels, in one program."""
 
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,126 +11,148 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
 from .._types import Batch, Detections
-from ..ops import resize_image, resized_size
-from ._faster_rcnn import FasterRCNN, Selection
-from ._mask_rcnn import MaskRCNN
+from ..ops import resize_image
+from ._detector import AbstractDetector, Selection
 
 
 def detect(
-    model: FasterRCNN | MaskRCNN,
-    image: UInt8[Array | np.ndarray, "h w 3"],
+    model: AbstractDetector,
+    image: UInt8[Array | np.ndarray, "h w c"],
     *,
-    min_size: float = 800,
-    max_size: float = 1333,
     canvas: tuple[int, int] | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 100,
-    image_size: Int32[Array, " 2"] | None = None,
-    resized: Int32[Array, " 2"] | None = None,
+    selection: Selection | None = None,
+    score_threshold: float | None = None,
+    max_detections: int | None = None,
+    source_size: Int32[Array, " 2"] | None = None,
+    canvas_size: Int32[Array, " 2"] | None = None,
 ) -> Detections:
-    """Finds the objects in an RGB image of any size; boxes are in that image's pixels.
+    """Finds the objects in an image of any size; boxes are in that image's pixels.
 
-    The image is resized so that its short side is `min_size`, unless its long side would exceed `max_size`
-    (`resized_size`), and laid on a canvas of zeros, by default the smallest that is a multiple of 32. Everything is one
-    program: `eqx.filter_jit(detect)` compiles once for each shape of image, and `jax.vmap` runs a stack of images.
+    The image is resized by `model.preprocessing` and laid on a canvas of zeros, by default the smallest whose sides are
+    multiples of `model.backbone.divisor`. Everything is one program: `eqx.filter_jit(detect)` compiles once for each
+    shape of image, and `jax.vmap` runs a stack of images.
 
-    - `canvas`: `(height, width)` that the network sees, multiples of 32. An image too large for it is a `ValueError`.
-    - `score_threshold`, `nms_threshold`, `max_detections`: see `box_detections`.
-    - `image_size`, `resized`: for images padded bottom and right to a common shape, so that one program serves many
-      sizes: each image's `(height, width)` within `image`, and what `resized_size` makes of it, both traced. Then
-      `canvas` is required, and it must hold `resized`.
+    - `canvas`: `(height, width)` that the network sees. An image too large for it is a `ValueError`.
+    - `selection`: which detections are kept, the detector's own dataclass; default `model.selection`.
+      `score_threshold` and `max_detections`, if given, replace its fields.
+    - `source_size`, `canvas_size`: for images padded bottom and right to a common shape, so that one program serves
+      many sizes: each image's `(height, width)` within `image`, and after its resize by `model.preprocessing.resize`,
+      both traced. Then `canvas` is required, and it must hold `canvas_size`.
 
     Masks, if the model has any, stay in the frame of their box; `detectax_eqx.ops.paste_masks` puts them on an image.
 
-    >>> import equinox as eqx, jax.random as jr
-    >>> from detectax_eqx.models import FasterRCNN
+    >>> import jax.random as jr
+    >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
-    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
-    >>> image = jnp.zeros((50, 70, 3), jnp.uint8)
-    >>> detections = eqx.filter_jit(detect)(model, image, min_size=64, max_size=96)
+    >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model = replace(model, preprocessing=Preprocessing(ShortestEdge(64, 96)))
+    >>> detections = eqx.filter_jit(detect)(model, jnp.zeros((50, 70, 3), jnp.uint8))
     >>> detections.boxes.shape
     (100, 4)
     """
-    if (image_size is None) != (resized is None) or (image_size is not None and canvas is None):
-        raise ValueError("image_size, resized and canvas go together: give all three for a padded image, or none.")
-    if image_size is None or resized is None:
-        static_size = resized_size((image.shape[0], image.shape[1]), min_size=min_size, max_size=max_size)
-        smallest = -(-static_size[0] // 32) * 32, -(-static_size[1] // 32) * 32
+    if (source_size is None) != (canvas_size is None) or (source_size is not None and canvas is None):
+        raise ValueError("source_size, canvas_size and canvas go together: give all three for a padded image, or none.")
+    if source_size is None or canvas_size is None:
+        static_size = model.preprocessing.resize((image.shape[0], image.shape[1]))
+        smallest = smallest_canvas(static_size, divisor=model.backbone.divisor)
         canvas = smallest if canvas is None else canvas
         if canvas[0] < static_size[0] or canvas[1] < static_size[1]:
             raise ValueError(
                 f"canvas {canvas} is too small for an image resized to {static_size}. "
-                f"Use at least {smallest}, or a smaller min_size and max_size."
+                f"Use at least {smallest}, or a model whose preprocessing resizes to less."
             )
-        image_size = jnp.array(image.shape[:2], jnp.int32)
-        resized = jnp.array(static_size, jnp.int32)
+        source_size = jnp.array(image.shape[:2], jnp.int32)
+        canvas_size = jnp.array(static_size, jnp.int32)
     assert canvas is not None
     pixels = resize_image(
-        jnp.asarray(image).astype(jnp.float32), image_size=image_size, output_size=resized, canvas=canvas
+        jnp.asarray(image).astype(jnp.float32), image_size=source_size, output_size=canvas_size, canvas=canvas
     )
-    detections = model(pixels, resized, selection=Selection(score_threshold, nms_threshold, max_detections))
-    ratio = image_size.astype(jnp.float32) / resized.astype(jnp.float32)
+    chosen = selected(model, selection, score_threshold=score_threshold, max_detections=max_detections)
+    detections = model(pixels, canvas_size, selection=chosen)
+    ratio = source_size.astype(jnp.float32) / canvas_size.astype(jnp.float32)
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
     return replace(detections, boxes=detections.boxes * scale[None])
 
 
+def smallest_canvas(size: tuple[int, int], *, divisor: int) -> tuple[int, int]:
+    """The smallest `(height, width)` of multiples of `divisor` that holds `size`.
+
+    >>> smallest_canvas((800, 1066), divisor=32)
+    (800, 1088)
+    """
+    return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
+
+
+def selected(model: AbstractDetector, selection: Selection | None = None, **fields: Any) -> Selection:
+    """`selection`, or else the model's own, with those of `fields` that are not `None` replaced.
+
+    Raises a `ValueError` that lists the fields there are if one is unknown.
+    """
+    selection = model.selection if selection is None else selection
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return replace(selection, **given)  # type: ignore[type-var]
+    except TypeError:
+        known = ", ".join(vars(selection))
+        unknown = ", ".join(name for name in given if name not in vars(selection))
+        raise ValueError(f"{type(selection).__name__} has no {unknown}; its fields are {known}.") from None
+
+
 def detect_batch(
-    model: FasterRCNN | MaskRCNN,
+    model: AbstractDetector,
     batch: Batch,
     *,
-    min_size: float = 800,
-    max_size: float = 1333,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 100,
+    selection: Selection | None = None,
+    score_threshold: float | None = None,
+    max_detections: int | None = None,
     mesh: Mesh | None = None,
 ) -> Detections:
     """`detect` for every image of a batch on the host, compiled once for each shape; boxes in its images' pixels.
 
     An image that would not fit `batch.canvas` is shrunk until it does.
 
+    - `selection`, `score_threshold`, `max_detections`: as for `detect`.
     - `mesh`: devices to spread the images over, each working on its own; they must divide the batch.
 
     >>> import jax.random as jr
     >>> from detectax_eqx import Batch, Targets
+    >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
-    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model = replace(model, preprocessing=Preprocessing(ShortestEdge(64, 96)))
     >>> sizes, ones = np.array([[40, 60]], np.int32), np.ones(1, np.int32)
     >>> nothing = Targets(np.zeros((1, 1, 4), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))
     >>> images = np.zeros((1, 64, 64, 3), np.uint8)
     >>> batch = Batch(images, sizes, sizes, nothing, ones, ones > 0, ones, canvas=(64, 96))
-    >>> detect_batch(model, batch, min_size=64, max_size=96, max_detections=5).boxes.shape
+    >>> detect_batch(model, batch, max_detections=5).boxes.shape
     (1, 5, 4)
     """
     resized = [
-        resized_size((int(height), int(width)), min_size=min_size, max_size=max_size, canvas=batch.canvas)
+        model.preprocessing.resize((int(height), int(width)), canvas=batch.canvas)
         for height, width in np.asarray(batch.image_sizes)
     ]
-    options = {
-        "canvas": batch.canvas,
-        "score_threshold": score_threshold,
-        "nms_threshold": nms_threshold,
-        "max_detections": max_detections,
-    }
     if mesh is not None and len(resized) % mesh.size:
         raise ValueError(f"mesh has {mesh.size} devices, which do not divide a batch of {len(resized)} images.")
-    return _detect_images(model, batch.images, batch.image_sizes, np.array(resized, np.int32), options, mesh)
+    chosen = selected(model, selection, score_threshold=score_threshold, max_detections=max_detections)
+    sizes = np.array(resized, np.int32)
+    return _detect_images(model, batch.images, batch.image_sizes, sizes, batch.canvas, chosen, mesh)
 
 
 @eqx.filter_jit
-def _detect_images(model, images, image_sizes, resized, options, mesh):
+def _detect_images(model, images, source_sizes, canvas_sizes, canvas, selection, mesh):
     arrays, static = eqx.partition(model, eqx.is_array)
 
     def run(arrays, *images):
-        def one(image, image_size, resized):
-            return detect(eqx.combine(arrays, static), image, image_size=image_size, resized=resized, **options)
+        def one(image, source_size, canvas_size):
+            model = eqx.combine(arrays, static)
+            options = {"canvas": canvas, "selection": selection}
+            return detect(model, image, source_size=source_size, canvas_size=canvas_size, **options)
 
         return jax.vmap(one)(*images)
 
-    if mesh is not None:  # left to the compiler, sorts and loops would gather the batch
+    if mesh is not None:  # left to the partitioner, sorts and loops would gather the batch
         whole, spread = PartitionSpec(), PartitionSpec(mesh.axis_names)
         run = jax.shard_map(run, mesh=mesh, in_specs=(whole, spread, spread, spread), out_specs=spread, check_vma=False)
-    return run(arrays, jnp.asarray(images), jnp.asarray(image_sizes), jnp.asarray(resized))
+    return run(arrays, jnp.asarray(images), jnp.asarray(source_sizes), jnp.asarray(canvas_sizes))

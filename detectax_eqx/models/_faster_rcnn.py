@@ -1,262 +1,90 @@
 """Faster R-CNN (arXiv:1506.01497) on a feature pyramid."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import ClassVar
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
+from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
-from ..ops._roi_align import level_pooler
-from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
-from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
+from ._box_head import BoxHead
+from ._detector import AbstractDetector
+from ._preprocessing import Preprocessing
+from ._rpn import RPN
+from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_losses, detect_boxes
 
 
-# Mean and standard deviation of ImageNet's pixels, RGB in 0..255: what torchvision's backbones were trained with.
-IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-
-Features = tuple[Float[Array, "c _ _"], ...]
-Pool = Callable[..., Float[Array, "n c s s"]]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which proposals and detections a two-stage detector keeps; the defaults are torchvision's.
-
-    - `score_threshold`: detections need a score above it, 0..1.
-    - `nms_threshold`: IoU above which the lower of two detections of a class is dropped.
-    - `max_detections`: detections an image.
-    - `pre_nms_top_n`, `post_nms_top_n`: proposals a level before, and in all after, suppression.
-    """
-
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    max_detections: int = 100
-    pre_nms_top_n: int = 1000
-    post_nms_top_n: int = 1000
-
-
-TORCHVISION_SELECTION = Selection()
-
-
-class FasterRCNN(eqx.Module):
+class FasterRCNN(AbstractDetector):
     """A two-stage box detector: backbone with pyramid, region proposals, box head.
 
-    Its call takes one image that already lies on its canvas; `detectax_eqx.models.detect` takes any image.
+    `faster_rcnn` builds one with torchvision's parts. Its call takes an image that lies on its canvas; `detect` takes
+    any image.
 
-    >>> import jax.random as jr
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
-    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
-    >>> model.num_classes
-    3
+    - `pooling`, `preprocessing`, `selection`, `sampling`: static options; the defaults are torchvision's.
     """
 
     backbone: Backbone
     rpn: RPN
     box_head: BoxHead
-    roi_aligned: bool = eqx.field(static=True)
-    roi_sampling_ratio: int = eqx.field(static=True)
-    pixel_mean: tuple[float, float, float] = eqx.field(static=True)
-    pixel_std: tuple[float, float, float] = eqx.field(static=True)
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        *,
-        key: PRNGKeyArray,
-        anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
-        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
-        hidden_size: int = 1024,
-        roi_aligned: bool = False,
-        roi_sampling_ratio: int = 2,
-        pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
-        pixel_std: tuple[float, float, float] = IMAGENET_STD,
-    ):
-        """Builds the heads on `backbone`, which maps `(3, h, w)` to pyramid levels and has `channels`, `strides`.
-
-        - `num_classes`: foreground classes.
-        - `anchor_sizes`: a tuple for each level, in canvas pixels; `aspect_ratios`: height / width.
-        - `hidden_size`: width of the box head.
-        - `roi_aligned`, `roi_sampling_ratio`: see `roi_align`. The defaults are torchvision's; Detectron2 uses
-          `True, 0`.
-        - `pixel_mean`, `pixel_std`: RGB in 0..255.
-        """
-        keys = jr.split(key)
-        self.backbone = backbone
-        self.rpn = RPN(backbone.channels, key=keys[0], anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios)
-        self.box_head = BoxHead(backbone.channels, num_classes, key=keys[1], hidden_size=hidden_size)
-        self.roi_aligned = roi_aligned
-        self.roi_sampling_ratio = roi_sampling_ratio
-        self.pixel_mean = pixel_mean
-        self.pixel_std = pixel_std
+    pooling: RoIPooling = eqx.field(static=True, default=RoIPooling())
+    preprocessing: Preprocessing = eqx.field(static=True, default=Preprocessing())
+    selection: TwoStageSelection = eqx.field(static=True, default=TwoStageSelection())
+    sampling: TwoStageSampling = eqx.field(static=True, default=TwoStageSampling())
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     @property
     def num_classes(self) -> int:
         """Number of foreground classes."""
         return self.box_head.num_classes
 
-    def normalize(self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> Float[Array, "3 h w"]:
-        """Pixel values 0..255 to the backbone's scale; what lies outside `image_size` becomes 0, as in torchvision."""
-        x = (image.astype(jnp.float32) - jnp.asarray(self.pixel_mean)[None, None]) / jnp.asarray(self.pixel_std)[
-            None, None
-        ]
-        rows = jnp.arange(image.shape[0])[:, None, None] < image_size[0]
-        columns = jnp.arange(image.shape[1])[None, :, None] < image_size[1]
-        return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)
-
-    def extract(self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
-        """The pyramid's features and the proposal head's output for an image on its canvas."""
-        features = self.backbone(self.normalize(image, image_size))
-        return features, self.rpn(features, (image.shape[0], image.shape[1]))
-
-    def pool(self, features: Features, boxes: Float[Array, "n 4"], *, output_size: int) -> Float[Array, "n c s s"]:
-        """The features inside each box, from the level that suits its size. The coarsest map is for anchors only."""
-        return self.pooler(features)(boxes, output_size=output_size)
-
-    def pooler(self, features: Features) -> Pool:
-        """`pool` of these features, as a function of the other arguments: they are laid out once, not in each call."""
-        return level_pooler(
-            features[:-1],
-            strides=tuple(self.backbone.strides[:-1]),
-            sampling_ratio=self.roi_sampling_ratio,
-            aligned=self.roi_aligned,
-        )
-
     def __call__(
         self,
-        image: Real[Array, "h w 3"],
-        image_size: Int32[Array, " 2"],
+        image: Real[Array, "h w c"],
+        canvas_size: Int32[Array, " 2"],
         *,
-        selection: Selection = TORCHVISION_SELECTION,
+        selection: TwoStageSelection | None = None,
     ) -> Detections:
-        """Detections in canvas pixels.
+        """Detections in canvas pixels; see `AbstractDetector`."""
+        return detect_boxes(self, image, canvas_size, selection or self.selection)[1]
 
-        - `image`: RGB in 0..255, of whatever dtype, on a canvas of multiples of 32; `image_size`: its `(height, width)`
-          there.
-        - `selection`: which proposals and detections are kept.
+    def loss(
+        self,
+        image: Real[Array, "h w c"],
+        canvas_size: Int32[Array, " 2"],
+        targets: Targets,
+        *,
+        key: PRNGKeyArray,
+    ) -> dict[str, WeightedSum]:
+        """`loss_objectness`, `loss_rpn_box_reg`, `loss_classifier` and `loss_box_reg` of one image.
+
+        Matching, sampling and normalisation are torchvision's. An image without objects has only negatives, and finite
+        losses. `key` picks the sampled anchors and proposals.
         """
-        return self.detect_boxes(image, image_size, selection=selection)[1]
-
-    def detect_boxes(
-        self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"], *, selection: Selection
-    ) -> tuple[Pool, Detections]:
-        """What the call does, and the `pooler` of the features it did it on, for heads beside the box head."""
-        features, output = self.extract(image, image_size)
-        size = image_size.astype(jnp.float32)
-        proposals = propose(
-            output, size, pre_nms_top_n=selection.pre_nms_top_n, post_nms_top_n=selection.post_nms_top_n
-        )
-        pool = self.pooler(features)
-        logits, deltas = self.box_head(pool(proposals.boxes, output_size=self.box_head.pool_size))
-        detections = box_detections(
-            logits,
-            deltas,
-            proposals,
-            size,
-            score_threshold=selection.score_threshold,
-            nms_threshold=selection.nms_threshold,
-            max_detections=selection.max_detections,
-        )
-        return pool, detections
+        return box_losses(self, image, canvas_size, targets, self.sampling, key)[0]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What a two-stage loss looks at; the defaults are torchvision's.
-
-    - `pre_nms_top_n`, `post_nms_top_n`: proposals a level before, and in all after, suppression.
-    - `rpn_samples`, `rpn_positive_fraction`: anchors looked at, and the part of them that may be positive.
-    - `rpn_positive_iou`, `rpn_negative_iou`: from and below which IoU an anchor is positive, negative.
-    - `box_samples`, `box_positive_fraction`: the same for proposals.
-    - `box_positive_iou`: from which IoU a proposal is positive; below it is negative.
-    """
-
-    pre_nms_top_n: int = 2000
-    post_nms_top_n: int = 2000
-    rpn_samples: int = 256
-    rpn_positive_fraction: float = 0.5
-    rpn_positive_iou: float = 0.7
-    rpn_negative_iou: float = 0.3
-    box_samples: int = 512
-    box_positive_fraction: float = 0.25
-    box_positive_iou: float = 0.5
-
-
-TORCHVISION_SAMPLING = Sampling()
-
-
-def faster_rcnn_loss(
-    model: FasterRCNN,
-    image: Real[Array, "h w 3"],
-    image_size: Int32[Array, " 2"],
-    targets: Targets,
+def faster_rcnn(
+    backbone: Backbone,
+    num_classes: int,
     *,
     key: PRNGKeyArray,
-    sampling: Sampling = TORCHVISION_SAMPLING,
-) -> dict[str, WeightedSum]:
-    """The four losses of Faster R-CNN for one image on its canvas, as sums and counts.
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    hidden_size: int = 1024,
+) -> FasterRCNN:
+    """A `FasterRCNN` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
 
-    `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier`, `loss_box_reg`; matching, sampling and normalisation are
-    torchvision's. An image without objects has only negatives, and finite losses.
-
-    - `image`: RGB in 0..255; `image_size`: its `(height, width)` on the canvas; `targets`: in canvas pixels.
-    - `key`: picks the sampled anchors and proposals.
+    - `num_classes`: foreground classes.
+    - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
+    - `hidden_size`: width of the box head.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
-    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
-    >>> image, size = jnp.zeros((64, 64, 3)), jnp.array([64, 64])
-    >>> targets = Targets(jnp.array([[4.0, 4.0, 40.0, 40.0]]), jnp.array([2]), jnp.array([True]))
-    >>> losses = eqx.filter_eval_shape(faster_rcnn_loss, model, image, size, targets, key=jr.key(3))
-    >>> sorted(losses)
-    ['loss_box_reg', 'loss_classifier', 'loss_objectness', 'loss_rpn_box_reg']
+    >>> faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32).num_classes
+    3
     """
-    return two_stage_losses(model, image, image_size, targets, key=key, sampling=sampling)[0]
-
-
-def two_stage_losses(
-    model: FasterRCNN,
-    image: Real[Array, "h w 3"],
-    image_size: Int32[Array, " 2"],
-    targets: Targets,
-    *,
-    key: PRNGKeyArray,
-    sampling: Sampling,
-) -> tuple[dict[str, WeightedSum], Pool, SampledProposals]:
-    """`faster_rcnn_loss`, and for heads beside the box head the `pooler` of its features and its proposals."""
-    rpn_key, box_key = jr.split(key)
-    features, output = model.extract(image, image_size)
-    anchors = sample_anchors(
-        output.anchors,
-        targets,
-        key=rpn_key,
-        num_samples=sampling.rpn_samples,
-        positive_fraction=sampling.rpn_positive_fraction,
-        positive_iou=sampling.rpn_positive_iou,
-        negative_iou=sampling.rpn_negative_iou,
-    )
-    # `output` is for proposals, which have no gradient: where the loss looks, the predictions are made again.
-    losses = rpn_loss(*model.rpn.at_anchors(features, anchors.indices), anchors, targets)
-    proposals = propose(
-        output,
-        image_size.astype(jnp.float32),
-        pre_nms_top_n=sampling.pre_nms_top_n,
-        post_nms_top_n=sampling.post_nms_top_n,
-    )
-    sampled = sample_proposals(
-        proposals,
-        targets,
-        key=box_key,
-        num_samples=sampling.box_samples,
-        positive_fraction=sampling.box_positive_fraction,
-        positive_iou=sampling.box_positive_iou,
-    )
-    pool = model.pooler(features)
-    logits, deltas = model.box_head(pool(sampled.boxes, output_size=model.box_head.pool_size))
-    return losses | box_loss(logits, deltas, sampled, targets), pool, sampled
+    keys = jr.split(key)
+    rpn = RPN(backbone.channels, key=keys[0], anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios)
+    box_head = BoxHead(backbone.channels, num_classes, key=keys[1], hidden_size=hidden_size)
+    return FasterRCNN(backbone, rpn, box_head)

@@ -4,59 +4,63 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ..nn import FrozenBatchNorm, ResNetFPN
-from ._faster_rcnn import FasterRCNN
-from ._mask_rcnn import MaskRCNN
+from ..nn import FrozenBatchNorm
+from ._detector import AbstractDetector
 
 
-def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyTree[bool]:
+def trainable(model: AbstractDetector, *, trainable_layers: int | None = None) -> PyTree[bool]:
     """A tree like `model` that is true at the parameters to train: the partition for `make_train_step`.
 
-    The vectors of a `FrozenBatchNorm` are never trained. `trainable_layers` counts the backbone's parts that are, from
-    the top: 5 all, 4 all but the stem, 3 all but stem and first stage (torchvision's default for pretrained backbones),
-    0 none; pyramid and heads always are.
+    The vectors of a `FrozenBatchNorm` are never trained. `trainable_layers` counts the backbone's `stages` that are,
+    from the top; default all. For a ResNet 5 is all, 4 all but the stem, 3 all but stem and first stage (torchvision's
+    default for pretrained backbones), 0 none; what lies above the stages always is.
 
-    Raises a `ValueError` if `trainable_layers` is not in 0..5.
+    Raises a `ValueError` if the backbone has fewer stages.
 
     >>> import jax.random as jr
-    >>> from detectax_eqx.nn import resnet18
+    >>> from detectax_eqx.models import faster_rcnn
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
-    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> chosen = trainable(model, trainable_layers=3)
-    >>> chosen.backbone.body.conv1.weight, chosen.rpn.conv.weight
+    >>> chosen.backbone.body.conv1.weight, chosen.rpn.objectness.weight
     (False, True)
     """
-    if not 0 <= trainable_layers <= 5:
-        raise ValueError(f"trainable_layers must be in 0..5, got {trainable_layers}.")
-    frozen = jax.tree.map(lambda _: False, model)
+    stages = len(model.backbone.stages)
+    frozen = 0 if trainable_layers is None else stages - trainable_layers
+    if not 0 <= frozen <= stages:
+        raise ValueError(f"trainable_layers must be in 0..{stages}, got {trainable_layers}.")
     mask = jax.tree.map(
-        lambda leaf: jax.tree.map(lambda _: False, leaf) if isinstance(leaf, FrozenBatchNorm) else eqx.is_array(leaf),
+        lambda leaf: jax.tree.map(lambda _: False, leaf) if _is_frozen(leaf) else eqx.is_array(leaf),
         model,
-        is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm),
+        is_leaf=_is_frozen,
     )
 
-    def frozen_parts(tree: PyTree) -> list[PyTree]:
-        body = _resnet(tree)
-        parts = [body.conv1, body.norm1] if trainable_layers < 5 else []
-        return parts + list(body.layers[: max(0, 4 - trainable_layers)])
+    def frozen_stages(tree: PyTree) -> list[PyTree]:
+        return [module for stage in tree.backbone.stages[:frozen] for module in stage]
 
-    return eqx.tree_at(frozen_parts, mask, frozen_parts(frozen)) if trainable_layers < 5 else mask
+    return eqx.tree_at(frozen_stages, mask, _all(frozen_stages(mask), False)) if frozen else mask
 
 
-def in_resnet(tree: PyTree) -> PyTree[bool]:
-    """A tree like `tree`, a detector or its parameters, that is true in the backbone's ResNet: a mask for optax.
+def in_backbone(tree: PyTree) -> PyTree[bool]:
+    """A tree like `tree`, a detector or its parameters, that is true in the backbone's stages: a mask for optax.
 
     Imported weights are often trained at a lower rate than pyramid and heads, which start at random.
 
     >>> import jax.random as jr, optax
-    >>> from detectax_eqx.models import faster_rcnn_resnet18_fpn
-    >>> slower = optax.masked(optax.scale(0.1), in_resnet)
-    >>> mask = in_resnet(eqx.filter_eval_shape(faster_rcnn_resnet18_fpn, 3, key=jr.key(0)))
+    >>> from detectax_eqx.models import faster_rcnn
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> slower = optax.masked(optax.scale(0.1), in_backbone)
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> mask = in_backbone(faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32))
     >>> mask.backbone.body.conv1.weight, mask.backbone.fpn.output[0].weight
     (True, False)
     """
-    mask = jax.tree.map(lambda _: False, tree)
-    return eqx.tree_at(_resnet, mask, jax.tree.map(lambda _: True, _resnet(tree)))
+
+    def staged(tree: PyTree) -> list[PyTree]:
+        return [module for stage in tree.backbone.stages for module in stage]
+
+    return eqx.tree_at(staged, _all(tree, False), _all(staged(tree), True))
 
 
 def num_parameters(model: PyTree) -> int:
@@ -65,17 +69,17 @@ def num_parameters(model: PyTree) -> int:
     The model may be one of shapes alone (`eqx.filter_eval_shape`).
 
     >>> import jax.random as jr
-    >>> from detectax_eqx.models import faster_rcnn_resnet50_fpn
-    >>> num_parameters(eqx.filter_eval_shape(lambda: faster_rcnn_resnet50_fpn(90, key=jr.key(0))))
-    41755286
+    >>> from detectax_eqx.nn import resnet18
+    >>> num_parameters(eqx.filter_eval_shape(lambda: resnet18(key=jr.key(0))))
+    11166912
     """
-    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm))
+    leaves = jax.tree.leaves(model, is_leaf=_is_frozen)
     return sum(leaf.size for leaf in leaves if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
 
 
-def _resnet(tree: PyTree) -> PyTree:
-    """The ResNet of a detector."""
-    backbone = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone
-    if not isinstance(backbone, ResNetFPN):
-        raise ValueError(f"The backbone is no ResNet with a pyramid, but {type(backbone).__name__}.")
-    return backbone.body
+def _is_frozen(leaf: object) -> bool:
+    return isinstance(leaf, FrozenBatchNorm)
+
+
+def _all(tree: PyTree, value: bool) -> PyTree[bool]:
+    return jax.tree.map(lambda _: value, tree)

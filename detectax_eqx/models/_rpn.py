@@ -13,7 +13,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
-from ..nn import Conv2d, relu
+from ..nn import Conv2d, conv2d, relu
 from ..ops import (
     anchor_grid,
     clip_boxes,
@@ -31,6 +31,7 @@ from ..ops._substitute import replaceable
 # Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
 RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SMOOTH_L1_BETA = 1 / 9
+Weights = tuple[float, float, float, float]
 
 
 class RPNOutput(eqx.Module):
@@ -54,13 +55,18 @@ class Proposals(eqx.Module):
 
 
 class RPN(eqx.Module):
-    """A 3×3 convolution and two 1×1 ones, shared by all levels, and the anchors that they refer to."""
+    """3×3 convolutions and two 1×1 ones, shared by all levels, and the anchors that they refer to.
 
-    conv: Conv2d
+    - `weights`: of the box coder. `smooth_l1_beta`: of the box regression loss; 0 is L1, Detectron2's.
+    """
+
+    convs: tuple[Conv2d, ...]
     objectness: Conv2d
     deltas: Conv2d
     anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True)
     aspect_ratios: tuple[float, ...] = eqx.field(static=True)
+    weights: Weights = eqx.field(static=True)
+    smooth_l1_beta: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -69,19 +75,29 @@ class RPN(eqx.Module):
         key: PRNGKeyArray,
         anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
         aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        depth: int = 1,
+        weights: Weights = RPN_WEIGHTS,
+        smooth_l1_beta: float = SMOOTH_L1_BETA,
     ):
-        """`anchor_sizes`: side lengths in canvas pixels, a tuple for each level; `aspect_ratios`: height / width."""
+        """Builds the head.
+
+        - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
+        - `depth`: number of 3×3 convolutions.
+        """
         counts = {len(sizes) for sizes in anchor_sizes}
         if len(counts) != 1:
-            raise ValueError(f"anchor_sizes must hold equally many sizes a level, got {anchor_sizes}.")
+            raise ValueError(f"anchor_sizes must hold equally many sizes per level, got {anchor_sizes}.")
         num_anchors = counts.pop() * len(aspect_ratios)
-        keys = jr.split(key, 3)
+        conv_key, *keys = jr.split(key, 3)
+        conv_keys = [conv_key] if depth == 1 else jr.split(conv_key, depth)
         init = normal(0.01)
-        self.conv = Conv2d(channels, channels, 3, init=init, key=keys[0])
-        self.objectness = Conv2d(channels, num_anchors, 1, init=init, key=keys[1])
-        self.deltas = Conv2d(channels, 4 * num_anchors, 1, init=init, key=keys[2])
+        self.convs = tuple(Conv2d(channels, channels, 3, init=init, key=k) for k in conv_keys)
+        self.objectness = Conv2d(channels, num_anchors, 1, init=init, key=keys[0])
+        self.deltas = Conv2d(channels, 4 * num_anchors, 1, init=init, key=keys[1])
         self.anchor_sizes = anchor_sizes
         self.aspect_ratios = aspect_ratios
+        self.weights = weights
+        self.smooth_l1_beta = smooth_l1_beta
 
     def __call__(self, features: Sequence[Float[Array, "c _ _"]], canvas: tuple[int, int]) -> RPNOutput:
         """Predictions for the features of an image of `canvas = (height, width)` pixels, at every anchor."""
@@ -90,7 +106,9 @@ class RPN(eqx.Module):
         logits, deltas, anchors = [], [], []
         for feature, sizes in zip(features, self.anchor_sizes, strict=True):
             size = feature.shape[1], feature.shape[2]
-            x = relu(self.conv(feature))
+            x = feature
+            for conv in self.convs:
+                x = relu(conv(x))
             logits.append(rearrange(self.objectness(x), "a h w -> (h w a)").astype(jnp.float32))
             deltas.append(rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4).astype(jnp.float32))
             # The whole quotient is torchvision's: at P6 of an odd P5 it differs from the nominal 64.
@@ -103,14 +121,15 @@ class RPN(eqx.Module):
     ) -> tuple[Float[Array, " s"], Float[Array, "s 4"]]:
         """Logits and deltas of some anchors, `indices` into those of all levels one after the other.
 
-        What the call predicts there, from the patch of features that the 3×3 convolution sees. A loss looks at a few
+        The call's predictions there, from the patch of features that the 3×3 convolutions see. A loss looks at a few
         hundred of some hundred thousand anchors: this way its gradient costs no more than they do.
         """
-        side, padding = self.conv.weight.shape[-1], self.conv.padding
-        padded = [jnp.pad(x, ((0, 0), (padding, padding), (padding, padding))) for x in features]
+        border = len(self.convs)  # of a patch around its middle cell
+        padded = [jnp.pad(x, ((0, 0), (border, border), (border, border))) for x in features]
         cells = jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in padded])
         sizes, padded_sizes = ([x.shape[1:] for x in maps] for maps in (features, padded))
-        width, padded_width = (jnp.array([w for _, w in maps], jnp.int32) for maps in (sizes, padded_sizes))
+        height, width = (jnp.array(sides, jnp.int32) for sides in zip(*sizes, strict=True))
+        padded_width = jnp.array([w for _, w in padded_sizes], jnp.int32)
         first, padded_first = (
             jnp.array([0, *accumulate(h * w for h, w in maps[:-1])], jnp.int32) for maps in (sizes, padded_sizes)
         )
@@ -119,16 +138,31 @@ class RPN(eqx.Module):
         pixel, anchor = indices // num_anchors, indices % num_anchors
         level = jnp.searchsorted(first, pixel, side="right").astype(jnp.int32) - 1
         row, column = jnp.divmod(pixel - first[level], width[level])
-        taps = jnp.arange(side, dtype=jnp.int32)
-        rows, columns = row[:, None, None] + taps[None, :, None], column[:, None, None] + taps[None, None, :]
-        seen = padded_first[level][:, None, None] + rows * padded_width[level][:, None, None] + columns
-        patches = cells.at[seen].get(mode="promise_in_bounds")
+        taps = jnp.arange(2 * border + 1, dtype=jnp.int32)
+        rows, columns = row[:, None] + taps[None], column[:, None] + taps[None]  # (s, 2 border + 1), of padded maps
+        seen = padded_first[level][:, None, None] + rows[:, :, None] * padded_width[level][:, None, None]
+        seen = seen + columns[:, None, :]
+        x = cells.at[seen].get(mode="promise_in_bounds")  # (s, rows, columns, c)
 
-        hidden = relu(_with_bias(jnp.einsum("shwi,oihw->so", patches, self.conv.weight), self.conv))
+        for conv in self.convs[:-1]:
+            x = relu(jax.vmap(lambda x, conv=conv: _valid(conv, x))(x))
+            border, rows, columns = border - 1, rows[:, 1:-1], columns[:, 1:-1]
+            # Beyond the map, the next convolution reads zeros and not what this one makes of its padding.
+            start = len(self.convs)
+            inside_rows = (rows >= start) & (rows < start + height[level][:, None])
+            inside_columns = (columns >= start) & (columns < start + width[level][:, None])
+            x = jnp.where((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], x, 0)
+        conv = self.convs[-1]
+        hidden = relu(_with_bias(jnp.einsum("shwi,oihw->so", x, conv.weight), conv))
         logits = _with_bias(hidden @ self.objectness.weight[:, :, 0, 0].T, self.objectness)
         deltas = _with_bias(hidden @ self.deltas.weight[:, :, 0, 0].T, self.deltas).reshape(-1, num_anchors, 4)
-        rows = jnp.arange(indices.shape[0])
-        return logits[rows, anchor].astype(jnp.float32), deltas[rows, anchor].astype(jnp.float32)
+        each = jnp.arange(indices.shape[0])
+        return logits[each, anchor].astype(jnp.float32), deltas[each, anchor].astype(jnp.float32)
+
+
+def _valid(conv: Conv2d, x: Float[Array, "h w i"]) -> Float[Array, "h2 w2 o"]:
+    """A convolution without padding, channels last."""
+    return conv2d(x.transpose(2, 0, 1), conv.weight, conv.bias).transpose(1, 2, 0)
 
 
 def _with_bias(x: Float[Array, "s o"], conv: Conv2d) -> Float[Array, "s o"]:
@@ -157,12 +191,14 @@ def propose(
     post_nms_top_n: int = 1000,
     nms_threshold: float = 0.7,
     min_size: float = 1e-3,
+    weights: Weights = RPN_WEIGHTS,
 ) -> Proposals:
     """The best boxes of all levels after non-maximum suppression within each, without gradient.
 
     - `image_size`: `(height, width)` of the image on its canvas; boxes are clipped to it, and those with a side below
       `min_size` pixels dropped.
-    - `pre_nms_top_n`: candidates a level. `post_nms_top_n`: boxes over all levels, the capacity of the result.
+    - `pre_nms_top_n`: candidates per level. `post_nms_top_n`: boxes over all levels, the capacity of the result.
+    - `weights`: of the box coder.
 
     torchvision's rule and defaults (at training time it keeps 2000 and 2000).
 
@@ -180,7 +216,7 @@ def propose(
     boxes, scores, valid = [], [], []
     for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True):
         top_logits, top = lax.top_k(lax.stop_gradient(logits), min(pre_nms_top_n, logits.shape[0]))
-        level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=RPN_WEIGHTS)
+        level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=weights)
         level_boxes = clip_boxes(level_boxes, image_size)
         level_scores = jax.nn.sigmoid(top_logits)
         keep, keep_valid = nms_indices(
@@ -236,11 +272,18 @@ def sample_anchors(
 
 
 def rpn_loss(
-    logits: Float[Array, " s"], deltas: Float[Array, "s 4"], sampled: SampledAnchors, targets: Targets
+    logits: Float[Array, " s"],
+    deltas: Float[Array, "s 4"],
+    sampled: SampledAnchors,
+    targets: Targets,
+    *,
+    weights: Weights = RPN_WEIGHTS,
+    beta: float = SMOOTH_L1_BETA,
 ) -> dict[str, WeightedSum]:
     """Objectness and box regression of the sampled anchors: `loss_objectness`, `loss_rpn_box_reg`.
 
     Both are counted by the number of sampled anchors, as in torchvision; only positives have a box to regress to.
+    `weights` are the box coder's, `beta` the smooth L1 loss's.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
@@ -249,8 +292,8 @@ def rpn_loss(
     >>> {name: round(float(loss.mean()), 3) for name, loss in losses.items()}
     {'loss_objectness': 0.22, 'loss_rpn_box_reg': 0.0}
     """
-    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=RPN_WEIGHTS)
-    box_losses = smooth_l1_loss(deltas, wanted, beta=SMOOTH_L1_BETA).sum(axis=1)
+    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)
+    box_losses = smooth_l1_loss(deltas, wanted, beta=beta).sum(axis=1)
     logit_losses = binary_cross_entropy(logits, sampled.positive.astype(jnp.float32))
     count = sampled.valid.sum().astype(jnp.float32)
     return {

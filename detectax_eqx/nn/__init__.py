@@ -2,12 +2,19 @@
 
 from ._conv import (
     Conv2d as Conv2d,
+    Initializer as Initializer,
     Upsample2x2 as Upsample2x2,
     conv2d as conv2d,
     max_pool2d as max_pool2d,
     relu as relu,
 )
-from ._fpn import FPN as FPN, Backbone as Backbone, ResNetFPN as ResNetFPN
+from ._fpn import (
+    FPN as FPN,
+    Backbone as Backbone,
+    ConvolvedTop as ConvolvedTop,
+    ResNetFPN as ResNetFPN,
+    SubsampledTop as SubsampledTop,
+)
 from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
 from ._precision import cast as cast, convolution_options as convolution_options
 from ._resnet import (

@@ -87,7 +87,7 @@ class Bottleneck(eqx.Module):
 
 
 class ResNet(eqx.Module):
-    """A ResNet without its classifier: an image `(3, h, w)` to the maps C2..C5 of its four stages.
+    """A ResNet without its classifier: an image to the maps C2..C5 of its four stages.
 
     Strides are 4, 8, 16, 32; `channels` gives the widths of the four maps.
     """
@@ -107,15 +107,17 @@ class ResNet(eqx.Module):
         norm: Norm = FrozenBatchNorm,
         width: int = 64,
         checkpoint: bool = False,
+        image_channels: int = 3,
     ):
         """Builds stem and stages.
 
         - `depths`: blocks of each stage. `width`: channels of the stem and of the first stage (64 in the paper).
+        - `image_channels`: of the images.
         - `checkpoint`: keep only what goes from block to block for the backward pass, and compute the rest anew there
           (arXiv:1604.06174): less memory, about a third more time.
         """
         stem_key, *stage_keys = jr.split(key, 5)
-        self.conv1 = Conv2d(3, width, 7, stride=2, use_bias=False, key=stem_key)
+        self.conv1 = Conv2d(image_channels, width, 7, stride=2, use_bias=False, key=stem_key)
         self.norm1 = norm(width)
         in_channels, layers = width, []
         for stage, (depth, stage_key) in enumerate(zip(depths, stage_keys, strict=True)):
@@ -129,7 +131,12 @@ class ResNet(eqx.Module):
         self.channels = tuple(block.expansion * width * 2**stage for stage in range(4))
         self.checkpoint = checkpoint
 
-    def __call__(self, image: Float[Array, "3 h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
+    @property
+    def stages(self) -> tuple[tuple[Callable, ...], ...]:
+        """The modules of the stem, and of the four stages."""
+        return ((self.conv1, self.norm1), *self.layers)
+
+    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
         x = image.astype(self.conv1.weight.dtype)
         stem = eqx.Partial(_stem, self.conv1, self.norm1)
         if self.checkpoint:

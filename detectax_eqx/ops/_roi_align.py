@@ -1,9 +1,9 @@
 """RoIAlign: features of fixed size for boxes of any size, by bilinear sampling. He et al. 2017, section 3."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -55,7 +55,8 @@ def roi_align(
     if not (spatial_scale > 0 and math.isfinite(spatial_scale)):
         raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}.")
     level = jnp.zeros(boxes.shape[0], jnp.int32)
-    return _align(_end_to_end([features]), boxes, [spatial_scale], level, output_size, sampling_ratio, aligned)
+    maps = (features,)
+    return _align(maps, _cells(maps), boxes, [spatial_scale], level, output_size, sampling_ratio, aligned)
 
 
 def multilevel_roi_align(
@@ -88,7 +89,7 @@ def multilevel_roi_align(
     >>> pooled.ravel().tolist()
     [0.0, 1.0]
     """
-    pool = level_pooler(
+    features = RoIFeatures(
         features,
         strides=strides,
         sampling_ratio=sampling_ratio,
@@ -96,42 +97,67 @@ def multilevel_roi_align(
         canonical_size=canonical_size,
         canonical_level=canonical_level,
     )
-    return pool(boxes, output_size=output_size)
+    return features.pool(boxes, output_size=output_size)
 
 
-@replaceable
-def level_pooler(
-    features: Sequence[Float[Array, "c _ _"]],
-    *,
-    strides: Sequence[int],
-    sampling_ratio: int = 2,
-    aligned: bool = True,
-    canonical_size: float = 224,
-    canonical_level: int = 4,
-) -> Callable[..., Float[Array, "n c p q"]]:
-    """`multilevel_roi_align` of these features, as a function of `boxes` and `output_size`.
+class RoIFeatures(eqx.Module):
+    """A feature pyramid that heads read boxes from: `multilevel_roi_align` of these maps, laid out once for all calls.
 
-    The maps are laid out for it here, once for all calls: within a loop or a condition, each would do so anew.
+    - `maps`: the levels, finest first, each `(c, h, w)`.
+    - `strides`, `sampling_ratio`, `aligned`, `canonical_size`, `canonical_level`: see `multilevel_roi_align`.
+
+    >>> fine, coarse = jnp.zeros((1, 8, 8)), jnp.ones((1, 4, 4))
+    >>> features = RoIFeatures([fine, coarse], strides=(4, 8), canonical_size=64)
+    >>> features.pool(jnp.array([[0.0, 0.0, 32.0, 32.0]]), output_size=1).ravel().tolist()
+    [1.0]
     """
-    strides = tuple(strides)
-    if not strides or len(strides) != len(features):
-        raise ValueError(f"strides must have one entry for each of the {len(features)} feature maps, got {strides}.")
-    first = strides[0].bit_length() - 1
-    if strides[0] < 1 or strides != tuple(2 ** (first + i) for i in range(len(strides))):
-        raise ValueError(f"strides must be powers of two, each twice the one before, got {strides}.")
-    # The type checker looks at one map of the sequence only.
-    if len({(feature.ndim, feature.shape[0], feature.dtype) for feature in features}) > 1:
-        maps = ", ".join(f"{feature.dtype}{list(feature.shape)}" for feature in features)
-        raise ValueError(f"features must have the same axes, channels and dtype on all levels, got {maps}.")
-    if not canonical_size > 0:
-        raise ValueError(f"canonical_size must be positive, got {canonical_size}.")
-    maps = _end_to_end(features)
 
-    def of_boxes(boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]) -> Float[Array, "n c p q"]:
-        level = _levels(boxes, first, first + len(strides) - 1, canonical_size, canonical_level) - first
-        return _align(maps, boxes, [1 / stride for stride in strides], level, output_size, sampling_ratio, aligned)
+    maps: tuple[Float[Array, "c _ _"], ...]
+    cells: Float[Array, "l c"]
+    strides: tuple[int, ...] = eqx.field(static=True)
+    sampling_ratio: int = eqx.field(static=True)
+    aligned: bool = eqx.field(static=True)
+    canonical_size: float = eqx.field(static=True)
+    canonical_level: int = eqx.field(static=True)
 
-    return of_boxes
+    def __init__(
+        self,
+        maps: Sequence[Float[Array, "c _ _"]],
+        *,
+        strides: Sequence[int],
+        sampling_ratio: int = 2,
+        aligned: bool = True,
+        canonical_size: float = 224,
+        canonical_level: int = 4,
+    ):
+        strides = tuple(strides)
+        if not strides or len(strides) != len(maps):
+            raise ValueError(f"strides must have one entry for each of the {len(maps)} feature maps, got {strides}.")
+        first = strides[0].bit_length() - 1
+        if strides[0] < 1 or strides != tuple(2 ** (first + i) for i in range(len(strides))):
+            raise ValueError(f"strides must be powers of two, each twice the one before, got {strides}.")
+        # The type checker looks at one map of the sequence only.
+        if len({(x.ndim, x.shape[0], x.dtype) for x in maps}) > 1:
+            shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in maps)
+            raise ValueError(f"features must have the same axes, channels and dtype on all levels, got {shapes}.")
+        if not canonical_size > 0:
+            raise ValueError(f"canonical_size must be positive, got {canonical_size}.")
+        self.maps = tuple(maps)
+        self.cells = _cells(self.maps)
+        self.strides = strides
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.canonical_size = canonical_size
+        self.canonical_level = canonical_level
+
+    @replaceable
+    def pool(self, boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]) -> Float[Array, "n c p q"]:
+        """Features of each box, in canvas pixels, from the level that suits its size."""
+        first = self.strides[0].bit_length() - 1
+        last = first + len(self.strides) - 1
+        level = _levels(boxes, first, last, self.canonical_size, self.canonical_level) - first
+        scales = [1 / stride for stride in self.strides]
+        return _align(self.maps, self.cells, boxes, scales, level, output_size, self.sampling_ratio, self.aligned)
 
 
 def _levels(
@@ -145,33 +171,29 @@ def _levels(
     return jnp.where(known, jnp.clip(level, first, last), first).astype(jnp.int32)
 
 
-class _Maps(NamedTuple):
-    """Maps as `pool` reads them: their cells end to end, and where each begins. Sums are in the dtype of the cells."""
-
-    cells: Float[Array, "l c"]
-    sides: tuple[tuple[int, int, int], ...]  # (height, width, first cell) of each
-    dtype: jnp.dtype
-
-
-def _end_to_end(features):
-    for feature in features:
-        if 0 in feature.shape[1:]:
-            raise ValueError(f"features must have at least one row and column, got a map of shape {feature.shape}.")
-    counts = [math.prod(feature.shape[1:]) for feature in features]
-    sides = tuple((*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features))
-    # Sums, and the gradients of cells that many boxes read.
-    return _Maps(_upcast(_cells(sides, tuple(features))), sides, features[0].dtype)
+def _cells(maps: tuple[Float[Array, "c _ _"], ...]) -> Float[Array, "l c"]:
+    """The cells of all maps end to end, channels last, in the dtype of the sums over them."""
+    for x in maps:
+        if 0 in x.shape[1:]:
+            raise ValueError(f"features must have at least one row and column, got a map of shape {x.shape}.")
+    return _upcast(_laid_out(_sides(maps), maps))
 
 
-def _lay_out(sides, features) -> Float[Array, "l c"]:
-    return jnp.concatenate([feature.reshape(feature.shape[0], -1).T for feature in features])
+def _sides(maps) -> tuple[tuple[int, int, int], ...]:
+    """`(height, width, first cell)` of each map."""
+    counts = [math.prod(x.shape[1:]) for x in maps]
+    return tuple((*x.shape[1:], sum(counts[:i])) for i, x in enumerate(maps))
 
 
-_cells = jax.custom_vjp(_lay_out, nondiff_argnums=(0,))
+def _lay_out(sides, maps) -> Float[Array, "l c"]:
+    return jnp.concatenate([x.reshape(x.shape[0], -1).T for x in maps])  # (c, h, w) -> (h w, c) of each
 
 
-def _cells_forward(sides, features):
-    return _lay_out(sides, features), None
+_laid_out = jax.custom_vjp(_lay_out, nondiff_argnums=(0,))
+
+
+def _cells_forward(sides, maps):
+    return _lay_out(sides, maps), None
 
 
 def _cells_backward(sides, residuals, cotangent):
@@ -183,20 +205,21 @@ def _cells_backward(sides, residuals, cotangent):
     return (undivided(apart, cotangent),)
 
 
-_cells.defvjp(_cells_forward, _cells_backward)
+_laid_out.defvjp(_cells_forward, _cells_backward)
 
 
-def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
-    """RoIAlign on several maps, each box on the one that `level` names, at that map's scale."""
+def _align(maps, cells, boxes, scales, level, output_size, sampling_ratio, aligned):
+    """RoIAlign on several maps, each box on the one that `level` names, at that map's scale; `cells` are the maps'."""
     rows, columns = output_bins(output_size)
     check_sampling_ratio(sampling_ratio)
+    dtype = maps[0].dtype
     if boxes.shape[0] == 0:
-        return jnp.zeros((0, maps.cells.shape[1], rows, columns), maps.dtype)
+        return jnp.zeros((0, cells.shape[1], rows, columns), dtype)
 
     boxes = _upcast(boxes)
     scale = jnp.asarray(scales, boxes.dtype)[level]
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
-    grids = jnp.stack([y, height, x, width], axis=1).astype(maps.cells.dtype)
-    pooled = pool((rows, columns), sampling_ratio, maps.cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
-    return pooled.transpose(0, 3, 1, 2).astype(maps.dtype)
+    grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)
+    pooled = pool((rows, columns), sampling_ratio, cells, grids, jnp.asarray(_sides(maps), jnp.int32)[level])
+    return pooled.transpose(0, 3, 1, 2).astype(dtype)  # (n, p, q, c) -> (n, c, p, q)

@@ -1,0 +1,114 @@
+"""How a detector wants its images: resized by a rule, then normalised by a mean and a standard deviation."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, Real
+
+from ..ops import resized_size
+
+
+# Mean and standard deviation of ImageNet's pixels, RGB in 0..255.
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+@dataclass(frozen=True)
+class ShortestEdge:
+    """Resizes the short side to `min_size`, unless the long side would then exceed `max_size`; keeps the aspect ratio.
+
+    torchvision's rule and defaults. Host arithmetic in double precision, see `ops.resized_size`.
+
+    >>> ShortestEdge(800, 1333)((480, 640))
+    (800, 1066)
+    """
+
+    min_size: float = 800
+    max_size: float = 1333
+
+    def __post_init__(self) -> None:
+        if self.min_size <= 0 or self.max_size <= 0:
+            raise ValueError(f"min_size and max_size must be positive, got {self.min_size} and {self.max_size}.")
+
+    def __call__(self, source_size: tuple[int, int], *, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
+        """`(height, width)` after the resize; with a `canvas`, shrunk further until it fits."""
+        return resized_size(source_size, min_size=self.min_size, max_size=self.max_size, canvas=canvas)
+
+    def table(self, source: tuple[int, int], *, canvas: tuple[int, int]) -> Int[np.ndarray, "h w 2"]:
+        """The call for every image that fits `source`: row `i`, column `j` is for one of `(i + 1, j + 1)` pixels."""
+        height, width = (np.arange(1, side + 1, dtype=np.float64) for side in source)
+        height, width = height[:, None], width[None, :]  # (h, 1) and (1, w)
+        scale = np.minimum(self.min_size / np.minimum(height, width), self.max_size / np.maximum(height, width))
+        scale = np.minimum(scale, np.minimum(canvas[0] / height, canvas[1] / width))  # (h, w)
+        return np.maximum(1, np.floor(np.stack([height * scale, width * scale], axis=2))).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Square:
+    """Resizes both sides to `size` pixels, whatever the aspect ratio.
+
+    >>> Square(640)((480, 640))
+    (640, 640)
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be positive, got {self.size}.")
+
+    def __call__(self, source_size: tuple[int, int], *, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
+        """`(height, width)` after the resize; with a `canvas`, each side shrunk until it fits."""
+        if min(source_size) < 1:
+            raise ValueError(f"source_size must be positive, got {source_size[0]}×{source_size[1]}.")
+        limit = (self.size, self.size) if canvas is None else canvas
+        return min(self.size, limit[0]), min(self.size, limit[1])
+
+    def table(self, source: tuple[int, int], *, canvas: tuple[int, int]) -> Int[np.ndarray, "h w 2"]:
+        """The call for every image that fits `source`: row `i`, column `j` is for one of `(i + 1, j + 1)` pixels."""
+        return np.broadcast_to(np.array(self(source, canvas=canvas), np.int32), (*source, 2))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the backbone sees it. A part of the model, so it travels wherever the model goes.
+
+    - `resize`: the rule for the size. Pixels are interpolated by `ops.resize_image`: bilinear, without antialiasing.
+    - `mean`, `std`: one number per channel, for pixel values 0..255.
+
+    >>> grayscale = Preprocessing(ShortestEdge(320, 640), mean=(128.0,), std=(64.0,))
+    >>> grayscale.resize((480, 640)), grayscale.channels
+    ((320, 426), 1)
+    """
+
+    resize: ShortestEdge | Square = ShortestEdge()
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be equally long and std positive, got {self.mean} and {self.std}.")
+
+    @property
+    def channels(self) -> int:
+        """How many channels an image has."""
+        return len(self.mean)
+
+    def normalize(self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]) -> Float[Array, "c h w"]:
+        """`(image - mean) / std` as a map, and 0 outside the picture, which fills `(height, width)` of the canvas.
+
+        Raises a `ValueError` for an image of another number of channels.
+
+        >>> image, size = jnp.full((2, 2, 1), 3.0), jnp.array([2, 1])
+        >>> Preprocessing(mean=(1.0,), std=(2.0,)).normalize(image, size)[0].tolist()
+        [[1.0, 0.0], [1.0, 0.0]]
+        """
+        if image.shape[2] != self.channels:
+            raise ValueError(f"The image has {image.shape[2]} channels, the model's preprocessing {self.channels}.")
+        dtype = jnp.result_type(float)  # float32, or float64 where JAX computes in it
+        mean, std = (jnp.asarray(values, dtype)[None, None] for values in (self.mean, self.std))  # (1, 1, c)
+        x = (image.astype(dtype) - mean) / std
+        rows = jnp.arange(image.shape[0])[:, None, None] < canvas_size[0]
+        columns = jnp.arange(image.shape[1])[None, :, None] < canvas_size[1]
+        return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)  # (h, w, c) -> (c, h, w)

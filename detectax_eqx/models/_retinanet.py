@@ -1,0 +1,171 @@
+"""RetinaNet (arXiv:1708.02002): dense boxes of three scales and three shapes per cell, trained with the focal loss."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.nn.initializers import normal
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
+
+from .._types import Detections, Targets, WeightedSum
+from ..nn import Backbone, Conv2d, Norm
+from ..ops import decode_boxes, encode_boxes, giou_loss, match_boxes, pairwise_iou, sigmoid_focal_loss, smooth_l1_loss
+from ._dense import PRIOR, ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot
+from ._detector import AbstractDetector
+from ._preprocessing import Preprocessing
+
+
+# Three sizes per octave; torchvision rounds them down.
+ANCHOR_SIZES = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in (32, 64, 128, 256, 512))
+
+# From deltas, anchors and the boxes of matched objects, all `(a, 4)`, to a loss per anchor.
+BoxLoss = Callable[[Float[Array, "a 4"], Float[Array, "a 4"], Float[Array, "a 4"]], Float[Array, " a"]]
+
+
+def l1_of_deltas(
+    deltas: Float[Array, "a 4"], anchors: Float[Array, "a 4"], boxes: Float[Array, "a 4"]
+) -> Float[Array, " a"]:
+    """The absolute error of the deltas: the box loss of torchvision's first RetinaNet."""
+    return smooth_l1_loss(deltas, encode_boxes(boxes, anchors).astype(deltas.dtype), beta=0.0).sum(axis=1)
+
+
+def giou_of_boxes(
+    deltas: Float[Array, "a 4"], anchors: Float[Array, "a 4"], boxes: Float[Array, "a 4"]
+) -> Float[Array, " a"]:
+    """`ops.giou_loss` of the decoded boxes: that of torchvision's second."""
+    return giou_loss(decode_boxes(deltas, anchors.astype(deltas.dtype)), boxes.astype(deltas.dtype))
+
+
+@dataclass(frozen=True)
+class RetinaNetMatching:
+    """From which IoU with an object an anchor is positive, and below which it is negative. Defaults are the paper's."""
+
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+
+
+class RetinaNet(AbstractDetector):
+    """A one-stage box detector: on every level of a pyramid, a class and a box for each of several anchors per cell.
+
+    `retinanet` builds one with torchvision's parts.
+
+    - `class_tower`, `box_tower`: 3×3 convolutions before `class_logits` `(a k, h, w)` and `deltas` `(a 4, h, w)`.
+    - `box_loss`, `preprocessing`, `selection`, `matching`: static options; the defaults are those of torchvision's
+      first version.
+
+    Each class has a sigmoid of its own, and there is no background. torchvision's checkpoints know COCO's category ids
+    as they are: 91 classes, of which 0 is never an object's.
+    """
+
+    backbone: Backbone
+    class_tower: ConvTower
+    class_logits: Conv2d
+    box_tower: ConvTower
+    deltas: Conv2d
+    num_classes: int = eqx.field(static=True)
+    anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True, default=ANCHOR_SIZES)
+    aspect_ratios: tuple[float, ...] = eqx.field(static=True, default=(0.5, 1.0, 2.0))
+    box_loss: BoxLoss = eqx.field(static=True, default=l1_of_deltas)
+    preprocessing: Preprocessing = eqx.field(static=True, default=Preprocessing())
+    selection: DenseSelection = eqx.field(static=True, default=DenseSelection())
+    matching: RetinaNetMatching = eqx.field(static=True, default=RetinaNetMatching())
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+
+    def predict(
+        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
+    ) -> list[tuple[Float[Array, "a k"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
+        """Class logits, deltas and anchors of each level."""
+        features = self.backbone(self.preprocessing.normalize(image, canvas_size))
+        anchors = level_anchors(
+            features, image.shape[:2], sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios
+        )
+        logits = [by_anchor(self.class_logits(self.class_tower(x)), self.num_classes) for x in features]
+        deltas = [by_anchor(self.deltas(self.box_tower(x)), 4) for x in features]
+        return list(zip(logits, deltas, anchors, strict=True))
+
+    def __call__(
+        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, selection: DenseSelection | None = None
+    ) -> Detections:
+        """Detections in canvas pixels; see `AbstractDetector`."""
+        levels = [(logits, logits[:, :0], deltas, a) for logits, deltas, a in self.predict(image, canvas_size)]
+        return dense_detections(_sigmoid, decode_boxes, levels, canvas_size, selection or self.selection)
+
+    def loss(
+        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], targets: Targets, *, key: PRNGKeyArray
+    ) -> dict[str, WeightedSum]:
+        """`classification`, the focal loss, and `bbox_regression` of one image.
+
+        As in torchvision, each is divided by the image's number of positive anchors, then averaged over images.
+        Nothing is drawn at random.
+        """
+        logits, deltas, anchors = map(jnp.concatenate, zip(*self.predict(image, canvas_size), strict=True))
+        matches = match_boxes(
+            pairwise_iou(targets.boxes, anchors.astype(targets.boxes.dtype)),
+            targets.valid,
+            low_threshold=self.matching.negative_iou,
+            high_threshold=self.matching.positive_iou,
+            allow_low_quality=True,
+        )
+        labels = jnp.where(matches.positive, targets.labels[matches.indices], -1)
+        class_losses = sigmoid_focal_loss(logits, one_hot(labels, self.num_classes)).sum(axis=1)
+        counted = matches.positive | matches.negative
+        # Of rows without an object, any box with an area will do: their loss is not used.
+        boxes = jnp.where(matches.positive[:, None], targets.boxes[matches.indices], anchors)
+        box_losses = self.box_loss(deltas, anchors, boxes)
+        positives = jnp.maximum(matches.positive.sum(), 1).astype(jnp.float32)
+        one = jnp.ones((), jnp.float32)
+        return {
+            "classification": WeightedSum(jnp.where(counted, class_losses, 0.0).sum() / positives, one),
+            "bbox_regression": WeightedSum(jnp.where(matches.positive, box_losses, 0.0).sum() / positives, one),
+        }
+
+
+def _sigmoid(logits: Float[Array, "a k"], _: Array) -> Float[Array, "a k"]:
+    return jax.nn.sigmoid(logits)
+
+
+def retinanet(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    norm: Norm | None = None,
+    box_loss: BoxLoss = l1_of_deltas,
+    depth: int = 4,
+) -> RetinaNet:
+    """A `RetinaNet` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
+
+    - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
+    - `norm`: of the towers. torchvision's first version has none, its second `GroupNorm` and `giou_of_boxes`.
+
+    >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
+    >>> keys = jr.split(jr.key(0), 4)
+    >>> top = ConvolvedTop(16, 16, key=keys[0])
+    >>> backbone = ResNetFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
+    >>> retinanet(backbone, 3, key=keys[3]).backbone.strides
+    (8, 16, 32, 64, 128)
+    """
+    keys, channels, init = jr.split(key, 4), backbone.channels, normal(0.01)
+    num_anchors = len(anchor_sizes[0]) * len(aspect_ratios)
+    tower = partial(ConvTower, channels, depth, init=init, norm=norm, use_bias=norm is None)
+    class_logits = Conv2d(channels, num_anchors * num_classes, 3, init=init, key=keys[1])
+    bias = jnp.full_like(class_logits.bias, -math.log((1 - PRIOR) / PRIOR))
+    return RetinaNet(
+        backbone,
+        tower(key=keys[0]),
+        eqx.tree_at(lambda conv: conv.bias, class_logits, bias),
+        tower(key=keys[2]),
+        Conv2d(channels, num_anchors * 4, 3, init=init, key=keys[3]),
+        num_classes,
+        anchor_sizes,
+        aspect_ratios,
+        box_loss,
+    )

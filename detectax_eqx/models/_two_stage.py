@@ -1,0 +1,181 @@
+"""What two-stage detectors share: their options, and the way from an image to proposals and boxes."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
+
+from .._types import Detections, Targets, WeightedSum
+from ..nn import Backbone
+from ..ops import RoIFeatures
+from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
+from ._preprocessing import Preprocessing
+from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
+
+
+Features = tuple[Float[Array, "f _ _"], ...]
+
+
+@dataclass(frozen=True)
+class TwoStageSelection:
+    """Which proposals and detections a two-stage detector keeps; the defaults are torchvision's.
+
+    - `score_threshold`: detections need a score above it, 0..1.
+    - `nms_threshold`: IoU above which the lower of two detections of a class is dropped.
+    - `max_detections`: detections per image.
+    - `pre_nms_top_n`, `post_nms_top_n`: proposals per level before, and over all levels after, suppression.
+    - `rpn_nms_threshold`: IoU above which the lower of two proposals of a level is dropped.
+    - `rpn_min_size`, `box_min_size`: least side in pixels of a proposal, and of a detection.
+    """
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+    pre_nms_top_n: int = 1000
+    post_nms_top_n: int = 1000
+    rpn_nms_threshold: float = 0.7
+    rpn_min_size: float = 1e-3
+    box_min_size: float = 1e-2
+
+
+@dataclass(frozen=True)
+class TwoStageSampling:
+    """What a two-stage loss looks at; the defaults are torchvision's.
+
+    - `pre_nms_top_n`, `post_nms_top_n`: proposals per level before, and over all levels after, suppression.
+    - `rpn_nms_threshold`, `rpn_min_size`: as in `TwoStageSelection`.
+    - `rpn_samples`, `rpn_positive_fraction`: anchors per image, and the part of them that may be positive.
+    - `rpn_positive_iou`, `rpn_negative_iou`: from which IoU an anchor is positive, and below which it is negative.
+    - `box_samples`, `box_positive_fraction`: the same for proposals.
+    - `box_positive_iou`: from which IoU a proposal is positive; below it is negative.
+    """
+
+    pre_nms_top_n: int = 2000
+    post_nms_top_n: int = 2000
+    rpn_nms_threshold: float = 0.7
+    rpn_min_size: float = 1e-3
+    rpn_samples: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_positive_iou: float = 0.7
+    rpn_negative_iou: float = 0.3
+    box_samples: int = 512
+    box_positive_fraction: float = 0.25
+    box_positive_iou: float = 0.5
+
+    @property
+    def max_box_positives(self) -> int:
+        """How many of an image's sampled proposals may be positive."""
+        return int(self.box_samples * self.box_positive_fraction)
+
+
+@dataclass(frozen=True)
+class RoIPooling:
+    """How the features inside a box are sampled, see `ops.roi_align`. Defaults are torchvision's; Detectron2: True, 0."""
+
+    aligned: bool = False
+    sampling_ratio: int = 2
+
+
+@runtime_checkable
+class TwoStage(Protocol):
+    """What the functions below need of a detector."""
+
+    backbone: Backbone
+    rpn: RPN
+    box_head: BoxHead
+    pooling: RoIPooling
+    preprocessing: Preprocessing
+
+
+def extract(
+    model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]
+) -> tuple[RoIFeatures, Features, RPNOutput]:
+    """The pyramid as the heads read it and as it is, and the region proposal network's output."""
+    features = model.backbone(model.preprocessing.normalize(image, canvas_size))
+    output = model.rpn(features, (image.shape[0], image.shape[1]))
+    # The coarsest map is for anchors only.
+    rois = RoIFeatures(
+        features[:-1],
+        strides=model.backbone.strides[:-1],
+        sampling_ratio=model.pooling.sampling_ratio,
+        aligned=model.pooling.aligned,
+    )
+    return rois, features, output
+
+
+def detect_boxes(
+    model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"], selection: TwoStageSelection
+) -> tuple[RoIFeatures, Detections]:
+    """Detections in canvas pixels without masks, and the features for heads beside the box head."""
+    rois, _, output = extract(model, image, canvas_size)
+    size = canvas_size.astype(jnp.float32)
+    proposals = propose(
+        output,
+        size,
+        pre_nms_top_n=selection.pre_nms_top_n,
+        post_nms_top_n=selection.post_nms_top_n,
+        nms_threshold=selection.rpn_nms_threshold,
+        min_size=selection.rpn_min_size,
+        weights=model.rpn.weights,
+    )
+    logits, deltas = model.box_head(rois.pool(proposals.boxes, output_size=model.box_head.pool_size))
+    detections = box_detections(
+        logits,
+        deltas,
+        proposals,
+        size,
+        score_threshold=selection.score_threshold,
+        nms_threshold=selection.nms_threshold,
+        max_detections=selection.max_detections,
+        min_size=selection.box_min_size,
+        weights=model.box_head.weights,
+    )
+    return rois, detections
+
+
+def box_losses(
+    model: TwoStage,
+    image: Real[Array, "h w c"],
+    canvas_size: Int32[Array, " 2"],
+    targets: Targets,
+    sampling: TwoStageSampling,
+    key: PRNGKeyArray,
+) -> tuple[dict[str, WeightedSum], RoIFeatures, SampledProposals]:
+    """The four losses of Faster R-CNN, and for heads beside the box head the features and the sampled proposals."""
+    rpn_key, box_key = jr.split(key)
+    rois, features, output = extract(model, image, canvas_size)
+    anchors = sample_anchors(
+        output.anchors,
+        targets,
+        key=rpn_key,
+        num_samples=sampling.rpn_samples,
+        positive_fraction=sampling.rpn_positive_fraction,
+        positive_iou=sampling.rpn_positive_iou,
+        negative_iou=sampling.rpn_negative_iou,
+    )
+    # `output` is for proposals, which have no gradient: where the loss looks, the head predicts again.
+    logits, deltas = model.rpn.at_anchors(features, anchors.indices)
+    losses = rpn_loss(logits, deltas, anchors, targets, weights=model.rpn.weights, beta=model.rpn.smooth_l1_beta)
+    proposals = propose(
+        output,
+        canvas_size.astype(jnp.float32),
+        pre_nms_top_n=sampling.pre_nms_top_n,
+        post_nms_top_n=sampling.post_nms_top_n,
+        nms_threshold=sampling.rpn_nms_threshold,
+        min_size=sampling.rpn_min_size,
+        weights=model.rpn.weights,
+    )
+    sampled = sample_proposals(
+        proposals,
+        targets,
+        key=box_key,
+        num_samples=sampling.box_samples,
+        positive_fraction=sampling.box_positive_fraction,
+        positive_iou=sampling.box_positive_iou,
+    )
+    head = model.box_head
+    logits, deltas = head(rois.pool(sampled.boxes, output_size=head.pool_size))
+    losses |= box_loss(logits, deltas, sampled, targets, weights=head.weights, beta=head.smooth_l1_beta)
+    return losses, rois, sampled

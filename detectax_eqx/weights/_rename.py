@@ -1,0 +1,56 @@
+"""From the names of a model's parameters to those that another library has for them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+
+from ._trees import ARRAYS
+
+
+# For each module class, what the other library calls its fields; a field that is not listed keeps its name. A value is
+# - a string, in which `{i}` stands for the position if the field is a tuple; empty for no level of its own;
+# - a function from the position to such a string;
+# - a dictionary of the same kind, which names the fields of that part instead of the table's entry for its class.
+FieldNames = Mapping[str, "str | Callable[[int], str] | FieldNames"]
+Names = Mapping[type, FieldNames]
+
+
+def foreign_names(model: Any, names: Names) -> dict[str, str]:
+    """The other library's name of each of `named_leaves(model)`, by ours.
+
+    >>> import jax.random as jr
+    >>> from detectax_eqx.nn import Conv2d, Downsample, FrozenBatchNorm
+    >>> shortcut = Downsample(8, 16, stride=2, norm=FrozenBatchNorm, key=jr.key(0))
+    >>> foreign_names(shortcut, {Downsample: {"conv": "0", "norm": "1"}})["conv.weight"]
+    '0.weight'
+    """
+    return {".".join(ours): ".".join(filter(None, theirs)) for ours, theirs in _walk(model, names, (), (), None)}
+
+
+def _walk(
+    node: Any, names: Names, ours: tuple[str, ...], theirs: tuple[str, ...], fields: FieldNames | None
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The two paths of every array below `node`; `fields` names its fields, default the table's entry."""
+    if isinstance(node, ARRAYS):
+        yield ours, theirs
+    elif isinstance(node, tuple | list):
+        for i, child in enumerate(node):
+            yield from _walk(child, names, (*ours, str(i)), (*theirs, str(i)), None)
+    elif isinstance(node, eqx.Module):
+        fields = names.get(type(node), {}) if fields is None else fields
+        for name, child in vars(node).items():
+            yield from _field(child, names, (*ours, name), theirs, fields.get(name, name))
+
+
+def _field(
+    child: Any, names: Names, ours: tuple[str, ...], theirs: tuple[str, ...], foreign: Any
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    if isinstance(foreign, Mapping):
+        yield from _walk(child, names, ours, theirs, foreign)
+    elif isinstance(child, tuple | list) and (callable(foreign) or "{i}" in foreign):
+        for i, part in enumerate(child):
+            name = foreign(i) if callable(foreign) else foreign.format(i=i)
+            yield from _walk(part, names, (*ours, str(i)), (*theirs, name), None)
+    else:
+        yield from _walk(child, names, ours, (*theirs, foreign), None)

@@ -1,0 +1,77 @@
+"""The one place where a name becomes a detector."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from ..models import AbstractDetector, faster_rcnn, mask_rcnn
+from ..nn import FrozenBatchNorm, Norm, ResNet, ResNetFPN, resnet18, resnet34, resnet50, resnet101
+
+
+def names() -> tuple[str, ...]:
+    """The names that `build` takes.
+
+    >>> names()[:2]
+    ('faster_rcnn_resnet18_fpn', 'faster_rcnn_resnet34_fpn')
+    """
+    return tuple(_DETECTORS)
+
+
+def build(
+    name: str,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    checkpoint: bool = False,
+    **parts: Any,
+) -> AbstractDetector:
+    """The named detector with random parameters and torchvision's defaults.
+
+    - `num_classes`: foreground classes; torchvision counts the background too (its 91 are 90 here).
+    - `norm`: of the backbone: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from scratch.
+      torchvision's COCO checkpoints want `functools.partial(FrozenBatchNorm, eps=0.0)`.
+    - `checkpoint`: gradient checkpointing in the backbone, see `nn.ResNet`.
+    - `parts`: what the detector's own function in `models` takes besides, such as `anchor_sizes` of `faster_rcnn`.
+
+    Raises a `ValueError` that lists all names if there is no such one.
+
+    >>> import equinox as eqx
+    >>> # Its shapes alone: the parameters themselves are not made.
+    >>> model = eqx.filter_eval_shape(lambda: build("faster_rcnn_resnet50_fpn", 90, key=jr.key(0)))
+    >>> model.num_classes, model.backbone.strides
+    (90, (4, 8, 16, 32, 64))
+    """
+    if name not in _DETECTORS:
+        raise ValueError(f"There is no detector {name!r}; there are {', '.join(names())}.")
+    return _DETECTORS[name](num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
+
+
+def _two_stage(
+    detector: Callable[..., AbstractDetector],
+    resnet: Callable[..., ResNet],
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    norm: Norm,
+    checkpoint: bool,
+    **parts: Any,
+) -> AbstractDetector:
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key)
+    return detector(backbone, num_classes, key=heads_key, **parts)
+
+
+_DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
+    "faster_rcnn_resnet18_fpn": partial(_two_stage, faster_rcnn, resnet18),
+    "faster_rcnn_resnet34_fpn": partial(_two_stage, faster_rcnn, resnet34),
+    "faster_rcnn_resnet50_fpn": partial(_two_stage, faster_rcnn, resnet50),
+    "faster_rcnn_resnet101_fpn": partial(_two_stage, faster_rcnn, resnet101),
+    "mask_rcnn_resnet18_fpn": partial(_two_stage, mask_rcnn, resnet18),
+    "mask_rcnn_resnet34_fpn": partial(_two_stage, mask_rcnn, resnet34),
+    "mask_rcnn_resnet50_fpn": partial(_two_stage, mask_rcnn, resnet50),
+    "mask_rcnn_resnet101_fpn": partial(_two_stage, mask_rcnn, resnet101),
+}
