@@ -1,18 +1,67 @@
-"""torchvision's detectors at random weights under which they find something."""
+"""torchvision's detectors by this project's names, at random weights under which they find something."""
 # pyright: reportMissingImports=false
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 
-def random_detector(kind: type[FasterRCNN] | type[MaskRCNN], *, body="resnet50", num_classes=91, seed=0, **options):
+NUM_OUTPUTS = 91
+
+
+def new_detector(name: str, num_outputs: int = NUM_OUTPUTS, **options: Any) -> nn.Module:
+    """torchvision's detector for a name of `zoo.names()`, with frozen norms; `num_outputs` as torchvision counts."""
+    make, body = next((make, name.removeprefix(kind + "_")) for kind, make in _KINDS.items() if name.startswith(kind))
+    return make(body.removesuffix("_v2").removesuffix("_fpn"), num_outputs, second=body.endswith("_v2"), **options)
+
+
+def _two_stage(kind: Callable[..., nn.Module], body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
+    assert not second
+    return kind(_backbone(body), num_outputs, **options)
+
+
+def _retinanet(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
+    width = {"resnet18": 512, "resnet34": 512}.get(body, 2048)
+    backbone = _backbone(body, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(width if second else 256, 256))
+    if not second:
+        return RetinaNet(backbone, num_outputs, **options)
+    head = RetinaNetHead(256, 9, num_outputs, norm_layer=partial(nn.GroupNorm, 32))
+    head.regression_head._loss_type = "giou"
+    return RetinaNet(backbone, num_outputs, head=head, **options)
+
+
+def _fcos(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
+    backbone = _backbone(body, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+    return FCOS(backbone, num_outputs, **options)
+
+
+def _backbone(body: str, **options) -> nn.Module:
+    return resnet_fpn_backbone(
+        backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5, **options
+    )
+
+
+_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "faster_rcnn": partial(_two_stage, FasterRCNN),
+    "mask_rcnn": partial(_two_stage, MaskRCNN),
+    "retinanet": _retinanet,
+    "fcos": _fcos,
+}
+
+
+def random_detector(name: str, *, num_outputs: int = NUM_OUTPUTS, seed: int = 0, **options: Any) -> nn.Module:
     """A detector whose scores are decisive: random frozen statistics, and predictors scaled up."""
     torch.manual_seed(seed)
-    backbone = resnet_fpn_backbone(backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5)
-    model = kind(backbone, num_classes, **options)
+    model = new_detector(name, num_outputs, **options)
     generator = torch.Generator().manual_seed(seed + 1)
 
     def uniform(like, low, high):
@@ -25,34 +74,60 @@ def random_detector(kind: type[FasterRCNN] | type[MaskRCNN], *, body="resnet50",
                 module.bias.copy_(uniform(module.bias, -0.1, 0.1))
                 module.running_mean.copy_(uniform(module.running_mean, -0.1, 0.1))
                 module.running_var.copy_(uniform(module.running_var, 0.8, 1.2))
-        # Features would grow with every block: beyond six a stage, blocks share what six add. ResNet-50 has no more.
-        for stage in (getattr(backbone.body, f"layer{i}") for i in range(1, 5)):
+            elif isinstance(module, nn.GroupNorm):
+                module.weight.copy_(uniform(module.weight, 0.6, 1.0))
+                module.bias.copy_(uniform(module.bias, -0.1, 0.1))
+        # Features would grow with every block: beyond six per stage, blocks share what six add. ResNet-50 has no more.
+        for stage in (getattr(model.backbone.body, f"layer{i}") for i in range(1, 5)):
             for block in stage if len(stage) > 6 else ():
                 block.bn3.weight.mul_((6 / len(stage)) ** 0.5)
-        model.rpn.head.cls_logits.weight.mul_(20)
-        model.rpn.head.bbox_pred.weight.mul_(10)
-        predictor = model.roi_heads.box_predictor
-        predictor.cls_score.weight.mul_(20)
-        predictor.bbox_pred.weight.mul_(10)
-        if isinstance(model, MaskRCNN):
-            model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
-    model.eval()
-    _spread_classes(model, torch.rand(3, 320, 480, generator=generator))
+    image = torch.rand(3, 320, 480, generator=generator)
+    (_sharpen_two_stage if hasattr(model, "roi_heads") else _sharpen_dense)(model.eval(), image)
     return model
 
 
-def _spread_classes(model, image):
-    """Centres and scales the class logits, so that proposals differ in class and are sure of it."""
-    logits = []
-    hook = model.roi_heads.box_predictor.register_forward_hook(lambda _, __, output: logits.append(output[0]))
-    with torch.no_grad():
-        model([image])
-        hook.remove()
-        layer, scale = model.roi_heads.box_predictor.cls_score, 2.5 / logits[0].std(dim=0).mean()
-        layer.weight.mul_(scale)
-        layer.bias.sub_(logits[0].mean(dim=0)).mul_(scale)
+@torch.no_grad()
+def _sharpen_two_stage(model: nn.Module, image: torch.Tensor) -> None:
+    """Scales the predictors, and centres the class logits so that proposals differ in class and are sure of it."""
+    model.rpn.head.cls_logits.weight.mul_(20)
+    model.rpn.head.bbox_pred.weight.mul_(10)
+    predictor = model.roi_heads.box_predictor
+    predictor.cls_score.weight.mul_(20)
+    predictor.bbox_pred.weight.mul_(10)
+    if model.roi_heads.has_mask():
+        model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
+    (logits, _), *_ = _outputs(predictor, model, image)
+    scale = 2.5 / logits.std(dim=0).mean()
+    predictor.cls_score.weight.mul_(scale)
+    predictor.cls_score.bias.sub_(logits.mean(dim=0)).mul_(scale)
 
 
-def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+@torch.no_grad()
+def _sharpen_dense(model: nn.Module, image: torch.Tensor) -> None:
+    """Scales the predictors so that some hundred of the anchors are sure of a class, and boxes differ in size."""
+    classes, boxes = model.head.classification_head, model.head.regression_head
+    logits = torch.cat([x.flatten(2) for x in _outputs(classes.cls_logits, model, image)], dim=2)  # (1, a k, cells)
+    scale = 2.0 / logits.std(dim=2).mean()
+    classes.cls_logits.weight.mul_(scale)
+    classes.cls_logits.bias.sub_(logits.mean(dim=(0, 2))).mul_(scale).sub_(7.0)
+    deltas = torch.cat([x.flatten(2) for x in _outputs(boxes.bbox_reg, model, image)], dim=2)
+    boxes.bbox_reg.weight.mul_(0.3 / deltas.std())
+    if hasattr(boxes, "bbox_ctrness"):
+        boxes.bbox_reg.bias.fill_(1.0)  # distances, of which a ReLU leaves the positive ones
+        centerness = torch.cat([x.flatten() for x in _outputs(boxes.bbox_ctrness, model, image)])
+        boxes.bbox_ctrness.weight.mul_(1.0 / centerness.std())
+        boxes.bbox_ctrness.bias.fill_(2.0)
+
+
+def _outputs(layer: nn.Module, model: nn.Module, image: torch.Tensor) -> list[Any]:
+    """What a layer gives while the model looks at an image."""
+    outputs: list[Any] = []
+    hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    model([image])
+    hook.remove()
+    return outputs
+
+
+def arrays_of(model: nn.Module) -> dict[str, np.ndarray]:
     """The state dict as arrays."""
     return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}

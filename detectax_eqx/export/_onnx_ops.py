@@ -24,9 +24,8 @@ from ..models._box_head import _linear
 from ..models._chunks import map_chunks
 from ..nn import conv2d, max_pool2d, relu
 from ..nn._fpn import _upsample_nearest
-from ..ops import nms_indices, resize_image
+from ..ops import RoIFeatures, nms_indices, resize_image
 from ..ops._nms import _comparable
-from ..ops import RoIFeatures
 from ..ops._roi_align import _levels
 
 

@@ -7,9 +7,14 @@ from ._box_head import (
     box_loss as box_loss,
     sample_proposals as sample_proposals,
 )
-from ._detect import detect as detect, detect_batch as detect_batch, selected as selected, smallest_canvas as smallest_canvas
-from ._detector import AbstractDetector as AbstractDetector, Selection as Selection
 from ._dense import DenseSelection as DenseSelection
+from ._detect import (
+    detect as detect,
+    detect_batch as detect_batch,
+    selected as selected,
+    smallest_canvas as smallest_canvas,
+)
+from ._detector import AbstractDetector as AbstractDetector, Selection as Selection
 from ._faster_rcnn import FasterRCNN as FasterRCNN, faster_rcnn as faster_rcnn
 from ._fcos import FCOS as FCOS, FCOSMatching as FCOSMatching, fcos as fcos
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss

@@ -131,13 +131,13 @@ def decode_distances(distances: Float[Array, "a 4"], anchors: Float[Array, "a 4"
     return middle + outward * distances.astype(anchors.dtype) * sides
 
 
-def distances_to_sides(boxes: Float[Array, "*n 4"], points: Float[Array, "*n 2"]) -> Float[Array, "*n 4"]:
+def distances_to_sides(boxes: Float[Array, "*#n 4"], points: Float[Array, "*#n 2"]) -> Float[Array, "... 4"]:
     """How far inside the left, top, right and bottom sides of its box each point `(x, y)` lies, in pixels."""
     return jnp.concatenate([points - boxes[..., :2], boxes[..., 2:] - points], axis=-1)
 
 
 def centerness_of(boxes: Float[Array, "a 4"], anchors: Float[Array, "a 4"]) -> Float[Array, " a"]:
-    """√(least / greatest horizontal distance · least / greatest vertical one), equation 3: 1 in the middle, 0 at a side.
+    """Equation 3: √(least / greatest horizontal distance · least / greatest vertical one), 1 in the middle of a box.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 4.0]])
     >>> centerness_of(boxes, jnp.array([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 4.0, 2.0]])).tolist()
@@ -192,12 +192,12 @@ def fcos(
     *,
     key: PRNGKeyArray,
     anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
-    norm: Norm = GroupNorm,
+    head_norm: Norm = GroupNorm,
     depth: int = 4,
 ) -> FCOS:
     """An `FCOS` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
 
-    - `anchor_sizes`: per level, the unit of distances in canvas pixels. `norm`: of the towers.
+    - `anchor_sizes`: per level, the unit of distances in canvas pixels. `head_norm`: of the towers.
 
     >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)
@@ -207,7 +207,7 @@ def fcos(
     3
     """
     keys, channels, init = jr.split(key, 5), backbone.channels, normal(0.01)
-    tower = partial(ConvTower, channels, depth, init=init, norm=norm)
+    tower = partial(ConvTower, channels, depth, init=init, norm=head_norm)
     class_logits = Conv2d(channels, num_classes, 3, init=init, key=keys[1])
     bias = jnp.full_like(class_logits.bias, -math.log((1 - PRIOR) / PRIOR))
     return FCOS(

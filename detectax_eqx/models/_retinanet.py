@@ -82,9 +82,7 @@ class RetinaNet(AbstractDetector):
     ) -> list[tuple[Float[Array, "a k"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
         """Class logits, deltas and anchors of each level."""
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
-        anchors = level_anchors(
-            features, image.shape[:2], sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios
-        )
+        anchors = level_anchors(features, image.shape[:2], sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios)
         logits = [by_anchor(self.class_logits(self.class_tower(x)), self.num_classes) for x in features]
         deltas = [by_anchor(self.deltas(self.box_tower(x)), 4) for x in features]
         return list(zip(logits, deltas, anchors, strict=True))
@@ -137,14 +135,14 @@ def retinanet(
     key: PRNGKeyArray,
     anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
-    norm: Norm | None = None,
+    head_norm: Norm | None = None,
     box_loss: BoxLoss = l1_of_deltas,
     depth: int = 4,
 ) -> RetinaNet:
     """A `RetinaNet` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
 
     - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
-    - `norm`: of the towers. torchvision's first version has none, its second `GroupNorm` and `giou_of_boxes`.
+    - `head_norm`: of the towers. torchvision's first version has none, its second `GroupNorm` and `giou_of_boxes`.
 
     >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)
@@ -155,7 +153,7 @@ def retinanet(
     """
     keys, channels, init = jr.split(key, 4), backbone.channels, normal(0.01)
     num_anchors = len(anchor_sizes[0]) * len(aspect_ratios)
-    tower = partial(ConvTower, channels, depth, init=init, norm=norm, use_bias=norm is None)
+    tower = partial(ConvTower, channels, depth, init=init, norm=head_norm, use_bias=head_norm is None)
     class_logits = Conv2d(channels, num_anchors * num_classes, 3, init=init, key=keys[1])
     bias = jnp.full_like(class_logits.bias, -math.log((1 - PRIOR) / PRIOR))
     return RetinaNet(

@@ -7,8 +7,19 @@ from typing import Any
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from ..models import AbstractDetector, faster_rcnn, mask_rcnn
-from ..nn import FrozenBatchNorm, Norm, ResNet, ResNetFPN, resnet18, resnet34, resnet50, resnet101
+from ..models import AbstractDetector, faster_rcnn, fcos, giou_of_boxes, mask_rcnn, retinanet
+from ..nn import (
+    ConvolvedTop,
+    FrozenBatchNorm,
+    GroupNorm,
+    Norm,
+    ResNet,
+    ResNetFPN,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+)
 
 
 def names() -> tuple[str, ...]:
@@ -65,6 +76,24 @@ def _two_stage(
     return detector(backbone, num_classes, key=heads_key, **parts)
 
 
+def _dense(
+    detector: Callable[..., AbstractDetector],
+    resnet: Callable[..., ResNet],
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    norm: Norm,
+    checkpoint: bool,
+    from_features: bool = False,
+    **parts: Any,
+) -> AbstractDetector:
+    """On C3..C5 and two levels more, of which P6 comes from P5, or from C5 with `from_features`."""
+    body_key, fpn_key, top_key, heads_key = jr.split(key, 4)
+    body = resnet(key=body_key, norm=norm, checkpoint=checkpoint)
+    top = ConvolvedTop(body.channels[-1], 256, key=top_key, from_features=from_features)
+    return detector(ResNetFPN(body, key=fpn_key, finest=3, top=top), num_classes, key=heads_key, **parts)
+
+
 _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "faster_rcnn_resnet18_fpn": partial(_two_stage, faster_rcnn, resnet18),
     "faster_rcnn_resnet34_fpn": partial(_two_stage, faster_rcnn, resnet34),
@@ -74,4 +103,9 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "mask_rcnn_resnet34_fpn": partial(_two_stage, mask_rcnn, resnet34),
     "mask_rcnn_resnet50_fpn": partial(_two_stage, mask_rcnn, resnet50),
     "mask_rcnn_resnet101_fpn": partial(_two_stage, mask_rcnn, resnet101),
+    "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
+    "retinanet_resnet50_fpn_v2": partial(
+        _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes
+    ),
+    "fcos_resnet50_fpn": partial(_dense, fcos, resnet50),
 }

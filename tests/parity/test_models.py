@@ -1,6 +1,7 @@
 """torchvision's detectors at the same weights: the same detections, the same losses, the same gradients."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -16,18 +17,27 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import torchvision
 
-from detectax_eqx import Targets, models, ops
+from detectax_eqx import Targets, models, ops, zoo
 from detectax_eqx.weights import load_torchvision, to_torchvision
 
 from .torchvision_models import arrays_of, random_detector, real_images
 
 
+# Name, and how many classes our model has where torchvision's has 91 outputs: two-stage detectors have a background
+# of their own, the others have a sigmoid for each id from 0.
 CASES = {
-    "faster": (torchvision.models.detection.FasterRCNN, models.faster_rcnn_resnet50_fpn),
-    "mask": (torchvision.models.detection.MaskRCNN, models.mask_rcnn_resnet50_fpn),
+    "faster_rcnn_resnet50_fpn": 90,
+    "mask_rcnn_resnet50_fpn": 90,
+    "retinanet_resnet50_fpn": 91,
+    "retinanet_resnet50_fpn_v2": 91,
+    "fcos_resnet50_fpn": 91,
 }
+
+
+def build(name):
+    """Ours, of shapes alone."""
+    return eqx.filter_eval_shape(lambda: zoo.build(name, CASES[name], key=jr.key(0)))
 
 
 def _order(boxes, labels, expected):
@@ -65,11 +75,11 @@ class Agreement(NamedTuple):
     shifted: int = 0
 
 
-def assert_same(found, expected, image):
-    """Fails unless the detections agree, and says how well they do."""
+def assert_same(found, expected, image, first_label=1):
+    """Fails unless the detections agree, and says how well they do. Label 0 here is torchvision's `first_label`."""
     n = int(found.valid.sum())
     assert n == len(expected["scores"])
-    boxes, labels, scores = (np.asarray(x)[:n] for x in (found.boxes, found.labels + 1, found.scores))
+    boxes, labels, scores = (np.asarray(x)[:n] for x in (found.boxes, found.labels + first_label, found.scores))
     order = _order(boxes, labels, expected)
     expected = {name: value[order] for name, value in expected.items()}
     np.testing.assert_array_equal(labels, expected["labels"])
@@ -102,47 +112,47 @@ def assert_masks_agree(agreements):
     assert shifted <= len(ious) / 1000
 
 
-def on_real_images(kind):
-    """20 real images, torchvision's detector of a kind at random weights, and ours at the same weights."""
-    torch_class, build = CASES[kind]
+def on_real_images(name):
+    """20 real images, torchvision's detector of a name at random weights, and ours at the same weights."""
     images = real_images(20)
     if len(images) < 20:
         pytest.skip("no folder of real images beside the repository")
-    reference = random_detector(torch_class)
-    return images, reference, load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    reference = random_detector(name)
+    return images, reference, load_torchvision(build(name), arrays_of(reference))
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", CASES)
-def test_detections_on_real_images(kind):
+@pytest.mark.parametrize("name", CASES)
+def test_detections_on_real_images(name):
     """torchvision's detections; where its float32 turned a decision at a threshold, those of its own float64.
 
     Among the 20,000 proposals of 20 images one lay within 5e-6 of the IoU threshold .7, on either side of it by how the
     convolutions round. There torchvision in double precision is the judge, of the whole image and as strictly.
     """
-    images, reference, model = on_real_images(kind)
+    images, reference, model = on_real_images(name)
+    first_label = 91 - CASES[name]
     detect = eqx.filter_jit(models.detect)
     agreements, total, judged_in_double = [], 0, []
     for i, image in enumerate(images):
         found = detect(model, image)
         total += int(found.valid.sum())
         try:
-            agreements.append(assert_same(found, torchvision_detections(reference, image), image))
+            agreements.append(assert_same(found, torchvision_detections(reference, image), image, first_label))
         except AssertionError:
             judged_in_double.append(i)
             double = torchvision_detections(deepcopy(reference).double(), image)
-            agreements.append(assert_same(found, double, image))
-    print(f"{kind}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
+            agreements.append(assert_same(found, double, image, first_label))
+    print(f"{name}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
     assert len(judged_in_double) <= 2
-    if kind == "mask":
+    if "masks" in model.needs:
         assert_masks_agree(agreements)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize("kind", CASES)
-def test_losses_and_gradients(kind, precision):
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients(name, precision):
     """Every loss, and the gradient to every parameter.
 
     In single precision a rounding error may turn a ReLU that is next to nothing, in torchvision as here, and what one
@@ -150,16 +160,16 @@ def test_losses_and_gradients(kind, precision):
     3e-3 off. So each is held to 1e-6 in double precision; in single, to 1e-2, and the one in the middle to 1e-3.
     """
     with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
-        losses, grads, expected, gradients = _losses_and_gradients(kind, precision)
+        losses, grads, expected, gradients = _losses_and_gradients(name, precision)
     assert losses.keys() == expected.keys()
     tolerance = {"float32": 1e-4, "float64": 1e-6}[precision]
-    for name, value in expected.items():
-        np.testing.assert_allclose(losses[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
-        print(f"{kind} {precision} {name}: {losses[name]:.6f} torchvision {value:.6f}")
+    for term, value in expected.items():
+        np.testing.assert_allclose(losses[term], value, rtol=tolerance, atol=tolerance, err_msg=term)
+        print(f"{name} {precision} {term}: {losses[term]:.6f} torchvision {value:.6f}")
     assert gradients.keys() <= grads.keys()
-    differences = sorted((_relative(grads[name], grad), name) for name, grad in gradients.items())
+    differences = sorted((_relative(grads[layer], grad), layer) for layer, grad in gradients.items())
     middle, worst = differences[len(differences) // 2], differences[-1]
-    print(f"{kind} {precision}: {len(gradients)} gradients, relative differences: worst {worst}, middle {middle}")
+    print(f"{name} {precision}: {len(gradients)} gradients, relative differences: worst {worst}, middle {middle}")
     if precision == "float32":
         assert middle[0] < 1e-3
         assert worst[0] < 1e-2
@@ -167,23 +177,22 @@ def test_losses_and_gradients(kind, precision):
         assert worst[0] < 1e-6
 
 
-def _losses_and_gradients(kind, precision):
+def _losses_and_gradients(name, precision):
     """Ours and torchvision's, at the same weights, with all candidates sampled."""
-    torch_class, build = CASES[kind]
     height, width, objects = 256, 320, 5
     everything = 1_000_000
     dtype = getattr(torch, precision)
-    reference = random_detector(
-        torch_class,
-        min_size=height,
-        max_size=width,
-        rpn_batch_size_per_image=everything,
-        box_batch_size_per_image=everything,
-        box_positive_fraction=0.5,
-        rpn_post_nms_top_n_train=60,
-        rpn_pre_nms_top_n_train=200,
-    ).train()
+    two_stage = CASES[name] == 90
+    sampling = {
+        "rpn_batch_size_per_image": everything,
+        "box_batch_size_per_image": everything,
+        "box_positive_fraction": 0.5,
+        "rpn_post_nms_top_n_train": 60,
+        "rpn_pre_nms_top_n_train": 200,
+    }
+    reference = random_detector(name, min_size=height, max_size=width, **(sampling if two_stage else {})).train()
     reference.to(dtype)
+    first_label = 91 - CASES[name]
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     corners = rng.uniform(0, (width - 120, height - 120), (2, objects, 2))
@@ -196,40 +205,39 @@ def _losses_and_gradients(kind, precision):
 
     tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).to(dtype) / 255 for image in images]
     torch_targets = [
-        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + 1).long(), "masks": torch.from_numpy(m)}
+        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + first_label).long(), "masks": torch.from_numpy(m)}
         for b, l, m in zip(boxes, labels, masks, strict=True)
     ]
     expected = reference(tensors, torch_targets)
     sum(expected.values()).backward()
-    gradients = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+    gradients = {layer: p.grad.numpy() for layer, p in reference.named_parameters()}
 
-    model = load_torchvision(build(90, key=jr.key(0)), arrays_of(reference))
+    model = load_torchvision(build(name), arrays_of(reference))
     frame = jnp.tile(jnp.array([0, 0, width, height], precision), (2, objects, 1))
     targets = Targets(
         jnp.asarray(boxes), jnp.asarray(labels), jnp.ones((2, objects), bool), jnp.asarray(masks) == 1, frame
     )
-    sampling = models.Sampling(
-        pre_nms_top_n=200,
-        post_nms_top_n=60,
-        rpn_samples=everything,
-        box_samples=everything,
-        box_positive_fraction=0.5,
-    )
-    loss = models.faster_rcnn_loss if kind == "faster" else models.mask_rcnn_loss
+    if two_stage:
+        sampled = models.TwoStageSampling(
+            pre_nms_top_n=200,
+            post_nms_top_n=60,
+            rpn_samples=everything,
+            box_samples=everything,
+            box_positive_fraction=0.5,
+        )
+        model = replace(model, sampling=sampled)
 
     @eqx.filter_jit
     @eqx.filter_grad(has_aux=True)
     def total(model):
         size = jnp.array([height, width], jnp.int32)
-        terms = jax.vmap(lambda i, t: loss(model, i, size, t, key=jr.key(0), sampling=sampling))(
-            jnp.asarray(images), targets
-        )
-        means = {name: jax.tree.map(lambda x: x.sum(), term).mean() for name, term in terms.items()}
+        terms = jax.vmap(lambda i, t: model.loss(i, size, t, key=jr.key(0)))(jnp.asarray(images), targets)
+        means = {term: jax.tree.map(lambda x: x.sum(), values).mean() for term, values in terms.items()}
         return sum(means.values()), means
 
     grads, losses = total(model)
-    losses = {name: float(value) for name, value in losses.items()}
-    return losses, to_torchvision(grads), {name: value.item() for name, value in expected.items()}, gradients
+    losses = {term: float(value) for term, value in losses.items()}
+    return losses, to_torchvision(grads), {term: value.item() for term, value in expected.items()}, gradients
 
 
 def _relative(a, b):
@@ -237,12 +245,26 @@ def _relative(a, b):
     return float(np.linalg.norm(a - b) / scale) if scale else float(np.linalg.norm(a))
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_weights_round_trip(kind):
-    torch_class, build = CASES[kind]
-    reference = random_detector(torch_class)
+@pytest.mark.parametrize("name", CASES)
+def test_weights_round_trip(name):
+    reference = random_detector(name)
     arrays = arrays_of(reference)
-    back = to_torchvision(load_torchvision(build(90, key=jr.key(0)), arrays))
+    back = to_torchvision(load_torchvision(build(name), arrays))
     assert back.keys() == arrays.keys()
-    assert all(np.array_equal(back[name], array) for name, array in arrays.items())
-    reference.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()})
+    assert all(np.array_equal(back[key], array) for key, array in arrays.items())
+    reference.load_state_dict({key: torch.from_numpy(array) for key, array in back.items()})
+
+
+# The first counts FrozenBN's affine parameters as buffers, the second trains them: CONFORMANCE's numbers.
+PARAMETERS = {
+    "faster_rcnn_resnet50_fpn": 41_755_286,
+    "mask_rcnn_resnet50_fpn": 44_401_393,
+    "retinanet_resnet50_fpn": 34_014_999,
+    "retinanet_resnet50_fpn_v2": 38_198_935 - 53_120,  # of its BatchNorms, which are frozen here
+    "fcos_resnet50_fpn": 32_269_600,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters(name):
+    assert models.num_parameters(build(name)) == PARAMETERS[name]
