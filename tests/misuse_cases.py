@@ -126,13 +126,21 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"decode_rle", "load_coco", "read_annotations", "read_image"},
+    data: {"decode_rle", "load_coco", "read_annotations", "read_image"}
+    | {"decode_counts", "encode_segmentation", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
     export: {"save_stablehlo", "save_onnx", "read_onnx", "compare_onnx", "quantize_onnx", "fold_norms"}
     | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
-    evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"}
+    evaluate: {
+        "format_metrics",
+        "format_number",
+        "format_per_class",
+        "read_results",
+        "to_coco_results",
+        "write_results",
+    }
     | {"class_rows", "error_rows", "format_errors"},
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},

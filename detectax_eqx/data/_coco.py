@@ -1,6 +1,8 @@
 """Reading a COCO-format dataset, so that what is wrong with it is known before anything is trained on it."""
 
 import json
+import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 from ._dataset import CocoDataset, ImageRecord, Objects
 from ._images import check_image
 from ._report import Collector, DatasetError
-from ._store import read_bytes, to_location
+from ._store import Location, read_bytes, to_location
 from ._validate import Annotation, parse_annotations, parse_categories, parse_images, parse_parts
 
 
@@ -52,7 +54,52 @@ def load_coco(annotations: str | Path, images: str | Path, *, check_images: bool
     file, folder = to_location(annotations), to_location(images)
     if isinstance(folder, Path) and not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder of images.")
-    content = read_annotations(annotations)
+    return _parse(read_annotations(annotations), file, folder, check_images=check_images)
+
+
+def load_annotations(annotations: str | os.PathLike | Mapping[str, Any]) -> CocoDataset:
+    """Reads and checks a COCO-format annotation file just as `load_coco` does, but looks for no images.
+
+    What comes out is the truth for an evaluation. A file name is not required of its images.
+
+    - `annotations`: the JSON file, by its path or URL; or its content, which is read as JSON holds it: a tuple is a
+      list, and a NumPy number a number.
+
+    Raises a `DatasetError` as `load_coco` does.
+
+    >>> content = {
+    ...     "images": [{"id": 1, "width": 100, "height": 100}],
+    ...     "categories": [{"id": 7, "name": "cat"}],
+    ...     "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [90, 10, 50, 50]}],
+    ... }
+    >>> dataset = load_annotations(content)
+    >>> dataset.objects(0).boxes.tolist(), str(dataset.report)
+    ([[90.0, 10.0, 100.0, 60.0]], 'repaired: box partly outside ×1')
+    """
+    if not isinstance(annotations, Mapping):
+        path = annotations if isinstance(annotations, str) else Path(annotations)
+        return _parse(read_annotations(path), to_location(path), None, check_images=False)
+    file = Path("annotations")  # what messages call it
+    try:
+        content = json.loads(json.dumps(dict(annotations), default=_to_json))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{file}: what JSON cannot hold: {error}.") from error
+    return _parse(content, file, None, check_images=False)
+
+
+def _to_json(value: Any) -> Any:
+    """What a dictionary in memory may hold beside JSON: NumPy's numbers and arrays, compressed run lengths as bytes."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.decode("ascii")
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _parse(content: dict[str, Any], file: Location, folder: Location | None, *, check_images: bool) -> CocoDataset:
+    """A checked dataset. `folder`: of the images; `None` if they are not to be read."""
     problems = Collector(file)
     image_entries, annotation_entries, category_entries = parse_parts(content, file)
     categories = parse_categories(category_entries, problems)
@@ -116,4 +163,6 @@ def _to_objects(annotations: list[Annotation]) -> Objects:
         crowd=np.array([a.crowd for a in annotations], bool),
         annotation_ids=tuple(a.id for a in annotations),
         segmentations=tuple(a.segmentation for a in annotations),
+        boxes_xywh=np.array([a.box_xywh for a in annotations], np.float64).reshape(-1, 4),
+        areas=np.array([a.area for a in annotations], np.float64),
     )
