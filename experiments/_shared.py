@@ -3,7 +3,7 @@
 import json
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -211,31 +211,47 @@ def gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for part in parts for result in part]
 
 
+# COCO counts the best 100 detections of each class per image.
+COCO_LIMIT = 100
+
+
 def evaluate_on(
-    detector: Detector, dataset: data.CocoDataset, folder: Path, **options: Any
+    detector: Detector, dataset: data.CocoDataset, folder: Path, *, max_detections: int = COCO_LIMIT, **options: Any
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO's numbers for boxes, and masks if there are any; `detections.json` and `metrics.json` go to `folder`."""
-    found = detect_dataset(detector, dataset, **options)
+    """COCO's numbers for boxes, and masks if there are any; `detections.json` and `metrics.json` go to `folder`.
+
+    `max_detections` are kept per image. As many count, and no fewer than COCO's 100, which then are all.
+    """
+    found = detect_dataset(detector, dataset, max_detections=max_detections, **options)
     results = [result for result in found if result["category_id"] in dataset.category_ids]
     if len(results) < len(found):
         console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
-    return score_results(results, dataset, folder, masks=isinstance(detector.model, models.MaskRCNN))
+    kinds = ("bbox", "segm") if isinstance(detector.model, models.MaskRCNN) else ("bbox",)
+    return score_results(results, dataset, folder, kinds=kinds, max_detections=max(max_detections, COCO_LIMIT))
 
 
 def score_results(
-    results: list[dict[str, Any]], dataset: data.CocoDataset, folder: Path, *, masks: bool
+    results: list[dict[str, Any]],
+    dataset: data.CocoDataset,
+    folder: Path,
+    *,
+    kinds: Sequence[Literal["bbox", "segm"]],
+    max_detections: int = COCO_LIMIT,
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO's numbers for boxes, and for `masks` if every object has one; they go to `metrics.json` in `folder`."""
-    has_masks = masks and all(
+    """COCO's numbers of each of the `kinds`; they go to `metrics.json` in `folder`.
+
+    Masks are left out unless every object of the dataset has one. `max_detections` of each class count per image.
+    """
+    has_masks = all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
-    annotations = data.read_annotations(dataset.annotations_path)
     metrics = {
-        kind: evaluate.evaluate_coco(annotations, results, iou_type=kind)
-        for kind in (("bbox", "segm") if has_masks else ("bbox",))
+        kind: evaluate.evaluate_coco(dataset, results, iou_type=kind, max_detections=max_detections)
+        for kind in kinds
+        if kind == "bbox" or has_masks
     }
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,10 @@ with `--report` a page to look at: curves, what each kind of error costs, and th
 same for results that are there already, of any detector, without running one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
 
 from _report.evaluation import write_report
 from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run, score_results
@@ -49,7 +51,8 @@ class Options:
     nms_threshold: float = 0.5
     """IoU above which the lower of two detections of a class is dropped."""
     max_detections: int = 100
-    """Detections kept of an image, those of the highest scores."""
+    """Detections of the highest scores that are kept per image; as many, but at least COCO's 100, count for the
+    numbers. With --detections, as many of each class count per image: more than 10."""
     threads: int = 2
     """Threads that decode images."""
 
@@ -60,15 +63,15 @@ RANGES = {"positive": "batch_size min_size max_size max_detections threads", "in
 def main(options: Options) -> None:
     """Evaluates and prints."""
     check_ranges(options, RANGES)
-    if options.detections is not None and (options.checkpoint is not None or options.weights is not None):
-        raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
+    if options.detections is not None:
+        check_no_detector(options)
     dataset = data.load_coco(options.annotations, options.images)
     console.print(f"{options.annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     if options.detections is not None:
+        results = evaluate.read_results(options.detections)
+        kinds, limit = kinds_of(results), options.max_detections
         try:
-            results = evaluate.read_results(options.detections)
-            masks = bool(results) and all("segmentation" in result for result in results)
-            metrics = score_results(results, dataset, options.output, masks=masks)
+            metrics = score_results(results, dataset, options.output, kinds=kinds, max_detections=limit)
         except ValueError as error:
             raise SystemExit(f"{options.detections}: {error}") from None
     else:
@@ -92,6 +95,31 @@ def main(options: Options) -> None:
     if options.report:
         write_report(options.output / "report.html", dataset, results, metrics)
         console.print(f"{options.output / 'report.html'} opens in any browser", highlight=False, soft_wrap=True)
+
+
+# Options that say how to detect, beside the files that a detector is in.
+OF_DETECTION = ("model", "norm", "batch_size", "min_size", "max_size", "score_threshold", "nms_threshold")
+
+
+def check_no_detector(options: Options) -> None:
+    """Refuses what --detections has no use for, rather than to pass over it."""
+    if options.checkpoint is not None or options.weights is not None:
+        raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
+    defaults = {field.name: field.default for field in fields(Options)}
+    given = [name for name in OF_DETECTION if getattr(options, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SystemExit(
+            f"{names}: no detector is run with --detections, so that this would change nothing. Leave out."
+        )
+
+
+def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Literal["bbox", "segm"], ...]:
+    """What can be evaluated: boxes, and masks where all results have one; masks alone where none has a box."""
+    masks = bool(results) and all(result.get("segmentation") for result in results)
+    if masks and not any(result.get("bbox") for result in results):
+        return ("segm",)
+    return ("bbox", "segm") if masks else ("bbox",)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from _shared import (
 from jax.experimental import multihost_utils
 
 from detectax_eqx import Batch, WeightedSum, data, models, nn, train
+from detectax_eqx.evaluate import format_number
 
 
 def main(options: Options) -> None:
@@ -170,10 +171,13 @@ def fit(options: Options) -> None:
             metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
         numbers = {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
         write(log, step=done, epoch=done / epoch_steps, **numbers)
-        text = ", ".join(f"{name} {numbers[name]:.3f}" for name in numbers if name.endswith(("AP", "AP50")))
-        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
+        shown = {name: number for name, number in numbers.items() if name.endswith(("AP", "AP50"))}
+        text = ", ".join(f"{name} {format_number(number)}" for name, number in shown.items())
         score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
-        is_best = score > so_far["best"]
+        if score < 0:
+            text += "; nothing to score by in the validation annotations: best/ is the last checkpoint"
+        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
+        is_best = score > so_far["best"] or score < 0
         so_far.update(best=max(score, so_far["best"]), evaluated=done)
         save(*([best] if is_best else []), last)
 

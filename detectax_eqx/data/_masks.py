@@ -106,7 +106,11 @@ def rle_counts(text: bytes) -> Int64[np.ndarray, " n"]:
     >>> rle_counts(b"52203").tolist()
     [5, 2, 2, 2, 5]
     """
-    return decode_counts([text])[0]
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    values, _ = _numbers(codes, np.array([len(codes)]))
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
 
 
 def decode_counts(texts: Sequence[bytes]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
@@ -120,12 +124,26 @@ def decode_counts(texts: Sequence[bytes]) -> tuple[Int64[np.ndarray, " n"], Int6
     """
     if not texts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends = np.cumsum([len(text) for text in texts])
     codes = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
-    if not all(texts) or (codes < 0).any() or (codes > 63).any():
+    values, counts = _numbers(codes, np.array([len(text) for text in texts]))
+    position = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its encoding
+    # Runs 1, 3, 5, … are a chain of differences, and so are 2, 4, 6, …
+    for chain, sizes in ((position % 2 == 1, counts // 2), ((position % 2 == 0) & (position > 0), (counts - 1) // 2)):
+        sums = np.cumsum(values[chain])
+        before = np.append(0, sums)[np.cumsum(sizes) - sizes]
+        values[chain] = sums - np.repeat(before, sizes)
+    return values, counts
+
+
+def _numbers(
+    codes: Int64[np.ndarray, " c"], sizes: Int64[np.ndarray, " m"]
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
+    """The signed numbers that the characters of `m` texts of these sizes spell, and how many each text has."""
+    if sizes.min() == 0 or codes.min() < 0 or codes.max() > 63:
         raise ValueError("its counts are empty or hold a character outside the alphabet")
+    ends = np.cumsum(sizes) - 1
     last = (codes & 32) == 0  # of a number's characters
-    if not last[ends - 1].all():
+    if not last[ends].all():
         raise ValueError("its counts end within a number")
     starts = np.append(0, np.flatnonzero(last)[:-1] + 1)
     lengths = np.diff(np.append(starts, len(codes)))
@@ -135,14 +153,7 @@ def decode_counts(texts: Sequence[bytes]) -> tuple[Int64[np.ndarray, " n"], Int6
     values = np.add.reduceat((codes & 31) << shift, starts)
     negative = (codes[last] & 16) != 0
     values = np.where(negative, values - (1 << (5 * lengths)), values)
-    counts = np.diff(np.append(0, np.cumsum(last)[ends - 1]))
-    position = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its encoding
-    # Runs 1, 3, 5, … are a chain of differences, and so are 2, 4, 6, …
-    for chain, sizes in ((position % 2 == 1, counts // 2), ((position % 2 == 0) & (position > 0), (counts - 1) // 2)):
-        sums = np.cumsum(values[chain])
-        before = np.append(0, sums)[np.cumsum(sizes) - sizes]
-        values[chain] = sums - np.repeat(before, sizes)
-    return values, counts
+    return values, np.diff(np.append(0, np.cumsum(last)[ends]))
 
 
 def _overlap(low: float, high: float, cells: int, pixels: int) -> Float32[np.ndarray, "cells pixels"]:

@@ -65,7 +65,8 @@ def prepare(
     detected = _entries(rank[checked.images], checked.labels, areas, np.zeros(len(areas)), iou_type, shapes)
     for entry, score in zip(detected, checked.scores.tolist(), strict=True):
         entry["score"] = score
-    sizes = [dataset.sizes[index] for index in order]
+    all_sizes = dataset.sizes
+    sizes = [all_sizes[index] for index in order]
     base = {
         "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes, start=1)],
         "categories": [{"id": k} for k in range(1, dataset.num_classes + 1)],
