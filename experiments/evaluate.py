@@ -102,16 +102,14 @@ OF_DETECTION = ("model", "norm", "batch_size", "min_size", "max_size", "score_th
 
 
 def check_no_detector(options: Options) -> None:
-    """Refuses what --detections has no use for, rather than to pass over it."""
+    """Refuses what --detections has no use for, rather than ignoring it."""
     if options.checkpoint is not None or options.weights is not None:
         raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
     defaults = {field.name: field.default for field in fields(Options)}
     given = [name for name in OF_DETECTION if getattr(options, name) != defaults[name]]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise SystemExit(
-            f"{names}: no detector is run with --detections, so that this would change nothing. Leave out."
-        )
+        raise SystemExit(f"{names}: with --detections no detector is run, and this has no effect. Leave it out.")
 
 
 def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Literal["bbox", "segm"], ...]:

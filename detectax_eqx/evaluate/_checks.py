@@ -3,7 +3,7 @@
 There may be a million: what is called for each of them is left out of the package's checking of types.
 """
 
-import sys
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, no_type_check
@@ -38,9 +38,7 @@ class CheckedResults:
     masks: list[dict[str, Any] | None]
 
 
-def check_results(
-    results: Sequence[Mapping[str, Any]], dataset: CocoDataset, *, iou_type: Literal["bbox", "segm"]
-) -> CheckedResults:
+def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Literal["bbox", "segm"]) -> CheckedResults:
     """Results as columns. All that a result has is checked, whether this kind of evaluation looks at it or not.
 
     Raises a `ValueError` that names the first result with something wrong, its image and the value.
@@ -68,7 +66,7 @@ def check_results(
     )
 
 
-def check_fields(results: Sequence[Mapping[str, Any]]) -> None:
+def check_fields(results: Sequence[Any]) -> None:
     """That every result has what COCO's results format wants, in the right types, whatever the dataset.
 
     Raises a `ValueError` that names the first result with something wrong, its image and the value.
@@ -84,7 +82,7 @@ def check_fields(results: Sequence[Mapping[str, Any]]) -> None:
     _require(results, "bbox", _is_box, words)
 
 
-def check_masks(results: Sequence[Mapping[str, Any]]) -> None:
+def check_masks(results: Sequence[Any]) -> None:
     """That masks are well-formed, and run lengths add up to the size that they state themselves.
 
     Raises a `ValueError` as `check_fields` does.
@@ -100,7 +98,7 @@ def check_masks(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 @no_type_check
-def _masks(results: Sequence[Mapping[str, Any]], sizes: list[tuple[int, int]]) -> list[dict[str, Any] | None]:
+def _masks(results: Sequence[Any], sizes: list[tuple[int, int]]) -> list[dict[str, Any] | None]:
     """The masks of all results, for images of these sizes, as compressed run lengths."""
     masks, compressed = [], []
     for position, (result, size) in enumerate(zip(results, sizes, strict=True)):
@@ -125,14 +123,14 @@ def _masks(results: Sequence[Mapping[str, Any]], sizes: list[tuple[int, int]]) -
 
 
 @no_type_check
-def _check_size(results: Sequence[Mapping[str, Any]], position: int, got: Any, size: tuple[int, int]) -> None:
+def _check_size(results: Sequence[Any], position: int, got: Any, size: tuple[int, int]) -> None:
     if not isinstance(got, list | tuple) or [*got] != [*size]:
         where = _where(results, position)
         raise ValueError(f"{where} has a mask of size {_show(got)}, but its image is {[*size]}.")
 
 
 @no_type_check
-def _check_sums(results: Sequence[Mapping[str, Any]], rows: list[int], masks: list[dict[str, Any]]) -> None:
+def _check_sums(results: Sequence[Any], rows: list[int], masks: list[dict[str, Any]]) -> None:
     """That compressed run lengths can be read and add up to their masks' pixels."""
     try:
         runs, counts = decode_counts([masks[row]["counts"] for row in rows])
@@ -155,7 +153,7 @@ def _check_sums(results: Sequence[Mapping[str, Any]], rows: list[int], masks: li
 
 
 @no_type_check
-def _require(results: Sequence[Mapping[str, Any]], field: str, check: Callable[[Any], bool], words: str) -> None:
+def _require(results: Sequence[Any], field: str, check: Callable[[Any], bool], words: str) -> None:
     """Raises a `ValueError` with these words for the first result whose field does not pass."""
     for position, result in enumerate(results):
         value = result.get(field)
@@ -164,7 +162,7 @@ def _require(results: Sequence[Mapping[str, Any]], field: str, check: Callable[[
 
 
 @no_type_check
-def _where(results: Sequence[Mapping[str, Any]], position: int) -> str:
+def _where(results: Sequence[Any], position: int) -> str:
     return f"results[{position}] on image {_show(results[position].get('image_id'))}"
 
 
@@ -199,7 +197,10 @@ def _is_array(value: Any, shape: tuple[int, ...]) -> bool:
 
 @no_type_check
 def _is_score(value: Any) -> bool:
-    return _is_number(value) and bool(abs(value) <= sys.float_info.max)
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 @no_type_check
@@ -214,11 +215,18 @@ def _is_four(value: Any) -> bool:
 
 @no_type_check
 def _is_box(value: Any) -> bool:
-    return value is None or bool(all(abs(number) < LARGEST for number in value) and value[2] >= 0 and value[3] >= 0)
+    if value is None:
+        return True
+    try:
+        x, y, width, height = map(float, value)
+    except OverflowError:
+        return False
+    # NaN does not compare as less.
+    return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= width < LARGEST and 0 <= height < LARGEST
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())  # an array's has lines
     return text if len(text) <= 60 else text[:57] + "…"
 
 

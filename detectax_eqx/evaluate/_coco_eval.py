@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class CocoMetrics:
 
 def evaluate_coco(
     annotations: Truth,
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Any],
     *,
     iou_type: Literal["bbox", "segm"] = "bbox",
     image_ids: Sequence[int] | None = None,

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +89,7 @@ class ErrorAnalysis:
 
 def analyze_errors(
     annotations: Truth,
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Any],
     *,
     iou_type: Literal["bbox", "segm"] = "bbox",
     foreground_iou: float = 0.5,

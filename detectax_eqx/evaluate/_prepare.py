@@ -38,7 +38,7 @@ class Prepared:
 
 def prepare(
     annotations: Truth,
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Any],
     *,
     iou_type: Literal["bbox", "segm"],
     image_ids: Sequence[int] | None,
