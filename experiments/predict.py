@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from _images import find_images, unique_targets
 from _shared import Detector, ModelName, NormName, check_ranges, console, load_detector, run, write_json
+from PIL import ImageFont
 from tyro.conf import Positional
 
 from detectax_eqx import Batch, Targets, data, draw, evaluate, models
@@ -53,6 +54,8 @@ class Options:
     """IoU above which the lower of two detections of a class is dropped."""
     max_detections: int = 100
     """Detections kept of an image, those of the highest scores."""
+    font: Path | None = None
+    """Font file for class names; by default Pillow's, and an installed one for characters that it lacks."""
 
 
 RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}
@@ -61,6 +64,8 @@ RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_thre
 def main(options: Options) -> None:
     """Predicts; the exit status is 1 if a file failed."""
     check_ranges(options, RANGES)
+    if options.font is not None:
+        check_font(options.font)
     pairs = targets_of(options.inputs, options.output)
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
@@ -90,7 +95,7 @@ def main(options: Options) -> None:
             )
             single = first_of(detections)
             picture = draw.draw_detections(
-                image, single, class_names=class_names, score_threshold=options.score_threshold
+                image, single, class_names=class_names, score_threshold=options.score_threshold, font=options.font
             )
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
@@ -109,6 +114,14 @@ def main(options: Options) -> None:
     if failures:
         console.print(f"{failures} of {failures + len(images)} files failed.")
         raise SystemExit(1)
+
+
+def check_font(path: Path) -> None:
+    """Refuses a font that cannot be used, before anything is compiled."""
+    try:
+        ImageFont.truetype(path, 12)
+    except OSError as error:
+        raise SystemExit(f"--font {path} cannot be used: {error}.") from None
 
 
 def category_names(detector: Detector, annotations: str | None) -> dict[int, str]:

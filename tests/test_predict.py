@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_an_output_that_is_an_input_is_refused(file, tmp_path):
     with pytest.raises(SystemExit, match=r"would put pictures among the images of .*photos"):
         predict.main(options(file, folder, folder))
     assert [path.name for path in folder.iterdir()] == ["x.png"]
+
+
+def test_class_names_in_any_script(file, model, tmp_path):
+    """One warning for all pictures; names that no font has are told apart. A font that is none is refused at once."""
+    image, outputs = write(tmp_path / "x.png"), []
+    for number, names in enumerate((("猫狗", "кот"), ("鸟鱼", "кот"))):
+        categories = tuple(data.Category(k, name) for k, name in zip((3, 7), names, strict=True))
+        _shared.save_detector(_shared.Detector(model, categories, 64, 64, ((64, 64),)), file)
+        outputs.append(tmp_path / str(number) / "x.png.png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            predict.main(options(file, outputs[-1].parent, image))
+    assert outputs[0].read_bytes() != outputs[1].read_bytes()
+    for path in (tmp_path / "none.ttf", image):
+        with pytest.raises(SystemExit, match=rf"--font .*{path.name} cannot be used"):
+            predict.main(options(file, tmp_path / "out", image, font=path))
 
 
 def test_images_of_export_leave_pictures_out(tmp_path, monkeypatch):
