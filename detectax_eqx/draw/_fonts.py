@@ -70,7 +70,7 @@ def escape(names: Iterable[str], has: Callable[[str], bool], remedy: str) -> lis
 
     Those that are no signs, such as line breaks, are escaped too. One warning lists the others.
     """
-    names = list(names)
+    names = [unicodedata.normalize("NFC", name) for name in names]  # an accent and its letter as one character
     characters = [character for character in sorted(set("".join(names))) if not _is_blank(character)]
     missing = [character for character in characters if character.isprintable() and not has(character)]
     controls = [character for character in characters if not character.isprintable()]
