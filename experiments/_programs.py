@@ -5,6 +5,7 @@ import os
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,8 +20,9 @@ def keep_programs() -> str | None:
     JAX's own settings come first, from the environment or made before: with `JAX_COMPILATION_CACHE_DIR` the folder is
     that one, with `JAX_ENABLE_COMPILATION_CACHE=0` or an empty folder nothing is kept.
     """
-    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None
-    if chosen or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config
+    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or config.jax_compilation_cache_dir is not None
+    if chosen or not config.jax_enable_compilation_cache:
         return None
     folder = cache_folder()
     try:
@@ -28,9 +30,9 @@ def keep_programs() -> str | None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return f"Compiled programs are not kept: {folder} cannot be written ({error.strerror})."
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+        config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return None
 
 

@@ -7,7 +7,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
@@ -95,7 +95,10 @@ def has(font: ImageFont.FreeTypeFont | None, character: str) -> bool:
     """Whether a font has a character: whether it draws another sign for it than for one that cannot be."""
     if font is None:
         return False
-    signs = [(font.getlength(c), font.getbbox(c), bytes(font.getmask(c))) for c in (character, _NO_CHARACTER)]
+    signs = []
+    for sign in (character, _NO_CHARACTER):
+        mask: Any = font.getmask(sign)
+        signs.append((font.getlength(sign), font.getbbox(sign), bytes(mask)))
     return signs[0] != signs[1]
 
 
@@ -128,7 +131,7 @@ def _font_of(character: str, face: Face) -> ImageFont.FreeTypeFont | None:
 @lru_cache(maxsize=64)
 def _fonts(face: Face) -> tuple[ImageFont.FreeTypeFont, ...]:
     """The font asked for, and Pillow's."""
-    default = ImageFont.load_default(face.size)
+    default: Any = ImageFont.load_default(face.size)  # with a size, always one with outlines
     if face.font is None:
         return (default,)
     if not os.path.isfile(face.font):

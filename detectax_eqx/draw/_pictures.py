@@ -137,11 +137,11 @@ def draw_comparison(
         _draw(pixels, _rows_of_detections(detections, names, score_threshold), style),
     )
     face = style.face(pixels)
-    titles = tuple(drawable(titles, face))
-    strip = max(sum(measure(title, face)[1:]) for title in titles) + 4
+    shown = drawable(titles, face)
+    strip = max(sum(measure(title, face)[1:]) for title in shown) + 4
     sheet = Image.new("RGB", (2 * width + _GAP, height + strip), "white")
     canvas = ImageDraw.Draw(sheet)
-    for position, (half, title) in enumerate(zip(halves, titles, strict=True)):
+    for position, (half, title) in enumerate(zip(halves, shown, strict=True)):
         left = position * (width + _GAP)
         write(canvas, (left + 1, 1), title, face, (0, 0, 0))
         sheet.paste(half, (left, strip))

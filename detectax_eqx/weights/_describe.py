@@ -8,7 +8,7 @@ from ._trees import WeightsError
 
 
 # Blocks per stage, and whether they are bottlenecks.
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "ResNet-18",
     (False, (3, 4, 6, 3)): "ResNet-34",
     (True, (3, 4, 6, 3)): "ResNet-50",
