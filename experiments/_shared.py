@@ -3,6 +3,7 @@
 import json
 import math
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import tyro
+from _programs import keep_programs
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -114,15 +116,64 @@ def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any,
 
 
 def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
-    """The named detector with the weights of a torchvision `.pth` or a `.safetensors` file."""
-    is_torch = path.suffix != ".safetensors"
-    arrays = weights.read_pth(path) if is_torch else weights.read_safetensors(path)[0]
-    ends = "box_predictor.cls_score.bias" if is_torch else "box_head.class_logits.bias"
-    outputs = next((array.shape[0] for key, array in arrays.items() if key.endswith(ends)), None)
+    """The named detector with the weights of a torchvision `.pth` or a `.safetensors` file.
+
+    Categories and image sizes are those that `save_detector` put into the file, if it wrote it.
+    """
+    arrays = weights.read_torchvision(path)
+    outputs = next((a.shape[0] for key, a in arrays.items() if a.ndim and key.endswith(".cls_score.bias")), None)
     if outputs is None:
-        raise SystemExit(f"{path} has no entry …{ends}: it does not hold a detector.")
+        raise SystemExit(
+            f"{path} seems to be {weights.describe(arrays) or 'no model of torchvision or this package'}: "
+            "it has no entry ….cls_score.bias, so it does not hold a detector."
+        )
     model = eqx.filter_eval_shape(build, name, outputs - 1, norm)
-    return Detector(weights.load_torchvision(model, path) if is_torch else weights.load_safetensors(model, path))
+    detector = Detector(weights.load_torchvision(model, path))
+    if path.suffix != ".safetensors":
+        return detector
+    about = weights.read_safetensors(path)[1].get(ABOUT)
+    if about is None:
+        console.print(
+            f"{path} does not say at which sizes it was trained: images are resized to {detector.min_size} (at most "
+            f"{detector.max_size}) pixels, unless --min-size and --max-size say otherwise.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return detector
+    try:
+        return replace(detector, **about_detector(json.loads(about), outputs - 1))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path}: its metadata {ABOUT!r} is not what save_detector writes ({error!r}).") from None
+
+
+ABOUT = "detector"  # the metadata of a safetensors file that holds what `Detector` does beside the model
+
+
+def save_detector(detector: Detector, path: Path) -> None:
+    """Writes a `.safetensors` file of the weights, with the categories and image sizes that `load_weights` reads."""
+    about = {
+        "categories": None if detector.categories is None else [asdict(c) for c in detector.categories],
+        "min_size": detector.min_size,
+        "max_size": detector.max_size,
+        "canvases": detector.canvases,
+    }
+    weights.save_safetensors(detector.model, path, metadata={ABOUT: json.dumps(about)})
+
+
+def about_detector(about: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """The fields of a `Detector` from what `save_detector` wrote."""
+    categories = about["categories"]
+    if categories is not None:
+        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in categories)
+        if len(categories) != num_classes:
+            raise ValueError(f"{len(categories)} categories for {num_classes} classes")
+    canvases = tuple((int(height), int(width)) for height, width in about["canvases"])
+    return {
+        "categories": categories,
+        "min_size": int(about["min_size"]),
+        "max_size": int(about["max_size"]),
+        "canvases": canvases,
+    }
 
 
 def load_detector(
@@ -158,7 +209,7 @@ def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Mod
 
     A detector of another number of classes gives all but its predictors, which stay as they are: to be fine-tuned.
     """
-    if path.suffix != ".safetensors" and not any(key.startswith("backbone.") for key in weights.read_pth(path)):
+    if not any(key.startswith("backbone.") for key in weights.read_torchvision(path)):
         return weights.load_torchvision_backbone(model, path)
     source = load_weights(name, norm, path).model
     arrays = weights.to_torchvision(source)
@@ -290,9 +341,16 @@ def check_ranges(options: Any, ranges: dict[str, str]) -> None:
 
 
 def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
-    """Runs a script on its command line; an error of the user's files or options is told without a traceback."""
+    """Runs a script on its command line; an error of the user's files or options is told without a traceback.
+
+    Compiled programs are kept for the next start, see `_programs.py`. Warnings are one line each.
+    """
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
-        main(tyro.cli(options, description=description))
+        arguments = tyro.cli(options, description=description)
+        if (problem := keep_programs()) is not None:
+            console.print(problem, highlight=False, soft_wrap=True)
+        main(arguments)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) or is_ours(error):
             raise SystemExit(f"{type(error).__name__}: {error}") from None

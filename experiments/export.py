@@ -3,9 +3,11 @@
     python experiments/export.py --checkpoint runs/mine --output detector.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.int8.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.npz
+    python experiments/export.py --checkpoint runs/mine --output detector.safetensors
 
 The suffix says which: `.onnx` for ONNX, compared with the model on images before it is kept; `.int8.onnx` for that in
-8-bit integers, calibrated on the same images; `.npz` for StableHLO, which `run_stablehlo.py` runs. The first two
+8-bit integers, calibrated on the same images; `.npz` for StableHLO, which `run_stablehlo.py` runs; `.safetensors` for
+the weights alone, with class names and image sizes, as `--weights` of the other scripts takes them. The first two
 need `pip install 'detectax_eqx[onnx]'`.
 """
 
@@ -13,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from _shared import Detector, ModelName, NormName, console, load_detector, run
+from _images import find_images
+from _shared import Detector, ModelName, NormName, console, load_detector, run, save_detector
 
 from detectax_eqx import data, export
-
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Options:
     """Options of an export."""
 
     output: Path
-    """File to write, whose suffix says what: .onnx, .int8.onnx or .npz (StableHLO)."""
+    """File to write, whose suffix says what: .onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
     checkpoint: Path | None = None
     """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
     weights: Path | None = None
@@ -85,12 +85,14 @@ def main(options: Options) -> None:
                 options=fixed,
                 any_batch=options.any_batch,
             )
+        elif options.output.suffix == ".safetensors":
+            save_detector(detector, options.output)
         elif options.any_batch:
             raise SystemExit(f"--any-batch needs an --output that ends in .npz, got {options.output}.")
         elif options.output.suffix == ".onnx":
             save_onnx(detector, options, shapes[0], fixed)
         else:
-            raise SystemExit(f"--output must end in .onnx, .int8.onnx or .npz, got {options.output}.")
+            raise SystemExit(f"--output must end in .onnx, .int8.onnx, .npz or .safetensors, got {options.output}.")
     except (ImportError, export.ExportError) as error:
         raise SystemExit(str(error)) from None
     console.print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB", highlight=False)
@@ -99,8 +101,8 @@ def main(options: Options) -> None:
 def save_onnx(detector: Detector, options: Options, shape: export.Shape, fixed: export.Options) -> None:
     """In floats, and from those in integers if the file's name says so."""
     images = []
-    for path in sorted(options.images.rglob("*") if options.images else []):
-        if path.suffix.lower() in SUFFIXES and len(images) < options.max_images:
+    for path, _ in find_images([options.images] if options.images else []):
+        if len(images) < options.max_images:
             image = data.read_image(path)
             if image.shape[0] <= shape.source[0] and image.shape[1] <= shape.source[1]:
                 images.append(image)

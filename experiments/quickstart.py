@@ -16,10 +16,10 @@ import jax
 import jax.random as jr
 import numpy as np
 from _report.evaluation import write_report
-from _shared import Detector, console, evaluate_on, progress, run
+from _shared import Detector, console, evaluate_on, progress, run, save_detector
 from PIL import Image
 
-from detectax_eqx import Batch, data, draw, evaluate, models, nn, train, weights
+from detectax_eqx import Batch, data, draw, evaluate, models, nn, train
 
 
 @dataclass
@@ -114,7 +114,7 @@ def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
         print(evaluate.format_metrics(kind))
     results = evaluate.read_results(options.output / "detections.json")
     write_report(options.output / "report.html", test_set, results, metrics)
-    weights.save_safetensors(state.model, options.output / "model.safetensors")
+    save_detector(detector, options.output / "model.safetensors")
     picture = draw_sheet(detector, test_set, columns=4, rows=2)
     picture.save(options.output / "demo.png")
     minutes = (time.perf_counter() - began) / 60

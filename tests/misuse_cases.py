@@ -157,7 +157,7 @@ ELSEWHERE = {
     }
     | {"adamw", "no_vectors", "sgd", "step_compiler_options"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
-    | {"load_torchvision_backbone", "to_torchvision", "named_leaves", "replace_leaves"},
+    | {"load_torchvision_backbone", "read_torchvision", "to_torchvision", "named_leaves", "replace_leaves", "describe"},
 }
 
 
