@@ -183,7 +183,8 @@ def detect_dataset(
     mesh = train.make_mesh(jax.local_devices())
     model = train.shard_state(detector.model, mesh)
     sizes = {"min_size": detector.min_size, "max_size": detector.max_size}
-    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, **sizes)
+    max_source = data.source_limit(detector.canvases)
+    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, max_source=max_source, **sizes)
     image_ids = [image.id for image in dataset.images]
     category_ids = detector.category_ids(dataset.category_ids)
     results = []

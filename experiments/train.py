@@ -85,7 +85,7 @@ def fit(options: Options) -> None:
             canvases=options.canvases,
             min_size=max(options.min_sizes),
             max_size=options.max_size,
-            max_source=2048,
+            max_source=data.source_limit(options.canvases),
         ),
         seed=options.seed,
         max_objects=options.max_objects,

@@ -2,6 +2,7 @@ from ._buckets import Bucket as Bucket, make_buckets as make_buckets
 from ._coco import load_coco as load_coco, read_annotations as read_annotations
 from ._dataset import Category as Category, CocoDataset as CocoDataset, ImageRecord as ImageRecord, Objects as Objects
 from ._images import read_image as read_image
+from ._limits import Limits as Limits, describe_limits as describe_limits, source_limit as source_limit
 from ._loader import Loader as Loader, eval_batches as eval_batches
 from ._masks import decode_rle as decode_rle, mask_in_box as mask_in_box
 from ._report import BadImageError as BadImageError, DatasetError as DatasetError, Problem as Problem, Report as Report
