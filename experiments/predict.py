@@ -45,6 +45,8 @@ class Options:
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
     max_size: int | None = None
     """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
+    max_pixels: int | None = None
+    """Largest image to read, in pixels. Default: Pillow's limit of 179 million, as small files may claim any size."""
     score_threshold: float = 0.5
     """Detections of a lower score (0..1) are neither drawn nor written."""
     nms_threshold: float = 0.5
@@ -53,7 +55,7 @@ class Options:
     """Detections kept of an image, those of the highest scores."""
 
 
-RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}
+RANGES = {"positive": "min_size max_size max_pixels max_detections", "in 0..1": "score_threshold nms_threshold"}
 
 
 def main(options: Options) -> None:
@@ -69,7 +71,7 @@ def main(options: Options) -> None:
     results, images, failures = [], [], 0
     for path, target in targets_of(options.inputs, options.output):
         try:
-            image = data.read_image(path)
+            image = data.read_image(path, max_pixels=options.max_pixels)
             batch = batch_of(image, detector, len(images))
             detections = models.detect_batch(
                 detector.model,
