@@ -1,3 +1,4 @@
+from ._box_format import BoxFormat as BoxFormat
 from ._buckets import Bucket as Bucket, make_buckets as make_buckets
 from ._coco import load_coco as load_coco, read_annotations as read_annotations
 from ._dataset import Category as Category, CocoDataset as CocoDataset, ImageRecord as ImageRecord, Objects as Objects

@@ -4,11 +4,13 @@ A file may hold a million annotations. What is called for each of them is left o
 which would take ten times as long as the checks themselves.
 """
 
+from itertools import count
 from typing import Any, NamedTuple, cast, no_type_check
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ._box_format import NORMALIZED, BoxFormat, check_box_format, to_corners
 from ._dataset import Category, ImageRecord, Segmentation
 from ._masks import rle_counts
 from ._report import Collector, DatasetError
@@ -48,7 +50,7 @@ def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, li
 
 def parse_images(entries: list, folder: Location, problems: Collector) -> list[ImageRecord]:
     """Those images that have an id of their own, a file name and a size."""
-    images, seen = [], set()
+    images, seen, files = [], set(), {}
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             problems.error("wrong type", f"images[{position}] is {_show(entry)}.", "Make it an object.")
@@ -67,6 +69,10 @@ def parse_images(entries: list, folder: Location, problems: Collector) -> list[I
             problems.error("wrong image size", what, "Make them positive integers.", **where)
         else:
             images.append(ImageRecord(entry["id"], join(folder, entry["file_name"]), entry["height"], entry["width"]))
+            first = files.setdefault(images[-1].path, entry["id"])
+            if first != entry["id"]:
+                what = f"image {first} has the same file."
+                problems.note("file under two image ids", what, "Both are kept.", **where)
         if _is_int(entry["id"]):
             seen.add(entry["id"])
     return images
@@ -88,15 +94,24 @@ def parse_categories(entries: list, problems: Collector) -> tuple[Category, ...]
 
 
 def parse_annotations(
-    entries: list, images: dict[int, ImageRecord], known_images: set, labels: dict[int, int], problems: Collector
+    entries: list,
+    images: dict[int, ImageRecord],
+    known_images: set,
+    labels: dict[int, int],
+    problems: Collector,
+    box_format: BoxFormat = "xywh",
 ) -> dict[int, list[Annotation]]:
     """The sound annotations of each image, by its id.
 
     - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is told once.
-    - `labels`: of each category id.
+    - `labels`: of each category id. `box_format`: how the boxes are written; if they look like another format, that is
+      an error.
     """
     found: dict[int, list[Annotation]] = {id: [] for id in images}
     seen: set[int] = set()
+    boxes, box_images = [], []  # as written, and the image of each
+    ids = {entry["id"] for entry in entries if isinstance(entry, dict) and _is_int(entry.get("id"))}
+    spare_id = next(id for id in count(1) if id not in ids)
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             problems.error("wrong type", f"annotations[{position}] is {_show(entry)}.", "Make it an object.")
@@ -114,11 +129,25 @@ def parse_annotations(
         sound = _check_ids(entry, image_known, seen, labels, problems, where)
         if image is None:
             continue
-        box, whole = _parse_box(entry["bbox"], image, problems, where)
-        segmentation, fits = _parse_segmentation(entry.get("segmentation"), image, problems, where)
+        box, whole = _parse_box(entry["bbox"], image, box_format, problems, where)
+        if whole:
+            boxes.append(entry["bbox"])
+            box_images.append((image.height, image.width))
+        unit = (image.width, image.height) if box_format.startswith(NORMALIZED) else (1, 1)
+        segmentation, fits = _parse_segmentation(entry.get("segmentation"), image, unit, problems, where)
         if sound and whole and fits and box is not None:
-            label, crowd = labels[entry["category_id"]], bool(entry.get("iscrowd", 0))
-            found[image.id].append(Annotation(entry["id"], box, label, crowd, segmentation))
+            label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
+            if id == 0:
+                what = 'evaluation with pycocotools takes 0 for "no match".'
+                problems.repair("annotation id 0", what, f"Renumbered {spare_id}.", **where)
+                id = spare_id
+            found[image.id].append(Annotation(id, box, label, crowd, segmentation))
+    check_box_format(
+        np.array(boxes, np.float64).reshape(-1, 4),
+        np.array(box_images, np.float64).reshape(-1, 2),
+        box_format,
+        problems,
+    )
     return found
 
 
@@ -131,9 +160,8 @@ def _check_ids(
     id, category = entry["id"], entry["category_id"]
     if not _is_int(id):
         problems.error("wrong type", f'"id" is {_show(id)}.', "Make it an integer.", **where)
-    elif id <= 0:
-        what = f'"id" is {id}; evaluation with pycocotools takes 0 for "no match".'
-        problems.error("annotation id not positive", what, "Number annotations from 1.", **where)
+    elif id < 0:
+        problems.error("negative annotation id", f'"id" is {id}.', "Number annotations from 1.", **where)
     elif id in seen:
         what = "another annotation has this id."
         problems.error("duplicate annotation id", what, "Number annotations uniquely.", **where)
@@ -154,35 +182,38 @@ def _check_ids(
 
 @no_type_check
 def _parse_box(
-    bbox: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
+    bbox: Any, image: ImageRecord, box_format: BoxFormat, problems: Collector, where: dict[str, Any]
 ) -> tuple[tuple[float, float, float, float] | None, bool]:
     """The box clipped to its image, or `None` if it is to be dropped; and false if it cannot be understood."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not _are_numbers(bbox):
         what = f'"bbox" is {_show(bbox)}.'
         problems.error("wrong box", what, "Make it [x, y, width, height], four finite numbers.", **where)
         return None, False
-    x, y, width, height = bbox
-    clipped = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
+    left, top, right, bottom = to_corners(bbox, box_format, image.width, image.height)
+    clipped = max(left, 0.0), max(top, 0.0), min(right, image.width), min(bottom, image.height)
     x0, y0, x1, y1 = (float(np.float32(side)) for side in clipped)
-    text = f"[{x:g}, {y:g}, {width:g}, {height:g}]"
-    if width <= 0 or height <= 0:
+    text = f"[{bbox[0]:g}, {bbox[1]:g}, {bbox[2]:g}, {bbox[3]:g}]"
+    if right <= left or bottom <= top:
         problems.repair("box of no area", f"{text} has no area.", "Dropped.", **where)
         return None, True
     if x1 <= x0 or y1 <= y0:
         what = f"{text} lies beside its {image.width}×{image.height} image, or is too thin to have an area."
         problems.repair("box outside the image", what, "Dropped.", **where)
         return None, True
-    if min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING:
+    if min(left, top) < -ROUNDING or right > image.width + ROUNDING or bottom > image.height + ROUNDING:
         what = f"{text} reaches out of its {image.width}×{image.height} image."
         problems.repair("box partly outside", what, "Clipped.", **where)
+    if x1 - x0 < 1 or y1 - y0 < 1:
+        what = f"{text} is {x1 - x0:.2g}×{y1 - y0:.2g} pixels within its image."
+        problems.note("box below a pixel", what, "It is kept.", **where)
     return (x0, y0, x1, y1), True
 
 
 @no_type_check
 def _parse_segmentation(
-    value: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
+    value: Any, image: ImageRecord, unit: tuple[int, int], problems: Collector, where: dict[str, Any]
 ) -> tuple[Segmentation, bool]:
-    """The segmentation, if there is one; and false if it cannot be understood."""
+    """The segmentation, if there is one; and false if it cannot be understood. `unit`: pixels to a polygon's 1, 1."""
     if value is None or value == []:
         return None, True
     if isinstance(value, dict):
@@ -215,7 +246,7 @@ def _parse_segmentation(
             what = f"{_show(polygon)} is one of {len(value)} pieces."
             problems.repair("piece with fewer than 3 points", what, "Dropped the piece.", **where)
         else:
-            polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2))
+            polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2) * unit)
     if not polygons and len(problems.errors) == before:
         problems.error("polygon with fewer than 3 points", "no piece has three.", "Give three or more.", **where)
     return tuple(polygons), len(problems.errors) == before
