@@ -1,6 +1,7 @@
 """Files that other tools write: what is refused, what is repaired, and what is reported."""
 
 import json
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -80,6 +81,22 @@ def test_boxes_of_every_format_in_photographs(file, images, tmp_path):
     check_formats(DATA / file, DATA / images, tmp_path, boxes_of=lambda dataset: range(0, len(dataset), 7))
 
 
+BAD = [None, "x", [], [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, 10**400], [1, 2, 3, math.nan], [1, 2, 3, math.inf], {"a": 1}]
+
+
+@pytest.mark.parametrize("box_format", FORMATS)
+@pytest.mark.parametrize("field", ["bbox", "area", "segmentation"])
+@pytest.mark.parametrize("value", BAD, ids=str)
+def test_wrong_values_are_refused_in_every_format(tmp_path, box_format, field, value):
+    content = _one_image(tmp_path, [[0.1, 0.1, 0.5, 0.5]])
+    content["annotations"][0][field] = value
+    if field == "segmentation" and value in (None, []):
+        assert len(_load(tmp_path, content, box_format=box_format)) == 1
+        return
+    with pytest.raises(DatasetError, match="annotation 1: "):
+        _load(tmp_path, content, box_format=box_format)
+
+
 def test_polygons_of_fractions(shapes, tmp_path):
     annotations, images = shapes
     file = rewrite(annotations, "normalized_cxcywh", tmp_path / "other.json")
@@ -111,10 +128,10 @@ def _one_image(folder, boxes, **image):
     return content
 
 
-def _load(folder, content=None):
+def _load(folder, content=None, **options):
     if content is not None:
         (folder / "train.json").write_text(json.dumps(content))
-    return load_coco(folder / "train.json", folder / "images")
+    return load_coco(folder / "train.json", folder / "images", **options)
 
 
 @pytest.mark.parametrize("boxes", [[[60, 50, 90, 70]], [[60, 50, 90, 70], [50, 40, 70, 60]], [[0.2, 0.1, 0.5, 0.5]]])

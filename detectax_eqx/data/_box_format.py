@@ -1,6 +1,6 @@
 """The ways in which files write a box, and which of them the numbers of a file look like."""
 
-from typing import Literal, get_args, no_type_check
+from typing import Any, Literal, get_args, no_type_check
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -12,6 +12,8 @@ from ._report import Collector
 BoxFormat = Literal["xywh", "xyxy", "cxcywh", "normalized_xywh", "normalized_xyxy", "normalized_cxcywh"]
 LAYOUTS = {"xywh": "[x, y, width, height]", "xyxy": "[x0, y0, x1, y1]", "cxcywh": "[center x, center y, width, height]"}
 NORMALIZED = "normalized_"
+# Numbers beyond this are left as they are.
+LARGEST = 1e18
 
 # A box fits its image under a format if it reaches out of it by no more than this part of the image's side,
 SLACK = 0.02
@@ -41,6 +43,39 @@ def to_corners(
     if layout == "cxcywh":
         return a - c / 2, b - d / 2, a + c / 2, b + d / 2
     return a, b, a + c, b + d
+
+
+@no_type_check
+def to_coco(entry: dict[str, Any], box_format: BoxFormat, width: int, height: int) -> dict[str, Any]:
+    """An annotation with its box as COCO has it, and where it is of fractions, its area and polygons too.
+
+    What is no number stays as it is, to be refused by the checks of each field.
+
+    >>> to_coco({"bbox": [0.1, 0.5, 0.3, 0.75], "area": 0.05}, "normalized_xyxy", 100, 40)
+    {'bbox': [10.0, 20.0, 20.0, 10.0], 'area': 200.0}
+    """
+    changed, bbox = dict(entry), entry["bbox"]
+    if isinstance(bbox, list) and len(bbox) == 4 and _are_numbers(bbox):
+        x0, y0, x1, y1 = to_corners(bbox, box_format, width, height)
+        changed["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    if box_format.startswith(NORMALIZED):
+        if _are_numbers([entry.get("area")]):
+            changed["area"] = entry["area"] * width * height
+        if isinstance(entry.get("segmentation"), list):
+            changed["segmentation"] = [_scale(polygon, width, height) for polygon in entry["segmentation"]]
+    return changed
+
+
+@no_type_check
+def _scale(polygon: Any, width: int, height: int) -> Any:
+    if not isinstance(polygon, list) or not _are_numbers(polygon):
+        return polygon
+    return [number * (height if position % 2 else width) for position, number in enumerate(polygon)]
+
+
+def _are_numbers(values: list) -> bool:
+    """Whether these can be computed with: an integer of JSON may be too large for a float."""
+    return all(type(value) in (int, float) and -LARGEST < value < LARGEST for value in values)
 
 
 def check_box_format(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast, no_type_check
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from ._box_format import NORMALIZED, BoxFormat, check_box_format, to_corners
+from ._box_format import BoxFormat, check_box_format, to_coco
 from ._dataset import Category, ImageRecord, Segmentation
 from ._masks import rle_counts
 from ._report import Collector, DatasetError
@@ -69,7 +69,7 @@ def parse_images(entries: list, folder: Location, problems: Collector) -> list[I
             problems.error("wrong image size", what, "Make them positive integers.", **where)
         else:
             images.append(ImageRecord(entry["id"], join(folder, entry["file_name"]), entry["height"], entry["width"]))
-            first = files.setdefault(images[-1].path, entry["id"])
+            first = files.setdefault(images[-1].path, entry["id"]) if entry.get("file_name") else entry["id"]
             if first != entry["id"]:
                 what = f"image {first} has the same file."
                 problems.note("file under two image ids", what, "Both are kept.", **where)
@@ -129,12 +129,14 @@ def parse_annotations(
         sound = _check_ids(entry, image_known, seen, labels, problems, where)
         if image is None:
             continue
-        box, whole = _parse_box(entry["bbox"], image, box_format, problems, where)
+        written = entry["bbox"]
+        if box_format != "xywh":
+            entry = to_coco(entry, box_format, image.width, image.height)
+        box, whole = _parse_box(entry["bbox"], image, problems, where)
         if whole:
-            boxes.append(entry["bbox"])
+            boxes.append(written)
             box_images.append((image.height, image.width))
-        unit = (image.width, image.height) if box_format.startswith(NORMALIZED) else (1, 1)
-        segmentation, fits = _parse_segmentation(entry.get("segmentation"), image, unit, problems, where)
+        segmentation, fits = _parse_segmentation(entry.get("segmentation"), image, problems, where)
         if sound and whole and fits and box is not None:
             label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
             if id == 0:
@@ -182,25 +184,25 @@ def _check_ids(
 
 @no_type_check
 def _parse_box(
-    bbox: Any, image: ImageRecord, box_format: BoxFormat, problems: Collector, where: dict[str, Any]
+    bbox: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[tuple[float, float, float, float] | None, bool]:
     """The box clipped to its image, or `None` if it is to be dropped; and false if it cannot be understood."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not _are_numbers(bbox):
         what = f'"bbox" is {_show(bbox)}.'
         problems.error("wrong box", what, "Make it [x, y, width, height], four finite numbers.", **where)
         return None, False
-    left, top, right, bottom = to_corners(bbox, box_format, image.width, image.height)
-    clipped = max(left, 0.0), max(top, 0.0), min(right, image.width), min(bottom, image.height)
+    x, y, width, height = bbox
+    clipped = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
     x0, y0, x1, y1 = (float(np.float32(side)) for side in clipped)
-    text = f"[{bbox[0]:g}, {bbox[1]:g}, {bbox[2]:g}, {bbox[3]:g}]"
-    if right <= left or bottom <= top:
+    text = f"[{x:g}, {y:g}, {width:g}, {height:g}]"
+    if width <= 0 or height <= 0:
         problems.repair("box of no area", f"{text} has no area.", "Dropped.", **where)
         return None, True
     if x1 <= x0 or y1 <= y0:
         what = f"{text} lies beside its {image.width}×{image.height} image, or is too thin to have an area."
         problems.repair("box outside the image", what, "Dropped.", **where)
         return None, True
-    if min(left, top) < -ROUNDING or right > image.width + ROUNDING or bottom > image.height + ROUNDING:
+    if min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING:
         what = f"{text} reaches out of its {image.width}×{image.height} image."
         problems.repair("box partly outside", what, "Clipped.", **where)
     if x1 - x0 < 1 or y1 - y0 < 1:
@@ -211,9 +213,9 @@ def _parse_box(
 
 @no_type_check
 def _parse_segmentation(
-    value: Any, image: ImageRecord, unit: tuple[int, int], problems: Collector, where: dict[str, Any]
+    value: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[Segmentation, bool]:
-    """The segmentation, if there is one; and false if it cannot be understood. `unit`: pixels to a polygon's 1, 1."""
+    """The segmentation, if there is one; and false if it cannot be understood."""
     if value is None or value == []:
         return None, True
     if isinstance(value, dict):
@@ -246,7 +248,7 @@ def _parse_segmentation(
             what = f"{_show(polygon)} is one of {len(value)} pieces."
             problems.repair("piece with fewer than 3 points", what, "Dropped the piece.", **where)
         else:
-            polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2) * unit)
+            polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2))
     if not polygons and len(problems.errors) == before:
         problems.error("polygon with fewer than 3 points", "no piece has three.", "Give three or more.", **where)
     return tuple(polygons), len(problems.errors) == before
