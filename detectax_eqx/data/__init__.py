@@ -1,5 +1,6 @@
 from ._box_format import BoxFormat as BoxFormat
 from ._buckets import Bucket as Bucket, make_buckets as make_buckets
+from ._categories import check_categories as check_categories, read_categories as read_categories
 from ._coco import load_coco as load_coco, read_annotations as read_annotations
 from ._dataset import Category as Category, CocoDataset as CocoDataset, ImageRecord as ImageRecord, Objects as Objects
 from ._images import read_image as read_image
