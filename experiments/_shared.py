@@ -3,7 +3,7 @@
 import json
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ class Detector:
 
     def category_ids(
         self,
-        categories: tuple[data.Category, ...] | None = None,
+        categories: Sequence[data.Category] | None = None,
         *,
         file: str | Path = "the annotations",
         allow_renamed: bool = False,

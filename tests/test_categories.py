@@ -1,11 +1,15 @@
 """Classes are compared by id and name wherever a model meets a file, or one file another."""
 
 import json
+from unittest import mock
 
+import equinox as eqx
 import pytest
 
+from detectax_eqx import train
 from detectax_eqx.data import Category, DatasetError, check_categories, read_categories
 
+from . import tiny_train
 from .malformed.options import detector_weights, make, shapes
 
 
@@ -73,9 +77,15 @@ def renamed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run's folder after a step of training."""
+    """A run's folder after a step of training that changed nothing, and so needed no compiling."""
     folder = tmp_path_factory.mktemp("trained")
-    make("train", {}, folder)()
+
+    def step(state, batch):
+        metrics = dict.fromkeys(("loss", "overflow", "invalid", "skipped"), 0.0)
+        return eqx.tree_at(lambda state: state.step, state, state.step + 1), metrics
+
+    with mock.patch.object(train, "make_train_step", lambda *arguments, **options: step):
+        make("train", {}, folder)()
     return folder / "out"
 
 
@@ -101,6 +111,25 @@ def test_every_script_compares_them(renamed, trained, tmp_path, capsys):
         assert '"circle" in the model' in _refused(script, options, tmp_path, capsys)
 
 
+def test_labels_of_a_detector_without_names():
+    """By their order where the numbers agree, else by id."""
+    detector = tiny_train._shared.Detector(mock.Mock(num_classes=3))
+    assert detector.category_ids(_categories(_1="cat", _3="dog", _4="bird")) == (1, 3, 4)
+    assert detector.category_ids(_categories(_1="cat", _3="dog")) == (1, 2, 3)
+    with pytest.raises(SystemExit, match=r"3 classes, but a\.json 2 categories with ids up to 7"):
+        detector.category_ids(_categories(_1="cat", _7="dog"), file="a.json")
+
+
+def test_a_detector_compares_its_categories():
+    detector = tiny_train._shared.Detector(mock.Mock(num_classes=3), tuple(MODEL))
+    assert detector.category_ids() == detector.category_ids(MODEL[:2]) == (1, 3, 4)
+    moved = _categories(_1="bird", _3="cat", _4="dog")
+    with pytest.raises(DatasetError, match=r"a\.json and the model disagree"):
+        detector.category_ids(moved, file="a.json")
+    assert detector.category_ids(moved, file="a.json", allow_renamed=True) == (1, 3, 4)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_an_option_allows_other_names(renamed, trained, tmp_path, capsys):
     allowed = {"checkpoint": trained, "annotations": renamed, "allow-renamed": "flag"}
@@ -113,6 +142,7 @@ def test_an_option_allows_other_names(renamed, trained, tmp_path, capsys):
     make("evaluate", allowed | {"allow-renamed": None}, tmp_path)()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_weights_without_names_say_what_their_labels_are_taken_for(tmp_path, capsys):
     make("evaluate", detector_weights(), tmp_path)()
