@@ -10,7 +10,6 @@ this script within them.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -43,11 +42,15 @@ class Options:
     norm: NormName = "frozen_batch"
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     annotations: str | None = None
-    """COCO JSON whose categories name the classes, for weights that come without names."""
+    """COCO JSON whose categories name the classes, for weights that come without names. Others are checked by it."""
+    allow_renamed: bool = False
+    """Accept --annotations that name the model's category ids otherwise. Their names are then the ones drawn."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
     max_size: int | None = None
     """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
+    max_pixels: int | None = None
+    """Largest image to read, in pixels. Default: Pillow's limit of 179 million, as small files may claim any size."""
     score_threshold: float = 0.5
     """Detections of a lower score (0..1) are neither drawn nor written."""
     nms_threshold: float = 0.5
@@ -58,7 +61,7 @@ class Options:
     """Font file for class names; by default Pillow's, and an installed one for characters that it lacks."""
 
 
-RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}
+RANGES = {"positive": "min_size max_size max_pixels max_detections", "in 0..1": "score_threshold nms_threshold"}
 
 
 def main(options: Options) -> None:
@@ -70,8 +73,10 @@ def main(options: Options) -> None:
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
-    category_ids = detector.category_ids()
-    names = category_names(detector, options.annotations)
+    categories = None if options.annotations is None else data.read_categories(options.annotations)
+    file = options.annotations or ""
+    category_ids = detector.category_ids(categories, file=file, allow_renamed=options.allow_renamed)
+    names = {category.id: category.name for category in (*(detector.categories or ()), *(categories or ()))}
     class_names = [names.get(category_id, str(category_id)) for category_id in category_ids]
     options.output.mkdir(parents=True, exist_ok=True)
     # Both files are there from the start: they mark the folder as this script's, should it be stopped.
@@ -79,7 +84,7 @@ def main(options: Options) -> None:
     results, images, failures = [], [], 0
     for path, target in pairs:
         try:
-            image = data.read_image(path)
+            image = data.read_image(path, max_pixels=options.max_pixels)
             batch = batch_of(image, detector, len(images))
             detections = models.detect_batch(
                 detector.model,
@@ -122,19 +127,6 @@ def check_font(path: Path) -> None:
         ImageFont.truetype(path, 12)
     except OSError as error:
         raise SystemExit(f"--font {path} cannot be used: {error}.") from None
-
-
-def category_names(detector: Detector, annotations: str | None) -> dict[int, str]:
-    """Names by category id, from the checkpoint or from an annotation file."""
-    if detector.categories is not None:
-        return {category.id: category.name for category in detector.categories}
-    if annotations is None:
-        return {}
-    entries: Any = data.read_annotations(annotations).get("categories")
-    try:
-        return {entry["id"]: entry["name"] for entry in entries}
-    except (TypeError, KeyError):
-        raise data.DatasetError(f'{annotations}: "categories" is not a list of objects with "id" and "name".') from None
 
 
 def write_results(output: Path, results: list[dict[str, Any]], images: list[dict[str, Any]]) -> None:
