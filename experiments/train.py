@@ -81,16 +81,16 @@ def fit(options: Options) -> None:
         raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
 
     # Data. Batch k is a pure function of (seed, k), and each process reads its part.
+    sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
+    max_source = data.source_limit(options.canvases)
+    buckets = data.make_buckets(train_set.sizes, canvases=options.canvases, max_source=max_source, **sizes)
+    limits = data.describe_limits(train_set, buckets=buckets, max_objects=options.max_objects, **sizes)
+    for line in limits.lines:
+        console.print(f"{options.train_annotations}: {line}", highlight=False, soft_wrap=True)
     loader = data.Loader(
         train_set,
         batch_size=options.batch_size,
-        buckets=data.make_buckets(
-            train_set.sizes,
-            canvases=options.canvases,
-            min_size=max(options.min_sizes),
-            max_size=options.max_size,
-            max_source=data.source_limit(options.canvases),
-        ),
+        buckets=buckets,
         seed=options.seed,
         max_objects=options.max_objects,
         mask_size=112 if options.model.startswith("mask") else None,

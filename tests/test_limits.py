@@ -8,6 +8,8 @@ from PIL import Image
 
 from detectax_eqx.data import Loader, describe_limits, load_coco, make_buckets, source_limit
 
+from . import tiny_train
+
 
 def _load(folder, sizes, boxes):
     """A dataset of blank images of these `(height, width)`, and the boxes of each."""
@@ -73,3 +75,29 @@ def test_what_fits_is_not_counted_as_shrunk(tmp_path, seed):
     resize = {"min_size": 64, "max_size": 96}
     buckets = make_buckets(dataset.sizes, canvases=[(64, 96), (96, 64), (96, 96)], **resize)
     assert describe_limits(dataset, buckets=buckets, **resize).lines == ()
+
+
+def test_training_says_what_is_cut_before_its_first_step(tmp_path, capsys, monkeypatch):
+    """900 of 1,000 objects of an image, and a picture larger than its source."""
+    crowded = [[x, y, 4, 4] for x in range(0, 200, 5) for y in range(0, 125, 5)]
+    _load(tmp_path, [(128, 256), (300, 200)], [crowded, []])
+
+    def stop(*arguments, **options):
+        raise SystemExit("before a model is built")
+
+    monkeypatch.setattr(tiny_train.script, "build", stop)
+    options = tiny_train.script.Options(
+        train_annotations=str(tmp_path / "train.json"),
+        train_images=str(tmp_path / "images"),
+        output=tmp_path / "run",
+        model="faster_rcnn_resnet18_fpn",
+        norm="group",
+        min_sizes=(64,),
+        max_size=128,
+        canvases=((64, 128),),
+    )
+    with pytest.raises(SystemExit, match="before a model is built"):
+        tiny_train.script.main(options)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train.json: max_objects=100 leaves out 900 of 1,000 objects, in 1 of 2 images" in text
+    assert "1 of 2 images are larger than 256 pixels and are shrunk on reading" in text
