@@ -9,6 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from ._batching import varying_like
 from ._boxes import _upcast
 
 
@@ -88,6 +89,7 @@ def _best_in_turn(quality, valid, *, allow_low_quality):
         return (jnp.where(better, row, best), jnp.where(better, index, indices), ties), None
 
     start = jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
+    start = varying_like(start, quality, valid)
     return lax.scan(fold, start, (quality, valid, jnp.arange(n, dtype=jnp.int32)))[0]
 
 

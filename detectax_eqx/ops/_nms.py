@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from ._batching import largest_of_batch
+from ._batching import largest_of_batch, varying_like
 from ._boxes import _corners, _intersection_and_union
 from ._substitute import replaceable
 
@@ -172,7 +172,7 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
         return (state[0] < max_outputs) & (state[1] < valid.size)
 
     start = jnp.int32(0), best(ranks), ranks, jnp.zeros(max_outputs, jnp.int32)
-    count, _, _, indices = lax.while_loop(unfinished, select, start)
+    count, _, _, indices = lax.while_loop(unfinished, select, varying_like(start, rows))
     return indices, count
 
 
@@ -208,6 +208,7 @@ def _prepared(boxes, scores, labels, valid):
     """Corners and labels as rows, scores, and validity; a NaN score makes a row invalid."""
     boxes, scores = lax.stop_gradient((boxes, scores))
     valid = ~jnp.isnan(scores) if valid is None else valid & ~jnp.isnan(scores)
+    valid = varying_like(valid, boxes, labels)  # which boxes are kept depends on all of them
     return (*_corners(boxes), labels), jnp.where(valid, scores, -jnp.inf), valid
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from ._batching import varying_like
 from ._boxes import _upcast
 from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
@@ -198,5 +199,7 @@ def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
     grids = jnp.stack([y, height, x, width], axis=1).astype(maps.cells.dtype)
-    pooled = pool((rows, columns), sampling_ratio, maps.cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
+    # Of one type, so that a gradient is added up over devices where it has to be.
+    cells, grids = varying_like((maps.cells, grids), level)
+    pooled = pool((rows, columns), sampling_ratio, cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
     return pooled.transpose(0, 3, 1, 2).astype(maps.dtype)
