@@ -148,6 +148,6 @@ def _shape_remedy(value: Any, wanted: Any, name: str) -> str:
     axes = wanted.dim_str.split()
     variadic = any(axis.startswith(("*", "...")) for axis in axes)
     if not variadic and value.ndim == len(axes) + 1:
-        return f"It has one axis too many. For a batch, map the function over its examples with jax.vmap."
+        return "It has one axis too many. For a batch, map the function over its examples with jax.vmap."
     shape = f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
     return f"Give {name} the shape {shape}; an axis has the same length wherever its name occurs."

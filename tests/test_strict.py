@@ -5,18 +5,17 @@ gradients under `jax_enable_x64` are those without it, float32 inputs giving flo
 values vary over the mesh, as it does by default.
 """
 
-from functools import cache, partial
+from functools import cache
 from types import FunctionType
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from detectax_eqx import Targets, evaluate, models, nn, ops, train
+from detectax_eqx import evaluate, models, nn, ops, train
 
 from . import tiny_detector
 from .misuse_cases import KEY, OPS, OTHERS, call, f32
@@ -177,7 +176,9 @@ def test_checked_shard_map_of_one_argument(index):
     for position, leaf in enumerate(leaves):
 
         def one_of_two(stack, position=position):
-            return jax.tree.map(lambda x: x[None], run(structure.unflatten(leaves[:position] + [stack[0]] + leaves[position + 1 :])))
+            return jax.tree.map(
+                lambda x: x[None], run(structure.unflatten(leaves[:position] + [stack[0]] + leaves[position + 1 :]))
+            )
 
         mapped = jax.shard_map(one_of_two, mesh=_mesh(), in_specs=SHARDED, out_specs=SHARDED)
         jax.eval_shape(mapped, jnp.stack([leaf, leaf]))

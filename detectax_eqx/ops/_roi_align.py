@@ -161,7 +161,7 @@ def _end_to_end(features):
     counts = [math.prod(feature.shape[1:]) for feature in features]
     sides = tuple((*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features))
     # Sums, and the gradients of cells that many boxes read.
-    return _Maps(_upcast(_cells(sides, tuple(features))), sides, features[0].dtype)
+    return _Maps(_upcast(_cells(sides, varying_like(tuple(features)))), sides, features[0].dtype)
 
 
 def _lay_out(sides, features) -> Float[Array, "l c"]:
