@@ -4,8 +4,9 @@ Every field may carry leading batch axes (`*b`), so that one type holds a single
 variable is padded to a capacity; `valid` alone says which rows are real.
 """
 
+import os
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import equinox as eqx
 import jax
@@ -19,6 +20,34 @@ if TYPE_CHECKING:
     AnyArray = Any
 else:
     AnyArray = Array | np.ndarray
+
+
+def _image_remedy(image: Any, name: str) -> str:
+    """How to make a uint8 `(h, w, c)` of what came instead; an empty string where that is not known."""
+    if isinstance(image, str | os.PathLike):
+        return f"Read the file: detectax_eqx.data.read_image({name})."
+    if hasattr(image, "convert"):
+        return f"Convert the Pillow image: np.asarray({name}.convert('RGB'))."
+    if not hasattr(image, "dtype") or not hasattr(image, "ndim"):
+        return f"Pass an array of uint8 pixels: np.asarray({name}, np.uint8)."
+    if "float" in str(image.dtype):
+        return (
+            f"Pixels are 0..255: {name}.astype(np.uint8), or (255 * {name}).astype(np.uint8) if they lie in 0..1. "
+            f"A model normalizes by itself."
+        )
+    if str(image.dtype) == "uint16":
+        return f"Scale to 8 bits: ({name} // 257).astype(np.uint8)."
+    if image.ndim == 2:
+        return f"Give the grayscale image channels: np.repeat({name}[..., None], 3, axis=2)."
+    if image.ndim == 4:
+        return "It is a batch: map the function over it with jax.vmap, or call detect_batch."
+    if not isinstance(image, jax.Array | np.ndarray):
+        return f"Convert it: np.asarray({name})."
+    return ""
+
+
+# One image as decoded, with the remedy that an error names.
+Image = Annotated[UInt8[AnyArray, "h w c"], _image_remedy]
 
 
 class Targets(eqx.Module):
@@ -71,7 +100,7 @@ class Detections(eqx.Module):
 class Batch(eqx.Module):
     """Images as decoded, padded bottom and right to a common canvas, with their ground truth.
 
-    - `images`: uint8 RGB. `image_sizes`: `(height, width)` of the image within its canvas.
+    - `images`: uint8, usually RGB. `image_sizes`: `(height, width)` of the image within its canvas.
     - `original_sizes`: `(height, width)` as on disk; it differs only if an oversized image was shrunk while decoding.
     - `targets`: in pixels of the image as it lies in the canvas.
     - `indices`: position of each image in its dataset. `valid`: false for an example that only fills up a batch.
@@ -79,7 +108,7 @@ class Batch(eqx.Module):
     - `canvas`: `(height, width)` that the network is to see, static: a program is compiled for each.
     """
 
-    images: UInt8[AnyArray, "*b h w 3"]
+    images: UInt8[AnyArray, "*b h w c"]
     image_sizes: Int32[AnyArray, "*b 2"]
     original_sizes: Int32[AnyArray, "*b 2"]
     targets: Targets

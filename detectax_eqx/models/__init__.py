@@ -17,7 +17,7 @@ from ._builders import (
     mask_rcnn_resnet50_fpn as mask_rcnn_resnet50_fpn,
     mask_rcnn_resnet101_fpn as mask_rcnn_resnet101_fpn,
 )
-from ._detect import detect as detect, detect_batch as detect_batch
+from ._detect import Detector as Detector, detect as detect, detect_batch as detect_batch
 from ._faster_rcnn import (
     FasterRCNN as FasterRCNN,
     Sampling as Sampling,

@@ -1,23 +1,39 @@
 """From an image as it was decoded to detections in its own pixels, in one program."""
 
+import warnings
 from dataclasses import replace
+from functools import cache
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Array, Float, Int32
 
-from .._types import Batch, Detections
+from .._types import Batch, Detections, Image
 from ..ops import resize_image, resized_size
-from ._faster_rcnn import FasterRCNN, Selection
-from ._mask_rcnn import MaskRCNN
+from ._faster_rcnn import Selection
+
+
+# No picture has so few rows and more channels than this: then channels come first.
+MAX_CHANNELS_FIRST = 4
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Anything that is called as `FasterRCNN` is: an image on its canvas and its size there, to detections."""
+
+    def __call__(
+        self, image: Float[Array, "h w c"], image_size: Int32[Array, " 2"], *, selection: Selection
+    ) -> Detections: ...
 
 
 def detect(
-    model: FasterRCNN | MaskRCNN,
-    image: UInt8[Array | np.ndarray, "h w 3"],
+    model: Detector,
+    image: Image,
     *,
     min_size: float = 800,
     max_size: float = 1333,
@@ -28,11 +44,15 @@ def detect(
     image_size: Int32[Array, " 2"] | None = None,
     resized: Int32[Array, " 2"] | None = None,
 ) -> Detections:
-    """Finds the objects in an RGB image of any size; boxes are in that image's pixels.
+    """Finds the objects in an image of any size; boxes are in that image's pixels.
 
     The image is resized so that its short side is `min_size`, unless its long side would exceed `max_size`
     (`resized_size`), and laid on a canvas of zeros, by default the smallest that is a multiple of 32. Everything is one
     program: `eqx.filter_jit(detect)` compiles once for each shape of image, and `jax.vmap` runs a stack of images.
+    Called outside of `jit` it runs operation by operation, some sixty times slower, and warns once.
+
+    - `model`: a `FasterRCNN`, a `MaskRCNN`, or anything that is called as they are.
+    - `image`: uint8 `(h, w, c)`, with as many channels as the model takes, usually RGB.
 
     - `canvas`: `(height, width)` that the network sees, multiples of 32. An image too large for it is a `ValueError`.
     - `score_threshold`, `nms_threshold`, `max_detections`: see `box_detections`.
@@ -52,6 +72,11 @@ def detect(
     >>> detections.boxes.shape
     (100, 4)
     """
+    if image.shape[0] <= MAX_CHANNELS_FIRST < image.shape[2]:
+        raise ValueError(
+            f"image has shape {image.shape}: channels come last, (h, w, c), and here they seem to come first. "
+            f"Use image.transpose(1, 2, 0)."
+        )
     if (image_size is None) != (resized is None) or (image_size is not None and canvas is None):
         raise ValueError("image_size, resized and canvas go together: give all three for a padded image, or none.")
     if image_size is None or resized is None:
@@ -69,14 +94,26 @@ def detect(
     pixels = resize_image(
         jnp.asarray(image).astype(jnp.float32), image_size=image_size, output_size=resized, canvas=canvas
     )
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model, image, pixels))):
+        _advise_jit()
     detections = model(pixels, resized, selection=Selection(score_threshold, nms_threshold, max_detections))
     ratio = image_size.astype(jnp.float32) / resized.astype(jnp.float32)
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
     return replace(detections, boxes=detections.boxes * scale[None])
 
 
+@cache
+def _advise_jit() -> None:
+    """Warns, once per process."""
+    warnings.warn(
+        "detect runs without jit, operation by operation, which is many times slower. "
+        "Compile it: detect = eqx.filter_jit(detectax_eqx.models.detect).",
+        stacklevel=2,
+    )
+
+
 def detect_batch(
-    model: FasterRCNN | MaskRCNN,
+    model: Detector,
     batch: Batch,
     *,
     min_size: float = 800,
@@ -94,6 +131,7 @@ def detect_batch(
 
     >>> import jax.random as jr
     >>> from detectax_eqx import Batch, Targets
+    >>> from detectax_eqx.models import FasterRCNN
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)

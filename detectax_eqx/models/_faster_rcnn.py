@@ -61,8 +61,8 @@ class FasterRCNN(eqx.Module):
     box_head: BoxHead
     roi_aligned: bool = eqx.field(static=True)
     roi_sampling_ratio: int = eqx.field(static=True)
-    pixel_mean: tuple[float, float, float] = eqx.field(static=True)
-    pixel_std: tuple[float, float, float] = eqx.field(static=True)
+    pixel_mean: tuple[float, ...] = eqx.field(static=True)
+    pixel_std: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -75,18 +75,20 @@ class FasterRCNN(eqx.Module):
         hidden_size: int = 1024,
         roi_aligned: bool = False,
         roi_sampling_ratio: int = 2,
-        pixel_mean: tuple[float, float, float] = IMAGENET_MEAN,
-        pixel_std: tuple[float, float, float] = IMAGENET_STD,
+        pixel_mean: tuple[float, ...] = IMAGENET_MEAN,
+        pixel_std: tuple[float, ...] = IMAGENET_STD,
     ):
-        """Builds the heads on `backbone`, which maps `(3, h, w)` to pyramid levels and has `channels`, `strides`.
+        """Builds the heads on `backbone`, which maps `(c, h, w)` to pyramid levels and has `channels`, `strides`.
 
         - `num_classes`: foreground classes.
         - `anchor_sizes`: a tuple for each level, in canvas pixels; `aspect_ratios`: height / width.
         - `hidden_size`: width of the box head.
         - `roi_aligned`, `roi_sampling_ratio`: see `roi_align`. The defaults are torchvision's; Detectron2 uses
           `True, 0`.
-        - `pixel_mean`, `pixel_std`: RGB in 0..255.
+        - `pixel_mean`, `pixel_std`: of each channel, in 0..255; as many as the backbone takes.
         """
+        if len(pixel_mean) != len(pixel_std):
+            raise ValueError(f"pixel_mean and pixel_std have one number per channel, got {pixel_mean} and {pixel_std}.")
         keys = jr.split(key)
         self.backbone = backbone
         self.rpn = RPN(backbone.channels, key=keys[0], anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios)
@@ -101,16 +103,22 @@ class FasterRCNN(eqx.Module):
         """Number of foreground classes."""
         return self.box_head.num_classes
 
-    def normalize(self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> Float[Array, "3 h w"]:
+    def normalize(self, image: Real[Array, "h w c"], image_size: Int32[Array, " 2"]) -> Float[Array, "c h w"]:
         """Pixel values 0..255 to the backbone's scale; what lies outside `image_size` becomes 0, as in torchvision."""
-        x = (image.astype(jnp.float32) - jnp.asarray(self.pixel_mean)[None, None]) / jnp.asarray(self.pixel_std)[
-            None, None
-        ]
-        rows = jnp.arange(image.shape[0])[:, None, None] < image_size[0]
-        columns = jnp.arange(image.shape[1])[None, :, None] < image_size[1]
+        channels = len(self.pixel_mean)
+        if image.shape[-1] != channels:
+            raise ValueError(
+                f"image has {image.shape[-1]} channels, the last axis of (h, w, c), but the model takes {channels} "
+                f"(pixel_mean). {_channel_remedy(image.shape[-1], channels)}"
+            )
+        dtype = jnp.result_type(float)  # float32, or float64 where JAX computes in it
+        mean, std = (jnp.asarray(x, dtype)[None, None] for x in (self.pixel_mean, self.pixel_std))
+        x = (image.astype(dtype) - mean) / std
+        rows = jnp.arange(image.shape[0], dtype=jnp.int32)[:, None, None] < image_size[0]
+        columns = jnp.arange(image.shape[1], dtype=jnp.int32)[None, :, None] < image_size[1]
         return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)
 
-    def extract(self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
+    def extract(self, image: Real[Array, "h w c"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
         """The pyramid's features and the proposal head's output for an image on its canvas."""
         features = self.backbone(self.normalize(image, image_size))
         return features, self.rpn(features, (image.shape[0], image.shape[1]))
@@ -130,21 +138,21 @@ class FasterRCNN(eqx.Module):
 
     def __call__(
         self,
-        image: Real[Array, "h w 3"],
+        image: Real[Array, "h w c"],
         image_size: Int32[Array, " 2"],
         *,
         selection: Selection = TORCHVISION_SELECTION,
     ) -> Detections:
         """Detections in canvas pixels.
 
-        - `image`: RGB in 0..255, of whatever dtype, on a canvas of multiples of 32; `image_size`: its `(height, width)`
-          there.
+        - `image`: values 0..255 of any dtype, usually RGB, on a canvas of multiples of 32; `image_size`: its
+          `(height, width)` there.
         - `selection`: which proposals and detections are kept.
         """
         return self.detect_boxes(image, image_size, selection=selection)[1]
 
     def detect_boxes(
-        self, image: Real[Array, "h w 3"], image_size: Int32[Array, " 2"], *, selection: Selection
+        self, image: Real[Array, "h w c"], image_size: Int32[Array, " 2"], *, selection: Selection
     ) -> tuple[Pool, Detections]:
         """What the call does, and the `pooler` of the features it did it on, for heads beside the box head."""
         features, output = self.extract(image, image_size)
@@ -164,6 +172,14 @@ class FasterRCNN(eqx.Module):
             max_detections=selection.max_detections,
         )
         return pool, detections
+
+
+def _channel_remedy(got: int, wanted: int) -> str:
+    if (got, wanted) == (4, 3):
+        return "Drop alpha: image[..., :3]."
+    if (got, wanted) == (1, 3):
+        return "Repeat the gray channel: np.repeat(image, 3, axis=2)."
+    return "Give the backbone's stem that many channels, and pixel_mean and pixel_std a number for each."
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,7 @@ TORCHVISION_SAMPLING = Sampling()
 
 def faster_rcnn_loss(
     model: FasterRCNN,
-    image: Real[Array, "h w 3"],
+    image: Real[Array, "h w c"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,
@@ -224,7 +240,7 @@ def faster_rcnn_loss(
 
 def two_stage_losses(
     model: FasterRCNN,
-    image: Real[Array, "h w 3"],
+    image: Real[Array, "h w c"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,

@@ -4,22 +4,23 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ..nn import FrozenBatchNorm, ResNetFPN
-from ._faster_rcnn import FasterRCNN
-from ._mask_rcnn import MaskRCNN
+from ..nn import FrozenBatchNorm, ResNet
 
 
-def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyTree[bool]:
+def trainable(model: PyTree, *, trainable_layers: int = 5) -> PyTree[bool]:
     """A tree like `model` that is true at the parameters to train: the partition for `make_train_step`.
 
     The vectors of a `FrozenBatchNorm` are never trained. `trainable_layers` counts the backbone's parts that are, from
     the top: 5 all, 4 all but the stem, 3 all but stem and first stage (torchvision's default for pretrained backbones),
     0 none; pyramid and heads always are.
 
-    Raises a `ValueError` if `trainable_layers` is not in 0..5.
+    Any PyTree will do as `model`; less than 5 layers are a choice among those of the one `ResNet` in it.
+
+    Raises a `ValueError` if `trainable_layers` is not in 0..5, or is less than 5 and there is no such ResNet.
 
     >>> import jax.random as jr
-    >>> from detectax_eqx.nn import resnet18
+    >>> from detectax_eqx.models import FasterRCNN
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> chosen = trainable(model, trainable_layers=3)
@@ -30,7 +31,9 @@ def trainable(model: FasterRCNN | MaskRCNN, *, trainable_layers: int = 5) -> PyT
         raise ValueError(f"trainable_layers must be in 0..5, got {trainable_layers}.")
     frozen = jax.tree.map(lambda _: False, model)
     mask = jax.tree.map(
-        lambda leaf: jax.tree.map(lambda _: False, leaf) if isinstance(leaf, FrozenBatchNorm) else eqx.is_array(leaf),
+        lambda leaf: (
+            jax.tree.map(lambda _: False, leaf) if isinstance(leaf, FrozenBatchNorm) else eqx.is_inexact_array(leaf)
+        ),
         model,
         is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm),
     )
@@ -74,8 +77,12 @@ def num_parameters(model: PyTree) -> int:
 
 
 def _resnet(tree: PyTree) -> PyTree:
-    """The ResNet of a detector."""
-    backbone = (tree.faster_rcnn if isinstance(tree, MaskRCNN) else tree).backbone
-    if not isinstance(backbone, ResNetFPN):
-        raise ValueError(f"The backbone is no ResNet with a pyramid, but {type(backbone).__name__}.")
-    return backbone.body
+    """The ResNet within a detector."""
+    found = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, ResNet)) if isinstance(x, ResNet)]
+    if len(found) != 1:
+        number = "no" if not found else f"{len(found)}"
+        raise ValueError(
+            f"{type(tree).__name__} has {number} ResNet, and one is needed to tell its layers apart. Make the mask "
+            f"yourself, with eqx.tree_at on that of trainable(model)."
+        )
+    return found[0]

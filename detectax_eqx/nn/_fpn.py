@@ -25,7 +25,7 @@ class Backbone(Protocol):
     @property
     def strides(self) -> tuple[int, ...]: ...
 
-    def __call__(self, image: Float[Array, "3 h w"]) -> tuple[Float[Array, "c _ _"], ...]: ...
+    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]: ...
 
 
 class FPN(eqx.Module):
@@ -60,7 +60,7 @@ def _upsample_nearest(x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
 
 
 class ResNetFPN(eqx.Module):
-    """A ResNet and the pyramid on it: an image `(3, h, w)` to P2..P6, of strides 4, 8, 16, 32 and 64.
+    """A ResNet and the pyramid on it: an image `(i, h, w)` to P2..P6, of strides 4, 8, 16, 32 and 64.
 
     `h` and `w` must be multiples of 32; anything else is a `ValueError` when the call is traced.
     """
@@ -75,7 +75,7 @@ class ResNetFPN(eqx.Module):
         self.fpn = FPN(body.channels, channels, key=key)
         self.channels = channels
 
-    def __call__(self, image: Float[Array, "3 h w"]) -> tuple[Float[Array, "c _ _"], ...]:
+    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]:
         if image.shape[1] % 32 or image.shape[2] % 32:
             raise ValueError(
                 f"The canvas must be a multiple of 32 in height and width, got {image.shape[1]}×{image.shape[2]}. "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from ._batching import varying_like
 from ._boxes import _upcast
 from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
@@ -160,7 +161,7 @@ def _end_to_end(features):
     counts = [math.prod(feature.shape[1:]) for feature in features]
     sides = tuple((*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features))
     # Sums, and the gradients of cells that many boxes read.
-    return _Maps(_upcast(_cells(sides, tuple(features))), sides, features[0].dtype)
+    return _Maps(_upcast(_cells(sides, varying_like(tuple(features)))), sides, features[0].dtype)
 
 
 def _lay_out(sides, features) -> Float[Array, "l c"]:
@@ -198,5 +199,7 @@ def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
     grids = jnp.stack([y, height, x, width], axis=1).astype(maps.cells.dtype)
-    pooled = pool((rows, columns), sampling_ratio, maps.cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
+    # Of one type, so that a gradient is added up over devices where it has to be.
+    cells, grids = varying_like((maps.cells, grids), level)
+    pooled = pool((rows, columns), sampling_ratio, cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
     return pooled.transpose(0, 3, 1, 2).astype(maps.dtype)

@@ -99,7 +99,7 @@ def make_train_step(
             raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
         updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
         metrics = terms | {
-            "loss": sum(terms.values(), jnp.zeros(())),
+            "loss": sum(terms.values(), jnp.zeros((), jnp.float32)),
             "gradient_norm": _norm(gradient),
             "update_norm": _norm(updates),
             "parameter_norm": _norm(parameters),
