@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ import jax.random as jr
 import numpy as np
 import tyro
 from _programs import keep_programs
+from _quiet import without_alarms
 from jax.experimental import multihost_utils
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 import detectax_eqx
 from detectax_eqx import data, evaluate, models, nn, train, weights
@@ -36,6 +39,10 @@ ModelName = Literal[
 ]
 NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
 Model = models.FasterRCNN | models.MaskRCNN
+
+# The default anchors: one side in pixels for each level, and height / width.
+ANCHOR_SIZES = tuple(size for (size,) in models.ANCHOR_SIZES)
+ASPECT_RATIOS = models.ASPECT_RATIOS
 
 NORMS = {
     "frozen_batch": nn.FrozenBatchNorm,
@@ -96,9 +103,25 @@ class Detector:
         )
 
 
-def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0, *, checkpoint: bool = False) -> Model:
+def build(
+    name: ModelName,
+    num_classes: int,
+    norm: NormName,
+    seed: int = 0,
+    *,
+    checkpoint: bool = False,
+    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
+) -> Model:
     """The named detector with random parameters; `checkpoint` for gradient checkpointing."""
-    return getattr(models, name)(num_classes, key=jr.key(seed), norm=NORMS[norm], checkpoint=checkpoint)
+    return getattr(models, name)(
+        num_classes,
+        key=jr.key(seed),
+        norm=NORMS[norm],
+        checkpoint=checkpoint,
+        anchor_sizes=tuple((size,) for size in anchor_sizes),
+        aspect_ratios=aspect_ratios,
+    )
 
 
 def load_run(path: Path) -> Detector:
@@ -117,7 +140,10 @@ def load_run(path: Path) -> Detector:
         canvases = tuple((height, width) for height, width in metadata["canvases"])
         name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
         part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
-        like = eqx.filter_eval_shape(build, name, len(categories), norm)
+        # Checkpoints from before there was a choice do not say.
+        names = [key for key in ("anchor_sizes", "aspect_ratios") if key in metadata]
+        anchors = {key: tuple(map(float, metadata[key])) for key in names}
+        like = eqx.filter_eval_shape(partial(build, **anchors), name, len(categories), norm)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
     like = {part: like}
@@ -225,6 +251,8 @@ def load_detector(
 
 # The layers whose size is the number of classes, by torchvision's names.
 PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+# Those whose size is the number of anchors.
+RPN_PREDICTORS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
 
 
 def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Model:
@@ -235,15 +263,18 @@ def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Mod
     if not any(key.startswith("backbone.") for key in weights.read_torchvision(path)):
         return weights.load_torchvision_backbone(model, path)
     source = load_weights(name, norm, path).model
-    arrays = weights.to_torchvision(source)
+    arrays, own = weights.to_torchvision(source), weights.to_torchvision(model)
     if source.num_classes != model.num_classes:
         console.print(
             f"{path} knows {source.num_classes} classes and this model {model.num_classes}: "
             "the layers that tell classes apart start at random.",
             highlight=False,
         )
-        own = weights.to_torchvision(model)
         arrays |= {key: array for key, array in own.items() if key.startswith(PREDICTORS)}
+    others = {key: own[key] for key in own if key.startswith(RPN_PREDICTORS) and own[key].shape != arrays[key].shape}
+    if others:
+        console.print(f"{path} has another number of anchors: the RPN's last layers start at random.", highlight=False)
+        arrays |= others
     return weights.load_torchvision(model, arrays)
 
 
@@ -380,17 +411,27 @@ def check_ranges(options: Any, ranges: dict[str, str]) -> None:
                 raise SystemExit(f"--{name.replace('_', '-')} is {value}: it must be {what}.")
 
 
-def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
-    """Runs a script on its command line; an error of the user's files or options is told without a traceback.
+def run(
+    main: Callable[[Any], Any],
+    options: type,
+    description: str | None,
+    *,
+    defaults: Callable[[Sequence[str]], Any] = lambda arguments: None,
+) -> None:
+    """Runs a script on its command line; an error of the user's files or options is reported without a traceback.
 
     Compiled programs are kept for the next start, see `_programs.py`. Warnings are one line each.
+
+    - `defaults`: from the command line to an instance of `options` that holds what is not given there, or `None`.
     """
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
-        arguments = tyro.cli(options, description=description)
+        default = defaults(sys.argv[1:])
+        given = tyro.cli(options, description=description, **({} if default is None else {"default": default}))
         if (problem := keep_programs()) is not None:
             console.print(problem, highlight=False, soft_wrap=True)
-        main(arguments)
+        with without_alarms():
+            main(given)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) or is_ours(error):
             raise SystemExit(f"{type(error).__name__}: {error}") from None
@@ -404,12 +445,15 @@ def is_ours(error: BaseException) -> bool:
 
 
 def progress() -> Progress:
-    """A progress bar with a count, the time left and a status."""
+    """A progress bar: the count first, then a status, which gives way where the line is short, and the time left.
+
+    Without a terminal it shows nothing: what belongs into a log is printed line by line.
+    """
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
     )
-    return Progress(*columns, console=console)
+    silent = not (console.is_terminal or console.is_jupyter)
+    return Progress(*columns, console=Console(quiet=True) if silent else console, expand=True, disable=silent)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import train as script
 from _benchmark.tables import commit, read_table, write_table
-from _options import Options as TrainOptions
+from _options import Options as TrainOptions, complete
 from _shared import ModelName, build, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -67,7 +67,12 @@ def main(options: Options) -> None:
         limit = GIB[topology.split(":")[0]]
         mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
         recipe = TrainOptions(
-            "", "", Path(), model=name, batch_size=options.batch_size, precision="bfloat16", trainable_layers=3
+            output=Path(),
+            model=name,
+            norm="frozen_batch",
+            batch_size=options.batch_size,
+            precision="bfloat16",
+            trainable_layers=3,
         )
         programs = {
             "training": (
@@ -103,10 +108,12 @@ def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[st
 
 def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
     """train.py's step on one canvas."""
-    optimizer = script.make_optimizer(options, script.make_schedule(options, COCO // options.batch_size, 0))
+    epoch_steps = COCO // options.batch_size
+    options = complete(options, epoch_steps)
+    optimizer = script.make_optimizer(options, script.make_schedule(options, epoch_steps))
 
     def init():
-        model = build(options.model, 80, options.norm, checkpoint=options.gradient_checkpointing)
+        model = build(options.model, 80, options.norm or "group", checkpoint=options.gradient_checkpointing)
         trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
         return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
 

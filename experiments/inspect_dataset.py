@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from _report import inspection
 from _report.dataset import write_dataset_page
-from _shared import console, run
+from _shared import ANCHOR_SIZES, ASPECT_RATIOS, console, run
 from rich.table import Table
 
 from detectax_eqx import data
@@ -40,9 +40,9 @@ class Options:
     """Longest side in pixels after resizing."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
     """Height and width of the canvases that images are laid on, in pixels, as for train.py."""
-    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES
     """Side of the square anchor of each of the five levels, in pixels after resizing."""
-    aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS
     """Height / width of the anchors."""
 
 

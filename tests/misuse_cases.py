@@ -150,6 +150,7 @@ ELSEWHERE = {
         "load_checkpoint",
         "load_latest_checkpoint",
         "lock_folder",
+        "remove_unfinished",
         "shard_batch",
         "shard_state",
         "to_host",

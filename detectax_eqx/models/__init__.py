@@ -28,6 +28,8 @@ from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss
 from ._mask_rcnn import MaskRCNN as MaskRCNN, mask_rcnn_loss as mask_rcnn_loss
 from ._parameters import in_resnet as in_resnet, num_parameters as num_parameters, trainable as trainable
 from ._rpn import (
+    ANCHOR_SIZES as ANCHOR_SIZES,
+    ASPECT_RATIOS as ASPECT_RATIOS,
     RPN as RPN,
     Proposals as Proposals,
     RPNOutput as RPNOutput,

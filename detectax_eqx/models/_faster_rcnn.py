@@ -12,7 +12,7 @@ from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
 from ..ops._roi_align import level_pooler
 from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
-from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
+from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN, RPNOutput, propose, rpn_loss, sample_anchors
 
 
 # Mean and standard deviation of ImageNet's pixels, RGB in 0..255: what torchvision's backbones were trained with.
@@ -70,8 +70,8 @@ class FasterRCNN(eqx.Module):
         num_classes: int,
         *,
         key: PRNGKeyArray,
-        anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
-        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+        aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
         hidden_size: int = 1024,
         roi_aligned: bool = False,
         roi_sampling_ratio: int = 2,

@@ -28,6 +28,9 @@ from ..ops import (
 from ..ops._substitute import replaceable
 
 
+# torchvision's anchors: sides in canvas pixels, a tuple for each level of the pyramid, and height / width.
+ANCHOR_SIZES = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
 # Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
 RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SMOOTH_L1_BETA = 1 / 9
@@ -67,8 +70,8 @@ class RPN(eqx.Module):
         channels: int,
         *,
         key: PRNGKeyArray,
-        anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
-        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+        aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     ):
         """`anchor_sizes`: side lengths in canvas pixels, a tuple for each level; `aspect_ratios`: height / width."""
         counts = {len(sizes) for sizes in anchor_sizes}
