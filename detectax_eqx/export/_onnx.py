@@ -14,21 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from .._types import Detections
 from ..ops._substitute import substituted
 from ..weights import named_leaves
+from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
 from ._extras import require
 from ._fold import fold_constants, fold_norms
 from ._program import DEFAULTS, Model, Options, Shape, detection_program
 
 
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
-# How far a runtime may be from JAX: pixels, scores, and probabilities of mask pixels.
-BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 1e-2
-
-
-class ExportError(ValueError):
-    """What was exported does not give what the model gives; the message names the output."""
 
 
 def save_onnx(
@@ -39,6 +33,8 @@ def save_onnx(
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     class_names: Sequence[str],
     options: Options = DEFAULTS,
+    unmatched_score: float = UNMATCHED_SCORE,
+    image_names: Sequence[str] = (),
 ) -> None:
     """Writes a detector to an ONNX file: resizing, network, suppression, RoIAlign and masks, in operators of its own.
 
@@ -48,13 +44,17 @@ def save_onnx(
 
     - `images`: real ones, on which onnxruntime's detections are compared with the model's before the file is kept. A
       black one is added to them, if the model finds nothing in it.
+    - `unmatched_score`: the score up to which a detection may be the file's or the model's alone. Rounding differs
+      between runtimes, and may move the overlap of two proposals, or the rank of one, over a threshold.
+    - `image_names`: what errors call the images; default their positions.
 
     The function needs the extra `onnx`. The mask head runs on all `max_detections` boxes, not only on those that are
     valid. The file appears complete or not at all.
 
-    Raises an `ExportError` if a detection differs by over .05 pixels, 1e-4 in its score or .01 in its mask; a
-    `ValueError` if `class_names` are not as many as the model's classes or an image does not fit; an `ImportError` that
-    names the extra if it is missing.
+    Raises an `ExportError` if a detection differs by over .05 pixels, 1e-4 in its score or .01 in its mask, or if one
+    of a score above `unmatched_score` has no counterpart of its label and an IoU of at least .5; a `ValueError` if
+    `class_names` are not as many as the model's classes, an image does not fit, or `unmatched_score` is not in 0..1; an
+    `ImportError` that names the extra if it is missing.
     """
     require("onnx")
     import onnx
@@ -70,7 +70,15 @@ def save_onnx(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         onnx.save_model(proto, temporary)
-        compare_onnx(model, temporary, shape=shape, images=images, options=options)
+        compare_onnx(
+            model,
+            temporary,
+            shape=shape,
+            images=images,
+            options=options,
+            unmatched_score=unmatched_score,
+            image_names=image_names,
+        )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -115,7 +123,7 @@ def convert(
     """
     import jax2onnx
 
-    from ._onnx_ops import OPSET, Substitutes, register_calls, with_functions
+    from ._onnx_ops import OPSET, REWRITES, Substitutes, register_calls, with_functions
 
     register_calls()
     substitutes = Substitutes(model.num_classes)
@@ -129,7 +137,7 @@ def convert(
     with substituted(substitutes.table | dict(left_out or {})):
         jaxpr = jax.make_jaxpr(run)(*specs.values())
     proto = jax2onnx.to_onnx(
-        jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr)),
+        jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=REWRITES)),
         list(specs.values()),
         model_name="detector",
         opset=OPSET,
@@ -164,9 +172,13 @@ def compare_onnx(
     shape: Shape,
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     options: Options = DEFAULTS,
+    unmatched_score: float = UNMATCHED_SCORE,
+    image_names: Sequence[str] = (),
 ) -> None:
     """Runs a file of `save_onnx` in onnxruntime and compares with the model; arguments and errors are those of it."""
     require("onnx")
+    if not 0 <= unmatched_score <= 1:
+        raise ValueError(f"unmatched_score must be in 0..1, got {unmatched_score}.")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
@@ -175,14 +187,22 @@ def compare_onnx(
     black = np.zeros((*(min(32, side) for side in shape.source), 3), np.uint8)
     padded, sizes = pad_images([black], shape)
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
+    limits = {
+        "score_threshold": options.score_threshold,
+        "max_detections": options.max_detections,
+        "unmatched_score": unmatched_score,
+    }
+    counts = np.zeros(2, int)
     for start in range(0, len(everything), shape.batch):
         some = everything[start : start + shape.batch]
         padded, sizes = pad_images(some, shape)
-        expected = run(jnp.asarray(padded), jnp.asarray(sizes))
+        wanted = jax.tree.leaves(run(jnp.asarray(padded), jnp.asarray(sizes)))
         outputs = session.run(None, {"images": padded, "image_sizes": sizes})
-        found: dict[str, np.ndarray] = dict(zip(OUTPUTS, outputs, strict=False))
+        expected, found = (dict(zip(OUTPUTS, arrays, strict=False)) for arrays in (wanted, outputs))
         for i in range(len(some)):
-            _compare(found, expected, i, f"image {start + i}")
+            where = name_of(image_names, start + i, len(images))
+            counts += compare_detections(valid_rows(found, i), valid_rows(expected, i), where=where, **limits)
+    check_counts(*counts.tolist(), images=len(everything))
 
 
 def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], shape: Shape) -> tuple[UInt8[np.ndarray, "b h w 3"], Any]:
@@ -201,29 +221,3 @@ def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], shape: Shape) -> tu
         padded[i, :height, :width] = image
         sizes[i] = height, width
     return padded, sizes
-
-
-def _compare(found: dict[str, np.ndarray], expected: Detections, i: int, where: str) -> None:
-    count, wanted = int(found["valid"][i].sum()), int(expected.valid[i].sum())
-    if count != wanted:
-        raise ExportError(f"valid differs on {where}: {count} detections, the model's {wanted}.")
-    boxes, labels = np.asarray(expected.boxes[i][:count]), np.asarray(expected.labels[i][:count])
-    rows = _pairs(boxes, labels, found["boxes"][i], found["labels"][i], count)
-    if not np.array_equal(found["labels"][i][rows], labels):
-        raise ExportError(f"labels differ on {where}.")
-    tolerances = {"boxes": BOX_TOLERANCE, "scores": SCORE_TOLERANCE, "masks": MASK_TOLERANCE}
-    for name, tolerance in tolerances.items():
-        values = getattr(expected, name)
-        if values is not None:
-            difference = np.abs(found[name][i][rows] - np.asarray(values[i][:count])).max(initial=0.0)
-            if not difference <= tolerance:
-                raise ExportError(f"{name} differ on {where} by {difference:.2g}, more than {tolerance:g}.")
-
-
-def _pairs(boxes: Any, labels: Any, other_boxes: Any, other_labels: Any, count: int) -> list[int]:
-    """The row that goes with each: two whose scores differ by rounding may have changed places."""
-    free, rows = list(range(count)), []
-    for box, label in zip(boxes, labels, strict=True):
-        far = np.abs(other_boxes[free] - box).max(axis=1) + np.where(other_labels[free] == label, 0, np.inf)
-        rows.append(free.pop(int(far.argmin())))
-    return rows

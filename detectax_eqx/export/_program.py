@@ -33,6 +33,8 @@ class Shape:
             raise ValueError(f"batch, source and canvas must be positive, got {self}.")
         if self.canvas[0] % 32 or self.canvas[1] % 32:
             raise ValueError(f"canvas must be a multiple of 32 in height and width, got {self.canvas}.")
+        if max(self.canvas) > np.iinfo(np.int16).max:
+            raise ValueError(f"canvas must be at most 32736 in height and width, got {self.canvas}.")
 
     @property
     def name(self) -> str:
@@ -42,13 +44,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """How a detector is exported: `detect`'s options, fixed in the file; the defaults are its own."""
+    """How a detector is exported: `detect`'s options, fixed in the file; the defaults are its own.
+
+    Raises a `ValueError` for sizes that are not positive and thresholds outside 0..1.
+    """
 
     min_size: int = 800
     max_size: int = 1333
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("min_size", "max_size", "max_detections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}.")
 
 
 DEFAULTS = Options()
