@@ -216,6 +216,35 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
     assert "faster_rcnn.box_head.fc6.weight" in {tensor.name for tensor in proto.graph.initializer}
 
 
+@pytest.mark.timeout(600)
+def test_proposals_of_low_scores_keep_their_ranks_in_onnx(model):
+    """A detector that was trained has most of its proposals at logits far below 0, where scores differ by 1e-8."""
+    needs("onnx")
+    import onnxruntime
+
+    from detectax_eqx.export._onnx import convert
+
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 150, (1500, 2))
+    anchors = jnp.asarray(np.concatenate([corners, corners + rng.uniform(8, 60, (1500, 2))], axis=1), jnp.float32)
+    logits = rng.uniform(-17, -9, 1500).astype(np.float32)
+
+    def run(logits, deltas):
+        output = models.RPNOutput((logits,), (deltas,), (anchors,))
+        proposals = models.propose(output, jnp.array([200.0, 200.0]), post_nms_top_n=300)
+        return {"boxes": proposals.boxes, "scores": proposals.scores, "valid": proposals.valid}
+
+    deltas = np.zeros((1500, 4), np.float32)
+    specs = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in (("logits", logits), ("deltas", deltas))}
+    proto = convert(run, specs, model)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    boxes, scores, valid = session.run(["boxes", "scores", "valid"], {"logits": logits, "deltas": deltas})
+    expected = jax.jit(run)(logits, deltas)
+    assert valid.all() and expected["valid"].all()
+    np.testing.assert_array_equal(boxes, expected["boxes"])
+    np.testing.assert_allclose(scores, expected["scores"], rtol=1e-5)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_batch_of_four_in_onnx_with_nothing_in_one(tmp_path):
