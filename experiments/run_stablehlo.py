@@ -31,7 +31,7 @@ TRANSPOSITIONS = {
 
 
 class Detector:
-    """A detector from a file: a call takes images `(h, w, 3)` of any size that fits and gives their detections."""
+    """A detector from a file: a call takes images `(h, w, c)` of any size that fits and gives their detections."""
 
     def __init__(self, path: Path):
         if path.is_file() and not zipfile.is_zipfile(path):
@@ -51,7 +51,7 @@ class Detector:
         """Arrays by the names in `about["outputs"]` for each image, of those rows that are valid."""
         shape = self._shape(images)
         batch = shape["batch"] or len(images)  # null where any number will do
-        padded = np.zeros((batch, *shape["source"], 3), np.uint8)
+        padded = np.zeros((batch, *shape["source"], images[0].shape[2]), np.uint8)
         sizes = np.ones((batch, 2), np.int32)
         for i, image in enumerate(images):
             sizes[i] = image.shape[:2]

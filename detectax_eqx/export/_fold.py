@@ -13,7 +13,7 @@ from jax.extend import core
 from ..nn import Conv2d, FrozenBatchNorm
 
 
-Module = TypeVar("Module", bound=eqx.Module)
+Module = TypeVar("Module")
 
 # A constant of more numbers is left for the runtime to work out, rather than make the file so much larger.
 LARGEST_CONSTANT = 2**20

@@ -19,7 +19,7 @@ from ..weights import named_leaves
 from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
 from ._extras import require
 from ._fold import fold_constants, fold_norms
-from ._program import DEFAULTS, Model, Options, Shape, detection_program
+from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
 
 
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
@@ -30,7 +30,7 @@ def save_onnx(
     path: str | os.PathLike,
     *,
     shape: Shape,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     class_names: Sequence[str],
     options: Options = DEFAULTS,
     unmatched_score: float = UNMATCHED_SCORE,
@@ -38,7 +38,7 @@ def save_onnx(
 ) -> None:
     """Writes a detector to an ONNX file: resizing, network, suppression, RoIAlign and masks, in operators of its own.
 
-    Inputs are `images`, uint8 `(b, h, w, 3)` RGB padded to `shape.source`, and `image_sizes`, their int32
+    Inputs are `images`, uint8 `(b, h, w, c)` padded to `shape.source`, RGB where c is 3, and `image_sizes`, their int32
     `(height, width)`, `(b, 2)`. Outputs are `boxes`, `scores`, `labels`, `valid` and `masks` if the model has them, as
     `Detections` has them. The file's metadata holds `class_names`, `shape` and `options` as JSON.
 
@@ -59,8 +59,7 @@ def save_onnx(
     require("onnx")
     import onnx
 
-    if len(class_names) != model.num_classes:
-        raise ValueError(f"class_names must name the model's {model.num_classes} classes, got {len(class_names)}.")
+    check_class_names(model, class_names)
     if not images:
         raise ValueError("images must hold at least one image to compare on.")
     proto = to_proto(model, shape, options)
@@ -92,7 +91,8 @@ def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     proto = onnx.load(os.fspath(path))
     about = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
-    return proto, about | {"shape": Shape(about["shape"]["batch"], **sides), "options": Options(**about["options"])}
+    shape = Shape(**about["shape"] | sides)
+    return proto, about | {"shape": shape, "options": Options(**about["options"])}
 
 
 def to_proto(model: Model, shape: Shape, options: Options) -> Any:
@@ -100,7 +100,7 @@ def to_proto(model: Model, shape: Shape, options: Options) -> Any:
     folded = fold_norms(model)
     program = detection_program(folded, shape, options)
     specs = {
-        "images": jax.ShapeDtypeStruct((shape.batch, *shape.source, 3), np.uint8),
+        "images": jax.ShapeDtypeStruct((shape.batch, *shape.source, shape.channels), np.uint8),
         "image_sizes": jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
     }
 
@@ -113,7 +113,7 @@ def to_proto(model: Model, shape: Shape, options: Options) -> Any:
 def convert(
     function: Callable[..., dict[str, Any]],
     specs: dict[str, Any],
-    model: Model,
+    model: Any,
     *,
     left_out: Mapping[Any, Any] | None = None,
 ) -> Any:
@@ -170,7 +170,7 @@ def compare_onnx(
     path: str | os.PathLike,
     *,
     shape: Shape,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     options: Options = DEFAULTS,
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
@@ -184,7 +184,7 @@ def compare_onnx(
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     run = jax.jit(lambda images, sizes: detection_program(model, shape, options)(images, sizes))
     # Black has no objects. A model that sees some nonetheless gives each of many places the same score.
-    black = np.zeros((*(min(32, side) for side in shape.source), 3), np.uint8)
+    black = np.zeros((*(min(32, side) for side in shape.source), shape.channels), np.uint8)
     padded, sizes = pad_images([black], shape)
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
     limits = {
@@ -205,19 +205,21 @@ def compare_onnx(
     check_counts(*counts.tolist(), images=len(everything))
 
 
-def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], shape: Shape) -> tuple[UInt8[np.ndarray, "b h w 3"], Any]:
+def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ c"]], shape: Shape) -> tuple[UInt8[np.ndarray, "b h w c"], Any]:
     """Images padded to the shape of a program, and their sizes; what is missing of the batch is a black pixel.
 
-    Raises a `ValueError` if one is larger than the source, or there are more than the batch holds.
+    Raises a `ValueError` if one is larger than the source or of other channels, or there are more than the batch holds.
     """
     if len(images) > shape.batch:
         raise ValueError(f"images must be at most {shape.batch}, the program's batch, got {len(images)}.")
-    padded = np.zeros((shape.batch, *shape.source, 3), np.uint8)
+    padded = np.zeros((shape.batch, *shape.source, shape.channels), np.uint8)
     sizes = np.ones((shape.batch, 2), np.int32)
     for i, image in enumerate(images):
-        height, width = image.shape[:2]
+        height, width, channels = image.shape
         if height > shape.source[0] or width > shape.source[1]:
             raise ValueError(f"images must fit the source {shape.source}, got one of {height}×{width}.")
+        if channels != shape.channels:
+            raise ValueError(f"images must have the shape's {shape.channels} channels, got one of {channels}.")
         padded[i, :height, :width] = image
         sizes[i] = height, width
     return padded, sizes

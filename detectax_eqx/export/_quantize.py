@@ -27,7 +27,7 @@ def quantize_onnx(
     source: str | os.PathLike,
     path: str | os.PathLike,
     *,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     kept_in_float: Sequence[str] = KEPT_IN_FLOAT,
 ) -> None:
     """Writes a copy of a file of `save_onnx` whose convolutions and linear layers compute in 8-bit integers.

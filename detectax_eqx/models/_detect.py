@@ -1,5 +1,6 @@
 """From an image as it was decoded to detections in its own pixels, in one program."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -11,13 +12,12 @@ from jaxtyping import Array, Int32, UInt8
 
 from .._types import Batch, Detections
 from ..ops import resize_image, resized_size
-from ._faster_rcnn import FasterRCNN, Selection
-from ._mask_rcnn import MaskRCNN
+from ._faster_rcnn import Selection
 
 
 def detect(
-    model: FasterRCNN | MaskRCNN,
-    image: UInt8[Array | np.ndarray, "h w 3"],
+    model: Callable[..., Detections],
+    image: UInt8[Array | np.ndarray, "h w c"],
     *,
     min_size: float = 800,
     max_size: float = 1333,
@@ -76,7 +76,7 @@ def detect(
 
 
 def detect_batch(
-    model: FasterRCNN | MaskRCNN,
+    model: Callable[..., Detections],
     batch: Batch,
     *,
     min_size: float = 800,
