@@ -287,7 +287,7 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
 
 
 @pytest.mark.timeout(600)
-def test_proposals_of_low_scores_keep_their_ranks_in_onnx():
+def test_proposals_of_low_scores_keep_their_ranks_in_onnx(caplog):
     """A detector that was trained has most of its proposals at logits far below 0, where scores differ by 1e-8."""
     needs("onnx")
     import onnxruntime
@@ -307,6 +307,7 @@ def test_proposals_of_low_scores_keep_their_ranks_in_onnx():
     deltas = np.zeros((1500, 4), np.float32)
     specs = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in (("logits", logits), ("deltas", deltas))}
     proto = convert(run, specs, Brightest(jnp.ones(())))
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     boxes, scores, valid = session.run(["boxes", "scores", "valid"], {"logits": logits, "deltas": deltas})
     expected = jax.jit(run)(logits, deltas)

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from ..ops._substitute import substituted
 from ..weights import named_leaves
 from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
-from ._extras import require
+from ._extras import quiet, require
 from ._fold import fold_constants, fold_norms
 from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
 
@@ -136,14 +136,16 @@ def convert(
 
     with substituted(substitutes.table | dict(left_out or {})):
         jaxpr = jax.make_jaxpr(run)(*specs.values())
-    proto = jax2onnx.to_onnx(
-        jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=REWRITES)),
-        list(specs.values()),
-        model_name="detector",
-        opset=OPSET,
-        input_names=list(specs),
-        output_names=names,
-    )
+    # onnx_ir warns of each intermediate value of which jax2onnx noted a shape and no dtype; runtimes infer both.
+    with quiet("onnx_ir.serde"):
+        proto = jax2onnx.to_onnx(
+            jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=REWRITES)),
+            list(specs.values()),
+            model_name="detector",
+            opset=OPSET,
+            input_names=list(specs),
+            output_names=names,
+        )
     proto = with_functions(proto, substitutes.functions)
     _name_weights(proto, named_leaves(model))
     return proto

@@ -51,8 +51,8 @@ def quantize_onnx(
     proto, about = read_onnx(source)
     shape, metadata = about["shape"], {entry.key: entry.value for entry in proto.metadata_props}
     _own_biases(proto)
-    # onnxruntime advises pre-processing unless a model says that it had some. This one needs none: its shapes are known,
-    # and its norms are folded.
+    # onnxruntime advises pre-processing unless a model says that it had some. This one needs none: its shapes are
+    # known and its norms folded.
     onnx.helper.set_model_props(proto, metadata | {"onnx.quant.pre_process": "onnxruntime.quant"})
 
     class Reader(CalibrationDataReader):
