@@ -26,7 +26,7 @@ import jax.random as jr
 import train as script
 from _benchmark.tables import commit, read_table, write_table
 from _options import Options as TrainOptions, complete
-from _shared import ModelName, build, console, run
+from _shared import ModelName, build, check_ranges, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -58,8 +58,12 @@ class Options:
     """File with the markers between which the table goes."""
 
 
+RANGES = {"positive": "batch_size", "a positive multiple of 32": "canvases"}
+
+
 def main(options: Options) -> None:
     """Compiles everything, and enters each row as it comes. Rows of programs that are not asked for stay."""
+    check_ranges(options, RANGES)
     # Without these libtpu looks for a machine's description, and complains that there is none.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
     versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}, commit {commit()}", True

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from _report import inspection
 from _report.dataset import write_dataset_page
-from _shared import ANCHOR_SIZES, ASPECT_RATIOS, console, run
+from _shared import ANCHOR_SIZES, ASPECT_RATIOS, check_ranges, console, run
 from rich.table import Table
 
 from detectax_eqx import data
@@ -46,6 +46,8 @@ class Options:
     """Height / width of the anchors."""
 
 
+RANGES = {"positive": "min_size max_size anchor_sizes aspect_ratios", "a positive multiple of 32": "canvases"}
+
 # Borders of the size classes, as the square root of a box's area after resizing, in pixels.
 SIZE_BORDERS = (0, 16, 32, 64, 128, 256, 512, np.inf)
 RATIO_BORDERS = (0, 0.2, 0.33, 0.5, 0.75, 1.33, 2, 3, 5, np.inf)
@@ -53,6 +55,7 @@ RATIO_BORDERS = (0, 0.2, 0.33, 0.5, 0.75, 1.33, 2, 3, 5, np.inf)
 
 def main(options: Options) -> None:
     """Measures, prints, and writes the page."""
+    check_ranges(options, RANGES)
     if len(options.anchor_sizes) != len(inspection.STRIDES):
         raise SystemExit(
             f"--anchor-sizes wants {len(inspection.STRIDES)} numbers, one a level, got {len(options.anchor_sizes)}."

@@ -177,7 +177,7 @@ def test_checked_shard_map_of_one_argument(index):
 
         def one_of_two(stack, position=position):
             return jax.tree.map(
-                lambda x: x[None], run(structure.unflatten(leaves[:position] + [stack[0]] + leaves[position + 1 :]))
+                lambda x: x[None], run(structure.unflatten([*leaves[:position], stack[0], *leaves[position + 1 :]]))
             )
 
         mapped = jax.shard_map(one_of_two, mesh=_mesh(), in_specs=SHARDED, out_specs=SHARDED)

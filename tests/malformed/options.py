@@ -78,6 +78,31 @@ RANGES = {
         "max-detections": ["-1"],
         "checkpoint": ["none"],
     },
+    "export": {
+        "output": ["none.pt", "none"],
+        "images": ["none"],
+        "source": ["0 640", "640 -1", "640"],
+        "canvas": ["0 64", "64 100", "-32 64"],
+        "batch-size": ["0", "-2", "two"],
+        "any-batch": ["flag"],
+        "min-size": ["0", "-1"],
+        "max-size": ["0"],
+        "score-threshold": ["1.7", "-0.1", "nan"],
+        "nms-threshold": ["1.5", "-1"],
+        "max-detections": ["0", "-1"],
+        "max-images": ["0", "-1"],
+        "unmatched-score": ["1.7", "-1", "nan"],
+        "checkpoint": ["none"],
+    },
+    "inspect_dataset": {
+        "min-size": ["0", "-1"],
+        "max-size": ["0"],
+        "canvases": ["0 64", "64 100", "64"],
+        "anchor-sizes": ["0 8 16 32 64", "8 16 32 64 nan", "8"],
+        "aspect-ratios": ["0", "-1 1", "inf"],
+        "annotations": ["none.json"],
+        "images": ["none"],
+    },
 }
 
 
@@ -103,10 +128,12 @@ def make(script, options, folder):
         "train": {"train-annotations": annotations, "train-images": images, "output": folder / "out"},
         "evaluate": {"annotations": annotations, "images": images, "output": folder / "out"},
         "predict": {"output": folder / "out"},
+        "export": {"output": folder / "out.onnx", "images": images},
+        "inspect_dataset": {"annotations": annotations, "images": images, "output": folder / "out"},
     }[script]
     if script == "train":
         usual |= tiny_train.OPTIONS | {"steps": 1, "warmup-steps": 0, "batch-size": len(jax.devices())}
-    elif "weights" not in options:
+    elif script != "inspect_dataset" and "weights" not in options:
         usual["checkpoint"] = folder / "run"
     given = {name: value for name, value in (usual | options).items() if value is not None}
     words = [word for name, value in given.items() for word in (f"--{name}", *str(value).split(" "))]
