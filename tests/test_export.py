@@ -189,8 +189,9 @@ class Brightest(eqx.Module):
     def __call__(self, image, image_size, *, selection):
         cells = (image[..., 0] * self.weight).reshape(image.shape[0] // 8, 8, -1, 8).mean((1, 3)) / 255
         scores, at = jax.lax.top_k(cells.reshape(-1), selection.max_detections)
-        corner = 8.0 * jnp.stack([at % cells.shape[1], at // cells.shape[1]], axis=1)
-        valid = (scores > selection.score_threshold) & (corner < image_size[::-1]).all(axis=1)
+        corner = 8.0 * jnp.stack([at % cells.shape[1], at // cells.shape[1]], axis=1).astype(jnp.float32)
+        inside = corner < image_size[None, ::-1].astype(jnp.float32)
+        valid = (scores > selection.score_threshold) & inside.all(axis=1)
         return Detections(jnp.concatenate([corner, corner + 8], axis=1), scores, (at % 3).astype(jnp.int32), valid)
 
 

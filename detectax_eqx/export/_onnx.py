@@ -5,9 +5,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -184,7 +186,14 @@ def compare_onnx(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    run = jax.jit(lambda images, sizes: detection_program(model, shape, options)(images, sizes))
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    # The weights are an argument: of constants XLA would fold transposes, slowly and with warnings.
+    @jax.jit
+    def jitted(arrays, images, sizes):
+        return detection_program(eqx.combine(arrays, static), shape, options)(images, sizes)
+
+    run = partial(jitted, arrays)
     # Black has no objects. A model that sees some nonetheless gives each of many places the same score.
     black = np.zeros((*(min(32, side) for side in shape.source), shape.channels), np.uint8)
     padded, sizes = pad_images([black], shape)
