@@ -4,9 +4,11 @@ Every field may carry leading batch axes (`*b`), so that one type holds a single
 variable is padded to a capacity; `valid` alone says which rows are real.
 """
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, Real, UInt8
@@ -35,6 +37,20 @@ class Targets(eqx.Module):
     valid: Bool[AnyArray, "*b n"]
     masks: Real[AnyArray, "*b n s t"] | Bool[AnyArray, "*b n s t"] | None = None
     mask_boxes: Float[AnyArray, "*b n 4"] | None = None
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raises a `ValueError` that names label and image if the label of a valid row is not in `0..num_classes - 1`.
+
+        The losses cannot raise one in a compiled program: there, such a label makes them NaN. This looks at the
+        numbers, so it is for use outside of one; while tracing it does nothing. A step of `train.make_train_step`
+        calls it for each batch.
+
+        >>> targets = Targets(np.ones((2, 1, 4), "f"), np.array([[0], [3]], "i"), np.ones((2, 1), bool))
+        >>> targets.check_labels(3)
+        Traceback (most recent call last):
+        ValueError: Labels must be in 0..2, but image 1 has label 3 in row 0 of its targets.
+        """
+        _check_labels(self, num_classes, None, None)
 
 
 class Detections(eqx.Module):
@@ -72,6 +88,10 @@ class Batch(eqx.Module):
     overflow: Int32[AnyArray, "*b"]
     canvas: tuple[int, int] = eqx.field(static=True)
 
+    def check_labels(self, num_classes: int) -> None:
+        """`Targets.check_labels`, for those examples that are `valid`. It names their `indices` too."""
+        _check_labels(self.targets, num_classes, self.valid, self.indices)
+
 
 class WeightedSum(eqx.Module):
     """A sum and the weight it is to be divided by, kept apart so that parts of a batch add up exactly.
@@ -86,3 +106,34 @@ class WeightedSum(eqx.Module):
     def mean(self) -> Float32[Array, "*b"]:
         """`total / count`, and 0 with a zero gradient where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1.0)
+
+
+def _check_labels(targets: Targets, num_classes: int, examples: AnyArray | None, indices: AnyArray | None) -> None:
+    arrays = [targets.labels, targets.valid, *(() if examples is None else (examples, indices))]
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return
+    for start, labels in _parts(targets.labels):
+        wrong = (labels < 0) | (labels >= num_classes)
+        if not wrong.any():
+            continue  # the rule; nothing else has to be fetched from the device
+        wrong &= dict(_parts(targets.valid))[start]
+        if examples is not None:
+            wrong &= dict(_parts(examples))[start][..., None]
+        for *image, row in np.argwhere(wrong).tolist():
+            label = labels[(*image, row)]
+            place = f"row {row} of its targets"
+            if not image:
+                raise ValueError(f"Labels must be in 0..{num_classes - 1}, but there is {label} in {place}.")
+            name = ", ".join(str(axis + start * (position == 0)) for position, axis in enumerate(image))
+            if indices is not None:
+                name += f" of the batch (index {dict(_parts(indices))[start][tuple(image)]} of its dataset)"
+            raise ValueError(f"Labels must be in 0..{num_classes - 1}, but image {name} has label {label} in {place}.")
+
+
+def _parts(array: AnyArray) -> Generator[tuple[int, np.ndarray], None, None]:
+    """The parts of an array that this process holds, each with the position of its first row."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        yield 0, np.asarray(array)
+        return
+    for shard in array.addressable_shards:
+        yield (shard.index[0].start or 0) if shard.index else 0, np.asarray(shard.data)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from _shared import ModelName, NormName
 
+from detectax_eqx import data
+
 
 @dataclass
 class Options:
@@ -21,6 +23,10 @@ class Options:
     """COCO JSON to evaluate after each epoch, a path or URL. Without it the last checkpoint counts as the best."""
     val_images: str | None = None
     """Folder of the validation images, or a URL. Default: that of --train-images."""
+    box_format: data.BoxFormat = "xywh"
+    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
+    allow_renamed: bool = False
+    """Accept other names for the same category ids in validation, or with --resume, where the new names then count."""
     model: ModelName = "mask_rcnn_resnet50_fpn"
     """Detector to train: Faster R-CNN finds boxes, Mask R-CNN boxes and masks."""
     norm: NormName = "frozen_batch"

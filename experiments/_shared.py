@@ -57,22 +57,40 @@ class Detector:
     max_size: int = 1333
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
 
-    def category_ids(self, dataset_ids: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """The category id of each label.
+    def category_ids(
+        self,
+        categories: Sequence[data.Category] | None = None,
+        *,
+        file: str | Path = "the annotations",
+        allow_renamed: bool = False,
+    ) -> tuple[int, ...]:
+        """The category id of each label, checked against the `categories` of an annotation file, if there is one.
 
-        A model without categories of its own that has as many classes as the dataset knows them in the order of their
+        A model without categories of its own that has as many classes as the file knows them in the order of their
         ids. One with more, such as torchvision's 90 for COCO's 80, knows ids themselves: label + 1.
+
+        - `file`: what messages call it. `allow_renamed`: its names may differ from the model's.
         """
         if self.categories is not None:
+            if categories is not None:
+                data.check_categories(
+                    categories,
+                    self.categories,
+                    found_in=str(file),
+                    known_in="the model",
+                    same_ids=False,
+                    allow_renamed=allow_renamed,
+                )
             return tuple(category.id for category in self.categories)
         num_classes = self.model.num_classes
-        if dataset_ids is not None and num_classes == len(dataset_ids):
-            return dataset_ids
-        if dataset_ids is None or num_classes >= max(dataset_ids):
+        ids = None if categories is None else tuple(category.id for category in categories)
+        if ids is not None and num_classes == len(ids):
+            return ids
+        if ids is None or num_classes >= max(ids):
             return tuple(range(1, num_classes + 1))
         raise SystemExit(
-            f"The model has {num_classes} classes, but the annotations {len(dataset_ids)} categories with ids up to "
-            f"{max(dataset_ids)}: its labels cannot be told. Use the annotations that it was trained for."
+            f"The model has {num_classes} classes, but {file} {len(ids)} categories with ids up to {max(ids)}: its "
+            "labels cannot be told. Use the annotations that it was trained for."
         )
 
 
@@ -93,7 +111,7 @@ def load_run(path: Path) -> Detector:
     else:
         metadata = train.load_latest_checkpoint(folder, {}, partial=True).metadata
     try:
-        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
+        categories = categories_of(metadata)
         canvases = tuple((height, width) for height, width in metadata["canvases"])
         name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
         part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
@@ -103,6 +121,11 @@ def load_run(path: Path) -> Detector:
     like = {part: like}
     saved, _ = load_newest(folder, like, partial=True) if folder else train.load_checkpoint(path, like, partial=True)
     return Detector(saved[part], categories, min_size, max_size, canvases)
+
+
+def categories_of(metadata: dict[str, Any]) -> tuple[data.Category, ...]:
+    """The categories that a checkpoint knows."""
+    return tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
 
 
 def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -174,18 +197,35 @@ def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Mod
 
 
 def detect_dataset(
-    detector: Detector, dataset: data.CocoDataset, *, batch_size: int = 1, num_threads: int = 2, **options: Any
+    detector: Detector,
+    dataset: data.CocoDataset,
+    *,
+    batch_size: int = 1,
+    num_threads: int = 2,
+    allow_renamed: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Detections in every image, in COCO's results format; `options` go to `models.detect_batch`.
 
-    Every device looks at `batch_size` images a step. Several processes share the images, and each returns all results.
+    The dataset's categories have to be the model's, by id and name, or by id alone with `allow_renamed`. Every device
+    looks at `batch_size` images per step. Several processes share the images, and each returns all results.
     """
     mesh = train.make_mesh(jax.local_devices())
     model = train.shard_state(detector.model, mesh)
     sizes = {"min_size": detector.min_size, "max_size": detector.max_size}
-    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, **sizes)
+    max_source = data.source_limit(detector.canvases)
+    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, max_source=max_source, **sizes)
     image_ids = [image.id for image in dataset.images]
-    category_ids = detector.category_ids(dataset.category_ids)
+    file = dataset.annotations_path
+    category_ids = detector.category_ids(dataset.categories, file=file, allow_renamed=allow_renamed)
+    if detector.categories is None:
+        names = {category.id: category.name for category in dataset.categories}
+        labels = ", ".join(f'{id} "{names[id]}"' for id in category_ids[:3] if id in names)
+        console.print(
+            f"The weights name no classes; their {len(category_ids)} labels are taken for the ids {category_ids[0]} to "
+            f"{category_ids[-1]} of {file}: {labels}, …",
+            highlight=False,
+        )
     results = []
     with progress() as bar:
         task = bar.add_task("detecting", total=len(dataset), status="")

@@ -28,6 +28,10 @@ class Options:
     """Folder that its file names refer to, or a URL."""
     output: Path
     """Folder for detections.json, metrics.json and report.html."""
+    box_format: data.BoxFormat = "xywh"
+    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
+    allow_renamed: bool = False
+    """Accept annotations that name the model's category ids otherwise. Their names are then the ones shown."""
     report: bool = False
     """Also write report.html, a page that needs nothing else: curves, costs of errors, the worst images."""
     detections: Path | None = None
@@ -65,7 +69,7 @@ def main(options: Options) -> None:
     check_ranges(options, RANGES)
     if options.detections is not None:
         check_no_detector(options)
-    dataset = data.load_coco(options.annotations, options.images)
+    dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     console.print(f"{options.annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     if options.detections is not None:
         results = evaluate.read_results(options.detections)
@@ -84,6 +88,7 @@ def main(options: Options) -> None:
             options.output,
             batch_size=options.batch_size,
             num_threads=options.threads,
+            allow_renamed=options.allow_renamed,
             score_threshold=options.score_threshold,
             nms_threshold=options.nms_threshold,
             max_detections=options.max_detections,
@@ -98,7 +103,16 @@ def main(options: Options) -> None:
 
 
 # Options that say how to detect, beside the files that a detector is in.
-OF_DETECTION = ("model", "norm", "batch_size", "min_size", "max_size", "score_threshold", "nms_threshold")
+OF_DETECTION = (
+    "model",
+    "norm",
+    "batch_size",
+    "min_size",
+    "max_size",
+    "score_threshold",
+    "nms_threshold",
+    "allow_renamed",
+)
 
 
 def check_no_detector(options: Options) -> None:

@@ -30,6 +30,8 @@ class Options:
     """COCO JSON of the images."""
     images: Path
     """Folder that its file names refer to."""
+    box_format: data.BoxFormat = "xywh"
+    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
     output: Path | None = None
     """Folder for dataset.html; by default only the terminal is written to."""
     min_size: int = 800
@@ -55,7 +57,7 @@ def main(options: Options) -> None:
         raise SystemExit(
             f"--anchor-sizes wants {len(inspection.STRIDES)} numbers, one a level, got {len(options.anchor_sizes)}."
         )
-    dataset = data.load_coco(options.annotations, options.images)
+    dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     tables = [contents(dataset), classes(dataset), *boxes(dataset, options), canvases(dataset, options)]
     suspicions = inspection.suspicions(dataset)
     counts = Counter(suspicion.kind for suspicion in suspicions)

@@ -8,7 +8,6 @@ the position in `images.json`. A file that cannot be read is reported and the ot
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -40,11 +39,15 @@ class Options:
     norm: NormName = "frozen_batch"
     """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     annotations: str | None = None
-    """COCO JSON whose categories name the classes, for weights that come without names."""
+    """COCO JSON whose categories name the classes, for weights that come without names. Others are checked by it."""
+    allow_renamed: bool = False
+    """Accept --annotations that name the model's category ids otherwise. Their names are then the ones drawn."""
     min_size: int | None = None
     """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
     max_size: int | None = None
     """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
+    max_pixels: int | None = None
+    """Largest image to read, in pixels. Default: Pillow's limit of 179 million, as small files may claim any size."""
     score_threshold: float = 0.5
     """Detections of a lower score (0..1) are neither drawn nor written."""
     nms_threshold: float = 0.5
@@ -53,7 +56,7 @@ class Options:
     """Detections kept of an image, those of the highest scores."""
 
 
-RANGES = {"positive": "min_size max_size max_detections", "in 0..1": "score_threshold nms_threshold"}
+RANGES = {"positive": "min_size max_size max_pixels max_detections", "in 0..1": "score_threshold nms_threshold"}
 
 
 def main(options: Options) -> None:
@@ -62,14 +65,16 @@ def main(options: Options) -> None:
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
-    category_ids = detector.category_ids()
-    names = category_names(detector, options.annotations)
+    categories = None if options.annotations is None else data.read_categories(options.annotations)
+    file = options.annotations or ""
+    category_ids = detector.category_ids(categories, file=file, allow_renamed=options.allow_renamed)
+    names = {category.id: category.name for category in (*(detector.categories or ()), *(categories or ()))}
     class_names = [names.get(category_id, str(category_id)) for category_id in category_ids]
     options.output.mkdir(parents=True, exist_ok=True)
     results, images, failures = [], [], 0
     for path, target in targets_of(options.inputs, options.output):
         try:
-            image = data.read_image(path)
+            image = data.read_image(path, max_pixels=options.max_pixels)
             batch = batch_of(image, detector, len(images))
             detections = models.detect_batch(
                 detector.model,
@@ -101,19 +106,6 @@ def main(options: Options) -> None:
     if failures:
         console.print(f"{failures} of {failures + len(images)} files failed.")
         raise SystemExit(1)
-
-
-def category_names(detector: Detector, annotations: str | None) -> dict[int, str]:
-    """Names by category id, from the checkpoint or from an annotation file."""
-    if detector.categories is not None:
-        return {category.id: category.name for category in detector.categories}
-    if annotations is None:
-        return {}
-    entries: Any = data.read_annotations(annotations).get("categories")
-    try:
-        return {entry["id"]: entry["name"] for entry in entries}
-    except (TypeError, KeyError):
-        raise data.DatasetError(f'{annotations}: "categories" is not a list of objects with "id" and "name".') from None
 
 
 def targets_of(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]]:

@@ -29,6 +29,7 @@ from _run import Stop, open_log, write
 from _shared import (
     Detector,
     build,
+    categories_of,
     check_ranges,
     console,
     evaluate_on,
@@ -60,15 +61,17 @@ def fit(options: Options) -> None:
     last, best = options.output / "last", options.output / "best"
     if not options.resume and last.exists():
         raise SystemExit(f"{options.output} holds a run already: pass --resume to go on with it, or another --output.")
-    train_set = load(options.train_annotations, options.train_images)
+    train_set = load(options.train_annotations, options.train_images, options.box_format)
     val_set = None
     if options.val_annotations is not None:
-        val_set = load(options.val_annotations, options.val_images or options.train_images)
-        if val_set.category_ids != train_set.category_ids:
-            raise SystemExit(
-                f"{options.val_annotations} has categories {val_set.category_ids}, "
-                f"{options.train_annotations} {train_set.category_ids}: they must be the same."
-            )
+        val_set = load(options.val_annotations, options.val_images or options.train_images, options.box_format)
+        data.check_categories(
+            val_set.categories,
+            train_set.categories,
+            found_in=options.val_annotations,
+            known_in=options.train_annotations,
+            allow_renamed=options.allow_renamed,
+        )
 
     # Devices.
     if jax.device_count() % options.parameter_shards:
@@ -78,16 +81,16 @@ def fit(options: Options) -> None:
         raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
 
     # Data. Batch k is a pure function of (seed, k), and each process reads its part.
+    sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
+    max_source = data.source_limit(options.canvases)
+    buckets = data.make_buckets(train_set.sizes, canvases=options.canvases, max_source=max_source, **sizes)
+    limits = data.describe_limits(train_set, buckets=buckets, max_objects=options.max_objects, **sizes)
+    for line in limits.lines:
+        console.print(f"{options.train_annotations}: {line}", highlight=False, soft_wrap=True)
     loader = data.Loader(
         train_set,
         batch_size=options.batch_size,
-        buckets=data.make_buckets(
-            train_set.sizes,
-            canvases=options.canvases,
-            min_size=max(options.min_sizes),
-            max_size=options.max_size,
-            max_source=2048,
-        ),
+        buckets=buckets,
         seed=options.seed,
         max_objects=options.max_objects,
         mask_size=112 if options.model.startswith("mask") else None,
@@ -131,8 +134,13 @@ def fit(options: Options) -> None:
         except FileNotFoundError:
             console.print("Nothing was saved yet: starting at step 0")
         else:
-            if saved.get("categories") != metadata["categories"]:
-                raise SystemExit(f"{last} knows other categories than {options.train_annotations}.")
+            data.check_categories(
+                train_set.categories,
+                categories_of(saved),
+                found_in=options.train_annotations,
+                known_in=str(last),
+                allow_renamed=options.allow_renamed,
+            )
             so_far |= saved["so_far"]
             console.print(f"Going on at step {int(state.step)} from {last}", highlight=False)
     state = train.shard_state(state, mesh)
@@ -168,7 +176,13 @@ def fit(options: Options) -> None:
         model = train.to_host(state.inference_model)
         detector = Detector(model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases)
         with stop.at_once(f"evaluation after step {done}", saver):
-            metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
+            metrics = evaluate_on(
+                detector,
+                val_set,
+                options.output / "evaluation",
+                num_threads=options.threads,
+                allow_renamed=options.allow_renamed,
+            )
         numbers = {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
         write(log, step=done, epoch=done / epoch_steps, **numbers)
         shown = {name: number for name, number in numbers.items() if name.endswith(("AP", "AP50"))}
@@ -248,9 +262,9 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
     console.quiet = jax.process_index() > 0
 
 
-def load(annotations: str, images: str) -> data.CocoDataset:
+def load(annotations: str, images: str, box_format: data.BoxFormat) -> data.CocoDataset:
     """A dataset, with a word on what was repaired."""
-    dataset = data.load_coco(annotations, images)
+    dataset = data.load_coco(annotations, images, box_format=box_format)
     console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     return dataset
 

@@ -1,4 +1,6 @@
+from ._box_format import BoxFormat as BoxFormat
 from ._buckets import Bucket as Bucket, make_buckets as make_buckets
+from ._categories import check_categories as check_categories, read_categories as read_categories
 from ._coco import (
     load_annotations as load_annotations,
     load_coco as load_coco,
@@ -6,6 +8,7 @@ from ._coco import (
 )
 from ._dataset import Category as Category, CocoDataset as CocoDataset, ImageRecord as ImageRecord, Objects as Objects
 from ._images import read_image as read_image
+from ._limits import Limits as Limits, describe_limits as describe_limits, source_limit as source_limit
 from ._loader import Loader as Loader, eval_batches as eval_batches
 from ._masks import decode_counts as decode_counts, decode_rle as decode_rle, mask_in_box as mask_in_box
 from ._report import BadImageError as BadImageError, DatasetError as DatasetError, Problem as Problem, Report as Report

@@ -5,12 +5,14 @@ which would take ten times as long as the checks themselves.
 """
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast, no_type_check
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ._box_format import BoxFormat, check_box_format, to_coco
 from ._dataset import Category, ImageRecord, Segmentation
 from ._masks import rle_counts
 from ._report import Collector, DatasetError
@@ -55,7 +57,7 @@ def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, li
 
 def parse_images(entries: list, folder: Location | None, problems: Collector) -> list[ImageRecord]:
     """Those images that have an id of their own, a file name and a size. Without a folder, names may be missing."""
-    images, seen = [], set()
+    images, seen, files = [], set(), {}
     required = ("id", "width", "height") if folder is None else ("id", "file_name", "width", "height")
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -82,6 +84,10 @@ def parse_images(entries: list, folder: Location | None, problems: Collector) ->
         else:
             path = Path(name) if folder is None else join(folder, name)
             images.append(ImageRecord(entry["id"], path, entry["height"], entry["width"]))
+            first = files.setdefault(images[-1].path, entry["id"]) if entry.get("file_name") else entry["id"]
+            if first != entry["id"]:
+                what = f"image {first} has the same file."
+                problems.note("file under two image ids", what, "Both are kept.", **where)
         if _is_int(entry["id"]):
             seen.add(entry["id"])
     return images
@@ -105,15 +111,24 @@ def parse_categories(entries: list, problems: Collector) -> tuple[Category, ...]
 
 
 def parse_annotations(
-    entries: list, images: dict[int, ImageRecord], known_images: set, labels: dict[int, int], problems: Collector
+    entries: list,
+    images: dict[int, ImageRecord],
+    known_images: set,
+    labels: dict[int, int],
+    problems: Collector,
+    box_format: BoxFormat = "xywh",
 ) -> dict[int, list[Annotation]]:
     """The sound annotations of each image, by its id.
 
     - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is told once.
-    - `labels`: of each category id.
+    - `labels`: of each category id. `box_format`: how the boxes are written; if they look like another format, that is
+      an error.
     """
     found: dict[int, list[Annotation]] = {id: [] for id in images}
     seen: set[int] = set()
+    boxes, box_images = [], []  # as written, and the image of each
+    ids = {entry["id"] for entry in entries if isinstance(entry, dict) and _is_int(entry.get("id"))}
+    spare_id = next(id for id in count(1) if id not in ids)
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             problems.error("wrong type", f"annotations[{position}] is {_show(entry)}.", "Make it an object.")
@@ -131,12 +146,28 @@ def parse_annotations(
         sound = _check_ids(entry, image_known, seen, labels, problems, where)
         if image is None:
             continue
+        written = entry["bbox"]
+        if box_format != "xywh":
+            entry = to_coco(entry, box_format, image.width, image.height)
         box, whole = _parse_box(entry["bbox"], image, problems, where)
+        if whole:
+            boxes.append(written)
+            box_images.append((image.height, image.width))
         segmentation, fits = check_segmentation(entry.get("segmentation"), image, problems, where)
         if sound and whole and fits and box is not None:
-            label, crowd = labels[entry["category_id"]], bool(entry.get("iscrowd", 0))
+            label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
+            if id == 0:
+                what = 'evaluation with pycocotools takes 0 for "no match".'
+                problems.repair("annotation id 0", what, f"Renumbered {spare_id}.", **where)
+                id = spare_id
             exact = _exact_box_and_area(entry, image)
-            found[image.id].append(Annotation(entry["id"], box, label, crowd, segmentation, *exact))
+            found[image.id].append(Annotation(id, box, label, crowd, segmentation, *exact))
+    check_box_format(
+        np.array(boxes, np.float64).reshape(-1, 4),
+        np.array(box_images, np.float64).reshape(-1, 2),
+        box_format,
+        problems,
+    )
     return found
 
 
@@ -171,9 +202,8 @@ def _check_ids(
     id, category = entry["id"], entry["category_id"]
     if not _is_int(id):
         problems.error("wrong type", f'"id" is {_show(id)}.', "Make it an integer.", **where)
-    elif id <= 0:
-        what = f'"id" is {id}; evaluation with pycocotools takes 0 for "no match".'
-        problems.error("annotation id not positive", what, "Number annotations from 1.", **where)
+    elif id < 0:
+        problems.error("negative annotation id", f'"id" is {id}.', "Number annotations from 1.", **where)
     elif not _fits(id):
         problems.error("id too large", f'"id" is {_show(id)}.', IDS_FIT, **where)
     elif id in seen:
@@ -217,6 +247,9 @@ def _parse_box(
     if _reaches_out(bbox, image):
         what = f"{text} reaches out of its {image.width}×{image.height} image."
         problems.repair("box partly outside", what, "Clipped.", **where)
+    if x1 - x0 < 1 or y1 - y0 < 1:
+        what = f"{text} is {x1 - x0:.2g}×{y1 - y0:.2g} pixels within its image."
+        problems.note("box below a pixel", what, "It is kept.", **where)
     return (x0, y0, x1, y1), True
 
 

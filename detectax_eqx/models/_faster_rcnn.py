@@ -208,6 +208,8 @@ def faster_rcnn_loss(
     - `image`: RGB in 0..255; `image_size`: its `(height, width)` on the canvas; `targets`: in canvas pixels.
     - `key`: picks the sampled anchors and proposals.
 
+    Raises a `ValueError` if a label is not in `0..K-1`; in a compiled program, that gives NaN (`Targets.check_labels`).
+
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
@@ -230,6 +232,7 @@ def two_stage_losses(
     sampling: Sampling,
 ) -> tuple[dict[str, WeightedSum], Pool, SampledProposals]:
     """`faster_rcnn_loss`, and for heads beside the box head the `pooler` of its features and its proposals."""
+    targets.check_labels(model.num_classes)
     rpn_key, box_key = jr.split(key)
     features, output = model.extract(image, image_size)
     anchors = sample_anchors(

@@ -60,6 +60,9 @@ def make_train_step(
     `gradient_norm`, `update_norm` (of their change) and `parameter_norm` (before it), `overflow` the objects that
     `batch` had no room for, `invalid` its examples that are not valid, `skipped` the updates not made so far.
 
+    If the model says its `num_classes`, as every detector does, a label outside of them is a `ValueError` that names
+    label and image (`Batch.check_labels`).
+
     The state is donated: its memory becomes the next state's, and it must not be used again. One program is compiled
     for each shape of batch and for each canvas.
 
@@ -130,7 +133,12 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Within another program, whose options count, it is a part of that.
         nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
-        return update(batch, state) if nested else compiled(batch, state)
+        if nested:
+            return update(batch, state)
+        num_classes = getattr(state.model, "num_classes", None)  # of a detector; a model may be any PyTree
+        if num_classes is not None:
+            batch.check_labels(num_classes)
+        return compiled(batch, state)
 
     return step
 

@@ -70,6 +70,7 @@ RANGES = {
     },
     "predict": {
         "min-size": ["0"],
+        "max-pixels": ["0", "-1"],
         "score-threshold": ["7"],
         "nms-threshold": ["-1"],
         "max-detections": ["-1"],
