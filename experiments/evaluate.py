@@ -103,7 +103,16 @@ def main(options: Options) -> None:
 
 
 # Options that say how to detect, beside the files that a detector is in.
-OF_DETECTION = ("model", "norm", "batch_size", "min_size", "max_size", "score_threshold", "nms_threshold")
+OF_DETECTION = (
+    "model",
+    "norm",
+    "batch_size",
+    "min_size",
+    "max_size",
+    "score_threshold",
+    "nms_threshold",
+    "allow_renamed",
+)
 
 
 def check_no_detector(options: Options) -> None:

@@ -163,6 +163,15 @@ def test_tables():
     assert " Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = –" in format_metrics(metrics)
 
 
+def test_annotation_id_0_counts():
+    annotations = copy.deepcopy(TRUTH)
+    for i, annotation in enumerate(annotations["annotations"]):
+        annotation["id"] = i
+    results = BY_HAND["perfect"][1]
+    assert run_pycocotools(annotations, results, "bbox")[0][0] < 0.9  # what is guarded against
+    assert evaluate_coco(annotations, results).numbers["AP"] == pytest.approx(1)
+
+
 def test_annotation_ids_twice_are_refused():
     annotations = copy.deepcopy(TRUTH)
     for annotation in annotations["annotations"]:

@@ -63,16 +63,19 @@ def load_coco(
     file, folder = to_location(annotations), to_location(images)
     if isinstance(folder, Path) and not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder of images.")
-    return _parse(read_annotations(annotations), file, folder, check_images=check_images, box_format=box_format)
+    return _parse(read_annotations(annotations), file, folder, box_format, check_images=check_images)
 
 
-def load_annotations(annotations: str | os.PathLike | Mapping[str, Any]) -> CocoDataset:
+def load_annotations(
+    annotations: str | os.PathLike | Mapping[str, Any], *, box_format: BoxFormat = "xywh"
+) -> CocoDataset:
     """Reads and checks a COCO-format annotation file just as `load_coco` does, but looks for no images.
 
     What comes out is the truth for an evaluation. A file name is not required of its images.
 
     - `annotations`: the JSON file, by its path or URL; or its content, which is read as JSON holds it: a tuple is a
       list, and a NumPy number a number.
+    - `box_format`: as for `load_coco`.
 
     Raises a `DatasetError` as `load_coco` does.
 
@@ -87,13 +90,13 @@ def load_annotations(annotations: str | os.PathLike | Mapping[str, Any]) -> Coco
     """
     if not isinstance(annotations, Mapping):
         path = annotations if isinstance(annotations, str) else Path(annotations)
-        return _parse(read_annotations(path), to_location(path), None, check_images=False)
+        return _parse(read_annotations(path), to_location(path), None, box_format, check_images=False)
     file = Path("annotations")  # what messages call it
     try:
         content = json.loads(json.dumps(dict(annotations), default=_to_json))
     except (TypeError, ValueError, RecursionError) as error:
         raise DatasetError(f"{file}: what JSON cannot hold: {error}.") from error
-    return _parse(content, file, None, check_images=False)
+    return _parse(content, file, None, box_format, check_images=False)
 
 
 def _to_json(value: Any) -> Any:
@@ -108,12 +111,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _parse(
-    content: dict[str, Any],
-    file: Location,
-    folder: Location | None,
-    *,
-    check_images: bool,
-    box_format: BoxFormat = "xywh",
+    content: dict[str, Any], file: Location, folder: Location | None, box_format: BoxFormat, *, check_images: bool
 ) -> CocoDataset:
     """A checked dataset. `folder`: of the images; `None` if they are not to be read."""
     problems = Collector(file)
