@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int32, Real, UInt8
 
 
@@ -139,7 +140,7 @@ class WeightedSum(eqx.Module):
 
 def _check_labels(targets: Targets, num_classes: int, examples: AnyArray | None, indices: AnyArray | None) -> None:
     arrays = [targets.labels, targets.valid, *(() if examples is None else (examples, indices))]
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if any(isinstance(array, Tracer) for array in arrays):
         return
     for start, labels in _parts(targets.labels):
         wrong = (labels < 0) | (labels >= num_classes)
