@@ -209,7 +209,8 @@ def compare_onnx(
         padded, sizes = pad_images(some, shape)
         wanted = jax.tree.leaves(run(jnp.asarray(padded), jnp.asarray(sizes)))
         outputs = session.run(None, {"images": padded, "image_sizes": sizes})
-        expected, found = (dict(zip(OUTPUTS, arrays, strict=False)) for arrays in (wanted, outputs))
+        named: list[dict[str, Any]] = [dict(zip(OUTPUTS, arrays, strict=False)) for arrays in (wanted, outputs)]
+        expected, found = named
         for i in range(len(some)):
             where = name_of(image_names, start + i, len(images))
             counts += compare_detections(valid_rows(found, i), valid_rows(expected, i), where=where, **limits)
