@@ -95,7 +95,7 @@ def test_stem_of_other_channels():
     assert shapes.boxes.shape == (100, 4)
     with pytest.raises(ValueError, match="pixel_mean and pixel_std"):
         models.FasterRCNN(
-            shapes and nn.ResNetFPN(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16),
+            nn.ResNetFPN(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16),
             3,
             key=jr.key(2),
             hidden_size=32,

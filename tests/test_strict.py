@@ -134,6 +134,17 @@ def test_every_public_function_is_in_a_table():
 
 
 @EVERY_CALL
+def test_traces_under_x64(index):
+    """With the dtypes of float32; a promotion is an error."""
+    run, examples = _with_gradient(CALLS[index])
+    wanted = jax.eval_shape(run, examples[0])
+    with jax.enable_x64(True):
+        found = jax.eval_shape(run, examples[0])
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, wanted)
+
+
+@EVERY_CALL
+@pytest.mark.long
 def test_x64(index):
     run, examples = _with_gradient(CALLS[index])
     wanted = _reference(index)[0]
@@ -158,6 +169,7 @@ SHARDED, WHOLE = PartitionSpec("batch"), PartitionSpec()
 
 
 @EVERY_CALL
+@pytest.mark.long
 def test_checked_shard_map(index):
     """An example on each of two devices."""
     run, examples = _with_gradient(CALLS[index])
@@ -182,3 +194,54 @@ def test_checked_shard_map_of_one_argument(index):
 
         mapped = jax.shard_map(one_of_two, mesh=_mesh(), in_specs=SHARDED, out_specs=SHARDED)
         jax.eval_shape(mapped, jnp.stack([leaf, leaf]))
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+TARGETS = Targets(
+    jnp.asarray([[4.0, 4, 40, 40], [8, 20, 30, 60]], jnp.float32),
+    jnp.asarray([0, 2], jnp.int32),
+    jnp.asarray([True, True]),
+    jnp.ones((2, 14, 14), jnp.float32),
+    jnp.asarray([[4.0, 4, 40, 40], [8, 20, 30, 60]], jnp.float32),
+)
+
+
+def _detect(model, image):
+    return models.detect(model, image, min_size=SIDE, max_size=SIDE, max_detections=5)
+
+
+def _loss(model, image):
+    size, arguments = jnp.full(2, SIDE, jnp.int32), {"key": KEY, "sampling": tiny_detector.SAMPLING}
+    losses = models.mask_rcnn_loss(model, image, size, TARGETS, **arguments)
+    faster = models.faster_rcnn_loss(model.faster_rcnn, image, size, TARGETS, **arguments)
+    return sum(x.total for x in [*losses.values(), *faster.values()])
+
+
+@pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])
+def test_detector_traces_under_x64(function):
+    model = tiny_detector.build()
+    wanted = eqx.filter_eval_shape(function, model, IMAGE)
+    with jax.enable_x64(True):
+        found = eqx.filter_eval_shape(function, model, IMAGE)
+        # A model that is built there has parameters of float64.
+        wide = eqx.filter_eval_shape(
+            lambda: jax.tree.map(lambda x: x.astype(jnp.float64), eqx.filter(model, eqx.is_array))
+        )
+        eqx.filter_eval_shape(
+            lambda wide: function(eqx.combine(wide, eqx.filter(model, eqx.is_array, inverse=True)), IMAGE), wide
+        )
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(wanted)]
+
+
+@pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])
+def test_detector_in_a_checked_shard_map(function):
+    """Parameters on every device, an image on each."""
+    arrays, static = eqx.partition(tiny_detector.build(), eqx.is_array)
+
+    def one(arrays, images):
+        result = function(eqx.combine(arrays, static), images[0])
+        return jax.tree.map(lambda x: x[None], eqx.filter(result, eqx.is_array))
+
+    spec = SHARDED if function is _detect else WHOLE  # gradients of parameters are summed
+    mapped = jax.shard_map(one, mesh=_mesh(), in_specs=(WHOLE, SHARDED), out_specs=spec)
+    jax.eval_shape(mapped, arrays, np.stack([IMAGE, IMAGE]))

@@ -103,7 +103,7 @@ class FasterRCNN(eqx.Module):
         """Number of foreground classes."""
         return self.box_head.num_classes
 
-    def normalize(self, image: Real[Array, "h w c"], image_size: Int32[Array, " 2"]) -> Float[Array, "c h w"]:
+    def normalize(self, image: Real[Array, "h w i"], image_size: Int32[Array, " 2"]) -> Float[Array, "i h w"]:
         """Pixel values 0..255 to the backbone's scale; what lies outside `image_size` becomes 0, as in torchvision."""
         channels = len(self.pixel_mean)
         if image.shape[-1] != channels:
@@ -118,7 +118,7 @@ class FasterRCNN(eqx.Module):
         columns = jnp.arange(image.shape[1], dtype=jnp.int32)[None, :, None] < image_size[1]
         return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)
 
-    def extract(self, image: Real[Array, "h w c"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
+    def extract(self, image: Real[Array, "h w i"], image_size: Int32[Array, " 2"]) -> tuple[Features, RPNOutput]:
         """The pyramid's features and the proposal head's output for an image on its canvas."""
         features = self.backbone(self.normalize(image, image_size))
         return features, self.rpn(features, (image.shape[0], image.shape[1]))
@@ -138,7 +138,7 @@ class FasterRCNN(eqx.Module):
 
     def __call__(
         self,
-        image: Real[Array, "h w c"],
+        image: Real[Array, "h w i"],
         image_size: Int32[Array, " 2"],
         *,
         selection: Selection = TORCHVISION_SELECTION,
@@ -152,7 +152,7 @@ class FasterRCNN(eqx.Module):
         return self.detect_boxes(image, image_size, selection=selection)[1]
 
     def detect_boxes(
-        self, image: Real[Array, "h w c"], image_size: Int32[Array, " 2"], *, selection: Selection
+        self, image: Real[Array, "h w i"], image_size: Int32[Array, " 2"], *, selection: Selection
     ) -> tuple[Pool, Detections]:
         """What the call does, and the `pooler` of the features it did it on, for heads beside the box head."""
         features, output = self.extract(image, image_size)
@@ -209,7 +209,7 @@ TORCHVISION_SAMPLING = Sampling()
 
 def faster_rcnn_loss(
     model: FasterRCNN,
-    image: Real[Array, "h w c"],
+    image: Real[Array, "h w i"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,
@@ -240,7 +240,7 @@ def faster_rcnn_loss(
 
 def two_stage_losses(
     model: FasterRCNN,
-    image: Real[Array, "h w c"],
+    image: Real[Array, "h w i"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,

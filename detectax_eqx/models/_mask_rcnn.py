@@ -55,7 +55,7 @@ class MaskRCNN(eqx.Module):
 
     def __call__(
         self,
-        image: Real[Array, "h w c"],
+        image: Real[Array, "h w i"],
         image_size: Int32[Array, " 2"],
         *,
         selection: Selection = TORCHVISION_SELECTION,
@@ -93,7 +93,7 @@ def _mask_logits(
 
 def mask_rcnn_loss(
     model: MaskRCNN,
-    image: Real[Array, "h w c"],
+    image: Real[Array, "h w i"],
     image_size: Int32[Array, " 2"],
     targets: Targets,
     *,

@@ -127,9 +127,8 @@ def jitter_colors(
         return jnp.clip(other + factor * (image - other), 0.0, 255.0)
 
     image = blend(image, jnp.zeros((), jnp.float32), factors[0])
-    mean = jnp.sum(jnp.where(inside, gray(image), 0.0)) / jnp.maximum(jnp.sum(inside, dtype=jnp.int32), 1).astype(
-        jnp.float32
-    )
+    count = jnp.maximum(jnp.sum(inside, dtype=jnp.int32), 1).astype(jnp.float32)
+    mean = jnp.sum(jnp.where(inside, gray(image), 0.0)) / count
     image = blend(image, mean, factors[1])
     image = blend(image, gray(image), factors[2])
     return jnp.where(inside, image, 0.0)
