@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from detectax_eqx import evaluate, models, nn, ops, train
+from detectax_eqx import Targets, evaluate, models, nn, ops, train
 
 from . import tiny_detector
 from .misuse_cases import KEY, OPS, OTHERS, call, f32
