@@ -130,7 +130,7 @@ def _remedy(value: Any, hint: Any, name: str) -> str:
     if not arrays:
         static = " It is static, so it cannot be an array or traced." if is_array else ""
         return f"Pass {_written(hint)} for {name}.{static}"
-    if all("prng_key" in str(member.dtypes) or "uint32" in str(member.dtypes) for member in arrays):
+    if any(member.__name__.startswith("Key[") for member in arrays):
         return f"Pass a key for {name}: jax.random.key(0)."
     wanted = next((member for member in arrays if isinstance(value, member.array_type)), arrays[0])
     dtype = next((d for d in ("float32", "int32", "uint8", "bool") if d in wanted.dtypes), wanted.dtypes[0])

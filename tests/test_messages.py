@@ -57,6 +57,14 @@ def test_batch_given_to_an_op():
         ops.box_area(jnp.zeros((2, 3, 4)))
 
 
+def test_remedies_for_arrays_of_numpy_and_keys():
+    with pytest.raises(TypeError, match=r"jnp\.asarray\(boxes\)\.$"):
+        ops.box_area(np.zeros((3, 4), np.float32))
+    flags = jnp.ones(3, bool)
+    with pytest.raises(TypeError, match=r"jax\.random\.key\(0\)\.$"):
+        ops.sample_balanced(flags, flags, num_samples=2, positive_fraction=0.5, key=0)
+
+
 class Middle(eqx.Module):
     """A user's own detector: one box in the middle of the image."""
 

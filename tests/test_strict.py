@@ -196,7 +196,7 @@ def test_checked_shard_map_of_one_argument(index):
         jax.eval_shape(mapped, jnp.stack([leaf, leaf]))
 
 
-IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+IMAGE = jnp.asarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
 TARGETS = Targets(
     jnp.asarray([[4.0, 4, 40, 40], [8, 20, 30, 60]], jnp.float32),
     jnp.asarray([0, 2], jnp.int32),
