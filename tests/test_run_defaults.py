@@ -1,6 +1,7 @@
 """Defaults that scale with a run, and runs that cannot learn."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -134,5 +135,6 @@ def test_a_narrow_terminal_shows_count_and_speed(monkeypatch):
         task = bar.add_task("training", total=90_000, status="compiling")
         status = script.describe_step(values, 0.02, 123.4, 17, "1 day, 3:04:05")
         bar.update(task, completed=12_345, status=status)
-    last = console.file.getvalue().rstrip().splitlines()[-1]
-    assert "12345/90000 123.4 images/s, 1 day, 3:04:05 left" in last, last
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", console.file.getvalue()).splitlines()
+    (last,) = [line for line in shown if "images/s" in line][-1:]
+    assert "12345/90000 123.4 images/s, 1 day, 3:04:05 left" in last and len(last) <= 80, shown
