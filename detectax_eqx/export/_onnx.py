@@ -24,7 +24,7 @@ from ._fold import fold_constants, fold_norms
 from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
 
 
-OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
+OUTPUTS: tuple[str, ...] = ("boxes", "scores", "labels", "valid", "masks")
 
 
 def save_onnx(
