@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
@@ -198,7 +199,7 @@ def use(annotations, images, folder):
     size = {"min_sizes": (64,), "max_size": 64, "canvases": (CANVAS,), "anchor_sizes": (8, 16, 32, 48, 64)}
     paths = {"train_annotations": str(annotations), "train_images": str(images), "val_annotations": str(annotations)}
     options = _options.Options(
-        **paths, **size, output=folder / "run", model="faster_rcnn_resnet18_fpn", norm="group", batch_size=1, steps=2,
+        **paths, **size, output=folder / "run", model="faster_rcnn_resnet18_fpn", norm="group", batch_size=jax.device_count(), steps=2,
         warmup_steps=0, max_objects=20, threads=1,
     )  # fmt: skip
     before = SharedStep.made
