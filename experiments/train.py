@@ -324,7 +324,7 @@ def print_memory(size: int | None, canvas: tuple[int, int]) -> None:
     """What the program that was compiled for a canvas takes."""
     if size is not None:
         console.print(
-            f"memory of a step at {canvas[0]}×{canvas[1]}: {size / 1e9:.3g} GB on each device", highlight=False
+            f"memory of a step at {canvas[0]}×{canvas[1]}: {size / 2**20:,.0f} MiB on each device", highlight=False
         )
 
 
