@@ -4,11 +4,15 @@ Every field may carry leading batch axes (`*b`), so that one type holds a single
 variable is padded to a capacity; `valid` alone says which rows are real.
 """
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int32, Real, UInt8
 
 
@@ -17,6 +21,34 @@ if TYPE_CHECKING:
     AnyArray = Any
 else:
     AnyArray = Array | np.ndarray
+
+
+def _image_remedy(image: Any, name: str) -> str:
+    """How to make a uint8 `(h, w, c)` of what came instead; an empty string where that is not known."""
+    if isinstance(image, str | os.PathLike):
+        return f"Read the file: detectax_eqx.data.read_image({name})."
+    if hasattr(image, "convert"):
+        return f"Convert the Pillow image: np.asarray({name}.convert('RGB'))."
+    if not hasattr(image, "dtype") or not hasattr(image, "ndim"):
+        return f"Pass an array of uint8 pixels: np.asarray({name}, np.uint8)."
+    if "float" in str(image.dtype):
+        return (
+            f"Pixels are 0..255: {name}.astype(np.uint8), or (255 * {name}).astype(np.uint8) if they lie in 0..1. "
+            f"A model normalizes by itself."
+        )
+    if str(image.dtype) == "uint16":
+        return f"Scale to 8 bits: ({name} // 257).astype(np.uint8)."
+    if image.ndim == 2:
+        return f"Give the grayscale image channels: np.repeat({name}[..., None], 3, axis=2)."
+    if image.ndim == 4:
+        return "It is a batch: map the function over it with jax.vmap, or call detect_batch."
+    if not isinstance(image, jax.Array | np.ndarray):
+        return f"Convert it: np.asarray({name})."
+    return ""
+
+
+# One image as decoded, with the remedy that an error names.
+Image = Annotated[UInt8[AnyArray, "h w c"], _image_remedy]
 
 
 class Targets(eqx.Module):
@@ -35,6 +67,20 @@ class Targets(eqx.Module):
     valid: Bool[AnyArray, "*b n"]
     masks: Real[AnyArray, "*b n s t"] | Bool[AnyArray, "*b n s t"] | None = None
     mask_boxes: Float[AnyArray, "*b n 4"] | None = None
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raises a `ValueError` that names label and image if the label of a valid row is not in `0..num_classes - 1`.
+
+        The losses cannot raise one in a compiled program: there, such a label makes them NaN. This looks at the
+        numbers, so it is for use outside of one; while tracing it does nothing. A step of `train.make_train_step`
+        calls it for each batch.
+
+        >>> targets = Targets(np.ones((2, 1, 4), "f"), np.array([[0], [3]], "i"), np.ones((2, 1), bool))
+        >>> targets.check_labels(3)
+        Traceback (most recent call last):
+        ValueError: Labels must be in 0..2, but image 1 has label 3 in row 0 of its targets.
+        """
+        _check_labels(self, num_classes, None, None)
 
 
 class Detections(eqx.Module):
@@ -55,7 +101,7 @@ class Detections(eqx.Module):
 class Batch(eqx.Module):
     """Images as decoded, padded bottom and right to a common canvas, with their ground truth.
 
-    - `images`: uint8 RGB. `image_sizes`: `(height, width)` of the image within its canvas.
+    - `images`: uint8, usually RGB. `image_sizes`: `(height, width)` of the image within its canvas.
     - `original_sizes`: `(height, width)` as on disk; it differs only if an oversized image was shrunk while decoding.
     - `targets`: in pixels of the image as it lies in the canvas.
     - `indices`: position of each image in its dataset. `valid`: false for an example that only fills up a batch.
@@ -63,7 +109,7 @@ class Batch(eqx.Module):
     - `canvas`: `(height, width)` that the network is to see, static: a program is compiled for each.
     """
 
-    images: UInt8[AnyArray, "*b h w 3"]
+    images: UInt8[AnyArray, "*b h w c"]
     image_sizes: Int32[AnyArray, "*b 2"]
     original_sizes: Int32[AnyArray, "*b 2"]
     targets: Targets
@@ -71,6 +117,10 @@ class Batch(eqx.Module):
     valid: Bool[AnyArray, "*b"]
     overflow: Int32[AnyArray, "*b"]
     canvas: tuple[int, int] = eqx.field(static=True)
+
+    def check_labels(self, num_classes: int) -> None:
+        """`Targets.check_labels`, for those examples that are `valid`. It names their `indices` too."""
+        _check_labels(self.targets, num_classes, self.valid, self.indices)
 
 
 class WeightedSum(eqx.Module):
@@ -86,3 +136,34 @@ class WeightedSum(eqx.Module):
     def mean(self) -> Float32[Array, "*b"]:
         """`total / count`, and 0 with a zero gradient where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1.0)
+
+
+def _check_labels(targets: Targets, num_classes: int, examples: AnyArray | None, indices: AnyArray | None) -> None:
+    arrays = [targets.labels, targets.valid, *(() if examples is None else (examples, indices))]
+    if any(isinstance(array, Tracer) for array in arrays):
+        return
+    for start, labels in _parts(targets.labels):
+        wrong = (labels < 0) | (labels >= num_classes)
+        if not wrong.any():
+            continue  # the rule; nothing else has to be fetched from the device
+        wrong &= dict(_parts(targets.valid))[start]
+        if examples is not None:
+            wrong &= dict(_parts(examples))[start][..., None]
+        for *image, row in np.argwhere(wrong).tolist():
+            label = labels[(*image, row)]
+            place = f"row {row} of its targets"
+            if not image:
+                raise ValueError(f"Labels must be in 0..{num_classes - 1}, but there is {label} in {place}.")
+            name = ", ".join(str(axis + start * (position == 0)) for position, axis in enumerate(image))
+            if indices is not None:
+                name += f" of the batch (index {dict(_parts(indices))[start][tuple(image)]} of its dataset)"
+            raise ValueError(f"Labels must be in 0..{num_classes - 1}, but image {name} has label {label} in {place}.")
+
+
+def _parts(array: AnyArray) -> Generator[tuple[int, np.ndarray], None, None]:
+    """The parts of an array that this process holds, each with the position of its first row."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        yield 0, np.asarray(array)
+        return
+    for shard in array.addressable_shards:
+        yield (shard.index[0].start or 0) if shard.index else 0, np.asarray(shard.data)

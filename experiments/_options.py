@@ -1,30 +1,37 @@
-"""The options of train.py, and the ranges that they must be in."""
+"""The options of train.py, the ranges that they must be in, and defaults that depend on the run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from _shared import ModelName, NormName
+from _shared import ANCHOR_SIZES, ASPECT_RATIOS, ModelName, NormName
+
+from detectax_eqx import data
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options:
     """Options of a training run."""
 
-    train_annotations: str
-    """COCO JSON of the training images: a path, or a URL of http, https, gs or s3."""
-    train_images: str
-    """Folder that the file names in it refer to, or such a URL."""
+    train_annotations: str | None = None
+    """COCO JSON of the training images: a path, or a URL of http, https, gs or s3. Required without --resume."""
+    train_images: str | None = None
+    """Folder that the file names in it refer to, or such a URL. Required without --resume."""
     output: Path
     """Folder for checkpoints and metrics. One that holds a run already needs --resume."""
     val_annotations: str | None = None
     """COCO JSON to evaluate after each epoch, a path or URL. Without it the last checkpoint counts as the best."""
     val_images: str | None = None
     """Folder of the validation images, or a URL. Default: that of --train-images."""
+    box_format: data.BoxFormat = "xywh"
+    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
+    allow_renamed: bool = False
+    """Accept other names for the same category ids in validation, or with --resume, where the new names then count."""
     model: ModelName = "mask_rcnn_resnet50_fpn"
     """Detector to train: Faster R-CNN finds boxes, Mask R-CNN boxes and masks."""
-    norm: NormName = "frozen_batch"
-    """Backbone's norm: frozen_batch for imported weights (torchvision's COCO ones: frozen_batch_eps0), else group."""
+    norm: NormName | None = None
+    """Backbone's norm: frozen_batch for imported weights (torchvision's COCO ones: frozen_batch_eps0), group otherwise.
+    Default: frozen_batch with --init, else group."""
     init: Path | None = None
     """Start from this .pth or .safetensors of the detector, of any classes, or .pth of an ImageNet ResNet."""
     trainable_layers: int | None = None
@@ -45,8 +52,9 @@ class Options:
     """Number of devices that share one copy of parameters and optimiser state (FSDP). 1: a copy on each."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
-    lr: float = 0.02
-    """Learning rate for 16 images a step; for another --batch-size it is scaled in proportion."""
+    lr: float | None = None
+    """Learning rate for 16 images per step; for another --batch-size it is scaled in proportion.
+    Default: .02 for sgd, .0001 for adamw."""
     momentum: float = 0.9
     """Momentum of SGD (0..1); --optimizer adamw does not use it."""
     weight_decay: float = 1e-4
@@ -63,16 +71,21 @@ class Options:
     """On a loss or gradient that is not finite, stop, or leave out the step and count it in the metrics."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     """Learning rate after warmup: a tenth after each of --decay-epochs (multistep), or a cosine to 0."""
-    decay_epochs: tuple[int, ...] = (8, 11)
-    """Epochs after which the multistep schedule decays."""
-    warmup_steps: int = 500
-    """Steps in which the learning rate grows linearly, from a thousandth of itself."""
+    decay_epochs: tuple[float, ...] | None = None
+    """Epochs after which the multistep schedule decays. Default: 8 and 11 of 12, in proportion for other runs."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate grows linearly, from a thousandth of itself.
+    Default: a tenth of the run, at most 500."""
     min_sizes: tuple[int, ...] = (800,)
     """Short sides in pixels that images are resized to; one is drawn for each image each time."""
     max_size: int = 1333
     """Longest side in pixels after resizing; the short side becomes smaller where this would be exceeded."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
     """Heights and widths in pixels of what images are padded to, multiples of 32. Each may compile a program."""
+    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES
+    """Side in pixels of the square anchor on each of the five levels, after resizing; see inspect_dataset.py."""
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS
+    """Height / width of the anchors."""
     flip: float = 0.5
     """Probability of a horizontal flip (0..1)."""
     jitter: tuple[float, float] | None = None
@@ -88,11 +101,11 @@ class Options:
     max_bad_images: int = 10
     """Images that may turn out unreadable amid training: they are left out, told and counted. One more ends it."""
     log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl, and of the log where there is no terminal."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written after each epoch."""
     resume: bool = False
-    """Go on from the last checkpoint in --output. Give the other options as before."""
+    """Go on from the last checkpoint in --output. Options that are not given are those of before."""
     coordinator: str | None = None
     """host:port of process 0, or `auto` if the launcher tells (Slurm, MPI, a TPU pod). Default: one process."""
     num_processes: int | None = None
@@ -103,8 +116,62 @@ class Options:
 
 RANGES = {
     "positive": "epochs steps batch_size accumulate parameter_shards lr backbone_lr clip_norm min_sizes max_size "
-    "jitter max_objects threads log_every checkpoint_every",
+    "jitter max_objects anchor_sizes aspect_ratios threads log_every checkpoint_every",
     "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
     "in 0..1": "momentum flip ema",
     "a positive multiple of 32": "canvases",
 }
+
+# The field's "1x" recipe: 12 epochs, decays after 8 and 11, a warm-up of 500 of some 90,000 steps.
+RECIPE_EPOCHS, RECIPE_DECAYS = 12, (8, 11)
+WARMUP_STEPS, WARMUP_SHARE = 500, 0.1
+LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-4}
+
+
+def total_steps(options: Options, epoch_steps: int) -> int:
+    """Steps of the whole run."""
+    return options.steps or options.epochs * epoch_steps
+
+
+def complete(options: Options, epoch_steps: int) -> Options:
+    """The options with a value for each that was left to depend on the others."""
+    steps = total_steps(options, epoch_steps)
+    epochs = options.epochs if options.steps is None else steps / epoch_steps
+    defaults = {
+        "norm": "frozen_batch" if options.init else "group",
+        "trainable_layers": 3 if options.init else 5,
+        "lr": LEARNING_RATES[options.optimizer],
+        "warmup_steps": min(WARMUP_STEPS, int(WARMUP_SHARE * steps)),
+        "decay_epochs": tuple(round(decay * epochs / RECIPE_EPOCHS, 3) for decay in RECIPE_DECAYS),
+    }
+    return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
+
+
+def check_sense(options: Options) -> None:
+    """Refuses options that contradict each other, before anything is read."""
+    if options.train_annotations is None or options.train_images is None:
+        raise SystemExit(
+            "--train-annotations and --train-images are required"
+            + (f": {options.output} has no options.json to take them from." if options.resume else ".")
+        )
+    if options.jitter is not None and options.jitter[0] > options.jitter[1]:
+        raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
+    if len(options.anchor_sizes) != len(ANCHOR_SIZES):
+        raise SystemExit(
+            f"--anchor-sizes is {options.anchor_sizes}: it must be {len(ANCHOR_SIZES)} numbers, one per level."
+        )
+
+
+def check_promise(options: Options, epoch_steps: int) -> None:
+    """Refuses options with which a new run cannot learn."""
+    steps = total_steps(options, epoch_steps)
+    if options.warmup_steps is not None and options.warmup_steps >= steps:
+        raise SystemExit(
+            f"--warmup-steps is {options.warmup_steps}, but the run has {steps} steps and would end before its "
+            "learning rate is reached. Leave the option out, or train for longer (--epochs, --steps)."
+        )
+    if options.init is None and options.norm in ("frozen_batch", "frozen_batch_eps0"):
+        raise SystemExit(
+            f"--norm is {options.norm}, which takes its statistics from imported weights: without --init there are "
+            "none. Give --init, or leave the option out to train from scratch with group."
+        )

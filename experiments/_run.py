@@ -1,8 +1,9 @@
-"""What lets a run of training be ended at any moment: signals, and a log that a resumed run goes on with."""
+"""What lets a run of training be ended at any moment: signals, a log that a resumed run continues, stray files."""
 
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -102,6 +103,20 @@ def open_log(path: Path, *, until: int, evaluated: int) -> BinaryIO:
     return path.open("ab", buffering=0)
 
 
+def remove_strays(output: Path) -> None:
+    """Removes what a process that was killed left half written in a run's folder, which must be locked."""
+    if jax.process_index() == 0:
+        removed = [path for name in ("last", "best") for path in train.remove_unfinished(output / name)]
+        for path in (*output.glob(".*.tmp"), *output.glob("evaluation/.*.tmp")):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+            removed.append(path)
+        if removed:
+            names = ", ".join(str(path.relative_to(output)) for path in removed)
+            console.print(f"Removed what a killed run left half written: {names}", highlight=False, soft_wrap=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("strays removed")
+
+
 def write(log: BinaryIO, **values: float) -> None:
     """Adds a line, which is on disk before a checkpoint of the same step is. What is not finite becomes null."""
     if jax.process_index() > 0:
@@ -111,6 +126,4 @@ def write(log: BinaryIO, **values: float) -> None:
         log.write(json.dumps(finite).encode() + b"\n")
         os.fsync(log.fileno())
     except OSError as error:
-        raise SystemExit(
-            f"Cannot write to {log.name}: {error.strerror}. Mend that, then go on with --resume."
-        ) from None
+        raise SystemExit(f"Cannot write to {log.name}: {error.strerror}. Fix that, then go on with --resume.") from None

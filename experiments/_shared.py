@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,12 @@ import jax
 import jax.random as jr
 import numpy as np
 import tyro
+from _programs import keep_programs
+from _quiet import without_alarms
 from jax.experimental import multihost_utils
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 import detectax_eqx
 from detectax_eqx import data, evaluate, models, nn, train, weights
@@ -34,6 +39,10 @@ ModelName = Literal[
 ]
 NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
 Model = models.FasterRCNN | models.MaskRCNN
+
+# The default anchors: one side in pixels for each level, and height / width.
+ANCHOR_SIZES = tuple(size for (size,) in models.ANCHOR_SIZES)
+ASPECT_RATIOS = models.ASPECT_RATIOS
 
 NORMS = {
     "frozen_batch": nn.FrozenBatchNorm,
@@ -57,28 +66,62 @@ class Detector:
     max_size: int = 1333
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
 
-    def category_ids(self, dataset_ids: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """The category id of each label.
+    def category_ids(
+        self,
+        categories: Sequence[data.Category] | None = None,
+        *,
+        file: str | Path = "the annotations",
+        allow_renamed: bool = False,
+    ) -> tuple[int, ...]:
+        """The category id of each label, checked against the `categories` of an annotation file, if there is one.
 
-        A model without categories of its own that has as many classes as the dataset knows them in the order of their
+        A model without categories of its own that has as many classes as the file knows them in the order of their
         ids. One with more, such as torchvision's 90 for COCO's 80, knows ids themselves: label + 1.
+
+        - `file`: what messages call it. `allow_renamed`: its names may differ from the model's.
         """
         if self.categories is not None:
+            if categories is not None:
+                data.check_categories(
+                    categories,
+                    self.categories,
+                    found_in=str(file),
+                    known_in="the model",
+                    same_ids=False,
+                    allow_renamed=allow_renamed,
+                )
             return tuple(category.id for category in self.categories)
         num_classes = self.model.num_classes
-        if dataset_ids is not None and num_classes == len(dataset_ids):
-            return dataset_ids
-        if dataset_ids is None or num_classes >= max(dataset_ids):
+        ids = None if categories is None else tuple(category.id for category in categories)
+        if ids is not None and num_classes == len(ids):
+            return ids
+        if ids is None or num_classes >= max(ids):
             return tuple(range(1, num_classes + 1))
         raise SystemExit(
-            f"The model has {num_classes} classes, but the annotations {len(dataset_ids)} categories with ids up to "
-            f"{max(dataset_ids)}: its labels cannot be told. Use the annotations that it was trained for."
+            f"The model has {num_classes} classes, but {file} {len(ids)} categories with ids up to {max(ids)}: its "
+            "labels cannot be told. Use the annotations that it was trained for."
         )
 
 
-def build(name: ModelName, num_classes: int, norm: NormName, seed: int = 0, *, checkpoint: bool = False) -> Model:
+def build(
+    name: ModelName,
+    num_classes: int,
+    norm: NormName,
+    seed: int = 0,
+    *,
+    checkpoint: bool = False,
+    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
+) -> Model:
     """The named detector with random parameters; `checkpoint` for gradient checkpointing."""
-    return getattr(models, name)(num_classes, key=jr.key(seed), norm=NORMS[norm], checkpoint=checkpoint)
+    return getattr(models, name)(
+        num_classes,
+        key=jr.key(seed),
+        norm=NORMS[norm],
+        checkpoint=checkpoint,
+        anchor_sizes=tuple((size,) for size in anchor_sizes),
+        aspect_ratios=aspect_ratios,
+    )
 
 
 def load_run(path: Path) -> Detector:
@@ -93,16 +136,24 @@ def load_run(path: Path) -> Detector:
     else:
         metadata = train.load_latest_checkpoint(folder, {}, partial=True).metadata
     try:
-        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
+        categories = categories_of(metadata)
         canvases = tuple((height, width) for height, width in metadata["canvases"])
         name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
         part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
-        like = eqx.filter_eval_shape(build, name, len(categories), norm)
+        # Checkpoints from before there was a choice do not say.
+        names = [key for key in ("anchor_sizes", "aspect_ratios") if key in metadata]
+        anchors = {key: tuple(map(float, metadata[key])) for key in names}
+        like = eqx.filter_eval_shape(partial(build, **anchors), name, len(categories), norm)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
     like = {part: like}
     saved, _ = load_newest(folder, like, partial=True) if folder else train.load_checkpoint(path, like, partial=True)
     return Detector(saved[part], categories, min_size, max_size, canvases)
+
+
+def categories_of(metadata: dict[str, Any]) -> tuple[data.Category, ...]:
+    """The categories that a checkpoint knows."""
+    return tuple(data.Category(entry["id"], entry["name"]) for entry in metadata["categories"])
 
 
 def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -114,15 +165,64 @@ def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any,
 
 
 def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
-    """The named detector with the weights of a torchvision `.pth` or a `.safetensors` file."""
-    is_torch = path.suffix != ".safetensors"
-    arrays = weights.read_pth(path) if is_torch else weights.read_safetensors(path)[0]
-    ends = "box_predictor.cls_score.bias" if is_torch else "box_head.class_logits.bias"
-    outputs = next((array.shape[0] for key, array in arrays.items() if key.endswith(ends)), None)
+    """The named detector with the weights of a torchvision `.pth` or a `.safetensors` file.
+
+    Categories and image sizes are those that `save_detector` put into the file, if it wrote it.
+    """
+    arrays = weights.read_torchvision(path)
+    outputs = next((a.shape[0] for key, a in arrays.items() if a.ndim and key.endswith(".cls_score.bias")), None)
     if outputs is None:
-        raise SystemExit(f"{path} has no entry …{ends}: it does not hold a detector.")
+        raise SystemExit(
+            f"{path} seems to be {weights.describe(arrays) or 'no model of torchvision or this package'}: "
+            "it has no entry ….cls_score.bias, so it does not hold a detector."
+        )
     model = eqx.filter_eval_shape(build, name, outputs - 1, norm)
-    return Detector(weights.load_torchvision(model, path) if is_torch else weights.load_safetensors(model, path))
+    detector = Detector(weights.load_torchvision(model, path))
+    if path.suffix != ".safetensors":
+        return detector
+    about = weights.read_safetensors(path)[1].get(ABOUT)
+    if about is None:
+        console.print(
+            f"{path} does not say at which sizes it was trained: images are resized to {detector.min_size} (at most "
+            f"{detector.max_size}) pixels, unless --min-size and --max-size say otherwise.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return detector
+    try:
+        return replace(detector, **about_detector(json.loads(about), outputs - 1))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path}: its metadata {ABOUT!r} is not what save_detector writes ({error!r}).") from None
+
+
+ABOUT = "detector"  # the metadata of a safetensors file that holds what `Detector` does beside the model
+
+
+def save_detector(detector: Detector, path: Path) -> None:
+    """Writes a `.safetensors` file of the weights, with the categories and image sizes that `load_weights` reads."""
+    about = {
+        "categories": None if detector.categories is None else [asdict(c) for c in detector.categories],
+        "min_size": detector.min_size,
+        "max_size": detector.max_size,
+        "canvases": detector.canvases,
+    }
+    weights.save_safetensors(detector.model, path, metadata={ABOUT: json.dumps(about)})
+
+
+def about_detector(about: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """The fields of a `Detector` from what `save_detector` wrote."""
+    categories = about["categories"]
+    if categories is not None:
+        categories = tuple(data.Category(entry["id"], entry["name"]) for entry in categories)
+        if len(categories) != num_classes:
+            raise ValueError(f"{len(categories)} categories for {num_classes} classes")
+    canvases = tuple((int(height), int(width)) for height, width in about["canvases"])
+    return {
+        "categories": categories,
+        "min_size": int(about["min_size"]),
+        "max_size": int(about["max_size"]),
+        "canvases": canvases,
+    }
 
 
 def load_detector(
@@ -151,6 +251,8 @@ def load_detector(
 
 # The layers whose size is the number of classes, by torchvision's names.
 PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+# Those whose size is the number of anchors.
+RPN_PREDICTORS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
 
 
 def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Model:
@@ -158,34 +260,54 @@ def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Mod
 
     A detector of another number of classes gives all but its predictors, which stay as they are: to be fine-tuned.
     """
-    if path.suffix != ".safetensors" and not any(key.startswith("backbone.") for key in weights.read_pth(path)):
+    if not any(key.startswith("backbone.") for key in weights.read_torchvision(path)):
         return weights.load_torchvision_backbone(model, path)
     source = load_weights(name, norm, path).model
-    arrays = weights.to_torchvision(source)
+    arrays, own = weights.to_torchvision(source), weights.to_torchvision(model)
     if source.num_classes != model.num_classes:
         console.print(
             f"{path} knows {source.num_classes} classes and this model {model.num_classes}: "
             "the layers that tell classes apart start at random.",
             highlight=False,
         )
-        own = weights.to_torchvision(model)
         arrays |= {key: array for key, array in own.items() if key.startswith(PREDICTORS)}
+    others = {key: own[key] for key in own if key.startswith(RPN_PREDICTORS) and own[key].shape != arrays[key].shape}
+    if others:
+        console.print(f"{path} has another number of anchors: the RPN's last layers start at random.", highlight=False)
+        arrays |= others
     return weights.load_torchvision(model, arrays)
 
 
 def detect_dataset(
-    detector: Detector, dataset: data.CocoDataset, *, batch_size: int = 1, num_threads: int = 2, **options: Any
+    detector: Detector,
+    dataset: data.CocoDataset,
+    *,
+    batch_size: int = 1,
+    num_threads: int = 2,
+    allow_renamed: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Detections in every image, in COCO's results format; `options` go to `models.detect_batch`.
 
-    Every device looks at `batch_size` images a step. Several processes share the images, and each returns all results.
+    The dataset's categories have to be the model's, by id and name, or by id alone with `allow_renamed`. Every device
+    looks at `batch_size` images per step. Several processes share the images, and each returns all results.
     """
     mesh = train.make_mesh(jax.local_devices())
     model = train.shard_state(detector.model, mesh)
     sizes = {"min_size": detector.min_size, "max_size": detector.max_size}
-    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, **sizes)
+    max_source = data.source_limit(detector.canvases)
+    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, max_source=max_source, **sizes)
     image_ids = [image.id for image in dataset.images]
-    category_ids = detector.category_ids(dataset.category_ids)
+    file = dataset.annotations_path
+    category_ids = detector.category_ids(dataset.categories, file=file, allow_renamed=allow_renamed)
+    if detector.categories is None:
+        names = {category.id: category.name for category in dataset.categories}
+        labels = ", ".join(f'{id} "{names[id]}"' for id in category_ids[:3] if id in names)
+        console.print(
+            f"The weights name no classes; their {len(category_ids)} labels are taken for the ids {category_ids[0]} to "
+            f"{category_ids[-1]} of {file}: {labels}, …",
+            highlight=False,
+        )
     results = []
     with progress() as bar:
         task = bar.add_task("detecting", total=len(dataset), status="")
@@ -211,31 +333,47 @@ def gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for part in parts for result in part]
 
 
+# COCO counts the best 100 detections of each class per image.
+COCO_LIMIT = 100
+
+
 def evaluate_on(
-    detector: Detector, dataset: data.CocoDataset, folder: Path, **options: Any
+    detector: Detector, dataset: data.CocoDataset, folder: Path, *, max_detections: int = COCO_LIMIT, **options: Any
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO's numbers for boxes, and masks if there are any; `detections.json` and `metrics.json` go to `folder`."""
-    found = detect_dataset(detector, dataset, **options)
+    """COCO's numbers for boxes, and masks if there are any; `detections.json` and `metrics.json` go to `folder`.
+
+    `max_detections` are kept per image. As many count, and no fewer than COCO's 100, which then are all.
+    """
+    found = detect_dataset(detector, dataset, max_detections=max_detections, **options)
     results = [result for result in found if result["category_id"] in dataset.category_ids]
     if len(results) < len(found):
         console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
-    return score_results(results, dataset, folder, masks=isinstance(detector.model, models.MaskRCNN))
+    kinds = ("bbox", "segm") if isinstance(detector.model, models.MaskRCNN) else ("bbox",)
+    return score_results(results, dataset, folder, kinds=kinds, max_detections=max(max_detections, COCO_LIMIT))
 
 
 def score_results(
-    results: list[dict[str, Any]], dataset: data.CocoDataset, folder: Path, *, masks: bool
+    results: list[dict[str, Any]],
+    dataset: data.CocoDataset,
+    folder: Path,
+    *,
+    kinds: Sequence[Literal["bbox", "segm"]],
+    max_detections: int = COCO_LIMIT,
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO's numbers for boxes, and for `masks` if every object has one; they go to `metrics.json` in `folder`."""
-    has_masks = masks and all(
+    """COCO's numbers of each of the `kinds`; they go to `metrics.json` in `folder`.
+
+    Masks are left out unless every object of the dataset has one. `max_detections` of each class count per image.
+    """
+    has_masks = all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
-    annotations = data.read_annotations(dataset.annotations_path)
     metrics = {
-        kind: evaluate.evaluate_coco(annotations, results, iou_type=kind)
-        for kind in (("bbox", "segm") if has_masks else ("bbox",))
+        kind: evaluate.evaluate_coco(dataset, results, iou_type=kind, max_detections=max_detections)
+        for kind in kinds
+        if kind == "bbox" or has_masks
     }
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,10 +411,27 @@ def check_ranges(options: Any, ranges: dict[str, str]) -> None:
                 raise SystemExit(f"--{name.replace('_', '-')} is {value}: it must be {what}.")
 
 
-def run(main: Callable[[Any], Any], options: type, description: str | None) -> None:
-    """Runs a script on its command line; an error of the user's files or options is told without a traceback."""
+def run(
+    main: Callable[[Any], Any],
+    options: type,
+    description: str | None,
+    *,
+    defaults: Callable[[Sequence[str]], Any] = lambda arguments: None,
+) -> None:
+    """Runs a script on its command line; an error of the user's files or options is reported without a traceback.
+
+    Compiled programs are kept for the next start, see `_programs.py`. Warnings are one line each.
+
+    - `defaults`: from the command line to an instance of `options` that holds what is not given there, or `None`.
+    """
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
-        main(tyro.cli(options, description=description))
+        default = defaults(sys.argv[1:])
+        given = tyro.cli(options, description=description, **({} if default is None else {"default": default}))
+        if (problem := keep_programs()) is not None:
+            console.print(problem, highlight=False, soft_wrap=True)
+        with without_alarms():
+            main(given)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) or is_ours(error):
             raise SystemExit(f"{type(error).__name__}: {error}") from None
@@ -290,12 +445,15 @@ def is_ours(error: BaseException) -> bool:
 
 
 def progress() -> Progress:
-    """A progress bar with a count, the time left and a status."""
+    """A progress bar: the count first, then a status, which gives way where the line is short, and the time left.
+
+    Without a terminal it shows nothing: what belongs into a log is printed line by line.
+    """
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
     )
-    return Progress(*columns, console=console)
+    silent = not (console.is_terminal or console.is_jupyter)
+    return Progress(*columns, console=Console(quiet=True) if silent else console, expand=True, disable=silent)

@@ -29,6 +29,7 @@ from _benchmark.check import Verdict, committed_ratios, judge
 from _benchmark.process import WorkerError, own_python
 from _benchmark.tables import Run, commit, merge, read_table, register
 from _benchmark.targets import figure, write_targets
+from _shared import check_ranges
 from rich.console import Console
 
 
@@ -76,8 +77,12 @@ class Options:
     """The file whose tables are replaced."""
 
 
+RANGES = {"positive": "seconds"}
+
+
 def main(options: Options) -> None:
     """Measures table after table."""
+    check_ranges(options, RANGES)
     peer = options.peer_python or (own_python() if find_spec("torchvision") else None)
     names = options.tables or default_tables(options)
     tables = [table for name, table in TABLES.items() if name in names]

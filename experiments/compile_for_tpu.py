@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import train as script
 from _benchmark.tables import commit, read_table, write_table
-from _options import Options as TrainOptions
-from _shared import ModelName, build, console, run
+from _options import Options as TrainOptions, complete
+from _shared import ModelName, build, check_ranges, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -58,8 +58,12 @@ class Options:
     """File with the markers between which the table goes."""
 
 
+RANGES = {"positive": "batch_size", "a positive multiple of 32": "canvases"}
+
+
 def main(options: Options) -> None:
     """Compiles everything, and enters each row as it comes. Rows of programs that are not asked for stay."""
+    check_ranges(options, RANGES)
     # Without these libtpu looks for a machine's description, and complains that there is none.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
     versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}, commit {commit()}", True
@@ -67,7 +71,12 @@ def main(options: Options) -> None:
         limit = GIB[topology.split(":")[0]]
         mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
         recipe = TrainOptions(
-            "", "", Path(), model=name, batch_size=options.batch_size, precision="bfloat16", trainable_layers=3
+            output=Path(),
+            model=name,
+            norm="frozen_batch",
+            batch_size=options.batch_size,
+            precision="bfloat16",
+            trainable_layers=3,
         )
         programs = {
             "training": (
@@ -103,10 +112,12 @@ def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[st
 
 def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
     """train.py's step on one canvas."""
-    optimizer = script.make_optimizer(options, script.make_schedule(options, COCO // options.batch_size, 0))
+    epoch_steps = COCO // options.batch_size
+    options = complete(options, epoch_steps)
+    optimizer = script.make_optimizer(options, script.make_schedule(options, epoch_steps))
 
     def init():
-        model = build(options.model, 80, options.norm, checkpoint=options.gradient_checkpointing)
+        model = build(options.model, 80, options.norm or "group", checkpoint=options.gradient_checkpointing)
         trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
         return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
 

@@ -7,8 +7,10 @@ with `--report` a page to look at: curves, what each kind of error costs, and th
 same for results that are there already, of any detector, without running one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
 
 from _report.evaluation import write_report
 from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run, score_results
@@ -26,6 +28,10 @@ class Options:
     """Folder that its file names refer to, or a URL."""
     output: Path
     """Folder for detections.json, metrics.json and report.html."""
+    box_format: data.BoxFormat = "xywh"
+    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
+    allow_renamed: bool = False
+    """Accept annotations that name the model's category ids otherwise. Their names are then the ones shown."""
     report: bool = False
     """Also write report.html, a page that needs nothing else: curves, costs of errors, the worst images."""
     detections: Path | None = None
@@ -49,7 +55,8 @@ class Options:
     nms_threshold: float = 0.5
     """IoU above which the lower of two detections of a class is dropped."""
     max_detections: int = 100
-    """Detections kept of an image, those of the highest scores."""
+    """Detections of the highest scores that are kept per image; as many, but at least COCO's 100, count for the
+    numbers. With --detections, as many of each class count per image: more than 10."""
     threads: int = 2
     """Threads that decode images."""
 
@@ -60,15 +67,15 @@ RANGES = {"positive": "batch_size min_size max_size max_detections threads", "in
 def main(options: Options) -> None:
     """Evaluates and prints."""
     check_ranges(options, RANGES)
-    if options.detections is not None and (options.checkpoint is not None or options.weights is not None):
-        raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
-    dataset = data.load_coco(options.annotations, options.images)
+    if options.detections is not None:
+        check_no_detector(options)
+    dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     console.print(f"{options.annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     if options.detections is not None:
+        results = evaluate.read_results(options.detections)
+        kinds, limit = kinds_of(results), options.max_detections
         try:
-            results = evaluate.read_results(options.detections)
-            masks = bool(results) and all("segmentation" in result for result in results)
-            metrics = score_results(results, dataset, options.output, masks=masks)
+            metrics = score_results(results, dataset, options.output, kinds=kinds, max_detections=limit)
         except ValueError as error:
             raise SystemExit(f"{options.detections}: {error}") from None
     else:
@@ -81,6 +88,7 @@ def main(options: Options) -> None:
             options.output,
             batch_size=options.batch_size,
             num_threads=options.threads,
+            allow_renamed=options.allow_renamed,
             score_threshold=options.score_threshold,
             nms_threshold=options.nms_threshold,
             max_detections=options.max_detections,
@@ -92,6 +100,38 @@ def main(options: Options) -> None:
     if options.report:
         write_report(options.output / "report.html", dataset, results, metrics)
         console.print(f"{options.output / 'report.html'} opens in any browser", highlight=False, soft_wrap=True)
+
+
+# Options that say how to detect, beside the files that a detector is in.
+OF_DETECTION = (
+    "model",
+    "norm",
+    "batch_size",
+    "min_size",
+    "max_size",
+    "score_threshold",
+    "nms_threshold",
+    "allow_renamed",
+)
+
+
+def check_no_detector(options: Options) -> None:
+    """Refuses what --detections has no use for, rather than ignoring it."""
+    if options.checkpoint is not None or options.weights is not None:
+        raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
+    defaults = {field.name: field.default for field in fields(Options)}
+    given = [name for name in OF_DETECTION if getattr(options, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SystemExit(f"{names}: with --detections no detector is run, and this has no effect. Leave it out.")
+
+
+def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Literal["bbox", "segm"], ...]:
+    """What can be evaluated: boxes, and masks where all results have one; masks alone where none has a box."""
+    masks = bool(results) and all(result.get("segmentation") for result in results)
+    if masks and not any(result.get("bbox") for result in results):
+        return ("segm",)
+    return ("bbox", "segm") if masks else ("bbox",)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python experiments/export.py --checkpoint runs/mine --output detector.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.int8.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.npz
+    python experiments/export.py --checkpoint runs/mine --output detector.safetensors
 
 The suffix says which: `.onnx` for ONNX, compared with the model on images before it is kept; `.int8.onnx` for that in
-8-bit integers, calibrated on the same images; `.npz` for StableHLO, which `run_stablehlo.py` runs. The first two
+8-bit integers, calibrated on the same images; `.npz` for StableHLO, which `run_stablehlo.py` runs; `.safetensors` for
+the weights alone, with class names and image sizes, as `--weights` of the other scripts takes them. The first two
 need `pip install 'detectax_eqx[onnx]'`.
 """
 
@@ -13,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from _shared import Detector, ModelName, NormName, console, load_detector, run
+from _images import find_images
+from _shared import Detector, ModelName, NormName, check_ranges, console, load_detector, run, save_detector
 
 from detectax_eqx import data, export
-
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Options:
     """Options of an export."""
 
     output: Path
-    """File to write, whose suffix says what: .onnx, .int8.onnx or .npz (StableHLO)."""
+    """File to write, whose suffix says what: .onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
     checkpoint: Path | None = None
     """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
     weights: Path | None = None
@@ -57,10 +57,21 @@ class Options:
     """Detections kept of an image, those of the highest scores."""
     max_images: int = 64
     """Images of --images to use, the first by name."""
+    unmatched_score: float = 0.1
+    """In the comparison, the score (0..1) up to which a detection may be the model's or the file's alone."""
+
+
+RANGES = {
+    "positive": "source batch_size min_size max_size max_detections max_images",
+    "in 0..1": "score_threshold nms_threshold unmatched_score",
+    "a positive multiple of 32": "canvas",
+}
 
 
 def main(options: Options) -> None:
     """Exports, and says how large the file is."""
+    check_ranges(options, RANGES)
+    check_output(options)
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
@@ -85,32 +96,55 @@ def main(options: Options) -> None:
                 options=fixed,
                 any_batch=options.any_batch,
             )
-        elif options.any_batch:
-            raise SystemExit(f"--any-batch needs an --output that ends in .npz, got {options.output}.")
-        elif options.output.suffix == ".onnx":
-            save_onnx(detector, options, shapes[0], fixed)
+        elif options.output.suffix == ".safetensors":
+            save_detector(detector, options.output)
         else:
-            raise SystemExit(f"--output must end in .onnx, .int8.onnx or .npz, got {options.output}.")
+            save_onnx(detector, options, shapes[0], fixed)
     except (ImportError, export.ExportError) as error:
         raise SystemExit(str(error)) from None
     console.print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB", highlight=False)
 
 
+def check_output(options: Options) -> None:
+    """Refuses a file name that says nothing, and options that do not suit it, before anything is read."""
+    if options.output.suffix not in (".onnx", ".npz", ".safetensors"):
+        raise SystemExit(f"--output must end in .onnx, .int8.onnx, .npz or .safetensors, got {options.output}.")
+    if options.any_batch and options.output.suffix != ".npz":
+        raise SystemExit(f"--any-batch needs an --output that ends in .npz, got {options.output}.")
+    if options.output.suffix == ".onnx" and (options.images is None or not options.images.is_dir()):
+        raise SystemExit(f"--images must be a folder of images to compare on, got {options.images}.")
+
+
 def save_onnx(detector: Detector, options: Options, shape: export.Shape, fixed: export.Options) -> None:
     """In floats, and from those in integers if the file's name says so."""
-    images = []
-    for path in sorted(options.images.rglob("*") if options.images else []):
-        if path.suffix.lower() in SUFFIXES and len(images) < options.max_images:
+    images, names, larger = [], [], 0
+    for path, _ in find_images([options.images] if options.images else []):
+        if len(images) < options.max_images:
             image = data.read_image(path)
             if image.shape[0] <= shape.source[0] and image.shape[1] <= shape.source[1]:
                 images.append(image)
+                names.append(str(path))
+            else:
+                larger += 1
     if not images:
-        raise SystemExit(f"--images must be a folder with images of at most --source {shape.source}.")
+        raise SystemExit(
+            f"--images {options.images} holds no image of at most --source {shape.source[0]} {shape.source[1]}, and "
+            f"{larger} larger ones."
+        )
+    if larger:
+        console.print(f"{larger} images of {options.images} are larger than --source and left out.", highlight=False)
     with TemporaryDirectory(dir=options.output.parent) as folder:
         integers = options.output.name.endswith(".int8.onnx")
         file = Path(folder) / "float.onnx" if integers else options.output
         export.save_onnx(
-            detector.model, file, shape=shape, images=images, class_names=class_names(detector), options=fixed
+            detector.model,
+            file,
+            shape=shape,
+            images=images,
+            class_names=class_names(detector),
+            options=fixed,
+            unmatched_score=options.unmatched_score,
+            image_names=names,
         )
         if integers:
             export.quantize_onnx(file, options.output, images=images)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from _report import inspection
 from _report.dataset import write_dataset_page
-from _shared import console, run
+from _shared import ANCHOR_SIZES, ASPECT_RATIOS, check_ranges, console, run
 from rich.table import Table
 
 from detectax_eqx import data
@@ -30,6 +30,8 @@ class Options:
     """COCO JSON of the images."""
     images: Path
     """Folder that its file names refer to."""
+    box_format: data.BoxFormat = "xywh"
+    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
     output: Path | None = None
     """Folder for dataset.html; by default only the terminal is written to."""
     min_size: int = 800
@@ -38,11 +40,13 @@ class Options:
     """Longest side in pixels after resizing."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
     """Height and width of the canvases that images are laid on, in pixels, as for train.py."""
-    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES
     """Side of the square anchor of each of the five levels, in pixels after resizing."""
-    aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS
     """Height / width of the anchors."""
 
+
+RANGES = {"positive": "min_size max_size anchor_sizes aspect_ratios", "a positive multiple of 32": "canvases"}
 
 # Borders of the size classes, as the square root of a box's area after resizing, in pixels.
 SIZE_BORDERS = (0, 16, 32, 64, 128, 256, 512, np.inf)
@@ -51,11 +55,12 @@ RATIO_BORDERS = (0, 0.2, 0.33, 0.5, 0.75, 1.33, 2, 3, 5, np.inf)
 
 def main(options: Options) -> None:
     """Measures, prints, and writes the page."""
+    check_ranges(options, RANGES)
     if len(options.anchor_sizes) != len(inspection.STRIDES):
         raise SystemExit(
             f"--anchor-sizes wants {len(inspection.STRIDES)} numbers, one a level, got {len(options.anchor_sizes)}."
         )
-    dataset = data.load_coco(options.annotations, options.images)
+    dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     tables = [contents(dataset), classes(dataset), *boxes(dataset, options), canvases(dataset, options)]
     suspicions = inspection.suspicions(dataset)
     counts = Counter(suspicion.kind for suspicion in suspicions)

@@ -16,10 +16,10 @@ import jax
 import jax.random as jr
 import numpy as np
 from _report.evaluation import write_report
-from _shared import Detector, console, evaluate_on, progress, run
+from _shared import Detector, check_ranges, console, evaluate_on, progress, run, save_detector
 from PIL import Image
 
-from detectax_eqx import Batch, data, draw, evaluate, models, nn, train, weights
+from detectax_eqx import Batch, data, draw, evaluate, models, nn, train
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Options:
     seed: int = 0
     """Seed of the weights and of the order of images."""
 
+
+RANGES = {"positive": "steps batch_size train_images test_images learning_rate", "at least 0": "seed"}
 
 SIZE = 128
 # What is sampled for the losses, scaled to small images with few objects.
@@ -75,6 +77,7 @@ def loss(model: models.MaskRCNN, example: Batch, *, key):
 
 def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
     """Makes the data, trains, evaluates and draws; returns the metrics."""
+    check_ranges(options, RANGES)
     began = time.perf_counter()
     train_set, test_set = (
         data.load_coco(
@@ -114,7 +117,7 @@ def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
         print(evaluate.format_metrics(kind))
     results = evaluate.read_results(options.output / "detections.json")
     write_report(options.output / "report.html", test_set, results, metrics)
-    weights.save_safetensors(state.model, options.output / "model.safetensors")
+    save_detector(detector, options.output / "model.safetensors")
     picture = draw_sheet(detector, test_set, columns=4, rows=2)
     picture.save(options.output / "demo.png")
     minutes = (time.perf_counter() - began) / 60

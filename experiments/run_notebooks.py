@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from _shared import console, run
+from _shared import check_ranges, console, run
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tyro.conf import Positional
@@ -30,8 +30,12 @@ class Options:
     """Seconds of processor time that a notebook may take."""
 
 
+RANGES = {"positive": "limit"}
+
+
 def main(options: Options) -> None:
     """Runs them one after the other: a later one may use what an earlier one left in runs/notebooks."""
+    check_ranges(options, RANGES)
     slow = []
     for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)

@@ -4,10 +4,12 @@
         --train-annotations train.json --train-images train/ --val-annotations val.json --val-images val/
         --output runs/mine
 
-Defaults are the field's "1x" recipe: SGD .02 for 16 images a step, 12 epochs, decay at 8 and 11. A folder of `--output`
-holds `last/` and `best/` checkpoints, `metrics.jsonl`, `timing.jsonl` and the options. Ctrl-C and SIGTERM save. However
-a run ended, `--resume` goes on from the last checkpoint to bit-identical parameters and metrics; what a clock says is
-kept apart, in `timing.jsonl`.
+Defaults are the field's "1x" recipe: SGD .02 for 16 images per step, 12 epochs, decays after 8 and 11. Warm-up and
+decays scale with the length of the run, and without `--init` the norm is group. What that comes to is printed before
+the first step. A folder of `--output` holds `last/` (all of the run's state), `best/` (the model alone),
+`metrics.jsonl`, `timing.jsonl` and the options. Ctrl-C and SIGTERM save. However a run ended, `--resume --output …`
+goes on from the last checkpoint to bit-identical parameters and metrics, with the options of before; what a clock says
+is kept apart, in `timing.jsonl`.
 
 All devices are used, a batch being spread over them. On several machines, start the script on each of them with
 `--coordinator`; `--output` must be a folder that all of them see. A signal to one ends all, after the same step.
@@ -17,18 +19,21 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from _options import RANGES, Options
-from _run import Stop, open_log, write
+from _header import check_objects, print_header
+from _options import RANGES, Options, check_promise, check_sense, complete, total_steps
+from _pace import Pace
+from _resume import check_data, check_options, describe_data, options_to_resume, saved_options
+from _run import Stop, open_log, remove_strays, write
 from _shared import (
     Detector,
     build,
+    categories_of,
     check_ranges,
     console,
     evaluate_on,
@@ -39,74 +44,55 @@ from _shared import (
     write_json,
 )
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from detectax_eqx import Batch, WeightedSum, data, models, nn, train
+from detectax_eqx.evaluate import format_number
+
+
+# The time to go is told after this number of steps.
+ESTIMATE_AFTER = 5
 
 
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C, if no other run is using the output folder."""
     check_ranges(options, RANGES)
-    if options.jitter is not None and options.jitter[0] > options.jitter[1]:
-        raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
+    check_sense(options)
     if options.coordinator is not None:
         connect(options.coordinator, options.num_processes, options.process_id)
     with train.lock_folder(options.output):
+        remove_strays(options.output)
         fit(options)
 
 
 def fit(options: Options) -> None:
-    """Trains: data, model, what was saved, step, loop."""
-    last, best = options.output / "last", options.output / "best"
+    """Trains: options, data, model, what was saved, step, loop."""
+    last = options.output / "last"
+    going_on = options.resume and train.latest_checkpoint(last) is not None
     if not options.resume and last.exists():
         raise SystemExit(f"{options.output} holds a run already: pass --resume to go on with it, or another --output.")
-    train_set = load(options.train_annotations, options.train_images)
-    val_set = None
-    if options.val_annotations is not None:
-        val_set = load(options.val_annotations, options.val_images or options.train_images)
-        if val_set.category_ids != train_set.category_ids:
-            raise SystemExit(
-                f"{options.val_annotations} has categories {val_set.category_ids}, "
-                f"{options.train_annotations} {train_set.category_ids}: they must be the same."
-            )
-
-    # Devices.
-    if jax.device_count() % options.parameter_shards:
-        raise SystemExit(f"--parameter-shards must divide the {jax.device_count()} devices.")
-    mesh = train.make_mesh(model=options.parameter_shards)
-    if options.batch_size % (mesh.size * options.accumulate):
-        raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
-
-    # Data. Batch k is a pure function of (seed, k), and each process reads its part.
-    loader = data.Loader(
-        train_set,
-        batch_size=options.batch_size,
-        buckets=data.make_buckets(
-            train_set.sizes,
-            canvases=options.canvases,
-            min_size=max(options.min_sizes),
-            max_size=options.max_size,
-            max_source=2048,
-        ),
-        seed=options.seed,
-        max_objects=options.max_objects,
-        mask_size=112 if options.model.startswith("mask") else None,
-        num_threads=options.threads,
-        rows=train.local_rows(mesh, options.batch_size),
-        max_bad_images=options.max_bad_images,
-        cache=options.cache,
-    )
+    before = saved_options(options.output) if options.resume else None
+    if before is not None:
+        options = check_options(options, before, going_on=going_on)
+    train_set, val_set = load_data(options)
+    mesh = make_mesh(options)
+    loader = make_loader(options, train_set, mesh)
     epoch_steps = loader.steps_per_epoch
-    total_steps = options.steps or options.epochs * epoch_steps
+    if not going_on:
+        check_promise(options, epoch_steps)
+    options = complete(options, epoch_steps)
+    steps = total_steps(options, epoch_steps)
 
     # Model and optimiser.
+    anchors = {"anchor_sizes": options.anchor_sizes, "aspect_ratios": options.aspect_ratios}
+    norm = options.norm or "group"
     model = build(
-        options.model, train_set.num_classes, options.norm, options.seed, checkpoint=options.gradient_checkpointing
+        options.model, train_set.num_classes, norm, options.seed, checkpoint=options.gradient_checkpointing, **anchors
     )
-    if options.init is not None:
-        model = initialize(model, options.model, options.norm, options.init)
-    layers = options.trainable_layers
-    trainable = models.trainable(model, trainable_layers=layers if layers is not None else 3 if options.init else 5)
-    schedule = make_schedule(options, epoch_steps, total_steps)
+    if options.init is not None and not going_on:
+        model = initialize(model, options.model, norm, options.init)
+    trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
+    schedule = make_schedule(options, epoch_steps)
     optimizer = make_optimizer(options, schedule)
     state = train.init_train_state(
         model, optimizer, trainable=trainable, key=jr.key(options.seed), ema=options.ema is not None
@@ -117,11 +103,13 @@ def fit(options: Options) -> None:
     metadata: dict[str, Any] = {
         "model": options.model,
         "norm": options.norm,
+        **anchors,
         "categories": [asdict(category) for category in train_set.categories],
         "min_size": max(options.min_sizes),
         "max_size": options.max_size,
         "canvases": options.canvases,
         "ema": options.ema is not None,
+        "data": describe_data(train_set),
         "so_far": so_far,
     }
     if options.resume:
@@ -130,11 +118,24 @@ def fit(options: Options) -> None:
         except FileNotFoundError:
             console.print("Nothing was saved yet: starting at step 0")
         else:
-            if saved.get("categories") != metadata["categories"]:
-                raise SystemExit(f"{last} knows other categories than {options.train_annotations}.")
+            data.check_categories(
+                train_set.categories,
+                categories_of(saved),
+                found_in=str(options.train_annotations),
+                known_in=str(last),
+                allow_renamed=options.allow_renamed,
+            )
+            check_data(train_set, saved, options.train_annotations)
             so_far |= saved["so_far"]
+            if before is not None and before.val_annotations != options.val_annotations:
+                so_far["best"] = -1.0  # which was of other images
             console.print(f"Going on at step {int(state.step)} from {last}", highlight=False)
     state = train.shard_state(state, mesh)
+    start, skipped_before = int(state.step), int(state.skipped)
+    if start < steps:
+        write_json(options.output / "options.json", asdict(options))
+        print_header(options, train_set, model=model, trainable=trainable, schedule=schedule, steps=epoch_steps)
+    del model
 
     step = train.make_train_step(
         make_loss(options),
@@ -146,9 +147,6 @@ def fit(options: Options) -> None:
     )
     stop = Stop()
     saver = train.CheckpointSaver()
-
-    def save(*folders: Path) -> None:
-        saver.save(folders, state, step=int(state.step), metadata=metadata)
 
     def account(k: int, metrics: dict[str, jax.Array]) -> None:
         """Counts what batch `k` left out, and ends the run if it made no update, unless that is to be gone on from."""
@@ -167,35 +165,54 @@ def fit(options: Options) -> None:
         model = train.to_host(state.inference_model)
         detector = Detector(model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases)
         with stop.at_once(f"evaluation after step {done}", saver):
-            metrics = evaluate_on(detector, val_set, options.output / "evaluation", num_threads=options.threads)
+            metrics = evaluate_on(
+                detector,
+                val_set,
+                options.output / "evaluation",
+                num_threads=options.threads,
+                allow_renamed=options.allow_renamed,
+            )
         numbers = {f"{kind}_{name}": value for kind, m in metrics.items() for name, value in m.numbers.items()}
         write(log, step=done, epoch=done / epoch_steps, **numbers)
-        text = ", ".join(f"{name} {numbers[name]:.3f}" for name in numbers if name.endswith(("AP", "AP50")))
-        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
+        shown = {name: number for name, number in numbers.items() if name.endswith(("AP", "AP50"))}
+        text = ", ".join(f"{name} {format_number(number)}" for name, number in shown.items())
         score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
-        is_best = score > so_far["best"]
+        if score < 0:
+            text += "; nothing to score by in the validation annotations: best/ is the last checkpoint"
+        console.print(f"epoch {done / epoch_steps:.1f}: {text}", highlight=False)
+        is_best = score > so_far["best"] or score < 0
         so_far.update(best=max(score, so_far["best"]), evaluated=done)
-        save(*([best] if is_best else []), last)
+        if is_best:  # what detects, and that once: the rest of the state is in `last`
+            detects = {"model" if state.ema is None else "ema": state.inference_model}
+            saver.save([options.output / "best"], detects, step=done, metadata=metadata, keep=1)
+        saver.save([last], state, step=done, metadata=metadata)
 
     def ends_epoch(done: int) -> bool:
-        return done % epoch_steps == 0 or done == total_steps
+        return done % epoch_steps == 0 or done == steps
 
-    write_json(options.output / "options.json", asdict(options))
-    start, skipped_before = int(state.step), int(state.skipped)
     log = open_log(options.output / "metrics.jsonl", until=start, evaluated=so_far["evaluated"])
     timing = (options.output / "timing.jsonl").open("ab", buffering=0)
-    batches = loader.iterate(start, total_steps)
-    clock, images, told, pending = time.perf_counter(), 0, 0, None
+    batches = loader.iterate(start, steps)
+    pace, told, pending, canvases = Pace(steps, start), 0, None, set()
     with saver, log, timing, closing(batches):
         if val_set is not None and ends_epoch(start) and so_far["evaluated"] < start:
             evaluate(val_set, start)  # the run ended before it could
+        if start >= steps:
+            console.print(f"Nothing is left to do: the run has made {start} of {steps} steps (--epochs or --steps).")
+            return
         with progress() as bar:
-            task = bar.add_task("training", total=total_steps, completed=start, status="compiling")
+            task = bar.add_task("training", total=steps, completed=start, status="compiling")
             for k, batch in batches:
-                state, metrics = step(state, train.shard_batch(batch, mesh))
+                batch = train.shard_batch(batch, mesh)
+                if batch.canvas not in canvases:
+                    canvases.add(batch.canvas)
+                    with pace.paused():
+                        print_memory(step.memory(state, batch), batch.canvas)
+                state, metrics = step(state, batch)
                 saver.check()
-                done, images = k + 1, images + options.batch_size
-                stopping = stop.after_this_step() and done < total_steps
+                done = k + 1
+                pace.count(options.batch_size)
+                stopping = stop.after_this_step() and done < steps
                 saving = ends_epoch(done) or done % options.checkpoint_every == 0 or stopping
                 logging = done % options.log_every == 0 or done == 1 or ends_epoch(done)
                 if pending:
@@ -207,28 +224,30 @@ def fit(options: Options) -> None:
                 for error in loader.bad_images[told:]:
                     console.print(f"Left out: {error}", highlight=False, soft_wrap=True)
                 told = len(loader.bad_images)
+                if done - start == ESTIMATE_AFTER:
+                    console.print(f"About {pace.left(done)} to go, {pace.seconds_per_step(done):.3g} s per step")
                 if logging:
                     values = {name: round(float(value), 6) for name, value in metrics.items()}
                     rate = float(jnp.asarray(schedule(k)))
                     counts = {name: so_far[name] for name in ("left_out", "bad_images")}
                     write(log, step=done, epoch=done / epoch_steps, rate=rate, **counts, **values)
-                    speed = images / (time.perf_counter() - clock)
+                    speed = pace.images_per_second()
                     write(timing, step=done, time=time.time(), images_s=speed)
-                    terms = [f"{n.removeprefix('loss_')} {v:.2f}" for n, v in values.items() if n.startswith("loss_")]
-                    status = f"loss {values['loss']:.3f} ({', '.join(terms)}), {speed:.1f} images/s"
-                    if so_far["left_out"]:
-                        status += f", {so_far['left_out']} objects beyond --max-objects left out so far"
+                    left = pace.left(done) if done - start >= ESTIMATE_AFTER else None
+                    status = describe_step(values, rate, speed, so_far["left_out"], left)
                     bar.update(task, completed=done, status=status)
-                    clock, images = time.perf_counter(), 0
+                    if bar.disable:
+                        where = f"step {done}/{steps} (epoch {done / epoch_steps:.2f})"
+                        console.print(f"{where}: {status}", highlight=False, soft_wrap=True)
                 if saving:
-                    save(last)
+                    saver.save([last], state, step=done, metadata=metadata)
                 if stopping:
                     stop.leave(f"step {done}", saver)
                 if ends_epoch(done) and val_set is not None:
                     bar.stop()
-                    evaluate(val_set, done)
+                    with pace.paused():
+                        evaluate(val_set, done)
                     bar.start()
-                    clock, images = time.perf_counter(), 0
 
 
 def connect(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -244,11 +263,77 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
     console.quiet = jax.process_index() > 0
 
 
-def load(annotations: str, images: str) -> data.CocoDataset:
+def load_data(options: Options) -> tuple[data.CocoDataset, data.CocoDataset | None]:
+    """The images to train on, and those to evaluate on, if there are any."""
+    assert options.train_annotations is not None and options.train_images is not None  # check_sense
+    train_set = load(options.train_annotations, options.train_images, options.box_format)
+    check_objects(train_set, options)
+    if options.val_annotations is None:
+        return train_set, None
+    val_set = load(options.val_annotations, options.val_images or options.train_images, options.box_format)
+    data.check_categories(
+        val_set.categories,
+        train_set.categories,
+        found_in=options.val_annotations,
+        known_in=options.train_annotations,
+        allow_renamed=options.allow_renamed,
+    )
+    return train_set, val_set
+
+
+def load(annotations: str, images: str, box_format: data.BoxFormat) -> data.CocoDataset:
     """A dataset, with a word on what was repaired."""
-    dataset = data.load_coco(annotations, images)
+    dataset = data.load_coco(annotations, images, box_format=box_format)
     console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     return dataset
+
+
+def make_mesh(options: Options) -> Mesh:
+    """The devices."""
+    if jax.device_count() % options.parameter_shards:
+        raise SystemExit(f"--parameter-shards must divide the {jax.device_count()} devices.")
+    mesh = train.make_mesh(model=options.parameter_shards)
+    if options.batch_size % (mesh.size * options.accumulate):
+        raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
+    return mesh
+
+
+def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh) -> data.Loader:
+    """Training batches. Batch k is a pure function of (seed, k), and each process reads its part."""
+    sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
+    max_source = data.source_limit(options.canvases)
+    buckets = data.make_buckets(train_set.sizes, canvases=options.canvases, max_source=max_source, **sizes)
+    limits = data.describe_limits(train_set, buckets=buckets, max_objects=options.max_objects, **sizes)
+    for line in limits.lines:
+        console.print(f"{options.train_annotations}: {line}", highlight=False, soft_wrap=True)
+    return data.Loader(
+        train_set,
+        batch_size=options.batch_size,
+        buckets=buckets,
+        seed=options.seed,
+        max_objects=options.max_objects,
+        mask_size=112 if options.model.startswith("mask") else None,
+        num_threads=options.threads,
+        rows=train.local_rows(mesh, options.batch_size),
+        max_bad_images=options.max_bad_images,
+        cache=options.cache,
+    )
+
+
+def print_memory(size: int | None, canvas: tuple[int, int]) -> None:
+    """What the program that was compiled for a canvas takes."""
+    if size is not None:
+        console.print(
+            f"memory of a step at {canvas[0]}×{canvas[1]}: {size / 2**20:,.0f} MiB on each device", highlight=False
+        )
+
+
+def describe_step(values: dict[str, float], rate: float, speed: float, left_out: int, left: str | None) -> str:
+    """A step's numbers in a line, the ones that matter most first: a terminal cuts its end."""
+    terms = [f"{name.removeprefix('loss_')} {value:.2f}" for name, value in values.items() if name.startswith("loss_")]
+    ahead = f"{left} left, " if left else ""
+    text = f"{speed:.1f} images/s, {ahead}loss {values['loss']:.3f} ({', '.join(terms)}), rate {rate:.3g}"
+    return f"{text}, {left_out} objects beyond --max-objects left out so far" if left_out else text
 
 
 def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
@@ -276,12 +361,14 @@ def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
     return loss
 
 
-def make_schedule(options: Options, epoch_steps: int, total_steps: int) -> optax.Schedule:
-    """The learning rate at each step."""
+def make_schedule(options: Options, epoch_steps: int) -> optax.Schedule:
+    """The learning rate at each step, of options that are `complete`."""
+    assert options.lr is not None and options.warmup_steps is not None and options.decay_epochs is not None
     rate = train.scale_learning_rate(options.lr, batch_size=options.batch_size)
     if options.schedule == "cosine":
-        return train.warmup_cosine(rate, total_steps=total_steps, warmup_steps=options.warmup_steps)
-    milestones = [epoch * epoch_steps for epoch in options.decay_epochs]
+        total = total_steps(options, epoch_steps)
+        return train.warmup_cosine(rate, total_steps=total, warmup_steps=options.warmup_steps)
+    milestones = [round(epoch * epoch_steps) for epoch in options.decay_epochs]
     return train.warmup_multistep(rate, milestones=milestones, warmup_steps=options.warmup_steps)
 
 
@@ -300,4 +387,4 @@ def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.Gradient
 
 
 if __name__ == "__main__":
-    run(main, Options, __doc__)
+    run(main, Options, __doc__, defaults=options_to_resume)

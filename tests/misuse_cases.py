@@ -126,13 +126,21 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"decode_rle", "load_coco", "read_annotations", "read_image"},
+    data: {"decode_rle", "load_coco", "read_annotations", "read_image"}
+    | {"decode_counts", "encode_segmentation", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
     export: {"save_stablehlo", "save_onnx", "read_onnx", "compare_onnx", "quantize_onnx", "fold_norms"}
     | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
-    evaluate: {"format_metrics", "format_per_class", "read_results", "to_coco_results", "write_results"}
+    evaluate: {
+        "format_metrics",
+        "format_number",
+        "format_per_class",
+        "read_results",
+        "to_coco_results",
+        "write_results",
+    }
     | {"class_rows", "error_rows", "format_errors"},
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
@@ -142,6 +150,7 @@ ELSEWHERE = {
         "load_checkpoint",
         "load_latest_checkpoint",
         "lock_folder",
+        "remove_unfinished",
         "shard_batch",
         "shard_state",
         "to_host",
@@ -149,7 +158,7 @@ ELSEWHERE = {
     }
     | {"adamw", "no_vectors", "sgd", "step_compiler_options"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
-    | {"load_torchvision_backbone", "to_torchvision", "named_leaves", "replace_leaves"},
+    | {"load_torchvision_backbone", "read_torchvision", "to_torchvision", "named_leaves", "replace_leaves", "describe"},
 }
 
 
@@ -211,6 +220,11 @@ OPTIONS = [
     (ops.sigmoid_focal_loss, "alpha", 2),
     (ops.sigmoid_focal_loss, "gamma", -1),
     (ops.smooth_l1_loss, "beta", -1),
+    (data.describe_limits, "max_objects", 0, call(data.describe_limits, EMPTY, buckets=())),
+    (data.describe_limits, "min_size", 0, call(data.describe_limits, EMPTY, buckets=())),
+    (data.describe_limits, "max_size", -1, call(data.describe_limits, EMPTY, buckets=())),
+    (data.source_limit, "canvases", (), call(data.source_limit)),
+    (data.source_limit, "canvases", ((0, 64),), call(data.source_limit)),
     (data.eval_batches, "batch_size", 0, call(data.eval_batches, EMPTY, batch_size=1, buckets=())),
     (data.make_buckets, "canvases", (), call(data.make_buckets, [(4, 5)])),
     (data.make_buckets, "canvases", ((0, 64),), call(data.make_buckets, [(4, 5)])),

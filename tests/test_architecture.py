@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"ops", "nn", "_types"},
     "data": {"_types"},
     "train": {"ops", "_types"},
-    "evaluate": {"ops", "_types"},
+    "evaluate": {"ops", "data", "_types"},
     "weights": {"models", "nn"},
     "export": {"ops", "nn", "models", "weights", "_types"},
     "draw": {"ops", "_types"},

@@ -137,7 +137,8 @@ def test_unary_jit_vmap_dtype_and_empty(op):
     np.testing.assert_allclose(op(boxes[0]), jitted(boxes[0]), rtol=1e-6)
     for i in range(3):
         np.testing.assert_allclose(batched[i], jitted(boxes[i]), rtol=1e-6)
-    assert jitted(boxes[0].astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    expected = jnp.float32 if op is ops.box_area else jnp.bfloat16
+    assert jitted(boxes[0].astype(jnp.bfloat16)).dtype == expected
     assert jitted(boxes[0, :0]).shape[0] == 0
     assert jnp.isfinite(jax.jit(jax.jacrev(op))(DEGENERATE)).all()
 
@@ -147,7 +148,27 @@ def test_half_precision_is_computed_in_float32():
     boxes = jnp.array([[0, 0, 255, 255], [1, 1, 255, 255]], jnp.bfloat16)
     expected = jnp.float32(254 * 254 / 255**2).astype(jnp.bfloat16)
     assert ops.pairwise_iou(boxes[:1], boxes[1:])[0, 0] == expected
-    assert ops.box_area(jnp.array([[0, 0, 300, 300]], jnp.float16))[0] == jnp.inf  # 90,000 is beyond float16
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_squared_pixels_do_not_overflow_half_precision(dtype):
+    """float16 ends at 65,504, the area of a box of 256×256 pixels."""
+    a, b = jnp.array([[0, 0, 304, 304]], dtype), jnp.array([[0, 0, 304, 608], [2048, 1024, 3072, 3072]], dtype)
+    area = jax.jit(ops.box_area)(a)
+    assert area.dtype == jnp.float32 and area.tolist() == [304 * 304]
+    for op in PAIRWISE:
+        overlaps = op(a, b)
+        expected = op(a.astype(jnp.float32), b.astype(jnp.float32)).astype(dtype)
+        assert overlaps.dtype == dtype and jnp.isfinite(overlaps).all()
+        np.testing.assert_array_equal(overlaps, expected)
+    for loss in (ops.giou_loss, ops.diou_loss, ops.ciou_loss):
+        expected = loss(a.astype(jnp.float32), b[1:].astype(jnp.float32)).astype(dtype)
+        assert jnp.isfinite(expected).all()
+        np.testing.assert_array_equal(loss(a, b[1:]), expected)
+    maps = [jnp.full((1, 16, 16), level, dtype) for level in (0, 1)]
+    box = jnp.array([[0, 0, 608, 608]], dtype)
+    pooled = ops.multilevel_roi_align(maps, box, output_size=1, strides=(32, 64), canonical_level=6, canonical_size=512)
+    assert pooled.item() == 1
 
 
 def test_wrong_shapes_are_named():

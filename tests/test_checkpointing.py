@@ -42,7 +42,7 @@ def test_checkpointing_saves_memory_at_full_size():
     mesh = train.make_mesh(jax.devices()[:1])
 
     def memory(**options):
-        options = Options("", "", Path(), batch_size=2, trainable_layers=5, **options)
+        options = Options(output=Path(), norm="frozen_batch", batch_size=2, trainable_layers=5, **options)
         program = lower_step(options, (800, 1344), mesh).compile(train.step_compiler_options())
         return program.memory_analysis().temp_size_in_bytes
 

@@ -151,8 +151,7 @@ def _rle(counts, size=(10, 20)):
 POINTS, SHORT = [2, 1, 8, 1, 8, 5, 2], [2, 1, 8, 5]
 # A change, the kind of problem it is to be called, and the image and annotation it is to be found at.
 ERRORS = [
-    (_set("annotations", 0, id=0), "annotation id not positive", 7, 0),
-    (_set("annotations", 0, id=-3), "annotation id not positive", 7, -3),
+    (_set("annotations", 0, id=-3), "negative annotation id", 7, -3),
     (_set("annotations", 1, id=5), "duplicate annotation id", 7, 5),
     (_set("annotations", 0, id="5"), "wrong type", 7, "5"),
     (_set("annotations", 0, id=True), "wrong type", 7, True),

@@ -168,7 +168,7 @@ def naive_verdicts(annotations, results, foreground, background):
         else:
             verdicts[i] = "both"
     missed = set(range(len(objects))) - taken - mendable
-    return verdicts, missed
+    return verdicts, {objects[k]["id"] for k in missed}
 
 
 def muddled_case(seed):
@@ -228,15 +228,15 @@ def test_details_of_each_verdict():
     order = np.argsort(table.results)
     kind = ERROR_KINDS.index
     assert table.verdicts[order].tolist() == [RIGHT, kind("both"), kind("classification"), IGNORED, kind("background")]
-    about = [analysis.objects.annotations[row] if row >= 0 else None for row in table.objects[order]]
-    assert about == [0, 0, 1, None, None]
+    about = [analysis.objects.annotation_ids[row] if row >= 0 else None for row in table.objects[order]]
+    assert about == [1, 1, 2, None, None]
     np.testing.assert_allclose(table.ious[order], [1, 0.4, 1, 0, 0], atol=1e-9)
     assert analysis.objects.missed.sum() == 1 and analysis.objects.found.sum() == 1
     rows = error_rows(analysis)
     assert [row["verdict"] for row in rows].count("ignored") == 1
     assert rows[-1] == {
         "image_id": 2, "category": "class 1", "verdict": "missed", "score": None, "iou": None, "object": "class 1",
-        "result": None, "annotation": 2,
+        "result": None, "annotation": 3,
     }  # fmt: skip
     by_class = class_rows(analysis)
     assert [(row["category"], row["objects"], row["detections"]) for row in by_class] == [

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detectax_eqx import Batch, Detections, Targets
+from detectax_eqx.data import DatasetError
 from detectax_eqx.evaluate import (
     encode_mask,
     evaluate_coco,
@@ -159,7 +160,7 @@ def test_tables():
         "class 1   0.505  0.505      –  0.505      –",
         "class 7       –      –      –      –      –",
     ]
-    assert " Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = -1.000" in format_metrics(metrics)
+    assert " Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = –" in format_metrics(metrics)
 
 
 def test_annotation_id_0_counts():
@@ -169,9 +170,14 @@ def test_annotation_id_0_counts():
     results = BY_HAND["perfect"][1]
     assert run_pycocotools(annotations, results, "bbox")[0][0] < 0.9  # what is guarded against
     assert evaluate_coco(annotations, results).numbers["AP"] == pytest.approx(1)
+
+
+def test_annotation_ids_twice_are_refused():
+    annotations = copy.deepcopy(TRUTH)
     for annotation in annotations["annotations"]:
         annotation["id"] = 5
-    assert evaluate_coco(annotations, results).numbers["AP"] == pytest.approx(1)
+    with pytest.raises(DatasetError, match="image 2, annotation 5: duplicate annotation id"):
+        evaluate_coco(annotations, BY_HAND["perfect"][1])
 
 
 def test_other_limits_of_detections():
@@ -189,7 +195,7 @@ def test_other_limits_of_detections():
 def test_missing_crowd_flag_and_area_are_filled_in(iou_type):
     annotations = copy.deepcopy(TRUTH)
     for annotation in annotations["annotations"]:
-        del annotation["area"], annotation["iscrowd"], annotation["id"]
+        del annotation["area"], annotation["iscrowd"]
     metrics = evaluate_coco(annotations, BY_HAND["perfect"][1], iou_type=iou_type)
     assert metrics.numbers["AP"] == metrics.numbers["APm"] == pytest.approx(1)
 
@@ -222,7 +228,7 @@ BAD_RESULTS = {
     "no box": ("bbox", changed(bbox=None), "image 2 has no bbox"),
     "short box": ("bbox", changed(bbox=[1, 2, 3]), "image 2 has no bbox of four"),
     "image": ("bbox", changed(image_id=9), "no image 9"),
-    "no image": ("bbox", changed(image_id=None), "no image None"),
+    "no image": ("bbox", changed(image_id=None), r"results\[1\] on image None has the image_id None"),
     "category": ("bbox", changed(category_id=3), "image 2 has category 3"),
     "no mask": ("segm", changed(segmentation=None), "image 2 has no segmentation"),
     "mask size": ("segm", changed(segmentation=encode_mask(np.ones((4, 5), bool))), r"size \[4, 5\].* is \[200, 200\]"),
@@ -241,15 +247,15 @@ def with_annotation(**values):
 
 
 BAD_ANNOTATIONS = {
-    "box": ("bbox", with_annotation(bbox=[0, 0, float("nan"), 1]), "annotation 2 of image 2 has the bbox"),
-    "area": ("bbox", with_annotation(area=float("nan")), "annotation 2 of image 2 has an area of nan"),
-    "image": ("bbox", with_annotation(image_id=7), "annotation 2 of image 7: the annotations have no image 7"),
-    "category": ("bbox", with_annotation(category_id=2), "annotation 2 of image 2 has category 2"),
+    "box": ("bbox", with_annotation(bbox=[0, 0, float("nan"), 1]), "image 2, annotation 2: wrong box: .*nan"),
+    "area": ("bbox", with_annotation(area=float("nan")), "image 2, annotation 2: wrong area: .*nan"),
+    "image": ("bbox", with_annotation(image_id=7), "image 7, annotation 2: unknown image"),
+    "category": ("bbox", with_annotation(category_id=2), "image 2, annotation 2: unknown category: .* 2,"),
     "no mask": ("segm", with_annotation(segmentation=[]), "annotation 2 of image 2 has no segmentation"),
-    "odd polygon": ("segm", with_annotation(segmentation=[[]]), "annotation 2 of image 2 has a segmentation"),
-    "no images": ("bbox", TRUTH | {"images": []}, "no images"),
-    "no categories": ("bbox", TRUTH | {"categories": []}, "no categories"),
-    "no size": ("segm", TRUTH | {"images": [{"id": 1}, {"id": 2}]}, "no height and width"),
+    "odd polygon": ("segm", with_annotation(segmentation=[[]]), "image 2, annotation 2: polygon with fewer"),
+    "no images": ("bbox", TRUTH | {"images": []}, '"images" is empty'),
+    "no categories": ("bbox", TRUTH | {"categories": []}, '"categories" is empty'),
+    "no size": ("segm", TRUTH | {"images": [{"id": 1}, {"id": 2}]}, 'image 1: missing key: there is no "width"'),
 }
 
 

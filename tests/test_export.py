@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import data, export, models, nn, ops
+from detectax_eqx import Detections, data, export, models, nn, ops
 from detectax_eqx.export import _extras, _program
 
 from .parity import compare_exports
@@ -179,6 +180,76 @@ def test_classes_need_names(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Brightest(eqx.Module):
+    """A detector of one's own: a box around each of the brightest cells of an image of one channel."""
+
+    weight: jax.Array
+    num_classes = 3
+
+    def __call__(self, image, image_size, *, selection):
+        cells = (image[..., 0] * self.weight).reshape(image.shape[0] // 8, 8, -1, 8).mean((1, 3)) / 255
+        scores, at = jax.lax.top_k(cells.reshape(-1), selection.max_detections)
+        corner = 8.0 * jnp.stack([at % cells.shape[1], at // cells.shape[1]], axis=1).astype(jnp.float32)
+        inside = corner < image_size[None, ::-1].astype(jnp.float32)
+        valid = (scores > selection.score_threshold) & inside.all(axis=1)
+        return Detections(jnp.concatenate([corner, corner + 8], axis=1), scores, (at % 3).astype(jnp.int32), valid)
+
+
+def test_a_detector_of_ones_own_in_stablehlo(tmp_path):
+    """It needs to trace, no more; here it takes images of one channel."""
+    shape = export.Shape(1, (48, 64), (64, 96), channels=1)
+    model, options, file = Brightest(jnp.ones(())), export.Options(64, 96, max_detections=5), tmp_path / "own.npz"
+    export.save_stablehlo(model, file, shapes=[shape], class_names=NAMES, options=options)
+    saved = np.load(file)
+    program = jax.export.deserialize(bytearray(saved[f"programs/{shape.name}"].tobytes()))
+    image = np.zeros((48, 64, 1), np.uint8)
+    image[12:18, 30:36] = 200
+    padded, sizes = export.pad_images([image], shape)
+    expected = jax.jit(export.detection_program(model, shape, options))(padded, sizes)
+    assert expected.valid.any()
+    for found, wanted in zip(program.call([saved["weights/0"]], padded, sizes), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    x0, y0, x1, y1 = expected.boxes[0, 0].tolist()
+    assert 24 < x0 < x1 < 42 and 6 < y0 < y1 < 24
+    with pytest.raises(ValueError, match="the shape's 1 channels, got one of 3"):
+        export.pad_images([np.zeros((8, 8, 3), np.uint8)], shape)
+
+
+def test_a_model_without_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model must have num_classes"):
+        export.save_stablehlo(lambda *_, **__: None, tmp_path / "x.npz", shapes=[SHAPE], class_names=NAMES)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"score_threshold": 1.7}, "score_threshold must be in 0..1, got 1.7"),
+        ({"nms_threshold": float("nan")}, "nms_threshold must be in 0..1, got nan"),
+        ({"min_size": 0}, "min_size must be positive, got 0"),
+        ({"max_size": -1}, "max_size must be positive, got -1"),
+        ({"max_detections": 0}, "max_detections must be positive, got 0"),
+    ],
+)
+def test_options_out_of_range(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export.Options(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"batch": 0}, "must be positive"),
+        ({"source": (0, 64)}, "must be positive"),
+        ({"canvas": (64, 100)}, "canvas must be a multiple of 32"),
+        ({"canvas": (32768, 64)}, "canvas must be at most 32736"),
+        ({"channels": 0}, "must be positive"),
+    ],
+)
+def test_shapes_out_of_range(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        export.Shape(**{"batch": 1, "source": (48, 64), "canvas": (64, 96)} | wrong)
+
+
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(_extras, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnxruntime is missing.*'detectax_eqx\[onnx\]'"):
@@ -214,6 +285,36 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
     assert (about["class_names"], about["shape"], about["options"]) == (NAMES, SHAPE, OPTIONS)
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
     assert "faster_rcnn.box_head.fc6.weight" in {tensor.name for tensor in proto.graph.initializer}
+
+
+@pytest.mark.timeout(600)
+def test_proposals_of_low_scores_keep_their_ranks_in_onnx(caplog):
+    """A detector that was trained has most of its proposals at logits far below 0, where scores differ by 1e-8."""
+    needs("onnx")
+    import onnxruntime
+
+    from detectax_eqx.export._onnx import convert
+
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 150, (1500, 2))
+    anchors = jnp.asarray(np.concatenate([corners, corners + rng.uniform(8, 60, (1500, 2))], axis=1), jnp.float32)
+    logits = rng.uniform(-17, -9, 1500).astype(np.float32)
+
+    def run(logits, deltas):
+        output = models.RPNOutput((logits,), (deltas,), (anchors,))
+        proposals = models.propose(output, jnp.array([200.0, 200.0]), post_nms_top_n=300)
+        return {"boxes": proposals.boxes, "scores": proposals.scores, "valid": proposals.valid}
+
+    deltas = np.zeros((1500, 4), np.float32)
+    specs = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in (("logits", logits), ("deltas", deltas))}
+    proto = convert(run, specs, Brightest(jnp.ones(())))
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    boxes, scores, valid = session.run(["boxes", "scores", "valid"], {"logits": logits, "deltas": deltas})
+    expected = jax.jit(run)(logits, deltas)
+    assert valid.all() and expected["valid"].all()
+    np.testing.assert_array_equal(boxes, expected["boxes"])
+    np.testing.assert_allclose(scores, expected["scores"], rtol=1e-5)
 
 
 @pytest.mark.long
@@ -284,12 +385,13 @@ def test_another_models_detections_are_refused_by_name(onnx_file, model, images,
         export.compare_onnx(other, onnx_file, shape=SHAPE, images=images, options=OPTIONS)
 
 
-def test_int8_keeps_predictors_in_float(onnx_file, images, tmp_path):
+def test_int8_keeps_predictors_in_float(onnx_file, images, tmp_path, capfd, caplog):
     import onnxruntime
     from onnx import TensorProto
 
     path = tmp_path / "int8.onnx"
     export.quantize_onnx(onnx_file, path, images=images)
+    assert not caplog.records and capfd.readouterr() == ("", "")  # the libraries' advice is not for the user
     proto, about = export.read_onnx(path)
     assert about["class_names"] == NAMES
     types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}

@@ -1,10 +1,13 @@
 """Reading images: every mode and orientation, and what is said of files that are no use."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from detectax_eqx.data import DatasetError, read_image
+from detectax_eqx.data import DatasetError, load_coco, read_image
 
 
 def _pixels(height=6, width=9, seed=0):
@@ -210,3 +213,75 @@ def test_unusable_files_are_named(tmp_path, make, message):
     make(path)
     with pytest.raises(DatasetError, match="some image.*" + message):
         read_image(path)
+
+
+def _gigantic(path, height=13_400, width=13_400):
+    """An honest image of more pixels than Pillow reads unasked."""
+    Image.new("1", (width, height)).save(path, "PNG")
+
+
+def test_an_image_beyond_the_limit_has_to_be_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    pixels = _pixels(16, 20)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match=r"a\.png.*320 pixels.*max_pixels"):
+        read_image(tmp_path / "a.png")
+    for options in ({"max_pixels": 320}, {"size": (16, 20)}, {"size": (16, 20), "max_pixels": 1}):
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png", **options), pixels)
+    for max_pixels in (50, 319):
+        with pytest.raises(DatasetError, match=r"a\.png"):
+            read_image(tmp_path / "a.png", max_pixels=max_pixels)
+    with pytest.raises(DatasetError, match=r"a\.png.*annotated as 9×9"):
+        read_image(tmp_path / "a.png", size=(9, 9))
+    with pytest.raises(ValueError, match="max_pixels must be positive, got 0"):
+        read_image(tmp_path / "a.png", max_pixels=0)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF"])
+def test_the_annotated_size_vouches_in_every_format(tmp_path, monkeypatch, format):
+    Image.new("L", (40, 30), 200).save(tmp_path / "a.img", format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(tmp_path / "a.img", size=(30, 40)).shape == (30, 40, 3)
+    with pytest.raises(DatasetError, match="1200 pixels"):
+        read_image(tmp_path / "a.img")
+
+
+def test_threads_read_large_images_beside_small_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    sizes = [(30, 40), (5, 6), (50, 20), (7, 7)]
+    for i, (height, width) in enumerate(sizes):
+        Image.new("L", (width, height), i).save(tmp_path / f"{i}.png")
+    with ThreadPoolExecutor(8) as executor:
+        found = executor.map(lambda i: read_image(tmp_path / f"{i % 4}.png", size=sizes[i % 4]), range(200))
+        assert all(image.shape[:2] == sizes[i % 4] and (image == i % 4).all() for i, image in enumerate(found))
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_gigantic_image_is_found_by_its_annotations(tmp_path):
+    _gigantic(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 13_400, "width": 13_400}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9000, 9000]}],
+        "categories": [{"id": 1, "name": "field"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    assert load_coco(tmp_path / "train.json", tmp_path).sizes == ((13_400, 13_400),)
+    content["images"][0]["height"] = 13_399
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=r"a\.png.*annotated as 13400×13399"):
+        load_coco(tmp_path / "train.json", tmp_path)
+
+
+@pytest.mark.long
+def test_a_gigantic_image_is_read(tmp_path):
+    _gigantic(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", size=(13_400, 13_400)).shape == (13_400, 13_400, 3)
+    assert read_image(tmp_path / "a.png", max_pixels=13_400**2).shape == (13_400, 13_400, 3)
+    with pytest.raises(DatasetError, match="179560000 pixels"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_backslash_is_named_as_the_reason(tmp_path):
+    with pytest.raises(DatasetError, match=r'no such image file.*backslash.*write "photos/a\.png"'):
+        read_image(tmp_path / "photos\\a.png")

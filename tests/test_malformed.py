@@ -11,11 +11,11 @@ from detectax_eqx.data import DatasetError
 from detectax_eqx.train import CheckpointError
 from detectax_eqx.weights import WeightsError
 
-from .malformed import annotations, checkpoints, images, options, weights
+from .malformed import annotations, checkpoints, images, options, results, weights
 
 
 # The short form takes every n-th case of each family; the long one all of them.
-FAMILIES = {annotations: 3, images: 3, weights: 6, checkpoints: 3, options: 6}
+FAMILIES = {annotations: 3, images: 3, weights: 6, checkpoints: 3, options: 6, results: 6}
 SECONDS, MEGABYTES = 20, 300
 OURS = (DatasetError, WeightsError, CheckpointError, SystemExit, ConnectionError, FileNotFoundError)
 

@@ -44,9 +44,11 @@ def test_unwraps_a_training_checkpoint(name):
     np.testing.assert_array_equal(arrays["conv.weight"], EXPECTED["conv.weight"])
 
 
-def test_refuses_a_checkpoint_with_other_objects():
-    with pytest.raises(WeightsError, match=r"with_namespace.pth: it refers to argparse.Namespace"):
-        read_pth(DATA / "with_namespace.pth")
+def test_the_options_beside_the_weights_are_skipped():
+    """torchvision's training script keeps its `argparse.Namespace` there."""
+    arrays = read_pth(DATA / "with_namespace.pth")
+    assert list(arrays) == ["conv.weight", "conv.bias", "norm.weight"]
+    np.testing.assert_array_equal(arrays["conv.weight"], EXPECTED["conv.weight"])
 
 
 # Files written by hand, so that they can be wrong.
@@ -68,6 +70,11 @@ def tensor(
     rebuild = call or name("torch._utils", "_rebuild_tensor_v2")
     empty = name("collections", "OrderedDict") + b")R"
     return rebuild + storage + dump(offset) + dump(shape) + dump(strides) + dump(False) + empty + b"tR"
+
+
+def mapping(**entries):
+    """The instructions that build a dictionary of what other instructions build."""
+    return b"}(" + b"".join(dump(key) + value for key, value in entries.items()) + b"u"
 
 
 def state_dict(**entries):
@@ -156,7 +163,7 @@ HOSTILE = {
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_runs_nothing(case, write, path, monkeypatch):
-    """The name is refused where it is looked up, before any call."""
+    """The name is noted, nothing is called, and what takes the place of a tensor is refused by its name."""
     monkeypatch.chdir(path.parent)
     for function in (os.system, subprocess.Popen):
         monkeypatch.setattr(f"{function.__module__}.{function.__name__}", lambda *_: pytest.fail("it ran"))
@@ -164,6 +171,79 @@ def test_runs_nothing(case, write, path, monkeypatch):
     with pytest.raises(WeightsError, match=rf"file\.pth: it refers to ({wanted})"):
         read_pth(write(path, state_dict(w=HOSTILE[case])))
     assert sorted(os.listdir(path.parent)) == ["file.pth"] and "DETECTAX_HARMED" not in os.environ
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_runs_nothing_beside_the_weights(case, write, path, monkeypatch):
+    """There too it is a note of a name, whatever the program then does with it."""
+    monkeypatch.chdir(path.parent)
+    for function in (os.system, subprocess.Popen):
+        monkeypatch.setattr(f"{function.__module__}.{function.__name__}", lambda *_: pytest.fail("it ran"))
+    state = b"}" + dump("__setstate__") + name("os", "system") + b"sb"
+    program = state_dict(model=mapping(w=tensor()), extra=HOSTILE[case] + state)
+    assert read_pth(write(path, program))["w"].tolist() == [0, 1, 2, 3]
+    assert sorted(os.listdir(path.parent)) == ["file.pth"] and "DETECTAX_HARMED" not in os.environ
+
+
+NAMESPACE = name("argparse", "Namespace") + b")\x81}" + dump("lr") + dump(0.1) + b"sb"
+# What training scripts keep beside the weights: torchvision's, Lightning, mmengine.
+BESIDE = {
+    "args": NAMESPACE,
+    "optimizer": mapping(state=b"}(" + dump(0) + mapping(momentum_buffer=tensor()) + b"u", param_groups=b"]"),
+    "lr_scheduler": mapping(milestones=name("collections", "Counter") + b"}(" + dump(16) + dump(1) + b"u\x85R"),
+    "path": name("pathlib", "PosixPath") + b"(" + dump("runs") + b"tR",
+    "score": name("numpy.core.multiarray", "scalar")
+    + b"("
+    + name("numpy", "dtype")
+    + b"("
+    + dump("f8")
+    + b"tR"
+    + name("_codecs", "encode")
+    + b"("
+    + dump("x")
+    + b"tRtR",
+    "config": name("omegaconf", "DictConfig") + b")\x81" + b"(" + dump("a") + dump(1) + b"u",
+    "history": name("mmengine", "HistoryBuffer") + b")\x81" + b"(" + dump(1) + dump(2) + b"e",
+    "epoch": dump(26),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_reads_the_weights_of_a_training_script(key, write, path):
+    arrays = read_pth(write(path, state_dict(**{key: state_dict(w=tensor())[2:-1]}, **BESIDE)))
+    assert list(arrays) == ["w"] and arrays["w"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("key", ["model_ema", "ema", "ema_model", "state_dict_ema"])
+def test_an_average_beside_the_weights_is_preferred(key, write, path):
+    """As torchvision's script keeps it (`module.` and `n_averaged`), and as D-FINE's does, under `module`."""
+    average = {"n_averaged": tensor(shape=(), strides=()), "module.w": tensor(offset=1, shape=(2,))}
+    flat = mapping(**average)
+    nested = mapping(module=flat, updates=dump(7))
+    for content in (flat, nested):
+        file = write(path, state_dict(model=mapping(w=tensor()), **{key: content}))
+        assert read_pth(file)["module.w"].tolist() == [1, 2]
+        assert read_pth(file, entry="model")["w"].tolist() == [0, 1, 2, 3]
+    without = state_dict(model=mapping(w=tensor()), **{key: name("x", "EMA") + b")\x81"})
+    assert list(read_pth(write(path, without))) == ["w"]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_whole_model_is_refused_by_its_class(write, path):
+    program = b"\x80\x02" + name("torchvision.models.resnet", "ResNet") + b")\x81}b."
+    with pytest.raises(WeightsError, match=r"an object of torchvision\.models\.resnet\.ResNet, not .*state_dict\(\)"):
+        read_pth(write(path, program))
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth", "resnet50-0676ba61.pth"])
+def test_a_missing_published_file_is_told_its_url(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"{name}.* https://download\.pytorch\.org/models/{name}$"):
+        read_pth(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*mine\.pth\.$"):
+        read_pth(tmp_path / "mine.pth")
 
 
 BENT = {
@@ -309,8 +389,12 @@ def test_flipped_bytes_never_escape_as_other_errors(path):
 
 def test_two_state_dicts_are_ambiguous_and_other_objects_none(path):
     inner = state_dict(w=tensor())[2:-1]
-    with pytest.raises(WeightsError, match="another under 'model'"):
-        read_pth(write_zip(path, state_dict(model=inner, state_dict=inner)))
+    write_zip(path, state_dict(model=inner, state_dict=inner))
+    with pytest.raises(WeightsError, match=r"another under 'model'.*entry='state_dict'"):
+        read_pth(path)
+    assert list(read_pth(path, entry="model")) == ["w"]
+    with pytest.raises(WeightsError, match=r"no state dict under 'ema', but mappings under \['model', 'state_dict'\]"):
+        read_pth(path, entry="ema")
     with pytest.raises(WeightsError, match="holds a list"):
         read_pth(write_zip(path, pickle.dumps([1], protocol=2)))
     with pytest.raises(FileNotFoundError):

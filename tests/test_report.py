@@ -56,9 +56,7 @@ def report(scripts, shapes, tmp_path_factory):
     from _report.evaluation import write_report
 
     dataset, results = shapes
-    metrics = {
-        kind: evaluate.evaluate_coco(dataset.annotations_path, results, iou_type=kind) for kind in ("bbox", "segm")
-    }
+    metrics = {kind: evaluate.evaluate_coco(dataset, results, iou_type=kind) for kind in ("bbox", "segm")}
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(path, dataset, results, metrics)
     return path
@@ -102,16 +100,15 @@ def test_the_report_is_kept_small(scripts, shapes, monkeypatch):
     from _report import evaluation
 
     dataset, results = shapes
-    annotations = json.loads(dataset.annotations_path.read_text())
-    analysis = evaluate.analyze_errors(annotations, results)
-    everything = evaluation.worst_images(dataset, annotations, results, [analysis])
+    analysis = evaluate.analyze_errors(dataset, results)
+    everything = evaluation.worst_images(dataset, results, [analysis])
     assert len(everything) > 5
     monkeypatch.setattr(evaluation, "IMAGE_BYTES", 20_000)
-    some = evaluation.worst_images(dataset, annotations, results, [analysis])
+    some = evaluation.worst_images(dataset, results, [analysis])
     assert some == everything[: len(some)] and 0 < len(some) < len(everything)
     assert len(json.dumps(some)) < 21_000
     monkeypatch.setattr(evaluation, "MOST", 2)
-    assert len(evaluation.worst_images(dataset, annotations, results, [analysis])) == 2
+    assert len(evaluation.worst_images(dataset, results, [analysis])) == 2
 
 
 def test_the_worst_come_first(scripts, shapes):
@@ -138,7 +135,6 @@ def test_shrunk_masks(scripts):
     expected = evaluate.encode_mask(small)["counts"]
     square = np.array([[4.0, 2.0], [8.0, 2.0], [8.0, 6.0], [4.0, 6.0]])
     encoded = evaluate.encode_mask(mask)
-    assert shrink_mask(encoded, (8, 12), (4, 6)) == expected
     assert shrink_mask({**encoded, "counts": encoded["counts"].encode()}, (8, 12), (4, 6)) == expected
     assert shrink_mask((square,), (8, 12), (4, 6)) == expected
     assert shrink_mask(None, (8, 12), (4, 6)) is None

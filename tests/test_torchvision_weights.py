@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from detectax_eqx import models, nn
-from detectax_eqx.weights import WeightsError, load_torchvision, load_torchvision_backbone, named_leaves, to_torchvision
+from detectax_eqx.weights import (
+    WeightsError,
+    load_safetensors,
+    load_torchvision,
+    load_torchvision_backbone,
+    named_leaves,
+    save_safetensors,
+    to_torchvision,
+)
 
 
 def _body():
@@ -137,6 +145,62 @@ def test_counters_are_ignored(build):
     }
     assert counters
     _check_equal(load_torchvision(_random(build, seed=1), arrays | counters), model)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "model._orig_mod.", "model.module."])
+def test_prefixes_of_wrappers_are_removed(build, prefix):
+    model = _random(build)
+    arrays = {f"{prefix}{name}": array for name, array in to_torchvision(model).items()}
+    _check_equal(load_torchvision(_random(build, seed=1), arrays | {"n_averaged": np.array(3)}), model)
+
+
+def test_a_prefix_that_some_names_lack_is_none():
+    arrays = to_torchvision(_random(_body))
+    first, *rest = arrays
+    with pytest.raises(WeightsError, match=f"unused in the source: module.{first}"):
+        load_torchvision(_random(_body), {f"module.{first}": arrays[first]} | {name: arrays[name] for name in rest})
+
+
+def test_safetensors_of_either_names(build, tmp_path):
+    model, path = _random(build), tmp_path / "model.safetensors"
+    for content in (model, to_torchvision(model)):
+        save_safetensors(content, path)
+        _check_equal(load_torchvision(_random(build, seed=1), path), model)
+
+
+def _of(name):
+    """The shapes of a ResNet as in its published classifier's file."""
+    body = eqx.filter_eval_shape(lambda: getattr(nn, name)(key=jr.key(0)))
+    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), body))
+    return arrays | {"fc.weight": np.zeros((1000, 1), np.float32), "fc.bias": np.zeros(1000, np.float32)}
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101"])
+def test_another_resnet_is_named_in_the_first_line(name):
+    body = eqx.filter_eval_shape(lambda: nn.resnet18(key=jr.key(0)))
+    title = f"ResNet-{name.removeprefix('resnet')}"
+    with pytest.raises(WeightsError) as caught:
+        load_torchvision(body, _of(name))
+    first, rest = str(caught.value).split("\n", 1)
+    assert f"seems to be a {title} ImageNet classifier with 1000 classes, but the model is a ResNet-18." in first
+    assert "does not fit the model" in rest and caught.value.unused
+
+
+def test_another_detector_is_named_in_the_first_line(tmp_path):
+    boxes, masks = _random(_faster_rcnn), _random(_mask_rcnn)
+    here, there = (f"a {kind} R-CNN on a ResNet-18 of width 8 with 4 outputs" for kind in ("Faster", "Mask"))
+    with pytest.raises(WeightsError, match=f"seems to be {there}, but the model is {here}."):
+        load_torchvision(boxes, to_torchvision(masks))
+    with pytest.raises(WeightsError, match=r"seems to be .* with 4 outputs, but the model is .* with 6 outputs"):
+        load_torchvision(_shapes(partial(_faster_rcnn, num_classes=5)), to_torchvision(boxes))
+    with pytest.raises(WeightsError, match=f"seems to be {here}, but the model is a ResNet-18 of width 8."):
+        load_torchvision(_random(_body), to_torchvision(boxes))
+    grouped = eqx.filter_eval_shape(lambda: nn.resnet18(key=jr.key(0), width=8, norm=nn.GroupNorm))
+    with pytest.raises(WeightsError, match="but the model is a ResNet-18 of width 8 with GroupNorm"):
+        load_torchvision(grouped, to_torchvision(_random(_body)))
+    save_safetensors(masks, tmp_path / "mask.safetensors")
+    with pytest.raises(WeightsError, match=f"^.*mask.safetensors seems to be {there}, but the model is {here}."):
+        load_safetensors(boxes, tmp_path / "mask.safetensors")
 
 
 def test_other_dtypes_are_cast():

@@ -41,7 +41,20 @@ def run(shapes, output, *options, status=0):
 
 
 def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
-    options = ["--steps", "3", "--log-every", "1", "--ema", "0.1", "--accumulate", "2", "--precision", "bfloat16"]
+    options = [
+        "--steps",
+        "3",
+        "--warmup-steps",
+        "2",
+        "--log-every",
+        "1",
+        "--ema",
+        "0.1",
+        "--accumulate",
+        "2",
+        "--precision",
+        "bfloat16",
+    ]
     options += ["--gradient-checkpointing", "--clip-norm", "1e-3", "--weight-decay", "0", "--momentum", "0"]
     _, metrics = run(shapes, tmp_path / "all", *options)
     for line in metrics:
@@ -109,4 +122,4 @@ def test_the_optimiser_has_its_groups(tmp_path):
 def test_refusals(shapes, tmp_path, options, message):
     annotations, images = str(shapes / "train/annotations.json"), str(shapes / "train/images")
     with pytest.raises(SystemExit, match=re.escape(message)):
-        script.main(script.Options(annotations, images, tmp_path, **options))
+        script.main(script.Options(train_annotations=annotations, train_images=images, output=tmp_path, **options))

@@ -15,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -40,24 +42,34 @@ OPTIONS = {
     "min-sizes": 64,
     "max-size": 64,
     "canvases": "64 64",
+    "anchor-sizes": "8 16 32 48 64",
     "max-objects": 2,
     "checkpoint-every": 3,
     "log-every": 2,
 }
 
 
-def build(name, num_classes, norm, seed=0, *, checkpoint=False):
+def build(
+    name,
+    num_classes,
+    norm,
+    seed=0,
+    *,
+    checkpoint=False,
+    anchor_sizes=(8.0, 16.0, 32.0, 48.0, 64.0),
+    aspect_ratios=(0.5, 1.0, 2.0),
+):
     """A Faster R-CNN on a ResNet-18 of an eighth of the width."""
-    return _build(num_classes, jr.key(seed), checkpoint)
+    return _build(num_classes, jr.key(seed), checkpoint, tuple((size,) for size in anchor_sizes), aspect_ratios)
 
 
 @eqx.filter_jit
-def _build(num_classes, key, checkpoint):
+def _build(num_classes, key, checkpoint, anchor_sizes, aspect_ratios):
     keys = jr.split(key, 3)
     body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
     backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
-    sizes = ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
-    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=32, anchor_sizes=sizes)
+    anchors = {"anchor_sizes": anchor_sizes, "aspect_ratios": aspect_ratios}
+    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=32, **anchors)
 
 
 def command(shapes, output, *options):
@@ -67,6 +79,18 @@ def command(shapes, output, *options):
         paths |= {f"{kind}-annotations": shapes / kind / "annotations.json", f"{kind}-images": shapes / kind / "images"}
     pairs = [(f"--{name}", *str(value).split(" ")) for name, value in (OPTIONS | paths).items()]
     return [sys.executable, __file__, *itertools.chain(*pairs), *options]
+
+
+@contextmanager
+def no_training():
+    """Within it, a step of the script counts and changes nothing else, and so needs no compiling."""
+
+    def step(state, batch):
+        metrics = dict.fromkeys(("loss", "overflow", "invalid", "skipped"), 0.0)
+        return eqx.tree_at(lambda state: state.step, state, state.step + 1), metrics
+
+    with mock.patch.object(train, "make_train_step", lambda *arguments, **options: step):
+        yield
 
 
 def members():
@@ -135,4 +159,4 @@ if __name__ == "__main__":
         signal_after(place, int(number), SIGNALS[sys.argv[-2]])
         del sys.argv[-2:]
     _shared.build = script.build = build
-    _shared.run(script.main, script.Options, script.__doc__)
+    _shared.run(script.main, script.Options, script.__doc__, defaults=script.options_to_resume)

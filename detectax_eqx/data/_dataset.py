@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Float64, Int32
 
 from ._report import Report
 from ._store import Location
@@ -47,6 +47,8 @@ class Objects:
     - `labels`: positions in the dataset's categories. `crowd`: marks groups that stand for many objects.
     - `annotation_ids`: the file's. `segmentations`: polygons, each an array of `(x, y)` points; or a dictionary with
       `size` and compressed `counts` as pycocotools has it; or `None`.
+    - `boxes_xywh`: `(x, y, width, height)` for evaluation: the file's own numbers, in its precision, unless the box was
+      repaired. `areas`: the file's, by which COCO sorts objects into small, medium and large; NaN where it has none.
     """
 
     boxes: Float32[np.ndarray, "n 4"]
@@ -54,11 +56,13 @@ class Objects:
     crowd: Bool[np.ndarray, " n"]
     annotation_ids: tuple[int, ...]
     segmentations: tuple[Segmentation, ...]
+    boxes_xywh: Float64[np.ndarray, "n 4"]
+    areas: Float64[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
 class CocoDataset:
-    """A COCO-format dataset that was checked. `load_coco` makes it.
+    """A COCO-format dataset that was checked. `load_coco` makes it, and `load_annotations` one without images.
 
     - `categories`: sorted by id. Label `k` means `categories[k]`, so gaps in the ids are no concern.
     - `report`: what was repaired in memory. The file is left as it is.

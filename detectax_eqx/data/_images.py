@@ -2,11 +2,13 @@
 
 from io import BufferedReader, BytesIO
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
+from ._pixel_limit import allow_pixels
 from ._report import BadImageError
 from ._store import Location, read_bytes, to_location
 
@@ -25,9 +27,13 @@ TRANSPOSITIONS = {
 SIDEWAYS = (5, 6, 7, 8)
 # The last bytes of a file that was written to its end.
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
+# What Pillow says of an image beyond its limit.
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(
+    path: str | Path, *, size: tuple[int, int] | None = None, max_pixels: int | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file, or a URL of http, gs or s3, as RGB, as `(h, w, 3)` uint8.
 
     Gray, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped, the colours below it stay. 16-bit gray
@@ -37,9 +43,13 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
     width)` in whose pixels the image was annotated, and decides: if only the size as stored equals it, the annotator
     did not see the orientation, so it is not applied. Where both sizes are equal, it is applied.
 
+    A few bytes can stand for gigabytes of pixels. Beyond Pillow's limit of 179 million pixels, an image is therefore
+    read only if it has the annotated `size`, which vouches for it, or no more pixels than `max_pixels`, if given.
+
     Raises a `BadImageError` (a `DatasetError`) that names the file if it is missing, truncated or no image, if it holds
-    32-bit numbers beyond 0..65535 or fractions, whose range is not known, or if neither size equals `size`; and a
-    `ConnectionError` with URL and status if a store does not give it.
+    32-bit numbers beyond 0..65535 or fractions, whose range is not known, if neither size equals `size`, or if it has
+    too many pixels; a `ValueError` if `max_pixels` is not positive; and a `ConnectionError` with URL and status if a
+    store does not give it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -48,16 +58,21 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
     >>> image.shape, image[0, 0].tolist()
     ((2, 3, 3), [200, 200, 200])
     """
-    return np.array(open_rgb(to_location(path), size))
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"max_pixels must be positive, got {max_pixels}.")
+    return np.array(open_rgb(to_location(path), size, max_pixels))
 
 
-def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
+def open_rgb(location: Location, size: tuple[int, int] | None, max_pixels: int | None = None) -> Image.Image:
     """What `read_image` does, the pixels still being Pillow's."""
+    allowed = max_pixels if size is None else max(max_pixels or 0, size[0] * size[1])
     try:
-        with _open(location) as file, _checked(file) as image:
+        with allow_pixels(allowed), _open(location) as file, _checked(file) as image:
             # Before any pixel is decoded: a few bytes can stand for gigabytes of them.
             if size is not None and size not in ((image.height, image.width), (image.width, image.height)):
                 raise _wrong_size(location, (image.height, image.width), size)
+            if allowed is not None and image.height * image.width > allowed:
+                raise _too_large(location, image.height * image.width, allowed)
             image.load()
             transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, location, size) else None
             image = _to_rgb(image)
@@ -65,7 +80,9 @@ def open_rgb(location: Location, size: tuple[int, int] | None) -> Image.Image:
     except (BadImageError, ConnectionError):
         raise
     except FileNotFoundError:
-        raise BadImageError(f"{location}: no such image file.") from None
+        raise BadImageError(f"{location}: no such image file.{_backslash(location)}") from None
+    except BOMB as error:
+        raise _bomb(location, size, error) from None
     except Exception as error:  # Pillow's readers raise errors of many types
         raise BadImageError(f"{location}: cannot be read as an image: {error}") from error
 
@@ -98,15 +115,17 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
             return str(error), "Put it there, write it anew, or correct its entry and the folder."
         return None
     try:
-        with Image.open(location) as image:
+        with allow_pixels(size[0] * size[1]), Image.open(location) as image:
+            _is_upright(image, location, size)
             end = ENDS.get(image.format or "")
             if end is None or _last_bytes(location, len(end)) != end:
                 image.load()
-            _is_upright(image, location, size)
-    except BadImageError as error:
-        return str(error), 'Correct "width" and "height", and check that the boxes belong to this image.'
+    except (BadImageError, *BOMB) as error:
+        what = error if isinstance(error, BadImageError) else _bomb(location, size, error)
+        return str(what), 'Correct "width" and "height", and check that the boxes belong to this image.'
     except FileNotFoundError:
-        return f"{location}: no such image file.", "Put it there, correct the folder, or remove the image's entry."
+        remedy = "Put it there, correct the folder, or remove the image's entry."
+        return f"{location}: no such image file.", _backslash(location).strip() or remedy
     except Exception as error:
         return f"{location}: cannot be read as an image: {error}.", "Fetch or write the file anew."
     return None
@@ -135,6 +154,25 @@ def _is_upright(image: Image.Image, location: Location, size: tuple[int, int] | 
     if stored == size:
         return False
     raise _wrong_size(location, shown, size)
+
+
+def _backslash(location: Location) -> str:
+    """What is wrong with a name that was written on Windows; empty if it was not."""
+    name = location.name if isinstance(location, Path) else unquote(location.rsplit("/", 1)[-1])
+    if "\\" not in name:
+        return ""
+    right = name.replace("\\", "/")
+    return f' Its "file_name" has a backslash, which separates folders on Windows only: write "{right}".'
+
+
+def _bomb(location: Location, size: tuple[int, int] | None, error: Exception) -> BadImageError:
+    if size is not None:
+        return BadImageError(f"{location}: {error} It is annotated as {size[1]}×{size[0]}.")
+    return BadImageError(f"{location}: {error} If you trust the file, pass its number of pixels as max_pixels.")
+
+
+def _too_large(location: Location, pixels: int, allowed: int) -> BadImageError:
+    return BadImageError(f"{location}: has {pixels:,} pixels, more than max_pixels={allowed:,}.")
 
 
 def _wrong_size(location: Location, found: tuple[int, int], size: tuple[int, int]) -> BadImageError:

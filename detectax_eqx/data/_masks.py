@@ -1,5 +1,6 @@
 """Segmentations to coverage: how much of each cell of a box is the object."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -106,10 +107,43 @@ def rle_counts(text: bytes) -> Int64[np.ndarray, " n"]:
     [5, 2, 2, 2, 5]
     """
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63:
+    values, _ = _numbers(codes, np.array([len(codes)]))
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def decode_counts(texts: Sequence[bytes]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
+    """The run lengths of many compressed encodings, one after the other, and how many each of the `m` has.
+
+    Raises a `ValueError` as `rle_counts` does, if one of them is malformed.
+
+    >>> runs, counts = decode_counts([b"52203", b"6"])
+    >>> runs.tolist(), counts.tolist()
+    ([5, 2, 2, 2, 5, 6], [5, 1])
+    """
+    if not texts:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    codes = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
+    values, counts = _numbers(codes, np.array([len(text) for text in texts]))
+    position = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its encoding
+    # Runs 1, 3, 5, … are a chain of differences, and so are 2, 4, 6, …
+    for chain, sizes in ((position % 2 == 1, counts // 2), ((position % 2 == 0) & (position > 0), (counts - 1) // 2)):
+        sums = np.cumsum(values[chain])
+        before = np.append(0, sums)[np.cumsum(sizes) - sizes]
+        values[chain] = sums - np.repeat(before, sizes)
+    return values, counts
+
+
+def _numbers(
+    codes: Int64[np.ndarray, " c"], sizes: Int64[np.ndarray, " m"]
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
+    """The signed numbers that the characters of `m` texts of these sizes spell, and how many each text has."""
+    if sizes.min() == 0 or codes.min() < 0 or codes.max() > 63:
         raise ValueError("its counts are empty or hold a character outside the alphabet")
-    last = (codes & 32) == 0
-    if not last[-1]:
+    ends = np.cumsum(sizes) - 1
+    last = (codes & 32) == 0  # of a number's characters
+    if not last[ends].all():
         raise ValueError("its counts end within a number")
     starts = np.append(0, np.flatnonzero(last)[:-1] + 1)
     lengths = np.diff(np.append(starts, len(codes)))
@@ -119,9 +153,7 @@ def rle_counts(text: bytes) -> Int64[np.ndarray, " n"]:
     values = np.add.reduceat((codes & 31) << shift, starts)
     negative = (codes[last] & 16) != 0
     values = np.where(negative, values - (1 << (5 * lengths)), values)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
+    return values, np.diff(np.append(0, np.cumsum(last)[ends]))
 
 
 def _overlap(low: float, high: float, cells: int, pixels: int) -> Float32[np.ndarray, "cells pixels"]:

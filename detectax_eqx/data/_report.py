@@ -39,23 +39,28 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """The problems of a dataset: `errors`, with which it cannot be used, and `repairs`, which were made in memory.
+    """The problems of a dataset.
 
-    A dataset that was loaded has no errors. `counts` gives the number of repairs of each kind.
+    - `errors`: with them it cannot be used. A dataset that was loaded has none.
+    - `repairs`: they were made in memory. `notes`: what looks like a mistake, and was left as it is.
     """
 
     errors: tuple[Problem, ...] = ()
     repairs: tuple[Problem, ...] = ()
+    notes: tuple[Problem, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many repairs there are of each kind."""
-        return dict(Counter(problem.kind for problem in self.repairs))
+        """How many repairs and notes there are of each kind."""
+        return dict(Counter(problem.kind for problem in (*self.repairs, *self.notes)))
 
     def __str__(self) -> str:
-        if not self.repairs:
-            return "nothing to repair"
-        return "repaired: " + ", ".join(f"{kind} ×{count}" for kind, count in self.counts.items())
+        parts = []
+        for name, problems in (("repaired", self.repairs), ("kept as it is", self.notes)):
+            kinds = Counter(problem.kind for problem in problems)
+            if kinds:
+                parts.append(f"{name}: " + ", ".join(f"{kind} ×{count:,}" for kind, count in kinds.items()))
+        return "; ".join(parts) or "nothing to repair"
 
 
 class DatasetError(ValueError):
@@ -77,6 +82,7 @@ class Collector:
         self.file = file
         self.errors: list[Problem] = []
         self.repairs: list[Problem] = []
+        self.notes: list[Problem] = []
 
     def error(self, kind: str, what: str, remedy: str, **where: object) -> None:
         """Notes a problem that nothing but the dataset's owner can mend. `where`: `Problem`'s last three fields."""
@@ -85,6 +91,10 @@ class Collector:
     def repair(self, kind: str, what: str, remedy: str, **where: object) -> None:
         """Notes a problem that was mended. `where`: `Problem`'s last three fields."""
         self.repairs.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
+
+    def note(self, kind: str, what: str, remedy: str, **where: object) -> None:
+        """Notes what looks like a mistake but need not be one. `where`: `Problem`'s last three fields."""
+        self.notes.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def report(self) -> Report:
         """All that was gathered, or a `DatasetError` listing what could not be mended."""
@@ -96,4 +106,4 @@ class Collector:
             summary = ", ".join(f"{kind} ×{count}" for kind, count in kinds.most_common())
             head = f"{self.file} cannot be used: {summary}."
             raise DatasetError("\n".join([head, *listed]), tuple(self.errors))
-        return Report(repairs=tuple(self.repairs))
+        return Report(repairs=tuple(self.repairs), notes=tuple(self.notes))

@@ -4,11 +4,15 @@ A file may hold a million annotations. What is called for each of them is left o
 which would take ten times as long as the checks themselves.
 """
 
+import math
+from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple, cast, no_type_check
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ._box_format import BoxFormat, check_box_format, to_coco
 from ._dataset import Category, ImageRecord, Segmentation
 from ._masks import rle_counts
 from ._report import Collector, DatasetError
@@ -19,16 +23,21 @@ from ._store import Location, join
 LARGEST = 1e9
 # Annotations are rounded to hundredths of a pixel; reaching out by less is no mistake of theirs.
 ROUNDING = 0.01
+# pycocotools counts pixels in 32 bits, and walks along a polygon's outline in fifths of a pixel.
+MOST_PIXELS, LONGEST_OUTLINE = 2**32 - 1, 4e6
+IDS_FIT = "Ids have to fit into 64 bits, with a sign: renumber."
 
 
 class Annotation(NamedTuple):
-    """An annotation that passed: its box as `(x0, y0, x1, y1)` and its label."""
+    """An annotation that passed: its box as `(x0, y0, x1, y1)` and its label; box and area as evaluation takes them."""
 
     id: int
     box: tuple[float, float, float, float]
     label: int
     crowd: bool
     segmentation: Segmentation
+    box_xywh: tuple[float, float, float, float]
+    area: float
 
 
 def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, list]:
@@ -46,27 +55,39 @@ def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, li
     return parts[0], parts[1], parts[2]
 
 
-def parse_images(entries: list, folder: Location, problems: Collector) -> list[ImageRecord]:
-    """Those images that have an id of their own, a file name and a size."""
-    images, seen = [], set()
+def parse_images(entries: list, folder: Location | None, problems: Collector) -> list[ImageRecord]:
+    """Those images that have an id of their own, a file name and a size. Without a folder, names may be missing."""
+    images, seen, files = [], set(), {}
+    required = ("id", "width", "height") if folder is None else ("id", "file_name", "width", "height")
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             problems.error("wrong type", f"images[{position}] is {_show(entry)}.", "Make it an object.")
             continue
         where = {"image_id": entry.get("id", f"at position {position}"), "image_file": _name(entry)}
-        if not _has(entry, ("id", "file_name", "width", "height"), problems, where):
+        if not _has(entry, required, problems, where):
             continue
+        name = "" if folder is None and entry.get("file_name") is None else entry["file_name"]
         if not _is_int(entry["id"]):
             problems.error("wrong type", f'"id" is {_show(entry["id"])}.', "Make it an integer.", **where)
         elif entry["id"] in seen:
             problems.error("duplicate image id", "another image has this id.", "Number images uniquely.", **where)
-        elif not isinstance(entry["file_name"], str) or not entry["file_name"]:
+        elif not _fits(entry["id"]):
+            problems.error("id too large", f'"id" is {_show(entry["id"])}.', IDS_FIT, **where)
+        elif not isinstance(name, str) or not (name or entry.get("file_name") is None):
             problems.error("wrong type", f'"file_name" is {_show(entry["file_name"])}.', "Make it a string.", **where)
         elif not all(_is_int(entry[side]) and 0 < entry[side] < LARGEST for side in ("width", "height")):
             what = f'"width" and "height" are {_show(entry["width"])} and {_show(entry["height"])}.'
             problems.error("wrong image size", what, "Make them positive integers.", **where)
+        elif entry["width"] * entry["height"] > MOST_PIXELS:
+            what = f"{entry['width']}×{entry['height']} are more pixels than a run-length encoding counts."
+            problems.error("wrong image size", what, "Correct the size, or cut the image into tiles.", **where)
         else:
-            images.append(ImageRecord(entry["id"], join(folder, entry["file_name"]), entry["height"], entry["width"]))
+            path = Path(name) if folder is None else join(folder, name)
+            images.append(ImageRecord(entry["id"], path, entry["height"], entry["width"]))
+            first = files.setdefault(path, entry["id"]) if name else entry["id"]
+            if first != entry["id"]:
+                what = f"image {first} has the same file."
+                problems.note("file under two image ids", what, "Both are kept.", **where)
         if _is_int(entry["id"]):
             seen.add(entry["id"])
     return images
@@ -82,21 +103,32 @@ def parse_categories(entries: list, problems: Collector) -> tuple[Category, ...]
         elif entry["id"] in categories:
             what = f'category id {entry["id"]} is both "{categories[entry["id"]].name}" and "{entry["name"]}".'
             problems.error("duplicate category id", what, "Number categories uniquely.")
+        elif not _fits(entry["id"]):
+            problems.error("id too large", f"categories[{position}] is {_show(entry)}.", IDS_FIT)
         else:
             categories[entry["id"]] = Category(entry["id"], entry["name"])
     return tuple(categories[id] for id in sorted(categories))
 
 
 def parse_annotations(
-    entries: list, images: dict[int, ImageRecord], known_images: set, labels: dict[int, int], problems: Collector
+    entries: list,
+    images: dict[int, ImageRecord],
+    known_images: set,
+    labels: dict[int, int],
+    problems: Collector,
+    box_format: BoxFormat = "xywh",
 ) -> dict[int, list[Annotation]]:
     """The sound annotations of each image, by its id.
 
     - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is told once.
-    - `labels`: of each category id.
+    - `labels`: of each category id. `box_format`: how the boxes are written; if they look like another format, that is
+      an error.
     """
     found: dict[int, list[Annotation]] = {id: [] for id in images}
     seen: set[int] = set()
+    boxes, box_images = [], []  # as written, and the image of each
+    ids = {entry["id"] for entry in entries if isinstance(entry, dict) and _is_int(entry.get("id"))}
+    spare_id = next(id for id in count(1) if id not in ids)
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             problems.error("wrong type", f"annotations[{position}] is {_show(entry)}.", "Make it an object.")
@@ -114,12 +146,51 @@ def parse_annotations(
         sound = _check_ids(entry, image_known, seen, labels, problems, where)
         if image is None:
             continue
+        written = entry["bbox"]
+        if box_format != "xywh":
+            entry = to_coco(entry, box_format, image.width, image.height)
         box, whole = _parse_box(entry["bbox"], image, problems, where)
-        segmentation, fits = _parse_segmentation(entry.get("segmentation"), image, problems, where)
+        if whole:
+            boxes.append(written)
+            box_images.append((image.height, image.width))
+        segmentation, fits = check_segmentation(entry.get("segmentation"), image, problems, where)
         if sound and whole and fits and box is not None:
-            label, crowd = labels[entry["category_id"]], bool(entry.get("iscrowd", 0))
-            found[image.id].append(Annotation(entry["id"], box, label, crowd, segmentation))
+            label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
+            if id == 0:
+                what = 'evaluation with pycocotools takes 0 for "no match".'
+                problems.repair("annotation id 0", what, f"Renumbered {spare_id}.", **where)
+                id = spare_id
+            exact = _exact_box_and_area(entry, image)
+            found[image.id].append(Annotation(id, box, label, crowd, segmentation, *exact))
+    check_box_format(
+        np.array(boxes, np.float64).reshape(-1, 4),
+        np.array(box_images, np.float64).reshape(-1, 2),
+        box_format,
+        problems,
+    )
     return found
+
+
+@no_type_check
+def _exact_box_and_area(entry: dict, image: ImageRecord) -> tuple[tuple[float, float, float, float], float]:
+    """Box and area for evaluation: the file's numbers as they are, unless the box is clipped, and NaN for no area.
+
+    An object is no larger than its clipped box.
+    """
+    x, y, width, height = (float(number) for number in entry["bbox"])
+    area = float(entry.get("area", math.nan))
+    if not _reaches_out(entry["bbox"], image):
+        return (x, y, width, height), area
+    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height)
+    clipped = x0, y0, x1 - x0, y1 - y0
+    return clipped, min(area, clipped[2] * clipped[3])  # NaN stays NaN in this order
+
+
+@no_type_check
+def _reaches_out(bbox: list, image: ImageRecord) -> bool:
+    """Whether a box reaches out of its image by more than rounding explains."""
+    x, y, width, height = bbox
+    return min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING
 
 
 @no_type_check
@@ -131,9 +202,10 @@ def _check_ids(
     id, category = entry["id"], entry["category_id"]
     if not _is_int(id):
         problems.error("wrong type", f'"id" is {_show(id)}.', "Make it an integer.", **where)
-    elif id <= 0:
-        what = f'"id" is {id}; evaluation with pycocotools takes 0 for "no match".'
-        problems.error("annotation id not positive", what, "Number annotations from 1.", **where)
+    elif id < 0:
+        problems.error("negative annotation id", f'"id" is {_show(id)}.', "Number annotations from 1.", **where)
+    elif not _fits(id):
+        problems.error("id too large", f'"id" is {_show(id)}.', IDS_FIT, **where)
     elif id in seen:
         what = "another annotation has this id."
         problems.error("duplicate annotation id", what, "Number annotations uniquely.", **where)
@@ -172,14 +244,17 @@ def _parse_box(
         what = f"{text} lies beside its {image.width}×{image.height} image, or is too thin to have an area."
         problems.repair("box outside the image", what, "Dropped.", **where)
         return None, True
-    if min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING:
+    if _reaches_out(bbox, image):
         what = f"{text} reaches out of its {image.width}×{image.height} image."
         problems.repair("box partly outside", what, "Clipped.", **where)
+    if x1 - x0 < 1 or y1 - y0 < 1:
+        what = f"{text} is {x1 - x0:.2g}×{y1 - y0:.2g} pixels within its image."
+        problems.note("box below a pixel", what, "It is kept.", **where)
     return (x0, y0, x1, y1), True
 
 
 @no_type_check
-def _parse_segmentation(
+def check_segmentation(
     value: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[Segmentation, bool]:
     """The segmentation, if there is one; and false if it cannot be understood."""
@@ -214,11 +289,24 @@ def _parse_segmentation(
         elif len(polygon) < 6:
             what = f"{_show(polygon)} is one of {len(value)} pieces."
             problems.repair("piece with fewer than 3 points", what, "Dropped the piece.", **where)
+        elif (length := _outline_length(polygon)) > LONGEST_OUTLINE:
+            what, remedy = f"its outline is {length:.0f} pixels long: {_show(polygon)}.", "Correct its points."
+            problems.error("wrong polygon", what, remedy, **where)
         else:
             polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2))
     if not polygons and len(problems.errors) == before:
         problems.error("polygon with fewer than 3 points", "no piece has three.", "Give three or more.", **where)
     return tuple(polygons), len(problems.errors) == before
+
+
+@no_type_check
+def _outline_length(polygon: list) -> float:
+    """At most the steps along either axis that a walk around a polygon takes; exact where they might be too many."""
+    bound = (max(polygon) - min(polygon)) * len(polygon) / 2
+    if bound <= LONGEST_OUTLINE:
+        return bound
+    points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 @no_type_check
@@ -260,6 +348,11 @@ def _name(entry: dict) -> str | None:
 @no_type_check
 def _is_int(value: Any) -> bool:
     return type(value) is int  # JSON's true is not 1
+
+
+@no_type_check
+def _fits(id: int) -> bool:
+    return -(2**63) <= id < 2**63
 
 
 @no_type_check

@@ -4,20 +4,13 @@ import math
 
 import numpy as np
 from jaxtyping import Float64
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 
 from ._color import luminance
+from ._fonts import Face, measure, write
 
 
 _PADDING = 2  # pixels of a label's background around its text
-
-
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
-
-
-def default_font(image_size: tuple[int, int], font_size: int | None) -> Font:
-    """The font of labels: of `font_size` pixels, or in proportion to the image's `(height, width)`."""
-    return ImageFont.load_default(max(10, round(min(image_size) / 38)) if font_size is None else font_size)
 
 
 def corners(box: Float64[np.ndarray, " 4"], image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -42,9 +35,8 @@ def outline(
 
 
 def place(
-    canvas: ImageDraw.ImageDraw,
     text: str,
-    font: Font,
+    face: Face,
     box: Float64[np.ndarray, " 4"],
     taken: list[tuple[int, int, int, int]],
     line_width: int,
@@ -53,9 +45,8 @@ def place(
     """Where a label goes, in the image: above its box, or else inside it or below, where it covers others the least."""
     height, width = image_size
     left, top, right, bottom = corners(box, image_size)
-    _, _, text_width, _ = canvas.textbbox((0, 0), text, font=font)
-    _, _, _, text_height = canvas.textbbox((0, 0), "Ag", font=font)  # one height for all labels
-    label_width, label_height = math.ceil(text_width) + 2 * _PADDING, math.ceil(text_height) + 2 * _PADDING
+    text_width, above, below = measure(text, face)
+    label_width, label_height = math.ceil(text_width) + 2 * _PADDING, above + below + 2 * _PADDING
     candidates = []
     for x in (left, right + 1 - label_width):
         for y in (top - label_height, top + line_width, bottom + 1, bottom + 1 - line_width - label_height):
@@ -74,7 +65,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
 def label(
     canvas: ImageDraw.ImageDraw,
     text: str,
-    font: Font,
+    face: Face,
     place: tuple[int, int, int, int],
     color: tuple[int, int, int],
 ) -> None:
@@ -82,4 +73,4 @@ def label(
     left, top, right, bottom = place
     canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
     ink = (0, 0, 0) if luminance(color) > 128 else (255, 255, 255)
-    canvas.text((left + _PADDING, top + _PADDING), text, font=font, fill=ink)
+    write(canvas, (left + _PADDING, top + _PADDING), text, face, ink)

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from .._types import Detections, Targets
 from ._color import class_color
-from ._labels import default_font, label, outline, place
+from ._fonts import Face, FontFile, drawable, face, measure, write
+from ._labels import label, outline, place
 
 
 # Width and gap of a crowd's stripes, in widths of a line.
@@ -26,6 +27,10 @@ class _Style(NamedTuple):
     mask_opacity: float
     line_width: int | None
     font_size: int | None
+    font: FontFile | None
+
+    def face(self, image: np.ndarray) -> Face:
+        return face((image.shape[0], image.shape[1]), self.font_size, self.font)
 
 
 class _Rows(NamedTuple):
@@ -49,6 +54,7 @@ def draw_detections(
     mask_opacity: float = 0.45,
     line_width: int | None = None,
     font_size: int | None = None,
+    font: FontFile | None = None,
 ) -> Image.Image:
     """A picture of what was found: masks, boxes, and a label with class name and score for each.
 
@@ -57,6 +63,8 @@ def draw_detections(
     - `score_threshold`: only detections with at least this score are drawn, the best on top.
     - `mask_threshold`, `mask_opacity`: what counts as the object, and how much its colour covers.
     - `line_width`, `font_size`: in pixels, by default in proportion to the image.
+    - `font`: a TrueType or OpenType file. Default Pillow's font. Characters that it lacks are taken from an installed
+      font that has them; those that no font has are drawn escaped, as `\\u732b`, with a warning.
 
     A class has the same colour in every picture. An image without detections comes back as it was.
 
@@ -65,8 +73,9 @@ def draw_detections(
     >>> draw_detections(np.zeros((32, 48, 3), np.uint8), detections, class_names=["cat"]).size
     (48, 32)
     """
-    style = _Style(mask_threshold, mask_opacity, line_width, font_size)
-    return _draw(np.asarray(image), _rows_of_detections(detections, class_names, score_threshold), style)
+    pixels, style = np.asarray(image), _Style(mask_threshold, mask_opacity, line_width, font_size, font)
+    names = _drawable(class_names, pixels, style)
+    return _draw(pixels, _rows_of_detections(detections, names, score_threshold), style)
 
 
 def draw_targets(
@@ -79,6 +88,7 @@ def draw_targets(
     mask_opacity: float = 0.45,
     line_width: int | None = None,
     font_size: int | None = None,
+    font: FontFile | None = None,
 ) -> Image.Image:
     """A picture of the ground truth of one image, as `draw_detections` draws what was found.
 
@@ -90,8 +100,8 @@ def draw_targets(
     >>> draw_targets(np.zeros((32, 48, 3), np.uint8), targets, class_names=["cat"]).size
     (48, 32)
     """
-    style = _Style(mask_threshold, mask_opacity, line_width, font_size)
-    return _draw(np.asarray(image), _rows_of_targets(targets, crowd, class_names), style)
+    pixels, style = np.asarray(image), _Style(mask_threshold, mask_opacity, line_width, font_size, font)
+    return _draw(pixels, _rows_of_targets(targets, crowd, _drawable(class_names, pixels, style)), style)
 
 
 def draw_comparison(
@@ -106,6 +116,7 @@ def draw_comparison(
     mask_opacity: float = 0.45,
     line_width: int | None = None,
     font_size: int | None = None,
+    font: FontFile | None = None,
     titles: tuple[str, str] = ("ground truth", "prediction"),
 ) -> Image.Image:
     """The same image twice, side by side under its titles: the ground truth at left, what was found at right.
@@ -119,18 +130,20 @@ def draw_comparison(
     """
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
-    style = _Style(mask_threshold, mask_opacity, line_width, font_size)
+    style = _Style(mask_threshold, mask_opacity, line_width, font_size, font)
+    names = _drawable(class_names, pixels, style)
     halves = (
-        _draw(pixels, _rows_of_targets(targets, crowd, class_names), style),
-        _draw(pixels, _rows_of_detections(detections, class_names, score_threshold), style),
+        _draw(pixels, _rows_of_targets(targets, crowd, names), style),
+        _draw(pixels, _rows_of_detections(detections, names, score_threshold), style),
     )
-    font = default_font((height, width), font_size)
-    strip = math.ceil(font.getbbox("Ag")[3]) + 4
+    face = style.face(pixels)
+    shown = drawable(titles, face)
+    strip = max(sum(measure(title, face)[1:]) for title in shown) + 4
     sheet = Image.new("RGB", (2 * width + _GAP, height + strip), "white")
     canvas = ImageDraw.Draw(sheet)
-    for position, (half, title) in enumerate(zip(halves, titles, strict=True)):
+    for position, (half, title) in enumerate(zip(halves, shown, strict=True)):
         left = position * (width + _GAP)
-        canvas.text((left + 1, 1), title, font=font, fill=(0, 0, 0))
+        write(canvas, (left + 1, 1), title, face, (0, 0, 0))
         sheet.paste(half, (left, strip))
     return sheet
 
@@ -173,6 +186,11 @@ def _rows_of_targets(
     return _Rows(boxes, labels, texts, masks, frames, crowd)
 
 
+def _drawable(names: Sequence[str] | None, image: np.ndarray, style: _Style) -> Sequence[str] | None:
+    """All names as they can be drawn, not those of this picture alone: a run has one warning."""
+    return None if names is None else drawable(names, style.face(image))
+
+
 def _class_name(label: int, names: Sequence[str] | None) -> str:
     return names[label] if names is not None and 0 <= label < len(names) else str(label)
 
@@ -185,7 +203,7 @@ def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Imag
         raise ValueError(f"line_width must be at least 1, got {style.line_width}.")
     height, width = image.shape[:2]
     line_width = max(1, round(min(height, width) / 240)) if style.line_width is None else style.line_width
-    font = default_font((height, width), style.font_size)
+    face = style.face(image)
     colors = [class_color(int(label)) for label in rows.labels]
     order = range(len(rows.boxes) - 1, -1, -1)
     pixels = image.copy()
@@ -203,9 +221,9 @@ def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Imag
     placed = []
     named = [row for row in range(len(rows.boxes)) if rows.texts[row]]
     for row in named:
-        placed.append(place(canvas, rows.texts[row], font, rows.boxes[row], placed, line_width, (height, width)))
+        placed.append(place(rows.texts[row], face, rows.boxes[row], placed, line_width, (height, width)))
     for row, spot in zip(reversed(named), reversed(placed), strict=True):
-        label(canvas, rows.texts[row], font, spot, colors[row])
+        label(canvas, rows.texts[row], face, spot, colors[row])
     return picture
 
 

@@ -1,5 +1,6 @@
 """Plots of an evaluation, from plain arrays. They need matplotlib: `pip install 'detectax_eqx[plot]'`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from ._color import class_color
+from ._fonts import FontFile, escape, installed_font
 
 
 # Imported where it is used, so that pictures can be drawn without matplotlib; a plain type for the checker of types.
@@ -21,12 +23,14 @@ def plot_precision_recall(
     recall: Float64[np.ndarray, " r"],
     *,
     class_names: Sequence[str],
+    font: FontFile | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """The precision of each class against recall, in the colour that pictures give it, and their mean in black.
 
     - `precision`, `recall`: 0..1, as `evaluate.analyze_errors` gives them; a class without objects, -1, is left out.
     - `class_names`: by row of `precision`. More than twelve are not listed.
+    - `font`: a font file for them, see `draw_detections`. Default matplotlib's setting `font.family`.
     - `ax`: where to draw. Default a new figure.
 
     >>> recall = np.linspace(0, 1, 11)
@@ -36,22 +40,31 @@ def plot_precision_recall(
     """
     ax = _axes(ax, (4.8, 4.0))
     rows = np.flatnonzero(precision.max(axis=1, initial=-1) >= 0)
+    names, text = _legible(class_names, font)
     for k in rows.tolist():
         color = np.array(class_color(k)) / 255 * 0.85  # a little darker than on pictures: the ground is white
-        ax.plot(recall, precision[k], color=color, linewidth=1.4, label=f"{class_names[k]} {precision[k].mean():.2f}")
+        ax.plot(recall, precision[k], color=color, linewidth=1.4, label=f"{names[k]} {precision[k].mean():.2f}")
     if len(rows):
         mean = precision[rows].mean(axis=0)
         ax.plot(recall, mean, color="black", linewidth=2, label=f"mean {mean.mean():.2f}")
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     if 0 < len(rows) <= 12:
-        ax.legend(loc="lower left", fontsize="small")
+        for label in ax.legend(loc="lower left", fontsize="small").get_texts():
+            label.set(**text)
     return ax
 
 
-def plot_confusion(counts: Int64[np.ndarray, "k1 k1"], *, class_names: Sequence[str], ax: Axes | None = None) -> Axes:
+def plot_confusion(
+    counts: Int64[np.ndarray, "k1 k1"],
+    *,
+    class_names: Sequence[str],
+    font: FontFile | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """A confusion matrix as `evaluate.confusion_matrix` gives it: counts, shaded by their share of the row.
 
     - `class_names`: of the `k1 - 1` classes.
+    - `font`: a font file for them, see `draw_detections`. Default matplotlib's setting `font.family`.
     - `ax`: where to draw. Default a new figure.
 
     >>> ax = plot_confusion(np.array([[8, 2], [1, 0]]), class_names=["cat"])
@@ -69,8 +82,9 @@ def plot_confusion(counts: Int64[np.ndarray, "k1 k1"], *, class_names: Sequence[
             color = "white" if share[row, column] > 0.5 else "black"
             ax.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=color, fontsize="small")
     places = range(len(counts))
-    ax.set_xticks(places, [*class_names, "missed"], rotation=60, ha="right", rotation_mode="anchor")
-    ax.set_yticks(places, [*class_names, "background"])
+    names, text = _legible(class_names, font)
+    ax.set_xticks(places, [*names, "missed"], rotation=60, ha="right", rotation_mode="anchor", **text)
+    ax.set_yticks(places, [*names, "background"], **text)
     ax.set(xlabel="found as", ylabel="is")
     return ax
 
@@ -117,6 +131,29 @@ def plot_calibration(
     ax.scatter(scores[rows], precision[rows], s=12 + area, color="#4878a8", alpha=0.6)
     ax.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="score", ylabel="share that is right")
     return ax
+
+
+def _legible(names: Sequence[str], font: FontFile | None) -> tuple[list[str], dict[str, Any]]:
+    """The names as they can be drawn, and the settings of matplotlib's texts that draw them so, `$` included."""
+    from matplotlib import font_manager, rcParams
+
+    def add(path: str) -> None:
+        font_manager.fontManager.addfont(path)
+        families.append(font_manager.FontProperties(fname=path).get_name())
+
+    def has(character: str) -> bool:
+        files = (font_manager.findfont(font_manager.FontProperties(family=[family])) for family in families)
+        return any(font_manager.get_font(file).get_char_index(ord(character)) for file in files)
+
+    families: list[str] = []
+    if font is not None:
+        add(os.fspath(font))
+    families += rcParams["font.family"]
+    for character in sorted(set("".join(names))):
+        if character.isprintable() and not has(character) and (path := installed_font(character)) is not None:
+            add(path)
+    remedy = "Pass font= a font file that has them, or set matplotlib's font.family."
+    return escape(names, has, remedy), {"fontfamily": families, "parse_math": False}
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:

@@ -5,6 +5,7 @@ from ._coco_eval import (
     CocoMetrics as CocoMetrics,
     evaluate_coco as evaluate_coco,
     format_metrics as format_metrics,
+    format_number as format_number,
     format_per_class as format_per_class,
 )
 from ._errors import (

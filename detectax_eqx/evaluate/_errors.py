@@ -2,8 +2,7 @@
 
 import contextlib
 import io
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,8 @@ from jaxtyping import Bool, Float64, Int64
 from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
 
-from ._coco_eval import mean_defined, prepare
+from ._coco_eval import mean_defined
+from ._prepare import Prepared, Truth, prepare
 
 
 # The paper's main errors (section 2.2). What is called missed is an object, the others are false detections.
@@ -47,12 +47,12 @@ class JudgedDetections:
 class JudgedObjects:
     """The `m` objects of the ground truth, crowds left out.
 
-    - `annotations`: position of each in the annotations. `image_ids`, `labels` (positions in the categories).
+    - `annotation_ids`, `image_ids`, `labels` (positions in the categories).
     - `found`: a detection of its class is right about it. `missed`: none is, nor does a classification or localization
       error point at it.
     """
 
-    annotations: Int64[np.ndarray, " m"]
+    annotation_ids: Int64[np.ndarray, " m"]
     image_ids: Int64[np.ndarray, " m"]
     labels: Int64[np.ndarray, " m"]
     found: Bool[np.ndarray, " m"]
@@ -88,8 +88,8 @@ class ErrorAnalysis:
 
 
 def analyze_errors(
-    annotations: str | os.PathLike | Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
+    annotations: Truth,
+    results: Sequence[Any],
     *,
     iou_type: Literal["bbox", "segm"] = "bbox",
     foreground_iou: float = 0.5,
@@ -132,16 +132,17 @@ def analyze_errors(
         raise ValueError(f"background_iou must be above 0 and below foreground_iou, that at most 1, got {got}.")
     if max_detections < 1:
         raise ValueError(f"max_detections must be positive, got {max_detections}.")
-    evaluation, names = prepare(annotations, results, iou_type=iou_type, image_ids=image_ids)
+    prepared = prepare(annotations, results, iou_type=iou_type, image_ids=image_ids)
+    evaluation, categories = prepared.evaluation, prepared.dataset.categories
     params = evaluation.params
     params.iouThrs, params.maxDets = np.array([foreground_iou]), [max_detections]
     params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
-    detections, objects = _judge(evaluation, foreground_iou, background_iou)
+    detections, objects = _judge(prepared, foreground_iou, background_iou)
     recall = np.asarray(params.recThrs, np.float64)
 
-    counts = np.bincount(objects.labels, minlength=len(names))
+    counts = np.bincount(objects.labels, minlength=len(categories))
     as_found = _Outcome(detections.labels, detections.verdicts == RIGHT, detections.verdicts == IGNORED, counts)
 
     def precision_of(outcome: _Outcome) -> Float64[np.ndarray, "k r"]:
@@ -150,13 +151,13 @@ def analyze_errors(
     base = precision_of(as_found)
     mended = [precision_of(_mend(kind, as_found, detections, objects)) for kind in range(len(ERROR_KINDS))]
     no_false = precision_of(as_found._replace(ignored=as_found.ignored | (detections.verdicts >= 0)))
-    found_counts = np.bincount(objects.labels[objects.found], minlength=len(names))
+    found_counts = np.bincount(objects.labels[objects.found], minlength=len(categories))
     none_missed = precision_of(as_found._replace(counts=found_counts))
     ap = mean_defined(base.T)  # in the order in which pycocotools adds
     class_ap = base.mean(axis=1)
     return ErrorAnalysis(
-        category_ids=tuple(names),
-        class_names=tuple(names.values()),
+        category_ids=tuple(category.id for category in categories),
+        class_names=tuple(category.name for category in categories),
         ap=ap,
         costs={name: mean_defined(after.T) - ap for name, after in zip(ERROR_KINDS, mended, strict=True)},
         false_positive_cost=mean_defined(no_false.T) - ap,
@@ -222,33 +223,30 @@ def _precision(
     return precision
 
 
-def _judge(
-    evaluation: COCOeval, foreground_iou: float, background_iou: float
-) -> tuple[JudgedDetections, JudgedObjects]:
+def _judge(prepared: Prepared, foreground_iou: float, background_iou: float) -> tuple[JudgedDetections, JudgedObjects]:
     """Every detection and every object as flat tables, in pycocotools' order, and what is to be said of each."""
-    labels = {category_id: k for k, category_id in enumerate(evaluation.params.catIds)}
     found, truth = [], []
     row_of = {0: -1}  # of each annotation; pycocotools' 0 is no match
-    for entry in filter(None, evaluation.evalImgs):
-        image_id, label = entry["image_id"], labels[entry["category_id"]]
+    for entry in filter(None, prepared.evaluation.evalImgs):
+        image, label = entry["image_id"] - 1, entry["category_id"] - 1
         for annotation, match, ignored in zip(entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"], strict=True):
             row_of[annotation] = -1 if ignored else len(truth)
             if not ignored:
-                truth.append((annotation - 1, image_id, label, match > 0))
+                truth.append((annotation - 1, image, label, match > 0))
         for result, match, ignored, score in zip(
             entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], entry["dtScores"], strict=True
         ):
             verdict = IGNORED if ignored else RIGHT if match > 0 else _BACKGROUND
-            found.append((result - 1, image_id, label, verdict, row_of[int(match)], score))
+            found.append((result - 1, image, label, verdict, row_of[int(match)], score))
     annotations, object_images, object_labels, is_found = (
         np.array(column, np.int64) for column in (zip(*truth, strict=True) if truth else [()] * 4)
     )
     *columns, scores = zip(*found, strict=True) if found else [()] * 6
-    rows, image_ids, detected_labels, verdicts, owners = (np.array(column, np.int64) for column in columns)
+    rows, images, detected_labels, verdicts, owners = (np.array(column, np.int64) for column in columns)
     ious, rivals = np.zeros(len(found)), np.full(len(found), -1)
     pointed_at = np.zeros(len(truth), bool)
-    for d, o in _by_image(image_ids, object_images):
-        overlap = _overlaps(evaluation, rows[d], annotations[o])
+    for d, o in _by_image(images, object_images):
+        overlap = _overlaps(prepared.evaluation, rows[d], annotations[o])
         same = detected_labels[d][:, None] == object_labels[o][None]
         own, other = np.where(same, overlap, 0.0), np.where(same, 0.0, overlap)
         best_own, best_other, any_iou = own.max(axis=1), other.max(axis=1), overlap.max(axis=1)
@@ -276,9 +274,22 @@ def _judge(
     found_flags = is_found.astype(bool)
     return (
         JudgedDetections(
-            rows, image_ids, detected_labels, np.array(scores, np.float64), verdicts, owners, ious, rivals
+            rows,
+            prepared.image_ids[images],
+            detected_labels,
+            np.array(scores, np.float64),
+            verdicts,
+            owners,
+            ious,
+            rivals,
         ),
-        JudgedObjects(annotations, object_images, object_labels, found_flags, ~found_flags & ~pointed_at),
+        JudgedObjects(
+            prepared.annotation_ids[annotations],
+            prepared.image_ids[object_images],
+            object_labels,
+            found_flags,
+            ~found_flags & ~pointed_at,
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 
 from .._types import Batch, Detections
 from ..ops import paste_masks
+from ._checks import check_fields, check_masks
 
 
 # Masks are pasted this many at a time, or fewer if they are large: a single program for each canvas, of bounded memory.
@@ -129,22 +130,30 @@ def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike)
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The results in a JSON file.
+    """The results in a JSON file, checked as far as that is possible without the annotations.
 
-    Raises a `ValueError` that names the file if it is not JSON, or not a list of objects.
+    Raises a `ValueError` that names the file if it is not JSON, or not a list of objects; and in addition position,
+    image and value for the first result with: an `image_id`, `category_id` or `score` that is missing or of a wrong
+    type, a number that is not finite, a box of negative size, a malformed mask, or run lengths that do not add up to
+    its size.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_results([{"image_id": 1, "score": 0.5}], f"{folder}/detections.json")
+    ...     write_results([{"image_id": 1, "category_id": 7, "score": 0.5}], f"{folder}/detections.json")
     ...     read_results(f"{folder}/detections.json")
-    [{'image_id': 1, 'score': 0.5}]
+    [{'image_id': 1, 'category_id': 7, 'score': 0.5}]
     """
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise ValueError(f"{path} is not in COCO's results format, a list of objects.")
+    try:
+        check_fields(results)
+        check_masks(results)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return results
 
 

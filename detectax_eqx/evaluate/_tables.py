@@ -86,7 +86,7 @@ def calibration(analysis: ErrorAnalysis, *, num_bins: int = 10) -> Calibration:
         raise ValueError(f"num_bins must be positive, got {num_bins}.")
     counted = analysis.detections.verdicts != IGNORED
     scores, right = analysis.detections.scores[counted], analysis.detections.verdicts[counted] == RIGHT
-    bins = np.floor(scores * num_bins).astype(np.int64).clip(0, num_bins - 1)
+    bins = np.floor(scores.clip(0, 1) * num_bins).astype(np.int64).clip(0, num_bins - 1)
     counts = np.bincount(bins, minlength=num_bins)
     mean_scores = np.bincount(bins, scores, num_bins) / counts.clip(1)
     precision = np.bincount(bins, right, num_bins) / counts.clip(1)
@@ -98,8 +98,8 @@ def error_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
     """One row for each detection and each missed object, as `pandas.DataFrame` takes them.
 
     `image_id`, `category` (its name), `verdict` (`"right"`, `"ignored"` or a kind of error), `score`, `iou`, `object`
-    (the category of the object found or that the error is about), `result` and `annotation` (their positions in the
-    lists that were analysed); `None` where there is none.
+    (the category of the object found or that the error is about), `result` (its position in the results) and
+    `annotation` (the id of the object's); `None` where there is none.
 
     >>> from detectax_eqx.evaluate import analyze_errors
     >>> annotations = {
@@ -124,7 +124,7 @@ def error_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
                 "iou": float(found.ious[i]),
                 "object": names[objects.labels[at]] if at >= 0 else None,
                 "result": int(found.results[i]),
-                "annotation": int(objects.annotations[at]) if at >= 0 else None,
+                "annotation": int(objects.annotation_ids[at]) if at >= 0 else None,
             }
         )
     for at in np.flatnonzero(objects.missed).tolist():
@@ -138,7 +138,7 @@ def error_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
                 "iou": None,
                 "object": name,
                 "result": None,
-                "annotation": int(objects.annotations[at]),
+                "annotation": int(objects.annotation_ids[at]),
             }
         )
     return rows
@@ -174,7 +174,7 @@ def class_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
 
 
 def format_errors(analysis: ErrorAnalysis) -> str:
-    """The cost and the number of each kind of error as a table, in points of AP.
+    """The cost and the number of each kind of error as a table, in points of AP; dashes if there are no objects.
 
     >>> from detectax_eqx.evaluate import analyze_errors
     >>> annotations = {
@@ -192,8 +192,9 @@ def format_errors(analysis: ErrorAnalysis) -> str:
     all not found       1       100.0
     """
     verdicts = analysis.detections.verdicts
+    points = (lambda value: f"{100 * value:.1f}") if analysis.ap >= 0 else lambda _: "–"
     lines = [
-        f"AP at IoU {analysis.foreground_iou:.2f}: {100 * analysis.ap:.1f}",
+        f"AP at IoU {analysis.foreground_iou:.2f}: {points(analysis.ap)}",
         f"{'error':<14} {'count':>6}  {'cost in AP':>10}",
     ]
     rows = [(name, int((verdicts == kind).sum()), analysis.costs[name]) for kind, name in enumerate(ERROR_KINDS[:-1])]
@@ -202,5 +203,5 @@ def format_errors(analysis: ErrorAnalysis) -> str:
         ("all false", int((verdicts >= 0).sum()), analysis.false_positive_cost),
         ("all not found", int((~analysis.objects.found).sum()), analysis.false_negative_cost),
     ]
-    lines += [f"{name:<14} {count:>6}  {100 * cost:>10.1f}" for name, count, cost in rows]
+    lines += [f"{name:<14} {count:>6}  {points(cost):>10}" for name, count, cost in rows]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Ways out of Python: a detector as a file that other runtimes run."""
 
+from ._compare import ExportError as ExportError, compare_detections as compare_detections
 from ._edge import (
     EDGE_TPU_OPERATORS as EDGE_TPU_OPERATORS,
     TFLiteDetector as TFLiteDetector,
@@ -9,7 +10,6 @@ from ._extras import require as require
 from ._fold import fold_norms as fold_norms
 from ._host import host_nms as host_nms
 from ._onnx import (
-    ExportError as ExportError,
     compare_onnx as compare_onnx,
     pad_images as pad_images,
     read_onnx as read_onnx,

@@ -46,13 +46,13 @@ def save_tflite(
     folder: str | os.PathLike,
     *,
     shape: Shape,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     class_names: Sequence[str],
     options: Options = DEFAULTS,
 ) -> None:
     """Writes `network.tflite`, `box_head.tflite` and `about.json` to a folder, weights and activations in int8.
 
-    - The network maps an image on its canvas, normalised, `(1, h, w, 3)`, to `features0`, …, `logits0`, … and
+    - The network maps an image on its canvas, normalised, `(1, h, w, c)`, to `features0`, …, `logits0`, … and
       `deltas0`, … of the pyramid's levels, channels last.
     - The box head maps the pooled features of all proposals, `(n, c * s * s)`, to `logits` and `deltas`.
 
@@ -72,7 +72,7 @@ def save_tflite(
     host = _Host(model, shape, options)
     model = fold_norms(model)
 
-    def network(image: Float[Array, "1 h w 3"]) -> dict[str, Array]:
+    def network(image: Float[Array, "1 h w c"]) -> dict[str, Array]:
         features = model.backbone(image[0].transpose(2, 0, 1))
         outputs = {f"features{i}": feature for i, feature in enumerate(features[:-1])}
         for i, feature in enumerate(features):
@@ -112,10 +112,10 @@ class TFLiteDetector:
         about = json.loads((Path(folder) / "about.json").read_text())
         self.class_names = about["class_names"]
         sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
-        self._host = _Host(model, Shape(1, **sides), Options(**about["options"]))
+        self._host = _Host(model, Shape(**about["shape"] | sides), Options(**about["options"]))
         self._files = {file: Interpreter(str(Path(folder) / file)) for file in (NETWORK, BOX_HEAD)}
 
-    def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Detections:
+    def __call__(self, image: UInt8[np.ndarray, "h w c"]) -> Detections:
         """Detections in the image."""
         pixels, size = self._host.prepare(image)
         proposals, pooled = self._host.pool(self._run(NETWORK, image=pixels), size)
@@ -150,10 +150,10 @@ class _Host:
         self._detections = eqx.filter_jit(_detections)
         self._prepare = eqx.filter_jit(_prepare)
 
-    def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> tuple[Float[Array, "1 ch cw 3"], Int32[Array, " 2"]]:
+    def prepare(self, image: UInt8[np.ndarray, "h w c"]) -> tuple[Float[Array, "1 ch cw c"], Int32[Array, " 2"]]:
         """The image on its canvas, normalised, and its size there."""
         height, width = image.shape[:2]
-        padded = np.zeros((*self._shape.source, 3), np.uint8)
+        padded = np.zeros((*self._shape.source, self._shape.channels), np.uint8)
         padded[:height, :width] = image
         size = jnp.asarray(self._table[(height - 1) * self._shape.source[1] + width - 1], jnp.int32)
         image_size = jnp.asarray([height, width], jnp.int32)

@@ -1,5 +1,8 @@
 """Optional packages, and what to install where one is missing."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 
@@ -23,3 +26,15 @@ def require(extra: str) -> None:
         raise ImportError(
             f"{', '.join(missing)} is missing, which the extra {extra!r} brings: pip install 'detectax_eqx[{extra}]'."
         )
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Within it, the library's logger `name` passes on errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

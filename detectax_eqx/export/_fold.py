@@ -1,7 +1,7 @@
 """What a program need not compute: frozen norms go into the convolutions before them, and constants are worked out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -13,7 +13,7 @@ from jax.extend import core
 from ..nn import Conv2d, FrozenBatchNorm
 
 
-Module = TypeVar("Module", bound=eqx.Module)
+Module = TypeVar("Module")
 
 # A constant of more numbers is left for the runtime to work out, rather than make the file so much larger.
 LARGEST_CONSTANT = 2**20
@@ -59,14 +59,19 @@ def _folded(conv: Conv2d, norm: FrozenBatchNorm) -> Conv2d:
     return eqx.tree_at(lambda c: (c.weight, c.bias), conv, (weight, shift), is_leaf=lambda leaf: leaf is None)
 
 
-def fold_constants(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
+Rewrites = Mapping[str, Callable[..., Any]]
+
+
+def fold_constants(jaxpr: core.ClosedJaxpr, *, rewrites: Rewrites | None = None) -> core.ClosedJaxpr:
     """The same program with what depends on no argument computed, and functions within it opened up.
 
     Anchors are most of it. A converter that takes time for each operation has a third of them left.
+
+    - `rewrites`: functions that replace primitives, by name, outside of loops and branches.
     """
 
     def run(*arguments: Any) -> list[Any]:
-        return _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments)
+        return _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments, rewrites or {})
 
     return jax.make_jaxpr(run)(*jaxpr.in_avals)
 
@@ -75,23 +80,25 @@ def _size(aval: Any) -> int:
     return math.prod(aval.shape)
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any) -> list[Any]:
+def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, rewrites: Rewrites) -> list[Any]:
     values: dict[core.Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
     for eqn in jaxpr.eqns:
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
         traced = any(isinstance(operand, Tracer) for operand in operands)
         if traced or any(_size(var.aval) > LARGEST_CONSTANT for var in eqn.outvars):
-            results = _apply(eqn, operands)
+            results = _apply(eqn, operands, rewrites)
         else:
             with jax.ensure_compile_time_eval():
-                results = _apply(eqn, operands)
+                results = _apply(eqn, operands, rewrites)
         values.update(zip(eqn.outvars, results, strict=True))
     return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
 
 
-def _apply(eqn: Any, operands: list[Any]) -> list[Any]:
+def _apply(eqn: Any, operands: list[Any], rewrites: Rewrites) -> list[Any]:
+    if eqn.primitive.name in rewrites:
+        return [rewrites[eqn.primitive.name](*operands, **eqn.params)]
     if eqn.primitive.name not in CONTROL_FLOW:
         for inner in filter(None, map(eqn.params.get, ("jaxpr", "call_jaxpr", "call"))):
-            return _evaluate(inner.jaxpr, inner.consts, operands)
+            return _evaluate(inner.jaxpr, inner.consts, operands, rewrites)
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]

@@ -5,30 +5,26 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from .._types import Detections
 from ..ops._substitute import substituted
 from ..weights import named_leaves
-from ._extras import require
+from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
+from ._extras import quiet, require
 from ._fold import fold_constants, fold_norms
-from ._program import DEFAULTS, Model, Options, Shape, detection_program
+from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
 
 
-OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
-# How far a runtime may be from JAX: pixels, scores, and probabilities of mask pixels.
-BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 1e-2
-
-
-class ExportError(ValueError):
-    """What was exported does not give what the model gives; the message names the output."""
+OUTPUTS: tuple[str, ...] = ("boxes", "scores", "labels", "valid", "masks")
 
 
 def save_onnx(
@@ -36,31 +32,36 @@ def save_onnx(
     path: str | os.PathLike,
     *,
     shape: Shape,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     class_names: Sequence[str],
     options: Options = DEFAULTS,
+    unmatched_score: float = UNMATCHED_SCORE,
+    image_names: Sequence[str] = (),
 ) -> None:
     """Writes a detector to an ONNX file: resizing, network, suppression, RoIAlign and masks, in operators of its own.
 
-    Inputs are `images`, uint8 `(b, h, w, 3)` RGB padded to `shape.source`, and `image_sizes`, their int32
+    Inputs are `images`, uint8 `(b, h, w, c)` padded to `shape.source`, RGB where c is 3, and `image_sizes`, their int32
     `(height, width)`, `(b, 2)`. Outputs are `boxes`, `scores`, `labels`, `valid` and `masks` if the model has them, as
     `Detections` has them. The file's metadata holds `class_names`, `shape` and `options` as JSON.
 
     - `images`: real ones, on which onnxruntime's detections are compared with the model's before the file is kept. A
       black one is added to them, if the model finds nothing in it.
+    - `unmatched_score`: the score up to which a detection may be the file's or the model's alone. Rounding differs
+      between runtimes, and may move the overlap of two proposals, or the rank of one, over a threshold.
+    - `image_names`: what errors call the images; default their positions.
 
     The function needs the extra `onnx`. The mask head runs on all `max_detections` boxes, not only on those that are
     valid. The file appears complete or not at all.
 
-    Raises an `ExportError` if a detection differs by over .05 pixels, 1e-4 in its score or .01 in its mask; a
-    `ValueError` if `class_names` are not as many as the model's classes or an image does not fit; an `ImportError` that
-    names the extra if it is missing.
+    Raises an `ExportError` if a detection differs by over .05 pixels, 1e-4 in its score or .01 in its mask, or if one
+    of a score above `unmatched_score` has no counterpart of its label and an IoU of at least .5; a `ValueError` if
+    `class_names` are not as many as the model's classes, an image does not fit, or `unmatched_score` is not in 0..1; an
+    `ImportError` that names the extra if it is missing.
     """
     require("onnx")
     import onnx
 
-    if len(class_names) != model.num_classes:
-        raise ValueError(f"class_names must name the model's {model.num_classes} classes, got {len(class_names)}.")
+    check_class_names(model, class_names)
     if not images:
         raise ValueError("images must hold at least one image to compare on.")
     proto = to_proto(model, shape, options)
@@ -70,7 +71,15 @@ def save_onnx(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         onnx.save_model(proto, temporary)
-        compare_onnx(model, temporary, shape=shape, images=images, options=options)
+        compare_onnx(
+            model,
+            temporary,
+            shape=shape,
+            images=images,
+            options=options,
+            unmatched_score=unmatched_score,
+            image_names=image_names,
+        )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -84,7 +93,8 @@ def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     proto = onnx.load(os.fspath(path))
     about = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
-    return proto, about | {"shape": Shape(about["shape"]["batch"], **sides), "options": Options(**about["options"])}
+    shape = Shape(**about["shape"] | sides)
+    return proto, about | {"shape": shape, "options": Options(**about["options"])}
 
 
 def to_proto(model: Model, shape: Shape, options: Options) -> Any:
@@ -92,7 +102,7 @@ def to_proto(model: Model, shape: Shape, options: Options) -> Any:
     folded = fold_norms(model)
     program = detection_program(folded, shape, options)
     specs = {
-        "images": jax.ShapeDtypeStruct((shape.batch, *shape.source, 3), np.uint8),
+        "images": jax.ShapeDtypeStruct((shape.batch, *shape.source, shape.channels), np.uint8),
         "image_sizes": jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
     }
 
@@ -105,7 +115,7 @@ def to_proto(model: Model, shape: Shape, options: Options) -> Any:
 def convert(
     function: Callable[..., dict[str, Any]],
     specs: dict[str, Any],
-    model: Model,
+    model: Any,
     *,
     left_out: Mapping[Any, Any] | None = None,
 ) -> Any:
@@ -115,7 +125,7 @@ def convert(
     """
     import jax2onnx
 
-    from ._onnx_ops import OPSET, Substitutes, register_calls, with_functions
+    from ._onnx_ops import OPSET, REWRITES, Substitutes, register_calls, with_functions
 
     register_calls()
     substitutes = Substitutes(model.num_classes)
@@ -128,14 +138,16 @@ def convert(
 
     with substituted(substitutes.table | dict(left_out or {})):
         jaxpr = jax.make_jaxpr(run)(*specs.values())
-    proto = jax2onnx.to_onnx(
-        jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr)),
-        list(specs.values()),
-        model_name="detector",
-        opset=OPSET,
-        input_names=list(specs),
-        output_names=names,
-    )
+    # onnx_ir warns of each intermediate value of which jax2onnx noted a shape and no dtype; runtimes infer both.
+    with quiet("onnx_ir.serde"):
+        proto = jax2onnx.to_onnx(
+            jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=REWRITES)),
+            list(specs.values()),
+            model_name="detector",
+            opset=OPSET,
+            input_names=list(specs),
+            output_names=names,
+        )
     proto = with_functions(proto, substitutes.functions)
     _name_weights(proto, named_leaves(model))
     return proto
@@ -162,68 +174,64 @@ def compare_onnx(
     path: str | os.PathLike,
     *,
     shape: Shape,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     options: Options = DEFAULTS,
+    unmatched_score: float = UNMATCHED_SCORE,
+    image_names: Sequence[str] = (),
 ) -> None:
     """Runs a file of `save_onnx` in onnxruntime and compares with the model; arguments and errors are those of it."""
     require("onnx")
+    if not 0 <= unmatched_score <= 1:
+        raise ValueError(f"unmatched_score must be in 0..1, got {unmatched_score}.")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    run = jax.jit(lambda images, sizes: detection_program(model, shape, options)(images, sizes))
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    # The weights are an argument: of constants XLA would fold transposes, slowly and with warnings.
+    @jax.jit
+    def jitted(arrays, images, sizes):
+        return detection_program(eqx.combine(arrays, static), shape, options)(images, sizes)
+
+    run = partial(jitted, arrays)
     # Black has no objects. A model that sees some nonetheless gives each of many places the same score.
-    black = np.zeros((*(min(32, side) for side in shape.source), 3), np.uint8)
+    black = np.zeros((*(min(32, side) for side in shape.source), shape.channels), np.uint8)
     padded, sizes = pad_images([black], shape)
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
+    limits = {
+        "score_threshold": options.score_threshold,
+        "max_detections": options.max_detections,
+        "unmatched_score": unmatched_score,
+    }
+    counts = np.zeros(2, int)
     for start in range(0, len(everything), shape.batch):
         some = everything[start : start + shape.batch]
         padded, sizes = pad_images(some, shape)
-        expected = run(jnp.asarray(padded), jnp.asarray(sizes))
+        wanted = jax.tree.leaves(run(jnp.asarray(padded), jnp.asarray(sizes)))
         outputs = session.run(None, {"images": padded, "image_sizes": sizes})
-        found: dict[str, np.ndarray] = dict(zip(OUTPUTS, outputs, strict=False))
+        named: list[dict[str, Any]] = [dict(zip(OUTPUTS, arrays, strict=False)) for arrays in (wanted, outputs)]
+        expected, found = named
         for i in range(len(some)):
-            _compare(found, expected, i, f"image {start + i}")
+            where = name_of(image_names, start + i, len(images))
+            counts += compare_detections(valid_rows(found, i), valid_rows(expected, i), where=where, **limits)
+    check_counts(*counts.tolist(), images=len(everything))
 
 
-def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], shape: Shape) -> tuple[UInt8[np.ndarray, "b h w 3"], Any]:
+def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ c"]], shape: Shape) -> tuple[UInt8[np.ndarray, "b h w c"], Any]:
     """Images padded to the shape of a program, and their sizes; what is missing of the batch is a black pixel.
 
-    Raises a `ValueError` if one is larger than the source, or there are more than the batch holds.
+    Raises a `ValueError` if one is larger than the source or of other channels, or there are more than the batch holds.
     """
     if len(images) > shape.batch:
         raise ValueError(f"images must be at most {shape.batch}, the program's batch, got {len(images)}.")
-    padded = np.zeros((shape.batch, *shape.source, 3), np.uint8)
+    padded = np.zeros((shape.batch, *shape.source, shape.channels), np.uint8)
     sizes = np.ones((shape.batch, 2), np.int32)
     for i, image in enumerate(images):
-        height, width = image.shape[:2]
+        height, width, channels = image.shape
         if height > shape.source[0] or width > shape.source[1]:
             raise ValueError(f"images must fit the source {shape.source}, got one of {height}×{width}.")
+        if channels != shape.channels:
+            raise ValueError(f"images must have the shape's {shape.channels} channels, got one of {channels}.")
         padded[i, :height, :width] = image
         sizes[i] = height, width
     return padded, sizes
-
-
-def _compare(found: dict[str, np.ndarray], expected: Detections, i: int, where: str) -> None:
-    count, wanted = int(found["valid"][i].sum()), int(expected.valid[i].sum())
-    if count != wanted:
-        raise ExportError(f"valid differs on {where}: {count} detections, the model's {wanted}.")
-    boxes, labels = np.asarray(expected.boxes[i][:count]), np.asarray(expected.labels[i][:count])
-    rows = _pairs(boxes, labels, found["boxes"][i], found["labels"][i], count)
-    if not np.array_equal(found["labels"][i][rows], labels):
-        raise ExportError(f"labels differ on {where}.")
-    tolerances = {"boxes": BOX_TOLERANCE, "scores": SCORE_TOLERANCE, "masks": MASK_TOLERANCE}
-    for name, tolerance in tolerances.items():
-        values = getattr(expected, name)
-        if values is not None:
-            difference = np.abs(found[name][i][rows] - np.asarray(values[i][:count])).max(initial=0.0)
-            if not difference <= tolerance:
-                raise ExportError(f"{name} differ on {where} by {difference:.2g}, more than {tolerance:g}.")
-
-
-def _pairs(boxes: Any, labels: Any, other_boxes: Any, other_labels: Any, count: int) -> list[int]:
-    """The row that goes with each: two whose scores differ by rounding may have changed places."""
-    free, rows = list(range(count)), []
-    for box, label in zip(boxes, labels, strict=True):
-        far = np.abs(other_boxes[free] - box).max(axis=1) + np.where(other_labels[free] == label, 0, np.inf)
-        rows.append(free.pop(int(far.argmin())))
-    return rows

@@ -91,11 +91,11 @@ def save_onnx_parts(
 
     features, _ = jax.eval_shape(
         model.extract,
-        jax.ShapeDtypeStruct((*shape.canvas, 3), np.float32),
+        jax.ShapeDtypeStruct((*shape.canvas, shape.channels), np.float32),
         jax.ShapeDtypeStruct((2,), np.int32),
     )
     first = {
-        "images": jax.ShapeDtypeStruct((1, *shape.source, 3), np.uint8),
+        "images": jax.ShapeDtypeStruct((1, *shape.source, shape.channels), np.uint8),
         "image_sizes": jax.ShapeDtypeStruct((1, 2), np.int32),
     }
     second = {
@@ -125,7 +125,7 @@ def _best_indices(boxes, scores, valid, *, iou_threshold, max_outputs, labels=No
 def host_detections(
     proposals: Runner,
     detections: Runner,
-    image: UInt8[np.ndarray, "h w 3"],
+    image: UInt8[np.ndarray, "h w c"],
     *,
     shape: Shape,
     options: Options = DEFAULTS,
@@ -134,7 +134,7 @@ def host_detections(
 
     - `proposals`, `detections`: run the files, from inputs by name to outputs by name.
     """
-    padded = np.zeros((1, *shape.source, 3), np.uint8)
+    padded = np.zeros((1, *shape.source, shape.channels), np.uint8)
     padded[0, : image.shape[0], : image.shape[1]] = image
     sizes = np.array([image.shape[:2]], np.int32)
     found = dict(proposals({"images": padded, "image_sizes": sizes}))

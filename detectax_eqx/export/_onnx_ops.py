@@ -31,6 +31,16 @@ from ..ops._roi_align import _levels
 
 DOMAIN, OPSET = "detectax_eqx", 18
 
+
+def _logistic(x: Array, **_: Any) -> Array:
+    return 1 / (1 + jnp.exp(-x))
+
+
+# Primitives that a runtime's own operator computes too roughly. onnxruntime's Sigmoid is off by 1e-7 in absolute terms
+# and not monotonic: below a logit of -10, where a sure detector has most of its proposals, it swaps their ranks, and
+# suppression then keeps others.
+REWRITES = {"logistic": _logistic}
+
 _call_p = Primitive("onnx_call")
 _call_p.multiple_results = True
 _call_p.def_abstract_eval(lambda *operands, function, results: [ShapedArray(*result) for result in results])

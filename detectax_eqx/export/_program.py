@@ -1,6 +1,6 @@
 """The whole detector as one function of padded images and their sizes, which is what leaves the toolkit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Int16, Int32, UInt8
 
 from .._types import Detections
-from ..models import FasterRCNN, MaskRCNN, detect
+from ..models import detect
 
 
-Model = FasterRCNN | MaskRCNN
-Program = Callable[[UInt8[Array, "b h w 3"], Int32[Array, "b 2"]], Detections]
+# A PyTree that is called as `FasterRCNN` is and has `num_classes`: `FasterRCNN`, `MaskRCNN`, or a module of your own.
+Model = Callable[..., Detections]
+Program = Callable[[UInt8[Array, "b h w c"], Int32[Array, "b 2"]], Detections]
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,21 @@ class Shape:
 
     - `batch`: images at a time. `source`: `(height, width)` to which they are padded, bottom and right.
     - `canvas`: `(height, width)` that the network sees, multiples of 32.
+    - `channels`: of an image, 3 for RGB.
     """
 
     batch: int
     source: tuple[int, int]
     canvas: tuple[int, int]
+    channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.source) < 1 or min(self.canvas) < 1:
-            raise ValueError(f"batch, source and canvas must be positive, got {self}.")
+        if self.batch < 1 or min(self.source) < 1 or min(self.canvas) < 1 or self.channels < 1:
+            raise ValueError(f"batch, source, canvas and channels must be positive, got {self}.")
         if self.canvas[0] % 32 or self.canvas[1] % 32:
             raise ValueError(f"canvas must be a multiple of 32 in height and width, got {self.canvas}.")
+        if max(self.canvas) > np.iinfo(np.int16).max:
+            raise ValueError(f"canvas must be at most 32736 in height and width, got {self.canvas}.")
 
     @property
     def name(self) -> str:
@@ -42,7 +47,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """How a detector is exported: `detect`'s options, fixed in the file; the defaults are its own."""
+    """How a detector is exported: `detect`'s options, fixed in the file; the defaults are its own.
+
+    Raises a `ValueError` for sizes that are not positive and thresholds outside 0..1.
+    """
 
     min_size: int = 800
     max_size: int = 1333
@@ -50,8 +58,25 @@ class Options:
     nms_threshold: float = 0.5
     max_detections: int = 100
 
+    def __post_init__(self) -> None:
+        for name in ("min_size", "max_size", "max_detections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}.")
+
 
 DEFAULTS = Options()
+
+
+def check_class_names(model: Model, class_names: Sequence[str]) -> None:
+    """Raises a `ValueError` unless there is a name for each of the model's classes."""
+    count = getattr(model, "num_classes", None)
+    if not isinstance(count, int):
+        raise ValueError(f"model must have num_classes, the number of its classes, got a {type(model).__name__}.")
+    if len(class_names) != count:
+        raise ValueError(f"class_names must name the model's {count} classes, got {len(class_names)}.")
 
 
 def detection_program(model: Model, shape: Shape, options: Options = DEFAULTS) -> Program:
@@ -75,7 +100,7 @@ def detection_program(model: Model, shape: Shape, options: Options = DEFAULTS) -
             resized=resized,
         )
 
-    def program(images: UInt8[Array, "b h w 3"], image_sizes: Int32[Array, "b 2"]) -> Detections:
+    def program(images: UInt8[Array, "b h w c"], image_sizes: Int32[Array, "b 2"]) -> Detections:
         rows = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
         return jax.vmap(one)(images, image_sizes, jnp.asarray(table)[rows].astype(jnp.int32))
 

@@ -27,7 +27,7 @@ def quantize_onnx(
     source: str | os.PathLike,
     path: str | os.PathLike,
     *,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     kept_in_float: Sequence[str] = KEPT_IN_FLOAT,
 ) -> None:
     """Writes a copy of a file of `save_onnx` whose convolutions and linear layers compute in 8-bit integers.
@@ -49,8 +49,11 @@ def quantize_onnx(
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     proto, about = read_onnx(source)
-    shape = about["shape"]
+    shape, metadata = about["shape"], {entry.key: entry.value for entry in proto.metadata_props}
     _own_biases(proto)
+    # onnxruntime advises pre-processing unless a model says that it had some. This one needs none: its shapes are
+    # known and its norms folded.
+    onnx.helper.set_model_props(proto, metadata | {"onnx.quant.pre_process": "onnxruntime.quant"})
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -79,7 +82,7 @@ def quantize_onnx(
             nodes_to_quantize=_network(proto, kept_in_float),
         )
         quantized = onnx.load(temporary)
-        onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in proto.metadata_props})
+        onnx.helper.set_model_props(quantized, metadata)
         onnx.save_model(quantized, temporary)
         temporary.replace(path)
     finally:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import export
 
-from ._program import DEFAULTS, Model, Options, Shape, detection_program
+from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -32,11 +32,13 @@ def save_stablehlo(
 ) -> None:
     """Writes a detector to a `.npz` file with a program for each of `shapes`, all of which share its weights.
 
+    The detector may be a module of your own that JAX can trace, is called as `FasterRCNN` is and has `num_classes`.
+
     The file holds
     - `about`: JSON as bytes: `class_names`, `shapes`, `options`, `platforms`, `outputs`, and with what it was written.
     - `weights/0`, `weights/1`, …: the arrays that every program takes first, as a list.
     - `programs/NAME`, for each shape's `name`: what `jax.export.deserialize` takes. Its call takes the weights, images
-      uint8 `(b, h, w, 3)` and their `(height, width)` int32 `(b, 2)`, and gives `outputs`: boxes, scores, labels, valid
+      uint8 `(b, h, w, c)` and their `(height, width)` int32 `(b, 2)`, and gives `outputs`: boxes, scores, labels, valid
       and, if the model has them, masks, as `Detections` has them.
 
     - `any_batch`: the programs take any number of images; the `batch` of `shapes` is not looked at, and is null in
@@ -48,8 +50,7 @@ def save_stablehlo(
     Raises a `ValueError` if `class_names` are not as many as the model's classes, if there is no shape, or for weights
     of a type that NumPy has not.
     """
-    if len(class_names) != model.num_classes:
-        raise ValueError(f"class_names must name the model's {model.num_classes} classes, got {len(class_names)}.")
+    check_class_names(model, class_names)
     if not shapes:
         raise ValueError("shapes must hold at least one Shape.")
     weights, rebuild = jax.tree.flatten(eqx.filter(model, eqx.is_array))
@@ -67,7 +68,7 @@ def save_stablehlo(
         batch = export.symbolic_shape("b")[0] if any_batch else shape.batch
         arguments = (
             [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights],
-            jax.ShapeDtypeStruct((batch, *shape.source, 3), np.uint8),
+            jax.ShapeDtypeStruct((batch, *shape.source, shape.channels), np.uint8),
             jax.ShapeDtypeStruct((batch, 2), np.int32),
         )
         exported = export.export(jax.jit(run), platforms=tuple(platforms), disabled_checks=[LAYOUT])

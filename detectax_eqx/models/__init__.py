@@ -29,6 +29,8 @@ from ._retinanet import (
     retinanet as retinanet,
 )
 from ._rpn import (
+    ANCHOR_SIZES as ANCHOR_SIZES,
+    ASPECT_RATIOS as ASPECT_RATIOS,
     RPN as RPN,
     Proposals as Proposals,
     RPNOutput as RPNOutput,

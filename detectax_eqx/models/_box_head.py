@@ -141,6 +141,7 @@ def box_loss(
 
     Both are counted by the number of sampled proposals, as in torchvision; only positives have a box to regress to.
     `weights` are the box coder's, `beta` the smooth L1 loss's.
+    A label outside of the classes is a `ValueError`, or NaN in a compiled program (`Targets.check_labels`).
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
@@ -149,7 +150,11 @@ def box_loss(
     >>> {name: round(float(loss.mean()), 3) for name, loss in losses.items()}
     {'loss_classifier': 1.386, 'loss_box_reg': 0.0}
     """
-    labels = jnp.where(sampled.positive, targets.labels[sampled.matched] + 1, 0)
+    num_classes = logits.shape[1] - 1
+    targets.check_labels(num_classes)
+    matched = targets.labels[sampled.matched]  # (s,)
+    matched = jnp.where(matched < 0, num_classes, matched)  # one too large gives NaN, where -1 would be background
+    labels = jnp.where(sampled.positive, matched + 1, 0)
     log_probabilities = jax.nn.log_softmax(logits)
     class_losses = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
     wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)

@@ -1,23 +1,30 @@
 """From an image as it was decoded to detections in its own pixels, in one program."""
 
+import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Array, Int32
 
-from .._types import Batch, Detections
+from .._types import Batch, Detections, Image
 from ..ops import resize_image
 from ._detector import AbstractDetector, Selection
 
 
+# No picture has so few rows and more channels than this: then channels come first.
+MAX_CHANNELS_FIRST = 4
+
+
 def detect(
     model: AbstractDetector,
-    image: UInt8[Array | np.ndarray, "h w c"],
+    image: Image,
     *,
     canvas: tuple[int, int] | None = None,
     selection: Selection | None = None,
@@ -30,8 +37,10 @@ def detect(
 
     The image is resized by `model.preprocessing` and laid on a canvas of zeros, by default the smallest whose sides are
     multiples of `model.backbone.divisor`. Everything is one program: `eqx.filter_jit(detect)` compiles once for each
-    shape of image, and `jax.vmap` runs a stack of images.
+    shape of image, and `jax.vmap` runs a stack of images. Called outside of `jit` it runs operation by operation, some
+    sixty times slower, and warns once.
 
+    - `image`: uint8 `(h, w, c)`, with as many channels as the model takes, usually RGB.
     - `canvas`: `(height, width)` that the network sees. An image too large for it is a `ValueError`.
     - `selection`: which detections are kept, the detector's own dataclass; default `model.selection`.
       `score_threshold` and `max_detections`, if given, replace its fields.
@@ -51,6 +60,11 @@ def detect(
     >>> detections.boxes.shape
     (100, 4)
     """
+    if image.shape[0] <= MAX_CHANNELS_FIRST < image.shape[2]:
+        raise ValueError(
+            f"image has shape {image.shape}: channels come last, (h, w, c), and here they seem to come first. "
+            f"Use image.transpose(1, 2, 0)."
+        )
     if (source_size is None) != (canvas_size is None) or (source_size is not None and canvas is None):
         raise ValueError("source_size, canvas_size and canvas go together: give all three for a padded image, or none.")
     if source_size is None or canvas_size is None:
@@ -68,11 +82,23 @@ def detect(
     pixels = resize_image(
         jnp.asarray(image).astype(jnp.float32), image_size=source_size, output_size=canvas_size, canvas=canvas
     )
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model, image, pixels))):
+        _advise_jit()
     chosen = selected(model, selection, score_threshold=score_threshold, max_detections=max_detections)
     detections = model(pixels, canvas_size, selection=chosen)
     ratio = source_size.astype(jnp.float32) / canvas_size.astype(jnp.float32)
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
     return replace(detections, boxes=detections.boxes * scale[None])
+
+
+@cache
+def _advise_jit() -> None:
+    """Warns, once per process."""
+    warnings.warn(
+        "detect runs without jit, operation by operation, which is many times slower. "
+        "Compile it: detect = eqx.filter_jit(detectax_eqx.models.detect).",
+        stacklevel=2,
+    )
 
 
 def smallest_canvas(size: tuple[int, int], *, divisor: int) -> tuple[int, int]:

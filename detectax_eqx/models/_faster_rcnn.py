@@ -11,7 +11,7 @@ from ..nn import Backbone
 from ._box_head import BoxHead
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
-from ._rpn import RPN
+from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
 from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_losses, detect_boxes
 
 
@@ -69,8 +69,8 @@ def faster_rcnn(
     num_classes: int,
     *,
     key: PRNGKeyArray,
-    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
 ) -> FasterRCNN:
     """A `FasterRCNN` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.

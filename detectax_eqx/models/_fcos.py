@@ -92,6 +92,7 @@ class FCOS(AbstractDetector):
 
         As in torchvision, all are divided by the number of positive cells of the batch. Nothing is drawn at random.
         """
+        targets.check_labels(self.num_classes)
         levels = self.predict(image, canvas_size)
         counts = [len(anchors) for *_, anchors in levels]
         logits, centerness, distances, anchors = map(jnp.concatenate, zip(*levels, strict=True))

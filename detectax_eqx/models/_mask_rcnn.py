@@ -18,7 +18,7 @@ from ._detector import AbstractDetector
 from ._faster_rcnn import faster_rcnn
 from ._mask_head import MaskHead, mask_loss
 from ._preprocessing import Preprocessing
-from ._rpn import RPN
+from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
 from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_losses, detect_boxes
 
 
@@ -113,8 +113,8 @@ def mask_rcnn(
     num_classes: int,
     *,
     key: PRNGKeyArray,
-    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
     hidden_channels: int = 256,
 ) -> MaskRCNN:

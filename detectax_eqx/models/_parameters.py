@@ -31,7 +31,7 @@ def trainable(model: AbstractDetector, *, trainable_layers: int | None = None) -
     if not 0 <= frozen <= stages:
         raise ValueError(f"trainable_layers must be in 0..{stages}, got {trainable_layers}.")
     mask = jax.tree.map(
-        lambda leaf: jax.tree.map(lambda _: False, leaf) if _is_frozen(leaf) else eqx.is_array(leaf),
+        lambda leaf: jax.tree.map(lambda _: False, leaf) if _is_frozen(leaf) else eqx.is_inexact_array(leaf),
         model,
         is_leaf=_is_frozen,
     )

@@ -105,10 +105,21 @@ class Preprocessing:
         [[1.0, 0.0], [1.0, 0.0]]
         """
         if image.shape[2] != self.channels:
-            raise ValueError(f"The image has {image.shape[2]} channels, the model's preprocessing {self.channels}.")
+            raise ValueError(
+                f"image has {image.shape[2]} channels, the last axis of (h, w, c), but the model takes {self.channels} "
+                f"(its preprocessing). {_remedy(image.shape[2], self.channels)}"
+            )
         dtype = jnp.result_type(float)  # float32, or float64 where JAX computes in it
         mean, std = (jnp.asarray(values, dtype)[None, None] for values in (self.mean, self.std))  # (1, 1, c)
         x = (image.astype(dtype) - mean) / std
-        rows = jnp.arange(image.shape[0])[:, None, None] < canvas_size[0]
-        columns = jnp.arange(image.shape[1])[None, :, None] < canvas_size[1]
+        rows = jnp.arange(image.shape[0], dtype=jnp.int32)[:, None, None] < canvas_size[0]
+        columns = jnp.arange(image.shape[1], dtype=jnp.int32)[None, :, None] < canvas_size[1]
         return jnp.where(rows & columns, x, 0.0).transpose(2, 0, 1)  # (h, w, c) -> (c, h, w)
+
+
+def _remedy(got: int, wanted: int) -> str:
+    if (got, wanted) == (4, 3):
+        return "Drop alpha: image[..., :3]."
+    if (got, wanted) == (1, 3):
+        return "Repeat the gray channel: np.repeat(image, 3, axis=2)."
+    return "Give the backbone's stem that many channels, and its mean and std a number for each."

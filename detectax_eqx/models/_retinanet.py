@@ -102,6 +102,7 @@ class RetinaNet(AbstractDetector):
         As in torchvision, each is divided by the image's number of positive anchors, then averaged over images.
         Nothing is drawn at random.
         """
+        targets.check_labels(self.num_classes)
         logits, deltas, anchors = map(jnp.concatenate, zip(*self.predict(image, canvas_size), strict=True))
         matches = match_boxes(
             pairwise_iou(targets.boxes, anchors.astype(targets.boxes.dtype)),

@@ -28,6 +28,9 @@ from ..ops import (
 from ..ops._substitute import replaceable
 
 
+# torchvision's anchors: sides in canvas pixels, a tuple per level of the pyramid, and height / width.
+ANCHOR_SIZES = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
 # Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
 RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SMOOTH_L1_BETA = 1 / 9
@@ -73,8 +76,8 @@ class RPN(eqx.Module):
         channels: int,
         *,
         key: PRNGKeyArray,
-        anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,)),
-        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+        aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
         depth: int = 1,
         weights: Weights = RPN_WEIGHTS,
         smooth_l1_beta: float = SMOOTH_L1_BETA,

@@ -88,6 +88,9 @@ class TwoStage(Protocol):
     pooling: RoIPooling
     preprocessing: Preprocessing
 
+    @property
+    def num_classes(self) -> int: ...
+
 
 def extract(
     model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]
@@ -144,6 +147,7 @@ def box_losses(
     key: PRNGKeyArray,
 ) -> tuple[dict[str, WeightedSum], RoIFeatures, SampledProposals]:
     """The four losses of Faster R-CNN, and for heads beside the box head the features and the sampled proposals."""
+    targets.check_labels(model.num_classes)
     rpn_key, box_key = jr.split(key)
     rois, features, output = extract(model, image, canvas_size)
     anchors = sample_anchors(

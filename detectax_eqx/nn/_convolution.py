@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from ..ops._batching import varying_like
 from ..ops._undivided import undivided
 from ._winograd import convolve_3x3, weight_gradient_3x3
 
@@ -45,6 +46,7 @@ def convolve(
 ) -> Float[Array, "n o h2 w2"]:
     """Cross-correlates `n` maps with a kernel, zero-padded on all sides, and adds the bias."""
     parameters = (weight,) if bias is None else (weight, bias.astype(weight.dtype))
+    x, *parameters = varying_like((x, *parameters))  # so that a gradient is added up over devices where it has to be
     return _convolve_p.bind(x, *parameters, stride=stride, padding=padding)
 
 
@@ -141,7 +143,7 @@ def _weight_gradient_by_blocks(cotangent, x, kernel, padding):
 
     # Sums of many steps are kept in float32 at least.
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    zeros = jnp.zeros((channels, kernel[1] * x.shape[1]), dtype)
+    zeros = varying_like(jnp.zeros((channels, kernel[1] * x.shape[1]), dtype), cotangent, x)
     totals, _ = lax.scan(add, [zeros] * kernel[0], jnp.arange(steps, dtype=jnp.int32))
     by_tap = jnp.stack(totals).reshape(kernel[0], channels, kernel[1], -1)
     return by_tap.transpose(1, 3, 0, 2).astype(x.dtype)

@@ -87,7 +87,7 @@ class Bottleneck(eqx.Module):
 
 
 class ResNet(eqx.Module):
-    """A ResNet without its classifier: an image to the maps C2..C5 of its four stages.
+    """A ResNet without its classifier: an image `(i, h, w)`, usually RGB, to the maps C2..C5 of its four stages.
 
     Strides are 4, 8, 16, 32; `channels` gives the widths of the four maps.
     """
@@ -107,17 +107,17 @@ class ResNet(eqx.Module):
         norm: Norm = FrozenBatchNorm,
         width: int = 64,
         checkpoint: bool = False,
-        image_channels: int = 3,
+        in_channels: int = 3,
     ):
         """Builds stem and stages.
 
         - `depths`: blocks of each stage. `width`: channels of the stem and of the first stage (64 in the paper).
-        - `image_channels`: of the images.
+        - `in_channels`: channels of the image.
         - `checkpoint`: keep only what goes from block to block for the backward pass, and compute the rest anew there
           (arXiv:1604.06174): less memory, about a third more time.
         """
         stem_key, *stage_keys = jr.split(key, 5)
-        self.conv1 = Conv2d(image_channels, width, 7, stride=2, use_bias=False, key=stem_key)
+        self.conv1 = Conv2d(in_channels, width, 7, stride=2, use_bias=False, key=stem_key)
         self.norm1 = norm(width)
         in_channels, layers = width, []
         for stage, (depth, stage_key) in enumerate(zip(depths, stage_keys, strict=True)):
@@ -171,41 +171,77 @@ def _recomputed(block: Callable, x: Float[Array, "i h w"]) -> Float[Array, "o h2
     return jax.checkpoint(partial(undivided, jax.checkpoint(run)))(arrays, x)
 
 
-def resnet18(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
+def resnet18(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = 64,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
     """ResNet-18: 11.2 million parameters.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet18(key=jr.key(0)))  # its shapes alone
     >>> len(body.layers[2])  # blocks of the third stage
     2
     """
-    return ResNet(BasicBlock, (2, 2, 2, 2), key=key, norm=norm, width=width, checkpoint=checkpoint)
+    return ResNet(
+        BasicBlock, (2, 2, 2, 2), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
+    )
 
 
-def resnet34(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
+def resnet34(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = 64,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
     """ResNet-34: 21.3 million parameters.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet34(key=jr.key(0)))  # its shapes alone
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
-    return ResNet(BasicBlock, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint)
+    return ResNet(
+        BasicBlock, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
+    )
 
 
-def resnet50(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
+def resnet50(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = 64,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
     """ResNet-50: 23.5 million parameters.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet50(key=jr.key(0)))  # its shapes alone
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
-    return ResNet(Bottleneck, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint)
+    return ResNet(
+        Bottleneck, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
+    )
 
 
-def resnet101(*, key: PRNGKeyArray, norm: Norm = FrozenBatchNorm, width: int = 64, checkpoint: bool = False) -> ResNet:
+def resnet101(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = 64,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
     """ResNet-101: 42.5 million parameters.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet101(key=jr.key(0)))  # its shapes alone
     >>> len(body.layers[2])  # blocks of the third stage
     23
     """
-    return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, width=width, checkpoint=checkpoint)
+    return ResNet(
+        Bottleneck, (3, 4, 23, 3), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
+    )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..ops._batching import varying_like
+
 
 # Tiles that are transformed at a time, so that they stay in the cache: transformed they are four times as large.
 # Half as many where two maps are.
@@ -37,7 +39,7 @@ def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) ->
 
     # Filled with a number from the image: zeros XLA would share among equal maps, and keep from the first to the last.
     y = jnp.full((n, 2 * rows * len(starts), 2 * across, weight.shape[-1]), x[0, 0, 0, 0])
-    y, _ = lax.scan(some_rows, y, starts)
+    y, _ = lax.scan(some_rows, varying_like(y, weight), starts)
     return y[:, :height, :width]
 
 
@@ -59,7 +61,7 @@ def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h
 
     # Sums of many steps are kept in float32 at least.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    zeros = jnp.zeros((4, cotangent.shape[-1], x.shape[-1]), dtype)
+    zeros = varying_like(jnp.zeros((4, cotangent.shape[-1], x.shape[-1]), dtype), cotangent, x)
     totals, _ = lax.scan(add, [zeros] * 4, starts)
     columns = _kernel_transposed(*totals)
     return jnp.stack([jnp.stack(_kernel_transposed(*c), axis=-1) for c in columns], axis=-1).astype(x.dtype)

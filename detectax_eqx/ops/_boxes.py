@@ -1,6 +1,7 @@
 """Boxes `(x0, y0, x1, y1)` in pixels: areas, clipping, conversions and pairwise overlaps.
 
-Arithmetic is at least float32 whatever the input, and the result has the input's dtype.
+Arithmetic is at least float32 whatever the input, and the result has the input's dtype. Areas are the exception: those
+of half-precision boxes are float32, as float16 ends at the area of a box of 256×256 pixels.
 """
 
 import math
@@ -102,12 +103,13 @@ def _outer(a, b):
 def box_area(boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
     """Area `(x1 - x0) * (y1 - y0)` of each box, in square pixels.
 
-    A box without extent has area 0; a box whose corners are swapped along one axis has a negative one.
+    A box without extent has area 0; a box whose corners are swapped along one axis has a negative one. The areas of
+    boxes in float16 or bfloat16 are float32.
 
     >>> box_area(jnp.array([[0.0, 0.0, 4.0, 3.0], [2.0, 2.0, 2.0, 9.0]])).tolist()
     [12.0, 0.0]
     """
-    return _area(_corners(boxes)).astype(boxes.dtype)
+    return _area(_corners(boxes))
 
 
 def clip_boxes(

@@ -8,6 +8,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int32, Real
 
+from ._batching import varying_like
 from ._boxes import _product, _upcast
 from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
 
@@ -185,7 +186,7 @@ def _draw(vertical, values, horizontal, threshold, *, dtype):
 
             return lax.fori_loop(0, -(-count[i] // rows), draw_rows, out)
 
-        nothing = finish(jnp.zeros((n, 1, 1)), masks[3])
+        nothing = varying_like(finish(jnp.zeros((n, 1, 1)), masks[3]), masks)
         return lax.fori_loop(0, n, draw, jnp.broadcast_to(nothing, (n, height, masks[2].shape[1])))
 
     @in_boxes.def_vmap

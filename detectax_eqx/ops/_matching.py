@@ -9,6 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from ._batching import varying_like
 from ._boxes import _upcast
 
 
@@ -61,6 +62,7 @@ def _match(quality, valid, low_threshold, high_threshold, *, allow_low_quality):
     n = quality.shape[0]
     quality = lax.stop_gradient(_upcast(quality))
     valid = jnp.ones(n, bool) if valid is None else valid
+    quality, valid = varying_like((quality, valid))
 
     def run(form):
         return partial(form, allow_low_quality=allow_low_quality)
@@ -88,17 +90,18 @@ def _best_in_turn(quality, valid, *, allow_low_quality):
         return (jnp.where(better, row, best), jnp.where(better, index, indices), ties), None
 
     start = jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
-    return lax.scan(fold, start, (quality, valid, jnp.arange(n, dtype=jnp.int32)))[0]
+    return lax.scan(fold, varying_like(start, quality), (quality, valid, jnp.arange(n, dtype=jnp.int32)))[0]
 
 
 def _best_at_once(quality, valid, *, allow_low_quality):
     """The same by reductions over all rows: an accelerator would wait for each step of a fold."""
     n, m = quality.shape
     if n == 0:
-        return jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
+        nothing = jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
+        return varying_like(nothing, quality)
     quality = jnp.where(valid[:, None], quality, -jnp.inf)
     numbers = jnp.where(jnp.isnan(quality), -jnp.inf, quality)
-    ties = jnp.zeros(m, bool)
+    ties = varying_like(jnp.zeros(m, bool), quality)
     if allow_low_quality:
         ties = (valid[:, None] & (quality == quality.max(axis=1, initial=-jnp.inf, keepdims=True))).any(axis=0)
     return numbers.max(axis=0), lax.argmax(numbers, 0, jnp.int32), ties

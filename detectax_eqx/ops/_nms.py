@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from ._batching import largest_of_batch
+from ._batching import largest_of_batch, varying_like
 from ._boxes import _corners, _intersection_and_union
 from ._substitute import replaceable
 
@@ -72,12 +72,12 @@ def _keep_scan(rows, valid, threshold):
     """Keep mask of boxes that are sorted by score: one vectorised row at a time."""
 
     def suppress_by_first(count, rows, keep):
-        positions = jnp.arange(keep.size)
+        positions = jnp.arange(keep.size, dtype=jnp.int32)
 
         def suppress(i, keep):
             return keep & ~(_overlaps(_at(rows, i), rows, threshold) & keep[i] & (positions > i))
 
-        return lax.fori_loop(0, count, suppress, keep)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), suppress, keep)
 
     part, decided, keep = -(-valid.size // SCAN_PARTS), [], valid
     for start in range(0, valid.size, part):
@@ -89,7 +89,7 @@ def _keep_scan(rows, valid, threshold):
 
 def _keep_fixed_point(rows, valid, threshold):
     """Keep mask of boxes that are sorted by score: all rows at a time, until nothing changes."""
-    positions = jnp.arange(valid.size)
+    positions = jnp.arange(valid.size, dtype=jnp.int32)
     row, column = (slice(None), None), (None, slice(None))
     later, first = (row, column) if valid.size >= SUPPRESSORS_IN_ROWS else (column, row)
     earlier = positions[first] < positions[later]
@@ -149,7 +149,7 @@ def _select_sorted(*args, max_outputs, keep):
     """The first `max_outputs` boxes kept, and how many there are."""
     order, kept = _sorted_keep(*args, keep=keep)
     positions, count = _first_true(kept, max_outputs)
-    return jnp.where(jnp.arange(max_outputs) < count, order[positions], 0), count
+    return jnp.where(jnp.arange(max_outputs, dtype=jnp.int32) < count, order[positions], 0), count
 
 
 def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
@@ -172,7 +172,7 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
         return (state[0] < max_outputs) & (state[1] < valid.size)
 
     start = jnp.int32(0), best(ranks), ranks, jnp.zeros(max_outputs, jnp.int32)
-    count, _, _, indices = lax.while_loop(unfinished, select, start)
+    count, _, _, indices = lax.while_loop(unfinished, select, varying_like(start, rows))
     return indices, count
 
 
@@ -195,9 +195,9 @@ def _select_packed(rows, scores, valid, threshold, *, max_outputs, select):
 
         def few():
             packed, number = _first_true(valid, room)
-            some = _at(rows, packed), scores[packed], jnp.arange(room) < number
+            some = _at(rows, packed), scores[packed], jnp.arange(room, dtype=jnp.int32) < number
             indices, count = select(*some, threshold, max_outputs=max_outputs)
-            return jnp.where(jnp.arange(max_outputs) < count, packed[indices], 0), count
+            return jnp.where(jnp.arange(max_outputs, dtype=jnp.int32) < count, packed[indices], 0), count
 
         return lax.cond(total <= room, few, lambda: within(larger))
 
@@ -208,6 +208,7 @@ def _prepared(boxes, scores, labels, valid):
     """Corners and labels as rows, scores, and validity; a NaN score makes a row invalid."""
     boxes, scores = lax.stop_gradient((boxes, scores))
     valid = ~jnp.isnan(scores) if valid is None else valid & ~jnp.isnan(scores)
+    valid = varying_like(valid, boxes, labels)  # which boxes are kept depends on all of them
     return (*_corners(boxes), labels), jnp.where(valid, scores, -jnp.inf), valid
 
 
@@ -239,7 +240,7 @@ def _nms_indices(boxes, scores, labels, valid, threshold, *, max_outputs):
         cpu=partial(cpu, max_outputs=max_outputs),
         default=partial(default, max_outputs=max_outputs),
     )
-    return indices, jnp.arange(max_outputs) < count
+    return indices, jnp.arange(max_outputs, dtype=jnp.int32) < count
 
 
 def nms(

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int32
 
-from ._batching import largest_of_batch
+from ._batching import largest_of_batch, varying_like
 from ._sampling import pixel_range, pixel_weights, sample_taps
 from ._undivided import undivided
 
@@ -82,7 +82,7 @@ def _pool_backward(bins, sampling_ratio, residuals, cotangent):
             box = (lax.dynamic_slice_in_dim(x, i, 1) for x in boxes)
             return _scatter(bins, sampling_ratio, into, *box)
 
-        return lax.fori_loop(0, len(grids), add, jnp.full_like(cells, 1 - one))
+        return lax.fori_loop(0, len(grids), add, varying_like(jnp.full_like(cells, 1 - one), boxes))
 
     def all_grids(cells, grids, maps, cotangent):
         return _grid_cotangent(bins, sampling_ratio, cells, grids, maps, cotangent)
@@ -125,7 +125,7 @@ def _pool(bins, sampling_ratio, cells, grids, maps):
                 out = out + weight[..., None] * _gather(cells, cell)
         return out
 
-    out = jnp.zeros((grids.shape[0], *bins, cells.shape[1]), cells.dtype)
+    out = varying_like(jnp.zeros((grids.shape[0], *bins, cells.shape[1]), cells.dtype), cells, grids, maps)
     return _accumulate(add, out, _steps(bins, sampling_ratio, grids, maps))
 
 
@@ -138,6 +138,7 @@ def _scatter(bins, sampling_ratio, into, grids, maps, cotangent):
         flat = update.reshape(-1, update.shape[-1])
         return into.at[cell.reshape(-1)].add(flat, mode="promise_in_bounds")
 
+    into = varying_like(into, grids, maps, cotangent)
     return _accumulate(add, into, _steps(bins, sampling_ratio, grids, maps))
 
 
@@ -156,7 +157,8 @@ def _grid_cotangent(bins, sampling_ratio, cells, grids, maps, cotangent):
         column_cotangent = (products * row_weights[:, :, None, :, None]).sum(axis=(1, 3))
         return total + pull((row_cotangent, column_cotangent))[0]
 
-    return _accumulate(add, jnp.zeros_like(grids), _steps(bins, sampling_ratio, grids, maps))
+    zeros = varying_like(jnp.zeros_like(grids), cells, maps, cotangent)
+    return _accumulate(add, zeros, _steps(bins, sampling_ratio, grids, maps))
 
 
 def _gather(cells, index):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from ._batching import varying_like
 from ._boxes import _upcast
 from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
@@ -176,7 +177,7 @@ def _cells(maps: tuple[Float[Array, "c _ _"], ...]) -> Float[Array, "l c"]:
     for x in maps:
         if 0 in x.shape[1:]:
             raise ValueError(f"features must have at least one row and column, got a map of shape {x.shape}.")
-    return _upcast(_laid_out(_sides(maps), maps))
+    return _upcast(_laid_out(_sides(maps), varying_like(maps)))
 
 
 def _sides(maps) -> tuple[tuple[int, int, int], ...]:
@@ -221,5 +222,7 @@ def _align(maps, cells, boxes, scales, level, output_size, sampling_ratio, align
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
     grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)
+    # Of one type, so that a gradient is added up over devices where it has to be.
+    cells, grids = varying_like((cells, grids), level)
     pooled = pool((rows, columns), sampling_ratio, cells, grids, jnp.asarray(_sides(maps), jnp.int32)[level])
     return pooled.transpose(0, 3, 1, 2).astype(dtype)  # (n, p, q, c) -> (n, c, p, q)

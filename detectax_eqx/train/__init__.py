@@ -8,6 +8,7 @@ from ._checkpoint import (
     latest_checkpoint as latest_checkpoint,
     load_checkpoint as load_checkpoint,
     load_latest_checkpoint as load_latest_checkpoint,
+    remove_unfinished as remove_unfinished,
     save_checkpoint as save_checkpoint,
 )
 from ._lock import lock_folder as lock_folder
@@ -26,4 +27,8 @@ from ._sharding import (
     to_host as to_host,
 )
 from ._state import TrainState as TrainState, init_train_state as init_train_state
-from ._step import make_train_step as make_train_step, step_compiler_options as step_compiler_options
+from ._step import (
+    TrainStep as TrainStep,
+    make_train_step as make_train_step,
+    step_compiler_options as step_compiler_options,
+)

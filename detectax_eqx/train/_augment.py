@@ -6,9 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from .._types import Targets
+from .._types import Image, Targets
 from ..ops import clip_boxes, resize_image
 
 
@@ -17,7 +17,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(
-    image: UInt8[Array | np.ndarray, "h w 3"],
+    image: Image,
     image_size: Int32[Array | np.ndarray, " 2"],
     targets: Targets,
     *,
@@ -27,7 +27,7 @@ def augment(
     flip_probability: float = 0.5,
     scale_range: tuple[float, float] | None = None,
     key: PRNGKeyArray,
-) -> tuple[Float32[Array, "{canvas[0]} {canvas[1]} 3"], Int32[Array, " 2"], Targets]:
+) -> tuple[Float32[Array, "{canvas[0]} {canvas[1]} _"], Int32[Array, " 2"], Targets]:
     """Resizes an image at random, mirrors it at random, and lays it on the canvas, with its ground truth.
 
     Without `scale_range`: the short side becomes one of `min_sizes`, drawn at random, unless the long side would then
@@ -39,7 +39,7 @@ def augment(
     place; `min_sizes` and `max_size` are not used. Boxes are clipped to the crop, and those left without area become
     invalid. `mask_boxes` keep reaching past the border, so the masks within them need no resampling.
 
-    - `image`: RGB on its source canvas; `image_size`: its `(height, width)` there. `targets`: in its pixels.
+    - `image`: on its source canvas, usually RGB; `image_size`: its `(height, width)` there. `targets`: in its pixels.
     - `canvas`: static `(height, width)` of the result.
     - `flip_probability`: of mirroring left to right.
 
@@ -57,14 +57,15 @@ def augment(
     _check(min_sizes, max_size, flip_probability, scale_range, targets)
     image_size = jnp.maximum(image_size, 1)  # a filler of a batch may have none
     size_key, crop_key, flip_key = jr.split(key, 3)
-    flip = jr.bernoulli(flip_key, flip_probability)
+    flip = jr.bernoulli(flip_key, jnp.asarray(flip_probability, jnp.float32))
     if scale_range is None:
-        output_size = _resized_size(image_size, jr.choice(size_key, jnp.asarray(min_sizes)), max_size, canvas)
+        chosen = jr.randint(size_key, (), 0, len(min_sizes), jnp.int32)
+        output_size = _resized_size(image_size, jnp.asarray(min_sizes, jnp.int32)[chosen], max_size, canvas)
         offset, visible_size = jnp.zeros(2, jnp.int32), output_size
     else:
         output_size = _jittered_size(image_size, canvas, scale_range, size_key)
-        visible_size = jnp.minimum(output_size, jnp.asarray(canvas))
-        offset = jr.randint(crop_key, (2,), 0, output_size - visible_size + 1)
+        visible_size = jnp.minimum(output_size, jnp.asarray(canvas, jnp.int32))
+        offset = jr.randint(crop_key, (2,), 0, output_size - visible_size + 1, jnp.int32)
     resized = resize_image(
         jnp.asarray(image, jnp.float32),
         image_size=image_size,
@@ -114,19 +115,20 @@ def jitter_colors(
         if not 0 <= strength <= 1:
             raise ValueError(f"{name} must be in 0..1, got {strength}.")
     spread = jnp.asarray(list(strengths.values()), jnp.float32)
-    factors = 1 + spread * jr.uniform(key, (3,), minval=-1.0, maxval=1.0)
-    rows = jnp.arange(image.shape[0])[:, None, None] < image_size[0]
-    columns = jnp.arange(image.shape[1])[None, :, None] < image_size[1]
+    factors = 1 + spread * jr.uniform(key, (3,), jnp.float32, minval=-1.0, maxval=1.0)
+    rows = jnp.arange(image.shape[0], dtype=jnp.int32)[:, None, None] < image_size[0]
+    columns = jnp.arange(image.shape[1], dtype=jnp.int32)[None, :, None] < image_size[1]
     inside = rows & columns  # (h, w, 1)
 
     def gray(image: Float32[Array, "h w 3"]) -> Float32[Array, "h w 1"]:
-        return jnp.sum(image * jnp.asarray(LUMA)[None, None], axis=-1, keepdims=True)
+        return jnp.sum(image * jnp.asarray(LUMA, image.dtype)[None, None], axis=-1, keepdims=True)
 
     def blend(image: Float32[Array, "h w 3"], other: Float32[Array, "..."], factor: Float32[Array, ""]) -> Array:
         return jnp.clip(other + factor * (image - other), 0.0, 255.0)
 
-    image = blend(image, jnp.zeros(()), factors[0])
-    mean = jnp.sum(jnp.where(inside, gray(image), 0.0)) / jnp.maximum(jnp.sum(inside), 1).astype(jnp.float32)
+    image = blend(image, jnp.zeros((), jnp.float32), factors[0])
+    count = jnp.maximum(jnp.sum(inside, dtype=jnp.int32), 1).astype(jnp.float32)
+    mean = jnp.sum(jnp.where(inside, gray(image), 0.0)) / count
     image = blend(image, mean, factors[1])
     image = blend(image, gray(image), factors[2])
     return jnp.where(inside, image, 0.0)
@@ -149,7 +151,7 @@ def _jittered_size(
     """Both sides under a random multiple of the scale at which the image just fits the canvas."""
     sides = image_size.astype(jnp.float32)
     fit = jnp.min(jnp.asarray(canvas, jnp.float32) / sides)
-    scale = fit * jr.uniform(key, minval=scale_range[0], maxval=scale_range[1])
+    scale = fit * jr.uniform(key, (), jnp.float32, minval=scale_range[0], maxval=scale_range[1])
     return jnp.maximum(jnp.floor(sides * scale).astype(jnp.int32), 1)
 
 

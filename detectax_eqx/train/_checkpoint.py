@@ -28,7 +28,8 @@ from ._sharding import host_copy
 
 INDEX, ARRAYS = "index.json", "arrays"
 # A folder that a checkpoint of the same step is about to replace counts until it is gone.
-NAME = re.compile(r"(\d{8,})(\.replaced)?")
+REPLACED = ".replaced"
+NAME = re.compile(rf"(\d{{8,}})({re.escape(REPLACED)})?")
 UNFINISHED = re.compile(r"\d{8,}\.tmp")
 
 
@@ -114,7 +115,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     final = folder / f"{snapshot.step:08d}"
     if jax.process_index() > 0:
         return final
-    temporary, replaced = final.with_name(f"{final.name}.tmp"), final.with_name(f"{final.name}.replaced")
+    temporary, replaced = final.with_name(f"{final.name}.tmp"), final.with_name(f"{final.name}{REPLACED}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -225,6 +226,39 @@ def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, part
             refused.append(error)
     lines = "\n".join(f"  {error}" for error in refused)
     raise DamagedCheckpointError(f"No checkpoint in {folder} is whole; use a copy, or start anew elsewhere.\n{lines}")
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Removes what a save left in `folder` as its process was killed, and returns the paths. Checkpoints stay.
+
+    A checkpoint that was moved away, and whose successor never got its name, gets its own back. Call it while nothing
+    else writes to the folder, as within `lock_folder`. Processes other than the first do nothing.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_checkpoint(folder, {"w": jnp.ones(3)}, step=7, metadata={})
+    ...     (path.parent / "00000009.tmp").mkdir()
+    ...     removed = remove_unfinished(folder)
+    ...     [path.name for path in removed], latest_checkpoint(folder).name
+    (['00000009.tmp'], '00000007')
+    """
+    folder, removed = Path(folder), []
+    if jax.process_index() > 0 or not folder.is_dir():
+        return ()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == REPLACED and NAME.fullmatch(path.name):
+            if not path.with_suffix("").exists():
+                path.rename(path.with_suffix(""))
+                continue
+            # Under another name first: half of a checkpoint must not look like one.
+            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+        elif UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path)
+        else:
+            continue
+        removed.append(path)
+    return tuple(removed)
 
 
 def _checkpoints(folder: Path) -> dict[Path, int]:

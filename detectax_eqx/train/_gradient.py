@@ -52,7 +52,7 @@ def mean_gradient(
             totals, own = sums(parameters, part)
             whole = add_up(own) if counts is None else counts
             terms = {name: WeightedSum(total, whole[name]).mean() for name, total in totals.items()}
-            return sum(terms.values(), jnp.zeros(())), terms
+            return sum(terms.values(), jnp.zeros((), jnp.float32)), terms
 
         (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(parameters)
         some = jnp.any(part[2])

@@ -87,7 +87,7 @@ def warmup_cosine(
 def _warmup(count: Int32[Array, ""], steps: int, factor: float) -> Float32[Array, ""]:
     """From `factor` to 1 over `steps` updates."""
     if steps == 0:
-        return jnp.ones(())
+        return jnp.ones((), jnp.float32)
     return jnp.minimum(factor + (1 - factor) * count.astype(jnp.float32) / steps, 1.0)
 
 

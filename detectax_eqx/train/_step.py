@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,13 +18,43 @@ from ._gradient import Loss, Metrics, mean_gradient, sharded_mean_gradient
 from ._state import TrainState, partition
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
 # XLA's schedule for a CPU starts all that it can at once and holds the results: a fifth more memory for no less time.
 # Gradient checkpointing then saves little.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
+Update = Callable[[Batch, TrainState], tuple[TrainState, Metrics]]
 RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
+
+
+class TrainStep:
+    """The function `(state, batch) -> (state, metrics)` that `make_train_step` returns."""
+
+    def __init__(self, update: Update):
+        self._update = update
+        options = {"compiler_options": step_compiler_options()}
+        self._compiled = eqx.filter_jit(update, donate="all-except-first", **options)  # pyright: ignore[reportCallIssue]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Within another program, whose options count, it is a part of that.
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
+            return self._update(batch, state)
+        num_classes = getattr(state.model, "num_classes", None)  # of a detector; a model may be any PyTree
+        if num_classes is not None:
+            batch.check_labels(num_classes)
+        return self._compiled(batch, state)
+
+    def memory(self, state: TrainState, batch: Batch) -> int | None:
+        """Bytes that the program for batches of this shape takes on each device, by the compiler's own analysis.
+
+        Counts state, batch, results and intermediates. `None` if the compiler does not say. Compiles the program, which
+        calls of the step then use, and runs nothing.
+        """
+        compiled: Any = self._compiled  # equinox types it as the function
+        analysis = compiled.lower(batch, state).compile().compiled.memory_analysis()
+        if analysis is None:
+            return None
+        inputs = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return inputs + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
 
 
 def make_train_step(
@@ -34,7 +65,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     accumulate: int = 1,
     ema_decay: float = 0.999,
-) -> Step:
+) -> TrainStep:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update.
 
     - `loss`: `loss(model, example, *, key) -> dict[str, WeightedSum]` for one example, a `Batch` without batch axis.
@@ -60,8 +91,11 @@ def make_train_step(
     `gradient_norm`, `update_norm` (of their change) and `parameter_norm` (before it), `overflow` the objects that
     `batch` had no room for, `invalid` its examples that are not valid, `skipped` the updates not made so far.
 
+    If the model says its `num_classes`, as every detector does, a label outside of them is a `ValueError` that names
+    label and image (`Batch.check_labels`).
+
     The state is donated: its memory becomes the next state's, and it must not be used again. One program is compiled
-    for each shape of batch and for each canvas.
+    for each shape of batch and for each canvas; `step.memory(state, batch)` says what it takes.
 
     Raises a `ValueError` if an option is out of its range, and while tracing if `trainable` marks what has no gradient,
     a term has the name of a metric, or the examples cannot be divided over devices and parts.
@@ -96,7 +130,7 @@ def make_train_step(
             raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
         updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
         metrics = terms | {
-            "loss": sum(terms.values(), jnp.zeros(())),
+            "loss": sum(terms.values(), jnp.zeros((), jnp.float32)),
             "gradient_norm": _norm(gradient),
             "update_norm": _norm(updates),
             "parameter_norm": _norm(parameters),
@@ -124,15 +158,7 @@ def make_train_step(
         opt_state = if_finite(opt_state, state.opt_state)
         return TrainState(state.step + 1, state.key, model, opt_state, ema, skipped), metrics
 
-    options = {"compiler_options": step_compiler_options()}
-    compiled = eqx.filter_jit(update, donate="all-except-first", **options)  # pyright: ignore[reportCallIssue]
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # Within another program, whose options count, it is a part of that.
-        nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
-        return update(batch, state) if nested else compiled(batch, state)
-
-    return step
+    return TrainStep(update)
 
 
 def step_compiler_options() -> dict[str, str]:

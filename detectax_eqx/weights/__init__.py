@@ -1,5 +1,6 @@
 """Weights from elsewhere, and to elsewhere: torchvision's names, `.pth` files read without torch, safetensors."""
 
+from ._describe import describe as describe
 from ._pth import read_pth as read_pth
 from ._safetensors import (
     load_safetensors as load_safetensors,
@@ -9,6 +10,7 @@ from ._safetensors import (
 from ._torchvision import (
     load_torchvision as load_torchvision,
     load_torchvision_backbone as load_torchvision_backbone,
+    read_torchvision as read_torchvision,
     to_torchvision as to_torchvision,
 )
 from ._trees import WeightsError as WeightsError, named_leaves as named_leaves, replace_leaves as replace_leaves

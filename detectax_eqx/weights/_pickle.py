@@ -1,8 +1,9 @@
 """A machine for pickles that runs nothing.
 
 A pickle is a program. Python's own machine calls whatever the program names; this one builds plain containers, and
-hands each name, call and reference to a reader that knows what they may be. Every other instruction is refused. What a
-program can use up, in time and in memory, is proportional to its length.
+hands the names that a reader knows, their calls and references, to that reader. An object of any other name is never
+built: a note of the name stands for it, and its arguments and state are dropped. Every other instruction is refused.
+What a program can use up, in time and in memory, is proportional to its length.
 """
 
 import io
@@ -32,6 +33,12 @@ class Name(NamedTuple):
     name: str
 
 
+class Skipped(NamedTuple):
+    """What stands for an object that is not built: the name of its class, or of the function that would return it."""
+
+    name: str
+
+
 class Mapping(dict):
     """A dictionary with attributes in its pickle, which are of no use here."""
 
@@ -39,7 +46,7 @@ class Mapping(dict):
 class Reader(NamedTuple):
     """What the machine asks.
 
-    - `names`: those that may be referred to.
+    - `names`: those that it knows. Any other name, and whatever the program does with it, becomes a `Skipped`.
     - `call(name, arguments)`: the result of a call. `refer(id)`: what a persistent id stands for.
     - `stateless`: types that may be given a state, which is dropped.
     """
@@ -54,7 +61,7 @@ class Reader(NamedTuple):
 def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
     """The object that is pickled at `start`, and where its pickle ends.
 
-    Raises a `WeightsError` for what the reader does not know, and anything at all for what is damaged.
+    Raises a `WeightsError` for an instruction that is refused, and anything at all for what is damaged.
     """
     stream = io.BytesIO(content)
     stream.seek(start)
@@ -68,15 +75,25 @@ def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
         return items
 
     @no_type_check
-    def name_of(module: str, attribute: str) -> Name:
+    def name_of(module: str, attribute: str) -> Name | Skipped:
         if type(module) is not str or type(attribute) is not str:
             raise WeightsError(f"it refers to the name {reprlib.repr((module, attribute))}.")
         name = f"{module}.{attribute}"
-        if name not in reader.names:
-            raise WeightsError(
-                f"it refers to {name[:200]}. Only tensors and plain containers are read. Nothing was run."
-            )
-        return Name(name)
+        return Name(name) if name in reader.names else Skipped(name[:200])
+
+    @no_type_check
+    def called(function: Any, arguments: Any) -> Any:
+        if type(function) is Skipped:
+            return function
+        if type(function) is not Name or type(arguments) is not tuple:
+            raise WeightsError(f"it calls {reprlib.repr(function)}.")
+        return reader.call(function.name, arguments)
+
+    @no_type_check
+    def new(kind: Any) -> Skipped:
+        if type(kind) is not Skipped:
+            raise WeightsError(f"it makes an instance of {reprlib.repr(kind)}.")
+        return kind
 
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         if count == MOST_INSTRUCTIONS:
@@ -114,20 +131,20 @@ def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
             case "LIST":
                 stack.append(since_mark())
             case "APPEND":
-                item = stack.pop()
-                checked_list(stack[-1]).append(item)
+                add_items(stack[-2], [stack[-1]])
+                stack.pop()
             case "APPENDS":
                 items = since_mark()
-                checked_list(stack[-1]).extend(items)
+                add_items(stack[-1], items)
             case "DICT":
                 items = since_mark()
                 stack.append(dict(checked_pairs(zip(items[::2], items[1::2], strict=True))))
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                checked_dict(stack[-1]).update(checked_pairs([(key, value)]))
+                set_items(stack[-1], [(key, value)])
             case "SETITEMS":
                 items = since_mark()
-                checked_dict(stack[-1]).update(checked_pairs(zip(items[::2], items[1::2], strict=True)))
+                set_items(stack[-1], zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
                 stack.append(name_of(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -135,37 +152,43 @@ def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
                 stack.append(name_of(module, attribute))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                if type(function) is not Name or type(arguments) is not tuple:
-                    raise WeightsError(f"it calls {reprlib.repr(function)}.")
-                stack.append(reader.call(function.name, arguments))
+                stack.append(called(function, arguments))
+            case "NEWOBJ":
+                stack.pop()
+                stack[-1] = new(stack[-1])
+            case "NEWOBJ_EX":
+                del stack[-2:]
+                stack[-1] = new(stack[-1])
             case "BUILD":
                 stack.pop()
-                if not isinstance(stack[-1], reader.stateless):
+                if not isinstance(stack[-1], (Skipped, *reader.stateless)):
                     raise WeightsError(f"it gives a {type(stack[-1]).__name__} a state.")
             case "BINPERSID":
                 stack.append(reader.refer(stack.pop()))
             case "INST":
-                name_of(*argument.split(" ", 1))
-                raise WeightsError(f"it makes an instance of {reprlib.repr(argument)}.")
+                since_mark()
+                stack.append(new(name_of(*argument.split(" ", 1))))
             case name:
                 raise WeightsError(f"it has the instruction {name}, which a file of tensors has no need of.")
     raise WeightsError("its pickle has no end.")
 
 
 @no_type_check
-def checked_list(target: Any) -> list:
-    """A list, for items to be appended."""
-    if type(target) is not list:
+def add_items(target: Any, items: list) -> None:
+    """Appends items to a list; those of an object that is not built are dropped."""
+    if type(target) is list:
+        target.extend(items)
+    elif type(target) is not Skipped:
         raise WeightsError(f"it appends to a {type(target).__name__}.")
-    return target
 
 
 @no_type_check
-def checked_dict(target: Any) -> dict:
-    """A dictionary, for items to be set."""
-    if type(target) is not dict and type(target) is not Mapping:
+def set_items(target: Any, pairs: Any) -> None:
+    """Sets items of a dictionary; those of an object that is not built are dropped."""
+    if type(target) is dict or type(target) is Mapping:
+        target.update(checked_pairs(pairs))
+    elif type(target) is not Skipped:
         raise WeightsError(f"it sets items of a {type(target).__name__}.")
-    return target
 
 
 @no_type_check

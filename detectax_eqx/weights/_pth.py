@@ -2,7 +2,8 @@
 
 A checkpoint is a pickle, that is a program. Here it runs in a machine (`_pickle.py`) whose only instructions beyond
 plain containers are the few names below, none of which does more than note down what it was called with. Tensors are
-made of these notes afterwards, as views of the file's bytes, each bound checked.
+made of these notes afterwards, as views of the file's bytes, each bound checked. Objects of other classes, such as the
+options of a training script, are never built.
 """
 
 import math
@@ -11,14 +12,14 @@ import reprlib
 import struct
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, no_type_check
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from ._pickle import Mapping, Name, Reader, checked_pairs, unpickle
+from ._pickle import Mapping, Name, Reader, Skipped, checked_pairs, unpickle
+from ._published import check_exists
 from ._trees import WeightsError
 
 
@@ -51,39 +52,46 @@ _DTYPES = {
     "torch.float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
 }
 MOST_AXES = 64  # NumPy's
-_WRAPPERS = ("state_dict", "model")
+# Where training scripts keep the weights. An average comes first: it is what they evaluate and publish.
+_AVERAGES = ("model_ema", "ema", "ema_model", "state_dict_ema")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
 _RESAVE = "Load it with torch and save it again with `torch.save(model.state_dict(), path)`."
 
 # The format before zip archives: these pickles in a row, then the storages' bytes.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
-def read_pth(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "..."]]:
+def read_pth(path: str | os.PathLike, *, entry: str | None = None) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The tensors of a `.pth` file by name, read without torch and without running anything in the file.
 
-    Reads what `torch.save` writes, in the zip format of today and in the one before it (torch < 1.6). The file holds a
-    state dict, or a mapping with one under `"state_dict"` or `"model"`, as training scripts write it: the rest of
-    such a mapping is left aside. All dtypes that NumPy or `ml_dtypes` know, bfloat16 and float8 included.
+    Reads what `torch.save` writes, in the zip format of today and in the one before it (torch < 1.6). All dtypes that
+    NumPy or `ml_dtypes` know, bfloat16 and float8 included.
+
+    - `entry`: where the state dict is. By default the file is one, or a mapping as training scripts write it, with one
+      under `"state_dict"`, `"model_state_dict"` or `"model"`. An average of the weights that is kept beside it, under
+      `"model_ema"`, `"ema"`, `"ema_model"` or `"state_dict_ema"`, is preferred. The rest of the mapping is left aside:
+      optimiser states, and objects of any class, which are never built.
 
     The arrays are read-only views of the file's content, with its strides: tensors that shared memory still do.
 
-    Raises a `WeightsError` that names the file if it refers to anything but tensors and plain containers (the offending
-    name is given, and nothing is run), is truncated or damaged, comes from a big-endian machine, or if a tensor reaches
+    Raises a `FileNotFoundError` that says where torchvision publishes a file of that name, if the name is of its kind.
+    Raises a `WeightsError` that names the file if its state dict holds anything but tensors (the offending name is
+    given, and nothing is run), if it is truncated or damaged or comes from a big-endian machine, or if a tensor reaches
     beyond the file's content.
 
     >>> arrays = read_pth("tests/data/zip.pth")
     >>> arrays["conv.weight"].shape, str(arrays["conv.weight"].dtype)
     ((2, 3, 2, 2), 'float32')
     """
-    path = Path(path)
+    path = check_exists(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         try:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            root, read = _open_zip(file, size) if is_zip else _open_legacy(file.read())
+            state, read = _open_zip(file, size, entry) if is_zip else _open_legacy(file.read(), entry)
             cache = {}
-            return {name: _array(name, tensor, read, cache, size) for name, tensor in _state_dict(root).items()}
+            return {name: _array(name, tensor, read, cache, size) for name, tensor in state.items()}
         except Exception as error:
             # A damaged pickle or archive may raise anything at all.
             reason = str(error) if isinstance(error, WeightsError) else f"it is damaged or truncated ({error!r})."
@@ -180,7 +188,7 @@ def _unpickle(content: bytes, start: int = 0) -> tuple[Any, int, dict[str, int]]
 Storages = Callable[[_Storage], bytes | memoryview]
 
 
-def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Storages]:
+def _open_zip(file: BinaryIO, size: int, entry: str | None) -> tuple[dict[str, _Tensor], Storages]:
     archive = zipfile.ZipFile(file)
     names = set(archive.namelist())
     if len(names) < len(archive.infolist()):
@@ -204,10 +212,10 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[Any, Storages]:
             raise WeightsError(f"its storage {storage.key!r} is missing.")
         return archive.read(f"{root}data/{storage.key}")
 
-    return _unpickle(archive.read(f"{root}data.pkl"))[0], read
+    return _state_dict(_unpickle(archive.read(f"{root}data.pkl"))[0], entry), read
 
 
-def _open_legacy(content: bytes) -> tuple[Any, Storages]:
+def _open_legacy(content: bytes, entry: str | None) -> tuple[dict[str, _Tensor], Storages]:
     if content[257:262] == b"ustar":
         raise WeightsError(f"it is in the tar format of torch 0.1. {_RESAVE}")
     if not content.startswith(b"\x80"):
@@ -222,6 +230,7 @@ def _open_legacy(content: bytes) -> tuple[Any, Storages]:
     if system.get("little_endian") is not True:
         raise WeightsError(f"it was written on a big-endian machine. {_RESAVE}")
     root, position, item_sizes = _unpickle(content, position)
+    state = _state_dict(root, entry)
     keys, position, _ = _unpickle(content, position)
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise WeightsError("its list of storages is damaged.")
@@ -239,22 +248,47 @@ def _open_legacy(content: bytes) -> tuple[Any, Storages]:
             raise WeightsError(f"its storage {storage.key!r} is missing.")
         return records[storage.key]
 
-    return root, read
+    return state, read
 
 
-def _state_dict(root: Any) -> dict[str, _Tensor]:
-    """The state dict within what a file holds."""
+def _state_dict(root: Any, entry: str | None) -> dict[str, _Tensor]:
+    """The state dict within the content of a file, see `read_pth`."""
+    if isinstance(root, Skipped):
+        raise WeightsError(f"it holds an object of {root.name}, not a state dict. Nothing was run. {_RESAVE}")
     if not isinstance(root, dict):
         raise WeightsError(f"it holds a {type(root).__name__}, not a state dict.")
-    wrapped = [key for key in _WRAPPERS if isinstance(root.get(key), dict)]
-    if len(wrapped) > 1:
-        raise WeightsError("it has a state dict under 'state_dict' and another under 'model'.")
-    state = root[wrapped[0]] if wrapped else root
+    mappings = [key for key, value in root.items() if isinstance(key, str) and isinstance(value, dict)]
+    if entry is not None:
+        if entry not in mappings:
+            raise WeightsError(f"it has no state dict under {entry!r}, but mappings under {reprlib.repr(mappings)}.")
+        found = [entry]
+    else:
+        averages = [key for key in _AVERAGES if key in mappings and _tensors(root[key])]
+        found = averages or [key for key in _WRAPPERS if key in mappings]
+    if len(found) > 1:
+        raise WeightsError(
+            f"it has a state dict under {found[0]!r} and another under {found[1]!r}. "
+            f"Read one of them with `read_pth(path, entry={found[0]!r})`."
+        )
+    state = root[found[0]] if found else root
+    state = _tensors(state) or state
     for name, value in state.items():
+        if isinstance(value, Skipped):
+            raise WeightsError(
+                f"it refers to {value.name}, at its entry {reprlib.repr(name)}. Only tensors are read. Nothing was run."
+            )
         if not isinstance(name, str) or not isinstance(value, _Tensor):
             kind = value.name if isinstance(value, Name) else type(value).__name__
             raise WeightsError(f"its entry {reprlib.repr(name)} is a {kind}, not a tensor.")
     return state
+
+
+def _tensors(state: Any) -> dict[str, _Tensor] | None:
+    """A state dict, or the one under `"module"` as some averages have it; or `None`."""
+    for candidate in (state, state.get("module")):
+        if isinstance(candidate, dict) and any(isinstance(value, _Tensor) for value in candidate.values()):
+            return candidate
+    return None
 
 
 def _array(name: str, tensor: _Tensor, read: Storages, cache: dict[str, np.ndarray], limit: int) -> np.ndarray:

@@ -12,7 +12,10 @@ from jaxtyping import PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ._trees import WeightsError, named_values, replace_leaves
+from ._describe import explain
+from ._names import to_torchvision_name
+from ._published import check_exists
+from ._trees import WeightsError, named_leaves, named_values, replace_leaves
 
 
 Model = TypeVar("Model")
@@ -54,8 +57,9 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
 def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
     """A copy of `model`, which may be one of shapes alone, with the arrays of a file that `save_safetensors` wrote.
 
-    Raises a `WeightsError` that names the file if it is damaged, or lists every array of the model that it lacks, every
-    one that it has too many, and every one of another shape or dtype (with both).
+    Raises a `WeightsError` that names the file if it is damaged, or says what it seems to be, if that is another model,
+    and lists every array of the model that it lacks, every one that it has too many, and every one of another shape or
+    dtype (with both).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +67,15 @@ def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
     ...     load_safetensors({"w": jnp.zeros(2)}, f"{folder}/model.safetensors")
     {'w': Array([1., 1.], dtype=float32)}
     """
-    return replace_leaves(model, read_safetensors(path)[0], source=str(path))
+    arrays = read_safetensors(path)[0]
+    try:
+        return replace_leaves(model, arrays, source=str(path))
+    except WeightsError as error:
+        theirs, ours = (
+            {to_torchvision_name(name): array for name, array in named.items()}
+            for named in (arrays, named_leaves(model))
+        )
+        raise explain(error, str(path), theirs, ours) from None
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
@@ -77,8 +89,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarr
     ...     read_safetensors(f"{folder}/model.safetensors")
     ({'w': array([1., 1.], dtype=float32)}, {'classes': 'cat dog'})
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+    check_exists(path)
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

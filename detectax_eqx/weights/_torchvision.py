@@ -1,7 +1,6 @@
 """torchvision's parameters, by name, both ways."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,39 +8,39 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
+from ._describe import explain
+from ._names import current_name, is_counter, to_torchvision_name, without_prefixes
 from ._pth import read_pth
+from ._safetensors import read_safetensors
 from ._trees import LISTED, WeightsError, named_leaves, named_values, replace_leaves
 
 
 Model = TypeVar("Model", bound=eqx.Module)
 
-# From a leaf's path in our modules to torchvision's name for it. Applied in order; most layers keep their name.
-_TO_TORCHVISION = (
-    (r"^faster_rcnn\.", ""),
-    (r"\bnorm(\d)\.", r"bn\1."),
-    (r"\blayers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}."),
-    (r"\bdownsample\.conv\.", "downsample.0."),
-    (r"\bdownsample\.norm\.", "downsample.1."),
-    (r"\bfpn\.lateral\.(\d)\.", r"fpn.inner_blocks.\1.0."),
-    (r"\bfpn\.output\.(\d)\.", r"fpn.layer_blocks.\1.0."),
-    (r"^rpn\.conv\.", "rpn.head.conv.0.0."),
-    (r"^rpn\.objectness\.", "rpn.head.cls_logits."),
-    (r"^rpn\.deltas\.", "rpn.head.bbox_pred."),
-    (r"^box_head\.class_logits\.", "roi_heads.box_predictor.cls_score."),
-    (r"^box_head\.box_deltas\.", "roi_heads.box_predictor.bbox_pred."),
-    (r"^box_head\.", "roi_heads.box_head."),
-    (r"^mask_head\.convs\.(\d)\.", r"roi_heads.mask_head.\1.0."),
-    (r"^mask_head\.upsample\.", "roi_heads.mask_predictor.conv5_mask."),
-    (r"^mask_head\.mask_logits\.", "roi_heads.mask_predictor.mask_fcn_logits."),
-)
 
-# torchvision renamed layers over time; its published checkpoints keep the first names.
-_FIRST_NAMES = (
-    (r"\b(inner_blocks|layer_blocks)\.(\d)\.(weight|bias)$", r"\1.\2.0.\3"),
-    (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
-    (r"\bmask_head\.mask_fcn(\d)\.", lambda m: f"mask_head.{int(m[1]) - 1}.0."),
-)
+def read_torchvision(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Parameters by torchvision's names, however they were saved.
+
+    - `source`: a `.pth` file (see `read_pth`), a `.safetensors` file under torchvision's names or this package's, or a
+      mapping from names to arrays.
+
+    Prefixes that all names have, such as `module.` and `model.`, are removed, names that torchvision gave up are
+    replaced by today's, and counters (`num_batches_tracked`, `n_averaged`) left out.
+
+    >>> arrays = read_torchvision({"module.conv1.weight": np.ones(2), "n_averaged": np.array(7)})
+    >>> list(arrays)
+    ['conv1.weight']
+    """
+    if not isinstance(source, str | os.PathLike):
+        arrays = dict(source)
+    elif Path(source).suffix == ".safetensors":
+        arrays = {to_torchvision_name(name): array for name, array in read_safetensors(source)[0].items()}
+    else:
+        arrays = read_pth(source)
+    arrays = without_prefixes({name: array for name, array in arrays.items() if not is_counter(name)})
+    return {current_name(name): np.asarray(array) for name, array in arrays.items()}
 
 
 def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
@@ -49,12 +48,12 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
 
     - `model`: a `FasterRCNN` or `MaskRCNN` of one of the builders, or a `ResNet` for an ImageNet classifier's
       checkpoint, whose `fc` layer is left aside. Its shapes are enough (`equinox.filter_eval_shape`).
-    - `source`: a `.pth` file, read without torch and without running anything in it, or a mapping from torchvision's
-      names to arrays.
+    - `source`: a `.pth` file, read without torch and without running anything in it, a `.safetensors` file, or a
+      mapping from torchvision's names to arrays: whatever `read_torchvision` takes.
 
-    Every parameter of the model is written and every entry of the source used; otherwise a `WeightsError` lists what is
-    missing, left over, of another shape or no floats, or has numbers that are not finite. BatchNorm's
-    counters (`num_batches_tracked`) do not count.
+    Every parameter of the model is written and every entry of the source used; otherwise a `WeightsError` says what the
+    source seems to be, if it is another model, and lists what is missing, left over, of another shape or no floats, or
+    has numbers that are not finite.
 
     torchvision's detectors count the background among their classes: their 91 are `num_classes=90` here, and label `k`
     here is their `k + 1`.
@@ -67,17 +66,15 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     (8,)
     >>> loaded = load_torchvision(body, arrays)
     """
-    arrays = read_pth(source) if isinstance(source, str | os.PathLike) else source
+    arrays = read_torchvision(source)
     # A classifier's last layer has no place in a backbone, and is told by the absence of any detector's prefix.
     classifier = not any(name.startswith("backbone.") for name in arrays)
-    wanted = {_rename(name, _TO_TORCHVISION): (name, leaf) for name, leaf in named_leaves(model).items()}
+    wanted = {to_torchvision_name(name): (name, leaf) for name, leaf in named_leaves(model).items()}
     replacements, broken = {}, []
     for name, array in arrays.items():
-        if name.endswith("num_batches_tracked") or (classifier and name in ("fc.weight", "fc.bias")):
+        if classifier and name in ("fc.weight", "fc.bias"):
             continue
-        name = _rename(name, _FIRST_NAMES)
         ours, leaf = wanted.get(name, (name, None))
-        array = np.asarray(array)
         # What does not fit stays as it is, to be told of: only then is nothing copied that a shape alone makes large.
         if leaf is not None and array.shape == leaf.shape and jnp.issubdtype(array.dtype, jnp.floating):
             with np.errstate(over="ignore"):
@@ -85,8 +82,11 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
             if not np.isfinite(array).all():
                 broken.append(name)
         replacements[ours] = array
-    origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given arrays"
-    loaded = replace_leaves(model, replacements, source=origin)
+    origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given mapping"
+    try:
+        loaded = replace_leaves(model, replacements, source=origin)
+    except WeightsError as error:
+        raise explain(error, origin, arrays, {name: leaf for name, (_, leaf) in wanted.items()}) from None
     if broken:
         raise WeightsError(f"{origin} has numbers that are not finite, in {', '.join(broken[:LISTED])}.")
     return loaded
@@ -124,10 +124,4 @@ def to_torchvision(model: eqx.Module) -> dict[str, np.ndarray]:
     >>> to_torchvision(resnet18(key=jr.key(0), width=8))["layer4.1.conv2.weight"].shape
     (64, 64, 3, 3)
     """
-    return {_rename(name, _TO_TORCHVISION): np.array(leaf) for name, leaf in named_values(model).items()}
-
-
-def _rename(name: str, rules: tuple[tuple[str, Any], ...]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return {to_torchvision_name(name): np.array(leaf) for name, leaf in named_values(model).items()}

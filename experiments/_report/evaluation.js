@@ -24,7 +24,8 @@ function showNumbers() {
 
 function showCosts() {
   const { costs, counts, ap, false_positive_cost, false_negative_cost } = view();
-  const row = (name, cost, count, bad) => ({ name, value: cost, note: `${(100 * cost).toFixed(1)}  (${count})`, bad });
+  const cell = (cost) => (ap < 0 ? "–" : (100 * cost).toFixed(1)); // without objects there is no AP to lose
+  const row = (name, cost, count, bad) => ({ name, value: cost, note: `${cell(cost)}  (${count})`, bad });
   const rows = data.kinds.map((kind, i) => row(kind, costs[i], counts[i], false));
   rows.push(row("all false", false_positive_cost, counts[6], true));
   rows.push(row("all not found", false_negative_cost, counts[7], true));
@@ -90,7 +91,7 @@ function showClasses() {
     numeric("small", (row) => row.aps, points, "AP of objects below 32×32 pixels"),
     numeric("medium", (row) => row.apm, points, "AP of objects from 32×32 to 96×96 pixels"),
     numeric("large", (row) => row.apl, points, "AP of objects above 96×96 pixels"),
-    ...data.kinds.map((kind, i) => numeric(kind, (row) => row.costs[i], (cost) => (100 * cost).toFixed(1))),
+    ...data.kinds.map((kind, i) => numeric(kind, (row) => (row.ap50 < 0 ? -1 : row.costs[i]))),
   ], rows, {
     onclick: (row) => choose("class", state.class === String(row.k) ? "" : String(row.k)),
     chosen: (row) => state.class === String(row.k),

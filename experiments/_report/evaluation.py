@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as rle
 
 from detectax_eqx import data, draw, evaluate
 
@@ -28,9 +29,8 @@ MEANINGS = {
     "APs": "of objects below 32×32 pixels",
     "APm": "of objects from 32×32 to 96×96 pixels",
     "APl": "of objects above 96×96 pixels",
-    "AR1": "recall, one detection of each class an image",
-    "AR10": "recall, ten detections of each class an image",
-    "AR100": "recall, a hundred detections of each class an image",
+    "AR1": "recall, one detection of each class per image",
+    "AR10": "recall, ten detections of each class per image",
     "ARs": "recall of those below 32×32 pixels",
     "ARm": "recall of those from 32×32 to 96×96 pixels",
     "ARl": "recall of those above 96×96 pixels",
@@ -44,10 +44,11 @@ def write_report(
     metrics: Mapping[str, evaluate.CocoMetrics],
 ) -> None:
     """Writes the page. `metrics` are those of `results` on `dataset`, for boxes and perhaps for masks."""
-    annotations = data.read_annotations(dataset.annotations_path)
     analyses = {
-        kind: evaluate.analyze_errors(annotations, results, iou_type=one.iou_type) for kind, one in metrics.items()
+        kind: evaluate.analyze_errors(dataset, results, iou_type=one.iou_type, max_detections=one.max_detections)
+        for kind, one in metrics.items()
     }
+    limit = next(iter(metrics.values())).max_detections
     first = next(iter(analyses.values()))
     content = {
         "title": f"Evaluation: {path.resolve().parent.name}",
@@ -55,7 +56,7 @@ def write_report(
         f"{len(first.objects.labels):,} objects, {len(results):,} detections",
         "num_images": len(dataset),
         "kinds": evaluate.ERROR_KINDS,
-        "meanings": MEANINGS,
+        "meanings": MEANINGS | {f"AR{limit}": f"recall, {limit} detections of each class per image"},
         "classes": [
             {"name": category.name, "color": "#{:02x}{:02x}{:02x}".format(*draw.class_color(k))}
             for k, category in enumerate(dataset.categories)
@@ -65,7 +66,7 @@ def write_report(
         "background_iou": first.background_iou,
         "confusion_threshold": CONFUSION_THRESHOLD,
         "views": [view_of(metrics[kind], analysis) for kind, analysis in analyses.items()],
-        "images": worst_images(dataset, annotations, results, list(analyses.values())),
+        "images": worst_images(dataset, results, list(analyses.values())),
     }
     write_page(
         path,
@@ -116,7 +117,6 @@ def view_of(metrics: evaluate.CocoMetrics, analysis: evaluate.ErrorAnalysis) -> 
 
 def worst_images(
     dataset: data.CocoDataset,
-    annotations: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     analyses: Sequence[evaluate.ErrorAnalysis],
 ) -> list[dict[str, Any]]:
@@ -125,11 +125,10 @@ def worst_images(
     ious = np.zeros((len(results), len(analyses)))
     about = np.full((len(results), len(analyses)), -1)  # ids of annotations, which are positive
     missed: list[set[int]] = []
-    ids = np.array([-1, *(annotation["id"] for annotation in annotations["annotations"])])
     for view, analysis in enumerate(analyses):
         verdicts[analysis.detections.results, view] = analysis.detections.verdicts
         ious[analysis.detections.results, view] = analysis.detections.ious
-        object_ids = ids[1 + np.append(analysis.objects.annotations, -1)]  # the last one for no object, row -1
+        object_ids = np.append(analysis.objects.annotation_ids, -1)  # the last one for no object, row -1
         about[analysis.detections.results, view] = object_ids[analysis.detections.objects]
         missed.append(set(object_ids[:-1][analysis.objects.missed].tolist()))
     label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
@@ -169,12 +168,12 @@ def worst_images(
             "detections": [
                 {
                     "k": label_of[results[row]["category_id"]],
-                    "box": (corners(results[row]["bbox"]) * scale).round(1).tolist(),
+                    "box": (corners(results[row], source) * scale).round(1).tolist(),
                     "score": round(results[row]["score"], 3),
                     "verdicts": verdicts[row].tolist(),
                     "about": about[row].tolist(),
                     "ious": ious[row].round(3).tolist(),
-                    "mask": shrink_mask(results[row].get("segmentation"), source, small),
+                    "mask": shrink_mask(mask_of(results[row], source), source, small),
                 }
                 for row in rows
             ],
@@ -213,7 +212,15 @@ def ranking(analysis: evaluate.ErrorAnalysis, image_ids: Sequence[int]) -> list[
     return list(dict.fromkeys(chosen))[:MOST]
 
 
-def corners(bbox: Sequence[float]) -> np.ndarray:
-    """COCO's x, y, width, height as corners."""
-    x, y, width, height = bbox
+def mask_of(result: Mapping[str, Any], image_size: tuple[int, int]) -> Any:
+    """A result's segmentation, whatever its form, as a dataset has them."""
+    return data.parse_segmentation(result.get("segmentation"), image_size)
+
+
+def corners(result: Mapping[str, Any], image_size: tuple[int, int]) -> np.ndarray:
+    """The corners of a result's box, or of the box around its mask if it has none."""
+    bbox = result.get("bbox")
+    if bbox is None:
+        bbox = rle.toBbox(data.encode_segmentation(mask_of(result, image_size), image_size))  # type: ignore[arg-type]
+    x, y, width, height = (float(number) for number in bbox)
     return np.array([x, y, x + width, y + height])

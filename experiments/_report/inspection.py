@@ -196,7 +196,7 @@ def _segmentation_suspicions(
     else:
         points = np.concatenate(segmentation)
         bounds, slack = np.concatenate([points.min(axis=0), points.max(axis=0)]), 0.0
-        encoded = rle.merge(rle.frPyObjects([part.ravel().tolist() for part in segmentation], *image_size))  # type: ignore[arg-type]
+        encoded = data.encode_segmentation(segmentation, image_size)
     limit = np.array([image_size[1], image_size[0]] * 2)
     bounds = bounds.clip(0, limit)
     shared = np.prod(np.maximum(np.minimum(bounds[2:], box[2:]) - np.maximum(bounds[:2], box[:2]), 0))

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 
 from detectax_eqx import data, evaluate
 
@@ -20,15 +19,15 @@ def mask_size(image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def shrink_mask(segmentation: Any, image_size: tuple[int, int], size: tuple[int, int]) -> str | None:
-    """Polygons or run lengths of an image as compressed run lengths of a smaller `(height, width)`; `None` for none."""
+    """Polygons or run lengths of a dataset's image as compressed run lengths of a smaller `(height, width)`.
+
+    `None` for no segmentation.
+    """
     if segmentation is None:
         return None
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        whole = {"size": image_size, "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
-        pixels = Image.fromarray(data.decode_rle(whole) * 255).resize((size[1], size[0]), Image.Resampling.BOX)
+        pixels = Image.fromarray(data.decode_rle(segmentation) * 255).resize((size[1], size[0]), Image.Resampling.BOX)
         return evaluate.encode_mask(np.asarray(pixels) > 127)["counts"]
     scale = np.array([size[1] / image_size[1], size[0] / image_size[0]])
-    polygons = [(np.asarray(points) * scale).ravel().tolist() for points in segmentation]
-    merged = rle.merge(rle.frPyObjects(polygons, *size))  # type: ignore[arg-type]
-    return merged["counts"].decode("ascii")  # type: ignore[union-attr]
+    polygons = tuple(points * scale for points in segmentation)
+    return data.encode_segmentation(polygons, size)["counts"].decode("ascii")

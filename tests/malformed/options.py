@@ -24,12 +24,14 @@ RANGES = {
         "lr": ["0", "-0.1", "nan", "inf", "x"],
         "momentum": ["1.5", "-1", "nan"],
         "weight-decay": ["-1", "nan", "inf"],
-        "warmup-steps": ["-1"],
+        "warmup-steps": ["-1", "1", "500"],
         "decay-epochs": ["-1"],
         "trainable-layers": ["6", "-1"],
         "min-sizes": ["0", "-64"],
         "max-size": ["0", "-1"],
         "canvases": ["0 64", "64 100", "64", "-32 64"],
+        "anchor-sizes": ["0 1 2 3 4", "32", "nan 1 2 3 4"],
+        "aspect-ratios": ["0", "-1", "inf"],
         "flip": ["1.5", "-0.1", "nan"],
         "jitter": ["0 1", "2 1", "nan 1", "1"],
         "max-objects": ["0", "-1"],
@@ -49,7 +51,7 @@ RANGES = {
         "num-processes": ["two"],
         "process-id": ["x"],
         "model": ["yolo", ""],
-        "norm": ["batch"],
+        "norm": ["batch", "frozen_batch", "frozen_batch_eps0"],
         "optimizer": ["lion"],
         "schedule": ["step"],
         "train-annotations": ["none.json", "http://127.0.0.1:1/x.json"],
@@ -70,10 +72,36 @@ RANGES = {
     },
     "predict": {
         "min-size": ["0"],
+        "max-pixels": ["0", "-1"],
         "score-threshold": ["7"],
         "nms-threshold": ["-1"],
         "max-detections": ["-1"],
         "checkpoint": ["none"],
+    },
+    "export": {
+        "output": ["none.pt", "none"],
+        "images": ["none"],
+        "source": ["0 640", "640 -1", "640"],
+        "canvas": ["0 64", "64 100", "-32 64"],
+        "batch-size": ["0", "-2", "two"],
+        "any-batch": ["flag"],
+        "min-size": ["0", "-1"],
+        "max-size": ["0"],
+        "score-threshold": ["1.7", "-0.1", "nan"],
+        "nms-threshold": ["1.5", "-1"],
+        "max-detections": ["0", "-1"],
+        "max-images": ["0", "-1"],
+        "unmatched-score": ["1.7", "-1", "nan"],
+        "checkpoint": ["none"],
+    },
+    "inspect_dataset": {
+        "min-size": ["0", "-1"],
+        "max-size": ["0"],
+        "canvases": ["0 64", "64 100", "64"],
+        "anchor-sizes": ["0 8 16 32 64", "8 16 32 64 nan", "8"],
+        "aspect-ratios": ["0", "-1 1", "inf"],
+        "annotations": ["none.json"],
+        "images": ["none"],
     },
 }
 
@@ -100,10 +128,12 @@ def make(script, options, folder):
         "train": {"train-annotations": annotations, "train-images": images, "output": folder / "out"},
         "evaluate": {"annotations": annotations, "images": images, "output": folder / "out"},
         "predict": {"output": folder / "out"},
+        "export": {"output": folder / "out.onnx", "images": images},
+        "inspect_dataset": {"annotations": annotations, "images": images, "output": folder / "out"},
     }[script]
     if script == "train":
-        usual |= tiny_train.OPTIONS | {"steps": 1, "batch-size": len(jax.devices())}
-    elif "weights" not in options:
+        usual |= tiny_train.OPTIONS | {"steps": 1, "warmup-steps": 0, "batch-size": len(jax.devices())}
+    elif script != "inspect_dataset" and "weights" not in options:
         usual["checkpoint"] = folder / "run"
     given = {name: value for name, value in (usual | options).items() if value is not None}
     words = [word for name, value in given.items() for word in (f"--{name}", *str(value).split(" "))]
@@ -171,7 +201,7 @@ def contradictions():
                 annotations=[{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}],
             ),
         },
-        ("other.json", "segmentation"),
+        ("other.json", "segmentation", "--model faster_rcnn_resnet18_fpn"),
     )  # fmt: skip
     yield case(
         "an output folder that holds a run", "train", lambda folder: {"output": saved(folder / "run")}, ("--resume",)

@@ -246,9 +246,17 @@ def forms(full):
 
 def programs():
     """Pickles that mean harm: none may run anything, take long, or take memory out of proportion."""
+    whole, storages = pth(ARRAYS)
+    inner = whole[2:-1]
     for full in HARM:
         for form, program in forms(full).items():
             yield case(f"{full} by {form}", lambda folder, p=program: make_zip(state_dict(w=p), None, folder))
+            beside = state_dict(model=inner, extra=program)
+            yield case(
+                f"{full} by {form}, beside the weights",
+                lambda folder, b=beside: make_zip(b, storages, folder),
+                check_equal,
+            )
     order = name("collections", "OrderedDict")
     bent = {
         "EXT1": b"\x82\x01",
@@ -304,7 +312,6 @@ def programs():
         "10,000,000 empty sets", lambda folder: make_zip(b"\x80\x04(" + b"\x8f" * 10_000_000 + b"t.", None, folder)
     )
     # Instructions at random, in any order: whatever they do, they end in arrays or in the one error.
-    whole, storages = pth(ARRAYS)
     for seed in range(100):
         rng = np.random.default_rng(seed)
         program = bytearray(whole)

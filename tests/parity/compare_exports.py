@@ -170,7 +170,7 @@ def measured(detect: Callable, setup: Setup) -> dict[str, float]:
         found = jax.tree.map(np.asarray, detect(batch.images, batch.image_sizes))
         seconds.append(time.perf_counter() - began)
         results += evaluate.to_coco_results(found, batch, image_ids=image_ids, category_ids=dataset.category_ids)
-    numbers = evaluate.evaluate_coco(dataset.annotations_path, results).numbers
+    numbers = evaluate.evaluate_coco(dataset, results).numbers
     return {"AP": numbers["AP"], "AP50": numbers["AP50"], "seconds": float(np.median(seconds))}
 
 

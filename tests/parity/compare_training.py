@@ -164,7 +164,7 @@ def evaluate_with(detect, dataset):
         results += evaluate.to_coco_results(
             detect(batch), batch, image_ids=image_ids, category_ids=dataset.category_ids
         )
-    return evaluate.evaluate_coco(dataset.annotations_path, results)
+    return evaluate.evaluate_coco(dataset, results)
 
 
 def report(k, loss):

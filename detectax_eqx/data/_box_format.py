@@ -1,0 +1,124 @@
+"""The ways in which files write a box, and which of them the numbers of a file look like."""
+
+from typing import Any, Literal, get_args, no_type_check
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from ._report import Collector
+
+
+# COCO's own, in pixels, and what other tools put into "bbox". Fractions are those of the image's width and height.
+BoxFormat = Literal["xywh", "xyxy", "cxcywh", "normalized_xywh", "normalized_xyxy", "normalized_cxcywh"]
+LAYOUTS = {"xywh": "[x, y, width, height]", "xyxy": "[x0, y0, x1, y1]", "cxcywh": "[center x, center y, width, height]"}
+NORMALIZED = "normalized_"
+# Numbers beyond this are left as they are.
+LARGEST = 1e18
+
+# A box fits its image under a format if it reaches out of it by no more than this part of the image's side,
+SLACK = 0.02
+# and has a side of more than a pixel. A format is refused if this part of the boxes do not fit under it,
+MISFITS = 0.1
+# and this number of them, as fewer may be slips,
+FEWEST_MISFITS = 5
+# while this part fits under another. Slips go to either side of an image, those of a wrong format to one side.
+FITTING = 0.95
+
+
+@no_type_check
+def to_corners(
+    box: list[float], box_format: BoxFormat, width: float, height: float
+) -> tuple[float, float, float, float]:
+    """`(x0, y0, x1, y1)` in pixels of a box in an image of this size. All may be arrays.
+
+    >>> to_corners([0.5, 0.5, 0.2, 0.4], "normalized_cxcywh", 100, 10)
+    (40.0, 3.0, 60.0, 7.0)
+    """
+    a, b, c, d = box
+    if box_format.startswith(NORMALIZED):
+        a, b, c, d = a * width, b * height, c * width, d * height
+    layout = box_format.removeprefix(NORMALIZED)
+    if layout == "xyxy":
+        return a, b, c, d
+    if layout == "cxcywh":
+        return a - c / 2, b - d / 2, a + c / 2, b + d / 2
+    return a, b, a + c, b + d
+
+
+@no_type_check
+def to_coco(entry: dict[str, Any], box_format: BoxFormat, width: int, height: int) -> dict[str, Any]:
+    """An annotation with its box as COCO has it, and where it is of fractions, its area and polygons too.
+
+    What is no number stays as it is, to be refused by the checks of each field.
+
+    >>> to_coco({"bbox": [0.1, 0.5, 0.3, 0.75], "area": 0.05}, "normalized_xyxy", 100, 40)
+    {'bbox': [10.0, 20.0, 20.0, 10.0], 'area': 200.0}
+    """
+    changed, bbox = dict(entry), entry["bbox"]
+    if isinstance(bbox, list) and len(bbox) == 4 and _are_numbers(bbox):
+        x0, y0, x1, y1 = to_corners(bbox, box_format, width, height)
+        changed["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    if box_format.startswith(NORMALIZED):
+        if _are_numbers([entry.get("area")]):
+            changed["area"] = entry["area"] * width * height
+        if isinstance(entry.get("segmentation"), list):
+            changed["segmentation"] = [_scale(polygon, width, height) for polygon in entry["segmentation"]]
+    return changed
+
+
+@no_type_check
+def _scale(polygon: Any, width: int, height: int) -> Any:
+    if not isinstance(polygon, list) or not _are_numbers(polygon):
+        return polygon
+    return [number * (height if position % 2 else width) for position, number in enumerate(polygon)]
+
+
+def _are_numbers(values: list) -> bool:
+    """Whether these can be computed with: an integer of JSON may be too large for a float."""
+    return all(type(value) in (int, float) and -LARGEST < value < LARGEST for value in values)
+
+
+def check_box_format(
+    boxes: Float64[np.ndarray, "n 4"],
+    image_sizes: Float64[np.ndarray, "n 2"],
+    box_format: BoxFormat,
+    problems: Collector,
+) -> None:
+    """Notes an error if the boxes of a file look like another format than the one they are read as.
+
+    A tenth of the boxes, and five or more, have to be impossible or of no more than a pixel as they are read, while
+    nearly all are sound in another format. Fewer boxes than that could be slips: they are clipped or dropped, and
+    counted. `image_sizes`: `(height, width)` of the image of each box.
+    """
+    misfits = int((~_fit(boxes, image_sizes, box_format)).sum())
+    total = len(boxes)
+    if misfits < max(FEWEST_MISFITS, MISFITS * total):
+        return
+    counts = {other: int(_fit(boxes, image_sizes, other).sum()) for other in get_args(BoxFormat)}
+    likely = [other for other, count in counts.items() if count >= FITTING * total]
+    if not likely:
+        return
+    best = max(counts[other] for other in likely)
+    read, seen = _describe(box_format), " or ".join(_describe(other) for other in likely)
+    names = " or ".join(f'"{other}"' for other in likely)
+    problems.error(
+        "boxes in another format",
+        f'{misfits:,} of {total:,} are no sound "bbox" as {read}, and {best:,} are as {seen}.',
+        f"Pass box_format={names} (--box-format on the command line), or convert them.",
+    )
+
+
+def _fit(
+    boxes: Float64[np.ndarray, "n 4"], image_sizes: Float64[np.ndarray, "n 2"], box_format: BoxFormat
+) -> Bool[np.ndarray, " n"]:
+    """Which boxes have an area within their image under a format."""
+    height, width = image_sizes.T  # (n,) each
+    x0, y0, x1, y1 = to_corners(boxes.T, box_format, width, height)
+    inside = (x0 >= -SLACK * width) & (y0 >= -SLACK * height)
+    inside &= (x1 <= (1 + SLACK) * width) & (y1 <= (1 + SLACK) * height)
+    return inside & (x1 > x0) & (y1 > y0) & (np.maximum(x1 - x0, y1 - y0) > 1)
+
+
+def _describe(box_format: BoxFormat) -> str:
+    fractions = box_format.startswith(NORMALIZED)
+    return LAYOUTS[box_format.removeprefix(NORMALIZED)] + (" in fractions of the image" if fractions else " in pixels")

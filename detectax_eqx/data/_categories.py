@@ -1,0 +1,81 @@
+"""Whether a model and a file, or two files, mean the same by their category ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ._coco import read_annotations
+from ._dataset import Category
+from ._report import Collector, DatasetError
+from ._store import to_location
+from ._validate import parse_categories
+
+
+# A message lists this many differences and counts the rest.
+MAX_LISTED = 3
+
+
+def check_categories(
+    found: Sequence[Category],
+    known: Sequence[Category],
+    *,
+    found_in: str,
+    known_in: str,
+    same_ids: bool = True,
+    allow_renamed: bool = False,
+) -> None:
+    """Raises a `DatasetError` if the categories `found` in a file are not those that are `known`, by id and name.
+
+    - `found_in`, `known_in`: what messages call the two.
+    - `same_ids`: both have to have the same ids. Otherwise, either may have ids that the other lacks, as long as one is
+      in both.
+    - `allow_renamed`: compare ids alone.
+
+    >>> model, file = [Category(1, "cat"), Category(2, "dog")], [Category(1, "dog"), Category(2, "cat")]
+    >>> check_categories(file, model, found_in="val.json", known_in="the model")
+    Traceback (most recent call last):
+    detectax_eqx.data._report.DatasetError: val.json and the model disagree on categories: id 1 is "dog" in val.json ...
+    """
+    ours, theirs = ({category.id: category.name for category in part} for part in (found, known))
+    differences = []
+    if same_ids or not ours.keys() & theirs.keys():
+        for one, other, place in ((ours, theirs, found_in), (theirs, ours, known_in)):
+            differences += [f'id {id} ("{one[id]}") is in {place} alone' for id in sorted(one.keys() - other.keys())]
+    if not allow_renamed:
+        renamed = sorted(id for id in ours.keys() & theirs.keys() if ours[id] != theirs[id])
+        differences += [f'id {id} is "{ours[id]}" in {found_in} and "{theirs[id]}" in {known_in}' for id in renamed]
+        ids = {name: id for id, name in theirs.items()}
+        moved = sorted(id for id, name in ours.items() if id not in theirs and name in ids)
+        if not same_ids:
+            differences += [
+                f'"{ours[id]}" is id {id} in {found_in} and id {ids[ours[id]]} in {known_in}' for id in moved
+            ]
+    if not differences:
+        return
+    rest = f", and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
+    remedy = "Make ids and names the same"
+    if ours.keys() == theirs.keys() or (not same_ids and ours.keys() & theirs.keys()):
+        remedy += f"; if only names were changed, allow_renamed=True (--allow-renamed) takes those of {found_in}"
+    raise DatasetError(
+        f"{found_in} and {known_in} disagree on categories: {'; '.join(differences[:MAX_LISTED])}{rest}. {remedy}."
+    )
+
+
+def read_categories(annotations: str | Path) -> tuple[Category, ...]:
+    """The categories of a COCO-format file, sorted by id, whatever else is in it.
+
+    Raises a `DatasetError` if they are not as they should be, and what `read_annotations` raises.
+
+    >>> import tempfile
+    >>> from detectax_eqx.data import write_shapes_dataset
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     categories = read_categories(write_shapes_dataset(folder, num_images=2, seed=0)[0])
+    >>> [(category.id, category.name) for category in categories]
+    [(1, 'circle'), (3, 'square'), (4, 'triangle'), (7, 'star')]
+    """
+    entries = read_annotations(annotations).get("categories")
+    if not isinstance(entries, list) or not entries:
+        raise DatasetError(f'{annotations}: "categories" is not a list of objects with "id" and "name".')
+    problems = Collector(to_location(annotations))
+    categories = parse_categories(entries, problems)
+    problems.report()
+    return categories

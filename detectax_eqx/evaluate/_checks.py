@@ -1,0 +1,236 @@
+"""The checks that results have to pass, before pycocotools' C code sees them.
+
+There may be a million: what is called for each of them is left out of the package's checking of types.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, no_type_check
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from pycocotools import mask as rle
+
+from ..data import CocoDataset, decode_counts, encode_segmentation, parse_segmentation
+
+
+# Coordinates beyond this are no measurement in pixels.
+LARGEST = 1e9
+# Compressed run lengths are looked at this many masks at a time.
+CHUNK = 10_000
+# Polygons in a file of results are looked at without their image, whose size matters to run lengths alone.
+ANY_SIZE = 1, 1
+
+
+@dataclass(frozen=True)
+class CheckedResults:
+    """`n` results that passed.
+
+    - `images`, `labels`: positions in the dataset's images and categories.
+    - `boxes_xywh`: NaN where there is none. `masks`: compressed run lengths as pycocotools has them, or `None`.
+    """
+
+    images: Int64[np.ndarray, " n"]
+    labels: Int64[np.ndarray, " n"]
+    scores: Float64[np.ndarray, " n"]
+    boxes_xywh: Float64[np.ndarray, "n 4"]
+    masks: list[dict[str, Any] | None]
+
+
+def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Literal["bbox", "segm"]) -> CheckedResults:
+    """Results as columns. All that a result has is checked, whether this kind of evaluation looks at it or not.
+
+    Raises a `ValueError` that names the first result with something wrong, its image and the value.
+    """
+    check_fields(results)
+    index_of = {image.id: index for index, image in enumerate(dataset.images)}
+    label_of = {id: label for label, id in enumerate(dataset.category_ids)}
+    known_images = lambda id: id in index_of  # noqa: E731
+    known_categories = lambda id: id in label_of  # noqa: E731
+    _require(results, "image_id", known_images, "is on image {value}: the annotations have no image {value}.")
+    _require(results, "category_id", known_categories, "has category {value}, which the annotations do not have.")
+    if iou_type == "bbox":
+        _require(results, "bbox", _is_there, "has no bbox of four numbers: {value}.")
+    else:
+        _require(results, "segmentation", _is_there, "has no segmentation. Evaluate boxes, or leave it out.")
+    images = [index_of[result["image_id"]] for result in results]
+    boxes = [result["bbox"] if result.get("bbox") is not None else (np.nan,) * 4 for result in results]
+    sizes = dataset.sizes
+    return CheckedResults(
+        np.array(images, np.int64),
+        np.array([label_of[result["category_id"]] for result in results], np.int64),
+        np.array([float(result["score"]) for result in results], np.float64),
+        np.array(boxes, np.float64).reshape(-1, 4),
+        _masks(results, [sizes[index] for index in images]),
+    )
+
+
+def check_fields(results: Sequence[Any]) -> None:
+    """That every result has what COCO's results format wants, in the right types, whatever the dataset.
+
+    Raises a `ValueError` that names the first result with something wrong, its image and the value.
+    """
+    for position, result in enumerate(results):
+        if not isinstance(result, Mapping):
+            raise ValueError(f"results[{position}] is {_show(result)}. Make it an object.")
+    _require(results, "image_id", _is_id, "has the image_id {value}. Make it an integer.")
+    _require(results, "category_id", _is_id, "has the category_id {value}. Make it an integer.")
+    _require(results, "score", _is_score, "has a score of {value}. Make it a finite number.")
+    _require(results, "bbox", _is_four, "has no bbox of four numbers: {value}.")
+    words = "has the bbox {value}. Numbers must be finite, width and height not negative."
+    _require(results, "bbox", _is_box, words)
+
+
+def check_masks(results: Sequence[Any]) -> None:
+    """That masks are well-formed, and run lengths add up to the size that they state themselves.
+
+    Raises a `ValueError` as `check_fields` does.
+    """
+    sizes = []
+    for position, result in enumerate(results):
+        value = result.get("segmentation")
+        size = value.get("size") if isinstance(value, Mapping) else ANY_SIZE
+        if not (isinstance(size, list | tuple) and len(size) == 2 and all(map(_is_side, size))):
+            raise ValueError(f"{_where(results, position)} has a mask of size {_show(size)}. Make it [height, width].")
+        sizes.append((size[0], size[1]))
+    _masks(results, sizes)
+
+
+@no_type_check
+def _masks(results: Sequence[Any], sizes: list[tuple[int, int]]) -> list[dict[str, Any] | None]:
+    """The masks of all results, for images of these sizes, as compressed run lengths."""
+    masks, compressed = [], []
+    for position, (result, size) in enumerate(zip(results, sizes, strict=True)):
+        value = result.get("segmentation")
+        counts = value.get("counts") if isinstance(value, Mapping) else None
+        if counts and isinstance(counts, str | bytes):
+            _check_size(results, position, value.get("size"), size)
+            text = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+            masks.append({"size": [*size], "counts": text})
+            compressed.append(position)
+            continue
+        try:
+            segmentation = parse_segmentation(value, size)
+            masks.append(None if segmentation is None else encode_segmentation(segmentation, size))
+        except ValueError as error:
+            if isinstance(value, Mapping):
+                _check_size(results, position, value.get("size"), size)
+            raise ValueError(f"{_where(results, position)} has a {error}") from None
+    for start in range(0, len(compressed), CHUNK):
+        _check_sums(results, compressed[start : start + CHUNK], masks)
+    return masks
+
+
+@no_type_check
+def _check_size(results: Sequence[Any], position: int, got: Any, size: tuple[int, int]) -> None:
+    if not isinstance(got, list | tuple) or [*got] != [*size]:
+        where = _where(results, position)
+        raise ValueError(f"{where} has a mask of size {_show(got)}, but its image is {[*size]}.")
+
+
+@no_type_check
+def _check_sums(results: Sequence[Any], rows: list[int], masks: list[dict[str, Any]]) -> None:
+    """That compressed run lengths can be read and add up to their masks' pixels."""
+    try:
+        runs, counts = decode_counts([masks[row]["counts"] for row in rows])
+    except ValueError:
+        for row in rows:  # which of them it is
+            try:
+                decode_counts([masks[row]["counts"]])
+            except ValueError as error:
+                text = _show(masks[row]["counts"])
+                raise ValueError(f"{_where(results, row)} has a malformed mask: {error}: {text}.") from None
+        raise
+    starts = np.cumsum(counts) - counts
+    sums, least = np.add.reduceat(runs, starts), np.minimum.reduceat(runs, starts)
+    pixels = np.array([masks[row]["size"][0] * masks[row]["size"][1] for row in rows])
+    for k in np.flatnonzero((sums != pixels) | (least < 0)).tolist():
+        height, width = masks[rows[k]]["size"]
+        what = f"run lengths that add up to {sums[k]}, not to {height}·{width} = {pixels[k]}"
+        what = what if least[k] >= 0 else f"a negative run length, {least[k]}"
+        raise ValueError(f"{_where(results, rows[k])} has a malformed mask: {what}. Encode the mask again.")
+
+
+@no_type_check
+def _require(results: Sequence[Any], field: str, check: Callable[[Any], bool], words: str) -> None:
+    """Raises a `ValueError` with these words for the first result whose field does not pass."""
+    for position, result in enumerate(results):
+        value = result.get(field)
+        if not check(value):
+            raise ValueError(f"{_where(results, position)} {words.format(value=_show(value))}")
+
+
+@no_type_check
+def _where(results: Sequence[Any], position: int) -> str:
+    return f"results[{position}] on image {_show(results[position].get('image_id'))}"
+
+
+@no_type_check
+def _is_there(value: Any) -> bool:
+    return value is not None and not (isinstance(value, list | tuple) and not value)
+
+
+@no_type_check
+def _is_id(value: Any) -> bool:
+    return type(value) is int or isinstance(value, np.integer) or (type(value) is float and value.is_integer())
+
+
+@no_type_check
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < LARGEST
+
+
+@no_type_check
+def _is_number(value: Any) -> bool:
+    kind = type(value)
+    if kind is float or kind is int or isinstance(value, np.integer | np.floating):
+        return True
+    return _is_array(value, ())
+
+
+@no_type_check
+def _is_array(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a value is an array of numbers, NumPy's or JAX's, of a shape."""
+    return getattr(value, "shape", None) == shape and np.asarray(value).dtype.kind not in "bOSU"
+
+
+@no_type_check
+def _is_score(value: Any) -> bool:
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+@no_type_check
+def _is_four(value: Any) -> bool:
+    """Four numbers, or nothing."""
+    if value is None:
+        return True
+    if not isinstance(value, list | tuple):
+        return _is_array(value, (4,))
+    return len(value) == 4 and all(map(_is_number, value))
+
+
+@no_type_check
+def _is_box(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        x, y, width, height = map(float, value)
+    except OverflowError:
+        return False
+    # NaN does not compare as less.
+    return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= width < LARGEST and 0 <= height < LARGEST
+
+
+def _show(value: object) -> str:
+    text = " ".join(repr(value).split())  # an array's has lines
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def mask_areas(masks: Sequence[dict[str, Any]]) -> Float64[np.ndarray, " n"]:
+    """The pixels of each mask."""
+    area: Any = rle.area  # whose answer for more than 255 at once is an error
+    return np.array([float(area(mask)) for mask in masks], np.float64)

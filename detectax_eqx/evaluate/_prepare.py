@@ -1,0 +1,135 @@
+"""A checked dataset and checked results as pycocotools takes them."""
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..data import CocoDataset, encode_segmentation, load_annotations
+from ._checks import check_results, mask_areas
+
+
+# The truth of an evaluation: a dataset, or what `load_annotations` makes one of.
+Truth = CocoDataset | str | os.PathLike | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """pycocotools' evaluation, still to be run, and what its numbers stand for.
+
+    It knows images by their rank among the sorted ids, from 1, and categories by their label, from 1: pycocotools
+    turns large ids into floats. Annotations and results are counted from 1 too, as it takes a match with id 0 for none.
+
+    - `image_ids`: by rank. `annotation_ids`: of the annotations as they are counted.
+    """
+
+    evaluation: COCOeval
+    dataset: CocoDataset
+    image_ids: Int64[np.ndarray, " i"]
+    annotation_ids: Int64[np.ndarray, " m"]
+
+
+def prepare(
+    annotations: Truth,
+    results: Sequence[Any],
+    *,
+    iou_type: Literal["bbox", "segm"],
+    image_ids: Sequence[int] | None,
+) -> Prepared:
+    """An evaluation of checked results on a checked dataset."""
+    dataset = annotations if isinstance(annotations, CocoDataset) else load_annotations(annotations)
+    for kind, entries in (("images", dataset.images), ("categories", dataset.categories)):
+        if not entries:
+            raise ValueError(f"The dataset has no {kind}.")
+    ids = np.array([image.id for image in dataset.images], np.int64)
+    unknown = sorted(set(image_ids or ()) - set(ids.tolist()))
+    if unknown:
+        raise ValueError(f"image_ids has {unknown[:10]}, which the annotations do not have.")
+    order = np.argsort(ids)
+    rank = np.empty(len(ids), np.int64)
+    rank[order] = np.arange(1, len(ids) + 1)
+    checked = check_results(results, dataset, iou_type=iou_type)
+    truth, annotation_ids = _truth(dataset, rank, iou_type)
+    if iou_type == "bbox":
+        shapes, areas = checked.boxes_xywh.tolist(), checked.boxes_xywh[:, 2] * checked.boxes_xywh[:, 3]
+    else:
+        shapes: list[Any] = checked.masks
+        areas = mask_areas(shapes)
+    detected = _entries(rank[checked.images], checked.labels, areas, np.zeros(len(areas)), iou_type, shapes)
+    for entry, score in zip(detected, checked.scores.tolist(), strict=True):
+        entry["score"] = score
+    all_sizes = dataset.sizes
+    sizes = [all_sizes[index] for index in order]
+    base = {
+        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes, start=1)],
+        "categories": [{"id": k} for k in range(1, dataset.num_classes + 1)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_index(base, truth), _index(base, detected), iou_type)
+    if image_ids is not None:
+        position = {id: index for index, id in enumerate(ids.tolist())}
+        evaluation.params.imgIds = sorted({int(rank[position[id]]) for id in image_ids})
+    return Prepared(evaluation, dataset, ids[order], annotation_ids)
+
+
+def _truth(
+    dataset: CocoDataset, rank: Int64[np.ndarray, " i"], iou_type: str
+) -> tuple[list[dict[str, Any]], Int64[np.ndarray, " m"]]:
+    """The dataset's objects as pycocotools has annotations, and the ids that they have in the file.
+
+    The area is the file's. Where it has none, it is that of the box, or of the mask.
+    """
+    entries, ids = [], []
+    for index, image in enumerate(dataset.images):
+        objects = dataset.objects(index)
+        if iou_type == "bbox":
+            shapes, areas = objects.boxes_xywh.tolist(), objects.boxes_xywh[:, 2] * objects.boxes_xywh[:, 3]
+        else:
+            missing = [segmentation is None for segmentation in objects.segmentations]
+            if any(missing):
+                id = objects.annotation_ids[missing.index(True)]
+                what = "has no segmentation. Evaluate boxes, or leave it out."
+                raise ValueError(f"{dataset.annotations_path}: annotation {id} of image {image.id} {what}")
+            size = image.height, image.width
+            shapes = [encode_segmentation(segmentation, size) for segmentation in objects.segmentations]
+            areas = mask_areas(shapes)
+        areas = np.where(np.isnan(objects.areas), areas, objects.areas)
+        ranks = np.full(len(areas), rank[index])
+        entries += _entries(ranks, objects.labels.astype(np.int64), areas, objects.crowd, iou_type, shapes)
+        ids += objects.annotation_ids
+    return entries, np.array(ids, np.int64)
+
+
+def _entries(
+    ranks: Int64[np.ndarray, " n"],
+    labels: Int64[np.ndarray, " n"],
+    areas: Float64[np.ndarray, " n"],
+    crowd: np.ndarray,
+    iou_type: str,
+    shapes: Sequence[Any],
+) -> list[dict[str, Any]]:
+    """Annotations or results as pycocotools has them, still without ids."""
+    key = "bbox" if iou_type == "bbox" else "segmentation"
+    columns = ranks.tolist(), (labels + 1).tolist(), areas.tolist(), crowd.astype(np.int64).tolist(), shapes
+    return [
+        {"image_id": image, "category_id": category, "area": area, "iscrowd": group, key: shape}
+        for image, category, area, group, shape in zip(*columns, strict=True)
+    ]
+
+
+def _index(base: dict[str, list[Any]], entries: list[dict[str, Any]]) -> COCO:
+    """pycocotools' index of annotations or results."""
+    for id, entry in enumerate(entries, start=1):
+        entry["id"] = id
+    coco = COCO()
+    dataset: Any = base | {"annotations": entries}
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco

@@ -1,0 +1,97 @@
+"""What a run of training prints before its first step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _options import Options, total_steps
+from _report import inspection
+from _shared import console
+
+from detectax_eqx import data, models
+
+
+# Of more classes than this, the most and the least frequent are listed.
+MOST_CLASSES = 12
+
+
+def check_objects(dataset: data.CocoDataset, options: Options) -> None:
+    """Refuses data from which the model cannot learn: without objects, or without masks for a mask model."""
+    parts = [dataset.objects(index) for index in range(len(dataset))]
+    crowds = sum(int(part.crowd.sum()) for part in parts)
+    if crowds == sum(len(part.crowd) for part in parts):
+        found = f"all of its {crowds} annotations are crowds (iscrowd 1), which are not" if crowds else "it has none"
+        raise SystemExit(
+            f"{options.train_annotations} has no object to train on: {found}. Give annotations with boxes of "
+            "single objects."
+        )
+    if options.model.startswith("mask"):
+        bare = [
+            (image, part.annotation_ids[row])
+            for image, part in zip(dataset.images, parts, strict=True)
+            for row in np.flatnonzero(~part.crowd)
+            if part.segmentations[row] is None
+        ]
+        if bare:
+            image, annotation_id = bare[0]
+            more = f", nor have {len(bare) - 1:,} others" if len(bare) > 1 else ""
+            raise SystemExit(
+                f"{options.train_annotations}: image {image.id} ({image.file}), annotation {annotation_id} has no "
+                f"segmentation{more}, and {options.model} learns masks. For boxes alone use --model "
+                f"{options.model.replace('mask', 'faster')}, or add the segmentations."
+            )
+
+
+def print_header(
+    options: Options, dataset: data.CocoDataset, *, model: Any, trainable: Any, schedule: optax.Schedule, steps: int
+) -> None:
+    """Data, length, rate, canvases, parameters and devices of a run. `steps`: per epoch."""
+    total = total_steps(options, steps)
+    sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
+    labels, tiny = _labels_and_tiny(dataset, **sizes)
+    empty = sum(not (~dataset.objects(index).crowd).any() for index in range(len(dataset)))
+    uses = inspection.bucket_use(dataset.sizes, canvases=options.canvases, **sizes)
+    shrunk = sum(use.shrunk for use in uses)
+    padding = f"{inspection.padding_share(uses):.0%} padding" + (f", {shrunk:,} images shrunk to fit" if shrunk else "")
+    rate = float(jnp.max(jax.vmap(schedule)(jnp.arange(total))))
+    plan = f"warm-up {options.warmup_steps}, " + (
+        "then a cosine to 0"
+        if options.schedule == "cosine"
+        else f"decays after epochs {' and '.join(f'{epoch:g}' for epoch in options.decay_epochs or ())}"
+    )
+    leaves, marked = jax.tree.leaves(model), jax.tree.leaves(trainable)
+    trained = sum(leaf.size for leaf, mark in zip(leaves, marked, strict=True) if mark)
+    kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    rows = {
+        "images": f"{len(dataset):,}" + (f", {empty:,} without objects" if empty else ""),
+        "objects": f"{len(labels):,}" + (f", {tiny:,} under a pixel after resizing" if tiny else ""),
+        "per class": _per_class(labels, dataset.categories),
+        "steps": f"{total:,}, {total / steps:g} epochs of {steps:,}, {options.batch_size} images per step",
+        "rate": f"{rate:.3g} at most ({options.optimizer}); {plan}",
+        "canvases": ", ".join(f"{u.canvas[0]}×{u.canvas[1]} for {u.images:,} images" for u in uses) + f"; {padding}",
+        "model": f"{options.model}, norm {options.norm}, {models.num_parameters(model):,} parameters, {trained:,} "
+        "of them trained",
+        "devices": f"{jax.device_count()} ({kinds})",
+    }
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        console.print(f"{name:<{width}}  {text}", highlight=False, soft_wrap=True)
+
+
+def _labels_and_tiny(dataset: data.CocoDataset, *, min_size: int, max_size: int) -> tuple[np.ndarray, int]:
+    """The label of each object, and how many have a side of less than a pixel after resizing."""
+    boxes = inspection.resized_boxes(dataset, min_size=min_size, max_size=max_size)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return inspection.labels_of(dataset), int((sides < 1).any(axis=1).sum())
+
+
+def _per_class(labels: np.ndarray, categories: tuple[data.Category, ...]) -> str:
+    counts = np.bincount(labels, minlength=len(categories))
+    order = np.argsort(-counts, kind="stable")
+    words = [f"{categories[k].name} {counts[k]:,}" for k in order]
+    if len(words) > MOST_CLASSES:
+        half = MOST_CLASSES // 2
+        words = [*words[:half], f"{len(words) - 2 * half} more", *words[-half:]]
+    return ", ".join(words)

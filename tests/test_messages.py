@@ -1,0 +1,125 @@
+"""What an error of a wrong call says: a few lines, the remedy in the last; and which detectors and images are taken."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectax_eqx import Detections, models, nn, ops
+from detectax_eqx.models import _detect
+
+from .misuse_cases import OPS, OTHERS, TREES, tiny_model
+from .test_misuse import _wrong_calls
+
+
+PICTURE = np.zeros((64, 48, 3), np.uint8)
+IMAGES = [
+    (PICTURE.astype(np.float32), "astype(np.uint8)"),
+    (PICTURE.astype(np.uint16), "257"),
+    (Image.fromarray(PICTURE), "convert('RGB')"),
+    ("picture.jpg", "read_image"),
+    (PICTURE[..., 0], "np.repeat"),
+    (PICTURE[None], "detect_batch"),
+    (PICTURE.tolist(), "np.asarray"),
+    (PICTURE.transpose(2, 0, 1), "transpose(1, 2, 0)"),
+    (np.zeros((64, 48, 4), np.uint8), "image[..., :3]"),
+    (np.zeros((64, 48, 1), np.uint8), "np.repeat"),
+]
+
+
+@pytest.mark.parametrize("image, remedy", IMAGES, ids=[remedy for _, remedy in IMAGES])
+def test_image_that_detect_does_not_take(image, remedy):
+    with pytest.raises((TypeError, ValueError), match="image") as caught:
+        eqx.filter_eval_shape(lambda: models.detect(tiny_model(), image))
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 12 and max(map(len, lines)) < 250
+    assert remedy in lines[-1]
+
+
+@pytest.mark.parametrize("function, named, name, axis", list(_wrong_calls(OPS + TREES + OTHERS)))
+def test_wrong_arrays_in_a_few_lines(function, named, name, axis):
+    with pytest.raises(TypeError) as caught:
+        function(**named)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 12 and max(map(len, lines)) < 250
+    assert any(
+        word in lines[-1] for word in ("Cast", "shape", "jax.vmap", "jnp.asarray", "Pass", "np.", "Pixels", "batch")
+    )
+
+
+def test_batch_given_to_an_op():
+    with pytest.raises(TypeError, match=r"jax\.vmap\.$"):
+        ops.box_area(jnp.zeros((2, 3, 4)))
+
+
+def test_remedies_for_arrays_of_numpy_and_keys():
+    with pytest.raises(TypeError, match=r"jnp\.asarray\(boxes\)\.$"):
+        ops.box_area(np.zeros((3, 4), np.float32))
+    flags = jnp.ones(3, bool)
+    with pytest.raises(TypeError, match=r"jax\.random\.key\(0\)\.$"):
+        ops.sample_balanced(flags, flags, num_samples=2, positive_fraction=0.5, key=0)
+
+
+class Middle(eqx.Module):
+    """A user's own detector: one box in the middle of the image."""
+
+    weight: jax.Array
+
+    def __call__(self, image, image_size, *, selection):
+        height, width = image_size[0].astype(jnp.float32), image_size[1].astype(jnp.float32)
+        box = jnp.stack([width / 4, height / 4, width * 0.75, height * 0.75])
+        boxes = jnp.zeros((selection.max_detections, 4)).at[0].set(box)
+        first = jnp.arange(selection.max_detections) == 0
+        labels = jnp.zeros(selection.max_detections, jnp.int32)
+        return Detections(boxes, jnp.where(first, image.mean() * self.weight, 0.0), labels, first)
+
+
+def test_own_detector_on_images_of_other_channels():
+    model = Middle(jnp.ones(()))
+    for channels in (1, 3, 4):
+        found = eqx.filter_jit(models.detect)(model, np.ones((64, 48, channels), np.uint8), min_size=32, max_size=64)
+        np.testing.assert_allclose(found.boxes[0], [12, 16, 36, 48], atol=1)
+    assert models.trainable(model).weight is True
+    with pytest.raises(ValueError, match="no ResNet"):
+        models.trainable(model, trainable_layers=3)
+    with pytest.raises(TypeError, match="parameter 'model'"):
+        models.detect(3, PICTURE)
+
+
+def test_stem_of_other_channels():
+    def build():
+        body = nn.resnet18(key=jr.key(0), width=8, in_channels=4)
+        backbone = nn.ResNetFPN(body, key=jr.key(1), channels=16)
+        mean = (100.0,) * 4
+        return models.FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32, pixel_mean=mean, pixel_std=mean)
+
+    image = np.zeros((64, 64, 4), np.uint8)
+    shapes = eqx.filter_eval_shape(lambda: models.detect(build(), image, min_size=64, max_size=64))
+    assert shapes.boxes.shape == (100, 4)
+    with pytest.raises(ValueError, match="pixel_mean and pixel_std"):
+        models.FasterRCNN(
+            nn.ResNetFPN(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16),
+            3,
+            key=jr.key(2),
+            hidden_size=32,
+            pixel_mean=(1.0,),
+        )
+
+
+def test_detect_without_jit_warns_once():
+    model = Middle(jnp.ones(()))
+    _detect._advise_jit.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        eqx.filter_jit(models.detect)(model, PICTURE, min_size=32, max_size=64)
+        jax.vmap(lambda x: models.detect(model, x, min_size=32, max_size=64))(jnp.asarray(PICTURE)[None])
+        eqx.filter_grad(lambda m: models.detect(m, PICTURE, min_size=32, max_size=64).scores.sum())(model)
+        assert not caught
+        for _ in range(2):
+            models.detect(model, PICTURE, min_size=32, max_size=64)
+    assert len(caught) == 1 and "eqx.filter_jit" in str(caught[0].message)

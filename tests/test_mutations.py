@@ -1,0 +1,278 @@
+"""Datasets and results as they get damaged on their way: refused at the start in one message, or used to the end.
+
+Each case is a sound file with one to three random changes: fields removed, emptied, of another type, scaled, renamed;
+entries doubled, dropped, moved. It goes through training, evaluation, the report and the inspection, as the scripts do
+them, with a tiny detector. Real annotations are changed too where a folder of them lies beside the repository.
+"""
+
+import copy
+import json
+import signal
+import sys
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from detectax_eqx import data, train
+
+from . import tiny_train
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import _options
+import _shared
+import evaluate as evaluate_script
+import inspect_dataset as inspect_script
+import train as train_script
+
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+SECONDS = 600  # for any one case, which may compile; what takes longer hangs
+LINES = 24  # of any one message
+CANVAS = (64, 64)
+PARTS = ("images", "annotations", "categories")
+OTHER_TYPES = (None, "7", 7, -1, 0.5, True, [], [1, 2], {}, {"a": 1}, "", float("nan"), 1e400, 2**63, [[1, 2, 3]])
+FACTORS = (0, -1, 0.001, 0.01, 0.5, 3, 1000, 1e9)
+
+
+def shapes(folder):
+    """A sound dataset of drawn shapes: its content, and the folder of its images."""
+    annotations, images = data.write_shapes_dataset(folder, num_images=6, seed=0, image_size=CANVAS)
+    return json.loads(Path(annotations).read_text()), Path(images)
+
+
+def real(name, annotations, images):
+    """The first images of a real dataset, with all of their objects and the categories that those have."""
+    content = json.loads((REAL / name / annotations).read_text())
+    kept = content["images"][:6]
+    ids = {image["id"] for image in kept}
+    objects = [one for one in content["annotations"] if one["image_id"] in ids]
+    used = {one["category_id"] for one in objects}
+    categories = [category for category in content["categories"] if category["id"] in used][:90]
+    return {"images": kept, "annotations": objects, "categories": categories}, REAL / name / images
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Sound datasets to change."""
+    found = [shapes(tmp_path_factory.mktemp("shapes"))]
+    if REAL.is_dir():
+        found.append(real("bccd", "val.json", "images"))
+        found.append(real("coco-mini", "annotations/instances_val2017.json", "val2017"))
+    return found
+
+
+def mutate(content, rng, parts):
+    """A copy with one to three changes, and what they are; `parts` are the lists to change, or `None` for a list."""
+    content, changes = copy.deepcopy(content), []
+    for _ in range(rng.integers(1, 4)):
+        part = content if parts is None else content.get(parts[rng.integers(len(parts))])
+        if not isinstance(part, list) or not part:
+            continue
+        changes.append(_change(part, rng))
+    return content, changes
+
+
+def _change(entries, rng):
+    """One change of a list of entries, in place."""
+    kind = ("remove", "retype", "scale", "scale all", "rename", "double", "drop", "move", "deepen")[rng.integers(9)]
+    at = int(rng.integers(len(entries)))
+    entry = entries[at]
+    if kind == "double":
+        entries.append(copy.deepcopy(entry))
+    elif kind == "drop":
+        del entries[at]
+    elif kind == "move":
+        entries.insert(0, entries.pop(at))
+    elif isinstance(entry, dict) and entry:
+        field = sorted(entry)[rng.integers(len(entry))]
+        if kind == "remove":
+            del entry[field]
+        elif kind == "rename":
+            entry[field + "s"] = entry.pop(field)
+        elif kind == "retype":
+            entry[field] = copy.deepcopy(OTHER_TYPES[rng.integers(len(OTHER_TYPES))])
+        elif kind == "deepen" and isinstance(entry[field], list) and entry[field]:
+            entry[field][rng.integers(len(entry[field]))] = OTHER_TYPES[rng.integers(len(OTHER_TYPES))]
+        else:
+            factor = FACTORS[rng.integers(len(FACTORS))]
+            for one in entries if kind == "scale all" else [entry]:
+                if isinstance(one, dict) and field in one:
+                    one[field] = _scaled(one[field], factor)
+        return f"{kind} {field} of {at}"
+    else:
+        entries[at] = copy.deepcopy(OTHER_TYPES[rng.integers(len(OTHER_TYPES))])
+    return f"{kind} {at}"
+
+
+def _scaled(value, factor):
+    if isinstance(value, list):
+        return [_scaled(part, factor) for part in value]
+    return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class SharedStep:
+    """A compiled step for all runs whose models have the same shapes, and a count of the steps it made."""
+
+    steps: dict = {}  # noqa: RUF012
+    made = 0
+
+    def __init__(self, *arguments, **options):
+        self.make = lambda: train.make_train_step(*arguments, **options)
+
+    def __call__(self, state, batch):
+        SharedStep.made += 1
+        key = state.model.num_classes
+        if key not in SharedStep.steps:
+            SharedStep.steps[key] = self.make()
+        return SharedStep.steps[key](state, batch)
+
+    def memory(self, state, batch):
+        return None
+
+
+@contextmanager
+def tiny():
+    """The scripts with a tiny detector and the steps of the runs before."""
+    fake = mock.Mock(wraps=train, make_train_step=SharedStep)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(train_script, "train", fake))
+        stack.enter_context(mock.patch.object(train_script, "Stop", _Stop))
+        for script in (_shared, train_script):
+            stack.enter_context(mock.patch.object(script, "build", tiny_train.build))
+        yield
+
+
+class _Stop(train_script.Stop):
+    """Takes no signals: the tests' own are kept."""
+
+    def __init__(self):
+        with mock.patch.object(signal, "signal"):
+            super().__init__()
+
+
+@contextmanager
+def limited():
+    """Within the `with` block, more than `SECONDS` are a `TimeoutError`."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"more than {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refusal(call):
+    """The message with which a script's `main` refuses its input; `None` if it came to its end. All else is raised."""
+    try:
+        with limited():
+            call()
+    except SystemExit as error:
+        message = error.code
+    except (ValueError, OSError) as error:
+        if not (isinstance(error, OSError) or _shared.is_ours(error)) or isinstance(error, TimeoutError):
+            raise
+        message = str(error)
+    else:
+        return None
+    assert isinstance(message, str) and message.strip(), f"refused without a word: {message!r}"
+    assert len(message.splitlines()) <= LINES, message
+    return message
+
+
+def use(annotations, images, folder):
+    """Trains two steps with the file as training and validation data, evaluates, reports and inspects.
+
+    Returns whether it was refused; only the first script may do that, before its first step.
+    """
+    size = {"min_sizes": (64,), "max_size": 64, "canvases": (CANVAS,), "anchor_sizes": (8, 16, 32, 48, 64)}
+    paths = {"train_annotations": str(annotations), "train_images": str(images), "val_annotations": str(annotations)}
+    options = _options.Options(
+        **paths, **size, output=folder / "run", model="faster_rcnn_resnet18_fpn", norm="group", batch_size=jax.device_count(), steps=2,
+        warmup_steps=0, max_objects=20, threads=1,
+    )  # fmt: skip
+    before = SharedStep.made
+    if refusal(lambda: train_script.main(options)) is not None:
+        assert SharedStep.made == before, "refused after the first step"
+        return True
+    paths = {"annotations": str(annotations), "images": str(images)}
+    evaluation = evaluate_script.Options(**paths, output=folder / "test", report=True, checkpoint=folder / "run")
+    inspection = inspect_script.Options(
+        annotations=annotations, images=images, output=folder / "data", min_size=64, max_size=64, canvases=(CANVAS,)
+    )
+    for main, options in ((evaluate_script.main, evaluation), (inspect_script.main, inspection)):
+        refused = refusal(lambda main=main, options=options: main(options))
+        assert refused is None, f"trained on, and then refused: {refused}"
+    assert (folder / "test" / "report.html").stat().st_size > 1000
+    return False
+
+
+def cases(count):
+    """The short form, and the long one."""
+    return [pytest.param(30, id="some"), pytest.param(count, id="all", marks=[pytest.mark.long])]
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("count", cases(500))
+def test_datasets_are_refused_at_the_start_or_used_to_the_end(sources, tmp_path, count, tally):
+    outcomes = Counter()
+    with tiny():
+        for seed in range(count):
+            content, images = sources[seed % len(sources)]
+            changed, changes = mutate(content, np.random.default_rng(seed), PARTS)
+            folder = tmp_path / str(seed)
+            folder.mkdir()
+            (folder / "annotations.json").write_text(json.dumps(changed))
+            try:
+                outcomes[use(folder / "annotations.json", images, folder)] += 1
+            except BaseException as error:
+                error.add_note(f"seed {seed}: {'; '.join(changes)}")
+                raise
+    assert outcomes[True] > count / 10 and outcomes[False] > count / 10, outcomes
+    tally(
+        "generated datasets: train, evaluate, report, inspect", count, count, f"{outcomes[True]} refused at the start"
+    )
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("count", cases(500))
+def test_results_are_refused_in_one_message_or_scored(sources, tmp_path, count, tally):
+    outcomes = Counter()
+    for seed in range(count):
+        content, images = sources[seed % len(sources)]
+        rng = np.random.default_rng(seed)
+        found = [
+            {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation") if one.get(key)}
+            | {"score": float(rng.random())}
+            for one in content["annotations"]
+            if not one.get("iscrowd")
+        ]
+        changed, changes = mutate(found, rng, None)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "annotations.json").write_text(json.dumps(content))
+        (folder / "results.json").write_text(json.dumps(changed))
+        options = evaluate_script.Options(
+            annotations=str(folder / "annotations.json"), images=str(images), output=folder / "out", report=True,
+            detections=folder / "results.json",
+        )  # fmt: skip
+        try:
+            message = refusal(lambda options=options: evaluate_script.main(options))
+            assert message is None or "results.json" in message, message
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {'; '.join(changes)}")
+            raise
+        outcomes[message is not None] += 1
+    assert outcomes[True] > count / 10 and outcomes[False] > count / 10, outcomes
+    tally("generated results: evaluate and report", count, count, f"{outcomes[True]} refused in one message")

@@ -1,0 +1,210 @@
+"""predict.py with a tiny detector: pictures by unique names, no output read again, names and sizes from the weights."""
+
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import equinox as eqx
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectax_eqx import data, weights
+
+from .tiny_detector import random_arrays
+from .tiny_train import build
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import _images
+import _shared
+import export
+import predict
+
+
+NAME = "faster_rcnn_resnet18_fpn"
+CATEGORIES = tuple(data.Category(k, name) for k, name in ((3, "cat"), (7, "dog")))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_arrays(eqx.filter_eval_shape(build, NAME, 2, "group"))
+
+
+@pytest.fixture
+def file(model, tmp_path, monkeypatch):
+    """Weights of a tiny detector, trained at 64 pixels."""
+    monkeypatch.setattr(_shared, "build", build)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.safetensors"
+    _shared.save_detector(_shared.Detector(model, CATEGORIES, 64, 64, ((64, 64),)), path)
+    return path
+
+
+def options(file, output, *inputs, **others):
+    return predict.Options(
+        inputs, output, weights=file, model=NAME, norm="group", score_threshold=0.0, max_detections=3, **others
+    )
+
+
+def write(path, value=90):
+    """An image of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 48), (value, value, value)).save(path)
+    return path
+
+
+def pictures(output):
+    return sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
+
+
+def check_consistent(output, inputs):
+    """One picture and one entry per image; results refer to entries."""
+    images = json.loads((output / "images.json").read_text())
+    results = json.loads((output / "detections.json").read_text())
+    assert [image["id"] for image in images] == list(range(len(inputs)))
+    assert Counter(image["file_name"] for image in images) == Counter(map(str, inputs))
+    assert len({image["picture"] for image in images}) == len(images)
+    assert all((output / image["picture"]).is_file() for image in images)
+    assert {result["image_id"] for result in results} <= set(range(len(images)))
+    assert {result["category_id"] for result in results} <= {3, 7}
+    return images
+
+
+def test_two_folders_with_one_name_give_two_pictures(file, tmp_path):
+    a, b = write(tmp_path / "a" / "x.png", 30), write(tmp_path / "b" / "x.png", 200)
+    output = tmp_path / "out"
+    predict.main(options(file, output, a.parent, b.parent))
+    images = check_consistent(output, [a, b])
+    assert pictures(output) == ["a/x.png.png", "b/x.png.png"]
+    for image, value in zip(images, (30, 200), strict=True):
+        with Image.open(output / image["picture"]) as picture:
+            assert (np.asarray(picture) == value).all(axis=-1).any()
+
+
+def test_an_output_within_an_input_is_not_read_again(file, tmp_path):
+    folder = tmp_path / "photos"
+    image = write(folder / "deep" / "x.png")
+    for output in (folder / "out", folder / "out", folder / "other"):
+        predict.main(options(file, output, folder))
+        assert pictures(output) == ["deep/x.png.png"]
+        check_consistent(output, [image])
+    assert [path for path, _ in _images.find_images([folder])] == [image]  # what export.py compares with
+    assert pictures(folder / "out") == ["deep/x.png.png"]
+
+
+def test_an_output_that_is_an_input_is_refused(file, tmp_path):
+    folder = tmp_path / "photos"
+    write(folder / "x.png")
+    with pytest.raises(SystemExit, match=r"would put pictures among the images of .*photos"):
+        predict.main(options(file, folder, folder))
+    assert [path.name for path in folder.iterdir()] == ["x.png"]
+
+
+def test_class_names_in_any_script(file, model, tmp_path):
+    """One warning for all pictures; names that no font has are told apart. A font that is none is refused at once."""
+    image, outputs = write(tmp_path / "x.png"), []
+    for number, names in enumerate((("猫狗", "кот"), ("鸟鱼", "кот"))):
+        categories = tuple(data.Category(k, name) for k, name in zip((3, 7), names, strict=True))
+        _shared.save_detector(_shared.Detector(model, categories, 64, 64, ((64, 64),)), file)
+        outputs.append(tmp_path / str(number) / "x.png.png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            predict.main(options(file, outputs[-1].parent, image))
+    assert outputs[0].read_bytes() != outputs[1].read_bytes()
+    for path in (tmp_path / "none.ttf", image):
+        with pytest.raises(SystemExit, match=rf"--font .*{path.name} cannot be used"):
+            predict.main(options(file, tmp_path / "out", image, font=path))
+
+
+def test_images_of_export_leave_pictures_out(tmp_path, monkeypatch):
+    """export.py calibrates on images, not on pictures of detections among them."""
+    write(tmp_path / "photos" / "x.png", 30)
+    write(tmp_path / "photos" / "out" / "x.png.png", 200)
+    for name in ("detections.json", "images.json"):
+        (tmp_path / "photos" / "out" / name).write_text("[]")
+    seen = []
+    monkeypatch.setattr(export.export, "save_onnx", lambda *_, images, **__: seen.extend(images))
+    detector = _shared.Detector(None, CATEGORIES)
+    shape = export.export.Shape(1, (64, 64), (64, 64))
+    export.save_onnx(detector, export.Options(tmp_path / "x.onnx", images=tmp_path / "photos"), shape, None)
+    assert [int(np.median(image)) for image in seen] == [30]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (["a/x.png", "b/x.png"], ["x.png.png", "x-2.png.png"]),
+        (["x.png", "x.png", "./x.png"], ["x.png.png"]),
+        (["a/x.png", "a"], ["x.png.png"]),
+        (["a_x.png", "a"], ["a_x.png.png", "x.png.png"]),
+        (["x.png", "X.PNG", "x.jpg"], ["x.png.png", "X-2.PNG.png", "x.jpg.png"]),
+        (["é.png", "e\u0301.png"], ["é.png.png", "e\u0301-2.png.png"]),
+        (["a/x.png", "b/x.png", "x-2.png"], ["x.png.png", "x-2.png.png", "x-2-2.png.png"]),
+        (["p/a", "q/a"], ["a/x.png.png", "a-2/x.png.png"]),
+        (["x.png", "folder"], ["x.png.png", "x.png.png-2/y.png.png"]),
+        (["json"], ["detections.json-2/y.png.png"]),
+    ],
+)
+def test_names_are_unique(inputs, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = "a/x.png b/x.png x.png X.PNG x.jpg x-2.png é.png e\u0301.png a_x.png p/a/x.png q/a/x.png"
+    for name in [*files.split(), "folder/x.png.png/y.png", "json/detections.json/y.png"]:
+        write(tmp_path / name)
+    targets = predict.targets_of(tuple(map(Path, inputs)), Path("out"))
+    names = [str(target.relative_to("out")) for _, target in targets]
+    assert names == expected
+
+
+def test_no_image_is_overwritten(tmp_path, monkeypatch):
+    """Also where pictures go beside the images: `x.png.png` may be one."""
+    monkeypatch.chdir(tmp_path)
+    inputs = write(Path("x.png")), write(Path("x.png.png"))
+    targets = [target for _, target in predict.targets_of(inputs, Path())]
+    assert len(set(targets)) == 2 and not set(targets) & set(inputs)
+    assert predict.targets_of((Path("x.png"),), Path("x.png"))  # mkdir refuses it
+
+
+def test_many_equal_names_are_quick(tmp_path):
+    images = [(tmp_path / str(k) / "x.png", Path("x.png")) for k in range(3000)]
+    assert len(set(_images.unique_targets(images, tmp_path / "out"))) == 3000
+
+
+def test_sizes_and_classes_travel_with_safetensors(file, model, tmp_path, capsys):
+    detector = _shared.load_detector(NAME, "group", file, None, None, None)
+    assert (detector.categories, detector.min_size, detector.max_size) == (CATEGORIES, 64, 64)
+    assert detector.canvases == ((64, 64),) and eqx.tree_equal(detector.model, model)
+    assert "does not say" not in capsys.readouterr().out
+    other = _shared.load_detector(NAME, "group", file, None, 96, None)
+    assert (other.min_size, other.max_size, other.categories) == (96, 64, CATEGORIES)
+    # A file without them is read all the same, which is said.
+    weights.save_safetensors(model, file)
+    plain = _shared.load_detector(NAME, "group", file, None, None, None)
+    assert plain.min_size == 800 and "does not say at which sizes" in capsys.readouterr().out
+    for about in ("[]", "no JSON", json.dumps({"categories": [], "min_size": 1, "max_size": 1, "canvases": []})):
+        weights.save_safetensors(model, file, metadata={"detector": about})
+        with pytest.raises(SystemExit, match=r"tiny\.safetensors: its metadata 'detector'"):
+            _shared.load_detector(NAME, "group", file, None, None, None)
+
+
+def test_weights_of_a_wrapper_in_the_scripts(file, model, tmp_path):
+    """`module.` before every name: detectors, and backbones for --init."""
+    arrays = {f"module.{name}": array for name, array in weights.to_torchvision(model).items()}
+    weights.save_safetensors(arrays, tmp_path / "wrapped.safetensors")
+    loaded = _shared.load_weights(NAME, "group", tmp_path / "wrapped.safetensors").model
+    assert eqx.tree_equal(loaded, model)
+    body = {f"module.{name}": array * 2 for name, array in weights.to_torchvision(model.backbone.body).items()}
+    weights.save_safetensors(body, tmp_path / "body.safetensors")
+    started = _shared.initialize(model, NAME, "group", tmp_path / "body.safetensors")
+    np.testing.assert_array_equal(started.backbone.body.conv1.weight, model.backbone.body.conv1.weight * 2)
+    with pytest.raises(SystemExit, match=r"body\.safetensors seems to be a ResNet-18 of width 8 with GroupNorm: "):
+        _shared.load_weights(NAME, "group", tmp_path / "body.safetensors")
+
+
+def test_a_checkpoint_becomes_safetensors(model, file, tmp_path, monkeypatch):
+    detector = _shared.Detector(model, CATEGORIES, 64, 64, ((64, 64),))
+    monkeypatch.setattr(export, "load_detector", lambda *_: detector)
+    export.main(export.Options(tmp_path / "mine.safetensors", checkpoint=tmp_path))
+    assert _shared.load_weights(NAME, "group", tmp_path / "mine.safetensors").categories == CATEGORIES

@@ -1,0 +1,140 @@
+"""Defaults that scale with a run, and runs that cannot learn."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from detectax_eqx import data, models
+
+from . import tiny_train
+from .tiny_train import script
+
+
+_shared = tiny_train._shared
+
+
+def completed(epoch_steps, **options):
+    from _options import Options, complete
+
+    return complete(Options(output="", **options), epoch_steps)
+
+
+def test_the_recipe_is_the_fields_at_its_own_length():
+    options = completed(7330, init="weights.pth")
+    assert (options.lr, options.warmup_steps, options.decay_epochs) == (0.02, 500, (8, 11))
+    assert (options.norm, options.trainable_layers) == ("frozen_batch", 3)
+
+
+def test_defaults_scale_with_the_run():
+    options = completed(13, epochs=12)
+    assert options.warmup_steps == 15 and options.decay_epochs == (8, 11)  # of 156 steps
+    assert (options.norm, options.trainable_layers) == ("group", 5)
+    assert completed(10, epochs=6).decay_epochs == (4, 5.5)
+    options = completed(10, steps=30)
+    assert options.warmup_steps == 3 and options.decay_epochs == (2, 2.75)
+    assert completed(10, optimizer="adamw").lr == 1e-4
+    for steps in range(1, 40):
+        options = completed(10, steps=steps)
+        schedule = script.make_schedule(options, 10)
+        assert max(float(schedule(k)) for k in range(steps)) == pytest.approx(0.02)
+
+
+def write(folder, change):
+    """Annotations and images, the annotations changed."""
+    annotations, images = data.write_shapes_dataset(folder, num_images=2, image_size=(64, 64))
+    content = json.loads(annotations.read_text())
+    change(content)
+    annotations.write_text(json.dumps(content))
+    return {"train_annotations": str(annotations), "train_images": str(images)}
+
+
+def bare(content):
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
+@pytest.mark.parametrize(
+    "change, options, words",
+    [
+        (lambda c: c.update(annotations=[]), {}, "has no object to train on: it has none"),
+        (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], {}, "are crowds"),
+        (bare, {}, "mask_rcnn_resnet50_fpn learns masks. For boxes alone use --model faster_rcnn_resnet50_fpn"),
+        (lambda c: None, {"warmup_steps": 500, "steps": 156}, "--warmup-steps is 500, but the run has 156 steps"),
+        (lambda c: None, {"norm": "frozen_batch"}, "Give --init, or leave the option out"),
+        (lambda c: None, {"anchor_sizes": (8.0, 16.0)}, "it must be 5 numbers, one per level"),
+        (lambda c: None, {"train_images": None}, "--train-annotations and --train-images are required"),
+    ],
+)
+def test_runs_that_cannot_learn_are_refused(change, options, words, tmp_path):
+    given = {"batch_size": 8, "output": tmp_path / "run"} | write(tmp_path / "data", change) | options
+    with pytest.raises(SystemExit) as error:
+        script.main(script.Options(**given))
+    assert words in str(error.value) and "mask_size" not in str(error.value)
+    assert not (tmp_path / "run/options.json").exists()
+
+
+def test_anchors_reach_every_detector():
+    import equinox as eqx
+
+    for name in _shared.ModelName.__args__:
+        options = {"anchor_sizes": (8, 16, 32, 64, 128), "aspect_ratios": (0.25, 1.0, 2.0, 4.0)}
+        model = eqx.filter_eval_shape(lambda n=name, o=options: _shared.build(n, 3, "group", **o))
+        rpn = (model.faster_rcnn if isinstance(model, models.MaskRCNN) else model).rpn
+        assert rpn.anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
+        assert rpn.aspect_ratios == (0.25, 1.0, 2.0, 4.0) and rpn.objectness.weight.shape[0] == 4
+
+
+def test_anchors_travel_with_the_checkpoint(tmp_path, monkeypatch):
+    """And a checkpoint from before there was a choice has the usual ones."""
+    from detectax_eqx import train
+
+    monkeypatch.setattr(_shared, "build", tiny_train.build)
+    anchors = {"anchor_sizes": (6.0, 12.0, 24.0, 40.0, 60.0), "aspect_ratios": (0.5, 1.0)}
+    metadata = {"model": "faster_rcnn_resnet18_fpn", "norm": "group", "categories": [{"id": 1, "name": "a"}]}
+    metadata |= {"min_size": 64, "max_size": 64, "canvases": [[64, 64]], "ema": False}
+    for name, own in (("new", anchors), ("old", {})):
+        model = tiny_train.build("", 1, "", **own)
+        train.save_checkpoint(tmp_path / name / "last", {"model": model}, step=1, metadata=metadata | own)
+        loaded = _shared.load_run(tmp_path / name).model
+        assert loaded.rpn.anchor_sizes == model.rpn.anchor_sizes and loaded.rpn.aspect_ratios == model.rpn.aspect_ratios
+
+
+def test_the_compilers_alarm_is_left_out_and_nothing_else():
+    code = """
+import os, sys
+from _quiet import without_alarms
+with without_alarms():
+    os.write(2, b"E1128 14:49:47.4 17449 slow_operation_alarm.cc:73] \\n" + b"*" * 32 + b"\\n")
+    os.write(2, b"[Compiling module jit_f] Very slow compile? If you want\\n" + b"*" * 32)
+    os.write(2, b"\\nE1128 real.cc:1] real\\n")
+    print("warning", file=sys.stderr)
+    if "abort" in sys.argv:
+        os.abort()
+print("after", file=sys.stderr)
+"""
+    folder = _shared.__file__.rpartition("/")[0]
+    for words, expected in (([], ["E1128 real.cc:1] real", "warning", "after"]), (["abort"], None)):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True)
+        lines = done.stderr.splitlines()
+        assert lines == expected or (words and lines[:2] == ["E1128 real.cc:1] real", "warning"]), done.stderr
+
+
+def test_a_narrow_terminal_shows_count_and_speed(monkeypatch):
+    """On 80 columns the end of the status gives way."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    monkeypatch.setattr(_shared, "console", console)
+    values = {"loss": 1.234} | {f"loss_{name}": 0.5 for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")}
+    with _shared.progress() as bar:
+        task = bar.add_task("training", total=90_000, status="compiling")
+        status = script.describe_step(values, 0.02, 123.4, 17, "1 day, 3:04:05")
+        bar.update(task, completed=12_345, status=status)
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", console.file.getvalue()).splitlines()
+    (last,) = [line for line in shown if "images/s" in line][-1:]
+    assert "12345/90000 123.4 images/s, 1 day, 3:04:05 left" in last and len(last) <= 80, shown
