@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
-from ._chunks import map_chunks
+from .._xla import map_chunks
+from ..ops._substitute import replaceable
 from ._faster_rcnn import (
     TORCHVISION_SAMPLING,
     TORCHVISION_SELECTION,
@@ -25,6 +26,8 @@ from ._mask_head import MaskHead, mask_loss
 # have far fewer objects than there is room for.
 MASK_CHUNK = 10
 MASK_CHUNKS_KEPT = 3
+
+map_chunks = replaceable(map_chunks)
 
 
 class MaskRCNN(eqx.Module):

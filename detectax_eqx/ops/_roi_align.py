@@ -4,15 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from .._xla import lay_out, pool
 from ._boxes import _upcast
-from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
 from ._substitute import replaceable
-from ._undivided import undivided
+from ._taps import BilinearTaps
 
 
 # Added to a level before rounding down, so that a box of exactly the canonical size does not fall short of its level.
@@ -111,7 +110,7 @@ def level_pooler(
 ) -> Callable[..., Float[Array, "n c p q"]]:
     """`multilevel_roi_align` of these features, as a function of `boxes` and `output_size`.
 
-    The maps are laid out for it here, once for all calls: within a loop or a condition, each would do so anew.
+    The maps are laid out here, once for all calls.
     """
     strides = tuple(strides)
     if not strides or len(strides) != len(features):
@@ -160,30 +159,7 @@ def _end_to_end(features):
     counts = [math.prod(feature.shape[1:]) for feature in features]
     sides = tuple((*feature.shape[1:], sum(counts[:i])) for i, feature in enumerate(features))
     # Sums, and the gradients of cells that many boxes read.
-    return _Maps(_upcast(_cells(sides, tuple(features))), sides, features[0].dtype)
-
-
-def _lay_out(sides, features) -> Float[Array, "l c"]:
-    return jnp.concatenate([feature.reshape(feature.shape[0], -1).T for feature in features])
-
-
-_cells = jax.custom_vjp(_lay_out, nondiff_argnums=(0,))
-
-
-def _cells_forward(sides, features):
-    return _lay_out(sides, features), None
-
-
-def _cells_backward(sides, residuals, cotangent):
-    # Undivided: a CPU would else transpose each term where several poolings' cotangents are added up, for which Mask
-    # R-CNN's training step takes 3 % longer.
-    def apart(cotangent):
-        return tuple(cotangent[first : first + h * w].T.reshape(-1, h, w) for h, w, first in sides)
-
-    return (undivided(apart, cotangent),)
-
-
-_cells.defvjp(_cells_forward, _cells_backward)
+    return _Maps(_upcast(lay_out(sides, tuple(features))), sides, features[0].dtype)
 
 
 def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
@@ -198,5 +174,6 @@ def _align(maps, boxes, scales, level, output_size, sampling_ratio, aligned):
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
     grids = jnp.stack([y, height, x, width], axis=1).astype(maps.cells.dtype)
-    pooled = pool((rows, columns), sampling_ratio, maps.cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])
+    taps = BilinearTaps((rows, columns), sampling_ratio)
+    pooled = pool(taps, maps.cells, grids, jnp.asarray(maps.sides, jnp.int32)[level])  # (n, p, q, c)
     return pooled.transpose(0, 3, 1, 2).astype(maps.dtype)
