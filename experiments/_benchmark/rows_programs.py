@@ -3,10 +3,13 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from detectax_eqx._xla import TRICKS
 
 from . import inputs
 from .agreement import Disagreement
@@ -137,6 +140,14 @@ def _techniques(bench: Bench) -> list[Technique]:
     for variables in flags:
         name = " ".join(f"{variable}={value}" for variable, value in variables.items())
         rows.append(Technique(f"`{name}`", "training", step, environment=variables))
+    # Ways around the compiler, each turned off on its own.
+    model = "mask_rcnn_resnet50_fpn"
+    for trick, (case, work) in product(
+        TRICKS, [("training", Work(model, 2, (320, 480))), ("inference", Work(model, 1, inputs.IMAGE_SIZE))]
+    ):
+        # Rematerialisation is a part of checkpointing, which is compared with itself.
+        on = {"DETECTAX_PLAIN": trick}
+        rows.append(Technique(f"`DETECTAX_PLAIN={trick}`", case, work, environment=on))
     return rows
 
 
