@@ -18,6 +18,9 @@ from detectax_eqx._xla import _plain
 from . import plain_results
 
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for another process
+
+
 def assert_same(results, expected):
     assert set(results) == set(expected)
     for name, b in expected.items():
