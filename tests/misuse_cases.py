@@ -144,7 +144,7 @@ ELSEWHERE = {
     | {"class_rows", "error_rows", "format_errors"},
     models: {"mask_rcnn_loss", "detect_batch", "in_resnet", "num_parameters"}
     | {f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
-    nn: {"convolution_options", "relu", "resnet18", "resnet34", "resnet50", "resnet101"},
+    nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
     train: {
         "latest_checkpoint",
         "load_checkpoint",
@@ -156,7 +156,7 @@ ELSEWHERE = {
         "to_host",
         "init_train_state",
     }
-    | {"adamw", "no_vectors", "sgd", "step_compiler_options"},
+    | {"adamw", "no_vectors", "sgd"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {"load_torchvision_backbone", "read_torchvision", "to_torchvision", "named_leaves", "replace_leaves", "describe"},
 }

@@ -3,12 +3,17 @@
 import ast
 import importlib
 import inspect
+import io
 import pkgutil
+import re
+import tokenize
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import detectax_eqx
+from detectax_eqx._xla import _plain
 
 
 PACKAGE = Path(detectax_eqx.__file__).parent
@@ -18,11 +23,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "_types": set(),
     "_typecheck": set(),
-    "ops": set(),
-    "nn": {"ops"},
-    "models": {"ops", "nn", "_types"},
+    "_xla": set(),
+    "ops": {"_xla"},
+    "nn": {"_xla", "ops"},
+    "models": {"_xla", "ops", "nn", "_types"},
     "data": {"_types"},
-    "train": {"ops", "_types"},
+    "train": {"_xla", "ops", "_types"},
     "evaluate": {"ops", "data", "_types"},
     "weights": {"models", "nn"},
     "export": {"ops", "nn", "models", "weights", "_types"},
@@ -75,9 +81,106 @@ def test_imports_follow_the_layers(path):
                 "collections",
                 "contextlib",
                 "contextvars",
+                "dataclasses",
                 "functools",
                 "typing",
             ), module
+
+
+# Private packages whose `__init__` is public within the house.
+IN_HOUSE = {"_xla", "_types"}
+# Private names that other packages still import. The list may only shrink.
+STILL_IMPORTED = {
+    # What exports put kernels of other runtimes in place of, and the marks on it.
+    "ops._substitute",
+    "nn._fpn._upsample_nearest",
+    "models._box_head._linear",
+    "models._mask_rcnn.map_chunks",
+    # RoIAlign and suppression, as exports and models share them.
+    "ops._nms._comparable",
+    "ops._roi_align._levels",
+    "ops._roi_align.level_pooler",
+}
+
+
+def _imported_names(path: Path):
+    """`(package, module.name)` of what a file imports by name from another package of this one."""
+    package = ["detectax_eqx", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "detectax_eqx" and len(parts) > 1 and parts[1] != _part(path):
+                yield parts[1], ".".join(parts[1:])
+
+
+def _private(package: str, name: str) -> bool:
+    inner = name.split(".")[1:] if package in IN_HOUSE else name.split(".")
+    return any(part.startswith("_") and not part.startswith("__") for part in inner)
+
+
+def test_no_private_name_crosses_a_package():
+    found = {
+        name: path
+        for path in FILES
+        if _part(path) != "__init__"
+        for package, name in _imported_names(path)
+        if _private(package, name)
+    }
+    allowed = {name for name in found if any(f"{name}.".startswith(f"{still}.") for still in STILL_IMPORTED)}
+    assert not {name: str(found[name]) for name in set(found) - allowed}
+    gone = {still for still in STILL_IMPORTED if not any(f"{name}.".startswith(f"{still}.") for name in allowed)}
+    assert not gone, "no longer imported: take them off the list"
+
+
+# Compiler lore lives in `_xla/`. What is left elsewhere reads as mathematics.
+LORE = re.compile(r"\b(XLA|caches?|threads?|ms|milliseconds?|compilers?|times as fast|[CGT]PUs?)\b", re.IGNORECASE)
+
+
+def _prose(path: Path):
+    """`(line, text)` of each comment and docstring of a file."""
+    text = path.read_text()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (docstring := ast.get_docstring(node)):
+            yield node.body[0].lineno, docstring
+
+
+@pytest.mark.parametrize("package", ["ops", "nn", "models"])
+def test_no_compiler_lore(package):
+    found = [
+        f"{path.name}:{line}: {match.group()}"
+        for path in FILES
+        if _part(path) == package
+        for line, text in _prose(path)
+        for match in LORE.finditer(text)
+    ]
+    assert not found
+
+
+def test_internals_of_jax_are_used_in_one_place():
+    internals = ("jax.interpreters", "jax.extend", "jax._src")
+    found = {
+        str(path.relative_to(PACKAGE)): module
+        for path in FILES
+        if _part(path) not in ("_xla", "export")
+        for module in _imports(path)
+        if module.startswith(internals)
+    }
+    assert not found
+
+
+def test_every_trick_is_in_the_readme():
+    text = (PACKAGE / "_xla" / "README.md").read_text()
+    headings = set(re.findall(r"^### `(\w+)`", text, re.MULTILINE))
+    assert headings == set(get_args(_plain.Trick))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from detectax_eqx.models._chunks import map_chunks
+from detectax_eqx._xla import map_chunks
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 11])

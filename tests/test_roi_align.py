@@ -8,7 +8,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from detectax_eqx.ops import _pooling, _roi_align, multilevel_roi_align, roi_align
+from detectax_eqx._xla import _plain
+from detectax_eqx.ops import _roi_align, multilevel_roi_align, roi_align
 
 
 def _axis_weights(low, high, size, bins, scale, ratio, aligned):
@@ -233,7 +234,7 @@ def test_both_forms_eager_and_batched_agree(getkey, monkeypatch, sampling_ratio)
     check(jax.jit(jax.vmap(run))(features, boxes, cotangent))
     nested = jax.jit(jax.vmap(jax.vmap(align)))(features[None], boxes[None])
     np.testing.assert_allclose(nested[0], expected[0], atol=1e-5)
-    monkeypatch.setattr(_pooling.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    monkeypatch.setattr(_plain.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     check(jax.jit(jax.vmap(run))(features, boxes, cotangent))
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..models import box_detections, propose
 from ..models._box_head import _linear
-from ..models._chunks import map_chunks
+from ..models._mask_rcnn import map_chunks
 from ..nn import conv2d, max_pool2d, relu
 from ..nn._fpn import _upsample_nearest
 from ..ops import RoIFeatures, nms_indices, resize_image

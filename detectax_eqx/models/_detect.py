@@ -178,7 +178,7 @@ def _detect_images(model, images, source_sizes, canvas_sizes, canvas, selection,
 
         return jax.vmap(one)(*images)
 
-    if mesh is not None:  # left to the partitioner, sorts and loops would gather the batch
+    if mesh is not None:  # each device detects in its own images, and none leaves it
         whole, spread = PartitionSpec(), PartitionSpec(mesh.axis_names)
         run = jax.shard_map(run, mesh=mesh, in_specs=(whole, spread, spread, spread), out_specs=spread, check_vma=False)
     return run(arrays, jnp.asarray(images), jnp.asarray(source_sizes), jnp.asarray(canvas_sizes))

@@ -10,10 +10,11 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
+from .._xla import map_chunks
 from ..nn import Backbone
 from ..ops import RoIFeatures
+from ..ops._substitute import replaceable
 from ._box_head import BoxHead
-from ._chunks import map_chunks
 from ._detector import AbstractDetector
 from ._faster_rcnn import faster_rcnn
 from ._mask_head import MaskHead, mask_loss
@@ -26,6 +27,8 @@ from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_los
 # fewer objects than there is room for.
 MASK_CHUNK = 10
 MASK_CHUNKS_KEPT = 3
+
+map_chunks = replaceable(map_chunks)
 
 
 class MaskRCNN(AbstractDetector):

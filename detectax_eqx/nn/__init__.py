@@ -1,5 +1,6 @@
 """Neural network modules over one example: convolutions, norms, ResNet, FPN."""
 
+from .._xla import convolution_options as convolution_options
 from ._conv import (
     Conv2d as Conv2d,
     Initializer as Initializer,
@@ -16,7 +17,7 @@ from ._fpn import (
     SubsampledTop as SubsampledTop,
 )
 from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
-from ._precision import cast as cast, convolution_options as convolution_options
+from ._precision import cast as cast
 from ._resnet import (
     BasicBlock as BasicBlock,
     Bottleneck as Bottleneck,

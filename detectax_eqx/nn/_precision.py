@@ -8,20 +8,6 @@ from jaxtyping import PyTree
 from ._norm import FrozenBatchNorm, GroupNorm
 
 
-def convolution_options() -> dict[str, bool]:
-    """Options of XLA that suit a program with convolutions: `jax.jit(f, compiler_options=convolution_options())`.
-
-    On a GPU from Hopper on, XLA lays maps channels last, as its tensor cores want them. In full float32
-    (`jax_default_matmul_precision` is "highest") they are of no use, and cuDNN would transpose each convolution's maps
-    forth and back: there the options ask for channels first. Elsewhere there are none.
-
-    >>> isinstance(convolution_options(), dict)
-    True
-    """
-    full = jax.config.jax_default_matmul_precision in ("highest", "float32")  # type: ignore[attr-defined]
-    return {"xla_gpu_force_conv_nchw": True} if full and jax.default_backend() == "gpu" else {}
-
-
 def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
     """`model` with its floats in another dtype, to compute in: `cast(model, jnp.bfloat16)`.
 

@@ -1,15 +1,12 @@
 """ResNet (arXiv:1512.03385) as a feature extractor: torchvision's architecture, stride in the 3×3 convolution."""
 
 from collections.abc import Callable
-from functools import partial
 
 import equinox as eqx
-import jax
 import jax.random as jr
-from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..ops._undivided import undivided
+from .._xla import rematerialise, rematerialise_stem
 from ._conv import Conv2d, max_pool2d, relu
 from ._norm import FrozenBatchNorm, Norm
 
@@ -113,8 +110,8 @@ class ResNet(eqx.Module):
 
         - `depths`: blocks of each stage. `width`: channels of the stem and of the first stage (64 in the paper).
         - `in_channels`: channels of the image.
-        - `checkpoint`: keep only what goes from block to block for the backward pass, and compute the rest anew there
-          (arXiv:1604.06174): less memory, about a third more time.
+        - `checkpoint`: save only the input of each block for the backward pass, and recompute the rest there
+          (arXiv:1604.06174).
         """
         stem_key, *stage_keys = jr.split(key, 5)
         self.conv1 = Conv2d(in_channels, width, 7, stride=2, use_bias=False, key=stem_key)
@@ -139,36 +136,17 @@ class ResNet(eqx.Module):
     def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
         x = image.astype(self.conv1.weight.dtype)
         stem = eqx.Partial(_stem, self.conv1, self.norm1)
-        if self.checkpoint:
-            # The stem on a CPU alone: a TPU's program would take more memory by it, and not less.
-            x = lax.platform_dependent(x, cpu=partial(_recomputed, stem), default=lambda x: stem(x))
-        else:
-            x = stem(x)
+        x = rematerialise_stem(stem, x) if self.checkpoint else stem(x)
         features = []
         for blocks in self.layers:
             for block in blocks:
-                x = _recomputed(block, x) if self.checkpoint else block(x)
+                x = rematerialise(block, x) if self.checkpoint else block(x)
             features.append(x)
         return tuple(features)
 
 
 def _stem(conv, norm, x):
     return max_pool2d(relu(norm(conv(x))), kernel_size=3, stride=2, padding=1)
-
-
-def _recomputed(block: Callable, x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
-    """`block(x)`, of which the backward pass computes anew what it needs.
-
-    It does so within what XLA has to do at one time, or XLA's CPU compiler would find both computations to be the same,
-    and keep the first one's results after all. Checkpointed within, or all would be computed before it is needed, and
-    without, or what a condition reads would be copied and kept.
-    """
-    arrays, static = eqx.partition(block, eqx.is_array)
-
-    def run(arrays: PyTree, x: Array) -> Array:
-        return eqx.combine(arrays, static)(x)
-
-    return jax.checkpoint(partial(undivided, jax.checkpoint(run)))(arrays, x)
 
 
 def resnet18(

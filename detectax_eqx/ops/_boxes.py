@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from .._xla import rounded_product
+
 
 # Keeps the distance terms of DIoU and CIoU finite for boxes that meet in a point; the value is torchvision's.
 EPSILON = 1e-7
@@ -19,16 +21,6 @@ EPSILON = 1e-7
 def _upcast(x):
     """float32 for the half precisions, and the array itself for float32 and float64."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
-
-
-def _product(x, y):
-    """`x * y`, rounded before anything is added to it.
-
-    Compilers contract `a + b - x * y` to a fused multiply-add, which skips a rounding: an IoU then differs in its last
-    bit from the same IoU computed elsewhere, and ties and thresholds fall otherwise. A minimum in between prevents
-    that.
-    """
-    return jnp.minimum(x * y, float(jnp.finfo(jnp.float32).max))
 
 
 @jax.custom_jvp
@@ -55,14 +47,14 @@ def _corners(boxes):
 
 def _area(corners):
     x0, y0, x1, y1 = corners
-    return _product(x1 - x0, y1 - y0)
+    return rounded_product(x1 - x0, y1 - y0)
 
 
 def _intersection(a, b):
     """Area of overlap of corners that broadcast against each other."""
     width = jnp.minimum(a[2], b[2]) - jnp.maximum(a[0], b[0])
     height = jnp.minimum(a[3], b[3]) - jnp.maximum(a[1], b[1])
-    return jnp.where((width > 0) & (height > 0), _product(width, height), 0)
+    return jnp.where((width > 0) & (height > 0), rounded_product(width, height), 0)
 
 
 def _intersection_and_union(a, b):
@@ -206,7 +198,7 @@ def pairwise_giou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array
     a_corners, b_corners = _outer(_corners(a), _corners(b))
     intersection, union = _intersection_and_union(a_corners, b_corners)
     width, height = _enclosure(a_corners, b_corners)
-    enclosing = _product(jnp.maximum(width, 0), jnp.maximum(height, 0))
+    enclosing = rounded_product(jnp.maximum(width, 0), jnp.maximum(height, 0))
     return (_ratio(intersection, union) - _ratio(enclosing - union, enclosing)).astype(a.dtype)
 
 

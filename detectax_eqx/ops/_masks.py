@@ -5,18 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int32, Real
 
-from ._batching import varying_like
-from ._boxes import _product, _upcast
+from .._xla import draw_stripes, rounded_product
+from ._boxes import _upcast
 from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
 
 
 # Boxes are clamped to this before they become integers, far outside any image.
 FARTHEST_PIXEL = 2.0**30
-# Rows of a mask that are drawn at a time; 16 and 64 are as fast.
-ROWS_A_STEP = 32
 
 
 def crop_masks(
@@ -73,7 +70,7 @@ def _crop_weights(
     extent = frames[:, 1] - frames[:, 0]
     some = (extent > 1 / FARTHEST) & (jnp.abs(frames) < FARTHEST).all(axis=1)
     scale = size / jnp.where(some, extent, size)
-    shift = _product(0.5 - jnp.where(some, frames[:, 0], 0), scale) - 0.5
+    shift = rounded_product(0.5 - jnp.where(some, frames[:, 0], 0), scale) - 0.5
     sizes, pixels = jnp.full(spans.shape[0], size, jnp.int32), jnp.arange(size, dtype=jnp.int32)[None, None, :]
     if sampling_ratio == 0:
         weights = pixel_weights(start, length, sizes, pixels, bins=bins, frame=(scale, shift))
@@ -96,8 +93,7 @@ def paste_masks(
 
     - `masks`: values in the frame of their box, usually probabilities.
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image.
-    - `threshold`: if given, the result is whether a pixel is above it, in a quarter of the memory and less than half
-      the time.
+    - `threshold`: if given, the result is whether a pixel is above it, in a quarter of the memory.
 
     torchvision's `paste_masks_in_image`, exactly. A mask gets a margin of one zero pixel and its box grows with it;
     the grown box is cut to integers, towards zero, both ends included; the mask is resized to it, bilinear, with the
@@ -106,8 +102,8 @@ def paste_masks(
 
     Differentiable in `masks`; the rounding of boxes has no gradient. Without a threshold the result has their dtype.
 
-    Fresh memory for the result takes a CPU most of the time. Where one image follows the other, a jitted call that is
-    given the last result to draw in takes a quarter of it, see the last example.
+    The result is large. Where one image follows the other, donate the last result to a jitted call that draws in its
+    memory, as the last example does.
 
     Raises a ValueError for an `image_size` below 1 or masks without pixels.
 
@@ -154,10 +150,9 @@ def _resample(vertical, values, horizontal):
     return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest")
 
 
-# Jitted, so that eager calls do not compile the loops anew each time.
 @partial(jax.jit, static_argnames="dtype")
 def _draw(vertical, values, horizontal, threshold, *, dtype):
-    """Masks in their places, or where they are above the threshold of each; on a CPU no rows but those of the boxes."""
+    """Masks in their places, or where they are above the threshold of each."""
 
     def finish(values, threshold):
         values = values.astype(dtype)
@@ -166,37 +161,10 @@ def _draw(vertical, values, horizontal, threshold, *, dtype):
     def everywhere(vertical, values, horizontal, threshold):
         return finish(_resample(vertical, values, horizontal), threshold)
 
-    @custom_vmap
-    def in_boxes(*masks):
-        n, height, _ = masks[0].shape
-        if n == 0:
-            return everywhere(*masks)
-        rows = min(ROWS_A_STEP, height)
-        drawn = (masks[0] != 0).any(axis=2)
-        first = jnp.argmax(drawn, axis=1)
-        count = jnp.where(drawn.any(axis=1), height - jnp.argmax(drawn[:, ::-1], axis=1) - first, 0)
+    def nothing(values, horizontal, threshold):
+        return finish(jnp.zeros((values.shape[0], 1, horizontal.shape[1])), threshold)
 
-        def draw(i, out):
-            vertical, *others = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 1), masks)
-
-            def draw_rows(k, out):
-                start = jnp.minimum(first[i] + k * rows, height - rows)
-                part = everywhere(lax.dynamic_slice_in_dim(vertical, start, rows, axis=1), *others)
-                return lax.dynamic_update_slice(out, part, (i, start, 0))
-
-            return lax.fori_loop(0, -(-count[i] // rows), draw_rows, out)
-
-        nothing = varying_like(finish(jnp.zeros((n, 1, 1)), masks[3]), masks)
-        return lax.fori_loop(0, n, draw, jnp.broadcast_to(nothing, (n, height, masks[2].shape[1])))
-
-    @in_boxes.def_vmap
-    def _(size, batched, *masks):
-        """One stack of all masks of the batch."""
-        masks = jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), masks, tuple(batched))
-        drawn = in_boxes(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), masks))
-        return drawn.reshape(masks[0].shape[:2] + drawn.shape[1:]), True
-
-    return lax.platform_dependent(vertical, values, horizontal, threshold, cpu=in_boxes, default=everywhere)
+    return draw_stripes(everywhere, nothing, vertical, values, horizontal, threshold)
 
 
 def _paste_weights(
@@ -205,7 +173,7 @@ def _paste_weights(
     """Weight of every mask pixel in each image pixel, along one axis."""
     finite = jnp.isfinite(low) & jnp.isfinite(high)
     low, high = jnp.where(finite, low, 0), jnp.where(finite, high, 0)
-    half = _product((high - low) * 0.5, (size + 2) / size)
+    half = rounded_product((high - low) * 0.5, (size + 2) / size)
     middle = (low + high) * 0.5
     first, last = _integer(middle - half)[:, None, None], _integer(middle + half)[:, None, None]
     extent = jnp.maximum(last - first + 1, 1)

@@ -1,15 +1,15 @@
 """Non-maximum suppression, exact and of static shape.
 
 The rule: go through the valid boxes from best score to worst, the earlier first among equals, and keep a box unless its
-IoU with a kept one exceeds the threshold. Three forms compute it, and the platform and the sizes decide between them:
+IoU with a kept one exceeds the threshold. Three forms compute it; the platform and the sizes decide between them:
 
-- `_keep_scan`, for CPU: one pass over the sorted boxes, each kept box suppressing the later ones as a vector.
-- `_keep_fixed_point`, for accelerators: iterate "keep what no kept earlier box overlaps" until nothing changes. After k
-  rounds the first k boxes are right, but a handful is usually enough, and each is one large parallel step.
-- `_select_greedy`, for few outputs of many boxes: take the best remaining, drop what it overlaps, repeat. No sort.
+- `_keep_scan`: one pass over the sorted boxes, each kept box suppressing the later ones as a vector. Sequential.
+- `_keep_fixed_point`: iterate "keep what no kept earlier box overlaps" until nothing changes. After k rounds the first
+  k boxes are right, but a handful is usually enough. Each round computes all n² IoUs, in parallel.
+- `_select_greedy`, for few outputs of many boxes: take the best remaining box, drop what it overlaps, repeat. No sort.
 
-Where few outputs of many boxes are wanted, the valid ones are first moved together if they are few, as a score
-threshold leaves them; an accelerator then goes through them in order.
+Where few outputs of many boxes are wanted, the valid ones are first moved together if they are few, as after a score
+threshold.
 
 IoU rows are computed on the fly; nothing of size n × n is stored.
 """
@@ -22,25 +22,25 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from ._batching import largest_of_batch, varying_like
+from .._xla import by_platform, first_true, unvmap_max, varying_like
 from ._boxes import _corners, _intersection_and_union
 from ._substitute import replaceable
 
 
-# Greedy selection costs a few passes over the boxes for each output, the scan one pass for each box and a sort.
-# Measured on two CPU cores for 1,000 to 20,000 boxes, they are even at about 3 boxes an output.
+# Greedy selection costs a few passes over the boxes per output, the scan one pass per box and a sort: they break even
+# at about 3 boxes per output.
 GREEDY_BOXES_PER_OUTPUT = 3
-# Parts of the scan, each over no more boxes than are undecided: 10,000 take 19 ms in four, 28 in one, 18 in eight.
+# Parts of the scan. Each works on the boxes that the parts before it have not decided.
 SCAN_PARTS = 4
-# Up to here a round of the fixed-point form, n² IoUs, takes an accelerator about as long as starting it.
+# Up to this many boxes the fixed-point form takes all of them: its n² IoUs are not worth a packing.
 FIXED_POINT_BOXES = 4096
-# From so many boxes on, a GPU is quicker where those that suppress a box lie along a row of the matrix of pairs:
-# for 10,000 boxes by a third, while for 1,000 it takes half as long again (H100).
+# From this many boxes on, the boxes that suppress another lie along the rows of the matrix of pairs, below it along the
+# columns. The result is the same.
 SUPPRESSORS_IN_ROWS = 2048
-# Rounds between two looks at whether anything changed, for which an accelerator waits: more than are needed are idle.
-ROUNDS_A_LOOK = 4
-# Room for the valid boxes that greedy selection moves together, the least that holds them. Candidates above a
-# detector's score threshold are a thousand or two where it is sure of what it sees, and some thousand where not.
+# Rounds between two checks for a change. Rounds beyond the fixed point change nothing.
+ROUNDS_PER_CHECK = 4
+# Capacities for the valid boxes that are moved together; the smallest that holds them is used. Candidates above a
+# detector's score threshold are one or two thousand where it is confident, and several thousand where not.
 PACKED_BOXES = (2048, 8192)
 
 
@@ -100,7 +100,7 @@ def _keep_fixed_point(rows, valid, threshold):
 
     def some_rounds(state):
         keep, _ = state
-        for _ in range(ROUNDS_A_LOOK - 1):
+        for _ in range(ROUNDS_PER_CHECK - 1):
             keep = one_round(keep)
         return one_round(keep), keep
 
@@ -113,33 +113,6 @@ def _sorted_keep(rows, scores, valid, threshold, *, keep):
     return order, keep(_at(rows, order), valid[order], threshold)
 
 
-def _first_true(mask, size):
-    """Positions of the first `size` that are true, and how many of them there are; the other positions mean nothing.
-
-    `jnp.nonzero`, five times as fast on CPU. The mask is read as words of 32 bits, a running count of their bits says
-    in which word an output lies, and halving the word five times says where.
-    """
-    bits = jnp.pad(mask, (0, -mask.size % 32)).reshape(-1, 32).astype(jnp.uint32)
-    words = (bits << jnp.arange(32, dtype=jnp.uint32)[None]).sum(axis=1, dtype=jnp.uint32)
-    ends = jnp.cumsum(_count_bits(words))
-    outputs = jnp.arange(size, dtype=jnp.int32)
-    at = jnp.searchsorted(ends, outputs, side="right", method="scan_unrolled").astype(jnp.int32)
-    at = jnp.minimum(at, words.size - 1)
-    word, position = words[at], at * 32
-    rank = outputs - (ends[at] - _count_bits(word))
-    for half in (16, 8, 4, 2, 1):
-        low = word & ((1 << half) - 1)
-        upper = rank >= _count_bits(low)
-        position = jnp.where(upper, position + half, position)
-        rank = jnp.where(upper, rank - _count_bits(low), rank)
-        word = jnp.where(upper, word >> half, low)
-    return jnp.minimum(position, mask.size - 1), jnp.minimum(ends[-1], size)
-
-
-def _count_bits(words):
-    return lax.population_count(words).astype(jnp.int32)
-
-
 def _keep_mask(*args, keep):
     order, kept = _sorted_keep(*args, keep=keep)
     return jnp.zeros_like(kept).at[order].set(kept, unique_indices=True)
@@ -148,7 +121,7 @@ def _keep_mask(*args, keep):
 def _select_sorted(*args, max_outputs, keep):
     """The first `max_outputs` boxes kept, and how many there are."""
     order, kept = _sorted_keep(*args, keep=keep)
-    positions, count = _first_true(kept, max_outputs)
+    positions, count = first_true(kept, max_outputs)
     return jnp.where(jnp.arange(max_outputs, dtype=jnp.int32) < count, order[positions], 0), count
 
 
@@ -159,7 +132,7 @@ def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
     gone = jnp.iinfo(ranks.dtype).min
 
     def best(ranks):
-        # A maximum of integers and then its first position: both vectorise on CPU, of floats or an argmax does not.
+        # The first position of the maximum, or `valid.size` where all are gone.
         top = jnp.max(ranks)
         return jnp.min(jnp.where((ranks == top) & (ranks != gone), positions, valid.size))
 
@@ -186,7 +159,7 @@ def _ranks(scores, valid):
 
 def _select_packed(rows, scores, valid, threshold, *, max_outputs, select):
     """`select` on the valid boxes alone, if there is room for them; else `_select_greedy` on all."""
-    total = largest_of_batch(valid.sum(dtype=jnp.int32))
+    total = unvmap_max(valid.sum(dtype=jnp.int32))
 
     def within(rooms):
         if not rooms or valid.size <= rooms[0]:
@@ -194,7 +167,7 @@ def _select_packed(rows, scores, valid, threshold, *, max_outputs, select):
         room, *larger = rooms
 
         def few():
-            packed, number = _first_true(valid, room)
+            packed, number = first_true(valid, room)
             some = _at(rows, packed), scores[packed], jnp.arange(room, dtype=jnp.int32) < number
             indices, count = select(*some, threshold, max_outputs=max_outputs)
             return jnp.where(jnp.arange(max_outputs, dtype=jnp.int32) < count, packed[indices], 0), count
@@ -212,12 +185,11 @@ def _prepared(boxes, scores, labels, valid):
     return (*_corners(boxes), labels), jnp.where(valid, scores, -jnp.inf), valid
 
 
-# Jitted, so that eager calls do not compile their loops anew each time.
 @jax.jit
 def _nms(boxes, scores, labels, valid, threshold):
     if boxes.shape[0] == 0:
         return jnp.zeros(0, bool)
-    return lax.platform_dependent(
+    return by_platform(
         *_prepared(boxes, scores, labels, valid),
         threshold,
         cpu=partial(_keep_mask, keep=_keep_scan),
@@ -234,7 +206,7 @@ def _nms_indices(boxes, scores, labels, valid, threshold, *, max_outputs):
     scan, fixed_point = (partial(_select_sorted, keep=keep) for keep in (_keep_scan, _keep_fixed_point))
     cpu = partial(_select_packed, select=_select_greedy) if few else scan
     default = partial(_select_packed, select=fixed_point) if few and n > FIXED_POINT_BOXES else fixed_point
-    indices, count = lax.platform_dependent(
+    indices, count = by_platform(
         *_prepared(boxes, scores, labels, valid),
         threshold,
         cpu=partial(cpu, max_outputs=max_outputs),

@@ -4,16 +4,14 @@ import math
 from collections.abc import Sequence
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from ._batching import varying_like
+from .._xla import lay_out, pool, varying_like
 from ._boxes import _upcast
-from ._pooling import pool
 from ._sampling import box_axis, check_sampling_ratio, output_bins
 from ._substitute import replaceable
-from ._undivided import undivided
+from ._taps import BilinearTaps
 
 
 # Added to a level before rounding down, so that a box of exactly the canonical size does not fall short of its level.
@@ -177,36 +175,13 @@ def _cells(maps: tuple[Float[Array, "c _ _"], ...]) -> Float[Array, "l c"]:
     for x in maps:
         if 0 in x.shape[1:]:
             raise ValueError(f"features must have at least one row and column, got a map of shape {x.shape}.")
-    return _upcast(_laid_out(_sides(maps), varying_like(maps)))
+    return _upcast(lay_out(_sides(maps), varying_like(maps)))
 
 
 def _sides(maps) -> tuple[tuple[int, int, int], ...]:
     """`(height, width, first cell)` of each map."""
     counts = [math.prod(x.shape[1:]) for x in maps]
     return tuple((*x.shape[1:], sum(counts[:i])) for i, x in enumerate(maps))
-
-
-def _lay_out(sides, maps) -> Float[Array, "l c"]:
-    return jnp.concatenate([x.reshape(x.shape[0], -1).T for x in maps])  # (c, h, w) -> (h w, c) of each
-
-
-_laid_out = jax.custom_vjp(_lay_out, nondiff_argnums=(0,))
-
-
-def _cells_forward(sides, maps):
-    return _lay_out(sides, maps), None
-
-
-def _cells_backward(sides, residuals, cotangent):
-    # Undivided: a CPU would else transpose each term where several poolings' cotangents are added up, for which Mask
-    # R-CNN's training step takes 3 % longer.
-    def apart(cotangent):
-        return tuple(cotangent[first : first + h * w].T.reshape(-1, h, w) for h, w, first in sides)
-
-    return (undivided(apart, cotangent),)
-
-
-_laid_out.defvjp(_cells_forward, _cells_backward)
 
 
 def _align(maps, cells, boxes, scales, level, output_size, sampling_ratio, aligned):
@@ -224,5 +199,6 @@ def _align(maps, cells, boxes, scales, level, output_size, sampling_ratio, align
     grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)
     # Of one type, so that a gradient is added up over devices where it has to be.
     cells, grids = varying_like((cells, grids), level)
-    pooled = pool((rows, columns), sampling_ratio, cells, grids, jnp.asarray(_sides(maps), jnp.int32)[level])
+    taps = BilinearTaps((rows, columns), sampling_ratio)
+    pooled = pool(taps, cells, grids, jnp.asarray(_sides(maps), jnp.int32)[level])
     return pooled.transpose(0, 3, 1, 2).astype(dtype)  # (n, p, q, c) -> (n, c, p, q)

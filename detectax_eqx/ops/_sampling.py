@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from ._boxes import _product
+from .._xla import rounded_product, rounded_quotient
 
 
 # Positions further out than this are far outside any map, and their products would overflow float32.
@@ -45,13 +45,13 @@ def box_axis(
     finite, or farther away than float32 serves, are moved far outside any map.
     """
     offset = 0.5 if aligned else 0.0
-    start, end = _product(low, scale) - offset, _product(high, scale) - offset
+    start, end = rounded_product(low, scale) - offset, rounded_product(high, scale) - offset
     near = (jnp.abs(start) < FARTHEST) & (jnp.abs(end) < FARTHEST)  # false for NaN
     start, end = jnp.where(near, start, 4 * FARTHEST), jnp.where(near, end, 4 * FARTHEST)
     length = end - start
     if not aligned:
         length = jnp.where(length > 1, length, 1)
-    return start, _quotient(length, bins)
+    return start, rounded_quotient(length, bins)
 
 
 def sample_taps(
@@ -70,7 +70,7 @@ def sample_taps(
     positions into those of another grid. A sample outside the map has weights of 0.
     """
     first = _bin_starts(start, length, bins)
-    offset = _quotient((samples[None, None, :] + 0.5) * length[:, None, None], sampling_ratio)
+    offset = rounded_quotient((samples[None, None, :] + 0.5) * length[:, None, None], sampling_ratio)
     position = _to_frame(first + offset, frame)
     low, high, fraction, inside = _bilinear(position, size[:, None, None])
     weight = jnp.where(inside, 1 / sampling_ratio, 0).astype(position.dtype)
@@ -138,25 +138,16 @@ def pixel_range(
     return pixel(first), pixel(first + length[:, None, None] + 1)
 
 
-def _quotient(x, divisor: int):
-    """`x / divisor`, correctly rounded.
-
-    Compilers multiply by the rounded reciprocal of a constant instead: 84 pixels in 14 bins are then a little more
-    than 6 each, and get 7 samples. So the divisor is made to look as if it depended on `x`.
-    """
-    return x / jnp.where(jnp.isnan(x), 1, divisor).astype(x.dtype)
-
-
 def _bin_starts(start, length, bins):
     index = jnp.arange(bins, dtype=start.dtype)[None, :, None]
-    return start[:, None, None] + _product(index, length[:, None, None])
+    return start[:, None, None] + rounded_product(index, length[:, None, None])
 
 
 def _to_frame(position, frame):
     if frame is None:
         return position
     scale, shift = frame
-    return _product(position, scale[:, None, None]) + shift[:, None, None]
+    return rounded_product(position, scale[:, None, None]) + shift[:, None, None]
 
 
 def _bilinear(position, size) -> tuple[Array, Array, Array, Bool[Array, "..."]]:

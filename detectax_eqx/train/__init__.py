@@ -1,5 +1,6 @@
 """Training: state, step, sharding, augmentation, learning rates, optimisers, checkpoints. The loop is the script's."""
 
+from .._xla import step_compiler_options as step_compiler_options
 from ._augment import augment as augment, jitter_colors as jitter_colors
 from ._checkpoint import (
     CheckpointError as CheckpointError,
@@ -27,8 +28,4 @@ from ._sharding import (
     to_host as to_host,
 )
 from ._state import TrainState as TrainState, init_train_state as init_train_state
-from ._step import (
-    TrainStep as TrainStep,
-    make_train_step as make_train_step,
-    step_compiler_options as step_compiler_options,
-)
+from ._step import TrainStep as TrainStep, make_train_step as make_train_step

@@ -14,13 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, PyTree
 
 from .._types import Batch
+from .._xla import step_compiler_options
 from ._gradient import Loss, Metrics, mean_gradient, sharded_mean_gradient
 from ._state import TrainState, partition
 
-
-# XLA's schedule for a CPU starts all that it can at once and holds the results: a fifth more memory for no less time.
-# Gradient checkpointing then saves little.
-CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 Update = Callable[[Batch, TrainState], tuple[TrainState, Metrics]]
 RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
@@ -159,15 +156,6 @@ def make_train_step(
         return TrainState(state.step + 1, state.key, model, opt_state, ema, skipped), metrics
 
     return TrainStep(update)
-
-
-def step_compiler_options() -> dict[str, str]:
-    """The options of XLA that `make_train_step` compiles with, for who compiles the step within a program of their own.
-
-    >>> isinstance(step_compiler_options(), dict)
-    True
-    """
-    return CPU_OPTIONS if jax.default_backend() == "cpu" else {}
 
 
 def _norm(tree: PyTree) -> Float32[Array, ""]:

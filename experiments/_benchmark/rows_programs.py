@@ -99,7 +99,7 @@ def _compile(bench: Bench, case: str, work: Work) -> tuple[str, ...]:
 class Technique:
     """A case of ours with a technique, against the same without.
 
-    - `on`: options of the case. `environment`: variables. `both`: variables of both sides.
+    - `on`: options of the case. `environment`: variables. `options`, `both`: options and variables of both sides.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Technique:
     on: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     both: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _technique_rows(bench: Bench) -> list[Row]:
@@ -117,6 +118,8 @@ def _technique_rows(bench: Bench) -> list[Row]:
 
 
 def _techniques(bench: Bench) -> list[Technique]:
+    from detectax_eqx._xla import TRICKS  # only here: this process starts others, and needs no JAX itself
+
     if bench.quick:
         return [Technique("bfloat16", "inference", Work(*QUICK_IMAGE), {"precision": "bfloat16"})]
     step = Work("faster_rcnn_resnet50_fpn", 2, (320, 480))
@@ -137,6 +140,14 @@ def _techniques(bench: Bench) -> list[Technique]:
     for variables in flags:
         name = " ".join(f"{variable}={value}" for variable, value in variables.items())
         rows.append(Technique(f"`{name}`", "training", step, environment=variables))
+    # Ways around the compiler, each turned off on its own.
+    step, image = Work("mask_rcnn_resnet50_fpn", 2, (320, 480)), Work("mask_rcnn_resnet50_fpn", 1, inputs.IMAGE_SIZE)
+    for trick in TRICKS:
+        name, off = f"`DETECTAX_PLAIN={trick}`", {"DETECTAX_PLAIN": trick}
+        checkpoint = {"checkpoint": True} if trick == "rematerialisation" else {}
+        rows.append(Technique(name, "training", step, environment=off, options=checkpoint))
+        if not checkpoint:
+            rows.append(Technique(name, "inference", image, environment=off))
     return rows
 
 
@@ -144,7 +155,7 @@ def _try(bench: Bench, technique: Technique) -> tuple[str, ...]:
     work, case = technique.work, technique.case
     # Weights that detect something, if an earlier table has left any.
     weights = bench.weights(work.model)
-    options: dict[str, Any] = {"name": work.model, "precision": work.precision}
+    options: dict[str, Any] = {"name": work.model, "precision": work.precision} | technique.options
     options["weights"] = weights if weights and Path(weights).exists() else None
     if case == "training":
         arrays, options["learning_rate"] = training_batch(work), LEARNING_RATE

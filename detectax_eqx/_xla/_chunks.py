@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Real
 
-from ..ops._batching import largest_of_batch
-from ..ops._substitute import replaceable
+from ._plain import is_plain
+from ._unvmap import unvmap_max
 
 
-@replaceable
 def map_chunks(
     function: Callable[..., Array],
     rows: Sequence[Real[Array, "n ..."] | Bool[Array, "n ..."]],
@@ -23,17 +22,19 @@ def map_chunks(
 ) -> Real[Array, "n ..."] | Bool[Array, "n ..."]:
     """`function(*rows)`, computed `chunk_size` rows at a time and only for chunks that hold one of the first `count`.
 
-    For work on rows of which only the first few are valid: a static program then costs what there is to do. `function`
-    takes arrays whose first axis is the rows and gives one, each row on its own. Rows of a chunk that is left out are
-    0. Under `vmap` a chunk is computed if any example of the batch needs it. Differentiable, in what `function` closes
-    over too. For the backward pass the first `kept` chunks keep what they compute; the others, for which it would take
-    room whether they are needed or not, compute it again.
+    For work on rows of which only the first few are valid: a static program then does as much as there is to do.
+    `function` takes arrays whose first axis is the rows and returns one, each row on its own. Rows of a chunk that is
+    left out are 0. Under `vmap` a chunk is computed if any example of the batch needs it. Differentiable, also in what
+    `function` closes over. The first `kept` chunks save their residuals for the backward pass; the others, whose
+    residuals would take memory whether they are needed or not, recompute them.
 
     >>> map_chunks(lambda x: x + 1, [jnp.arange(5)], jnp.array(3), chunk_size=2).tolist()
     [1, 2, 3, 4, 0]
     """
     n = rows[0].shape[0]
-    limit = largest_of_batch(count)
+    limit = unvmap_max(count)
+    if is_plain("chunks"):
+        return _all_rows(function, rows, limit, chunk_size)
 
     def when(needed, work, rows):
         def nothing(*rows):
@@ -61,11 +62,17 @@ def map_chunks(
         results = lax.map(wrap(step), (starts, *map(chunked, rows)))
         return results.reshape(-1, *results.shape[2:])[:total]
 
-    # All of a condition's work is remembered, and what it reads copied, unless `jax.checkpoint` is told otherwise.
-    remembering = partial(jax.checkpoint, policy=jax.checkpoint_policies.everything_saveable)  # all but what is read
+    # Without a policy, JAX saves all residuals of a condition and copies its operands.
+    remembering = partial(jax.checkpoint, policy=jax.checkpoint_policies.everything_saveable)  # all but the operands
     start_of_rest = min(kept * chunk_size, n)
     first = in_turn(0, remembering, *(x[:start_of_rest] for x in rows))
     rest = jax.checkpoint(
         lambda *rows: when(start_of_rest < limit, partial(in_turn, start_of_rest, jax.checkpoint), rows)
     )
     return jnp.concatenate([first, rest(*(x[start_of_rest:] for x in rows))])
+
+
+def _all_rows(function, rows, limit, chunk_size):
+    results = function(*rows)
+    computed = jnp.arange(results.shape[0], dtype=limit.dtype) < -(-limit // chunk_size) * chunk_size
+    return jnp.where(computed.reshape(-1, *[1] * (results.ndim - 1)), results, jnp.zeros((), results.dtype))

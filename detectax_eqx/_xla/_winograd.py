@@ -1,8 +1,8 @@
-"""3×3 convolution by Winograd's minimal filtering, F(2×2, 3×3) of arXiv:1509.09308: 16 products where there were 36.
+"""3×3 convolution by Winograd's minimal filtering, F(2×2, 3×3) of arXiv:1509.09308: 16 products instead of 36.
 
-A tile of 2×2 outputs sees 4×4 pixels. Pixels, kernel and outputs are transformed, each by a few sums and halves; then
-the tile costs one product for each of 16 positions, which for all tiles and channels are 16 matrix products. Rounding
-errors stay those of float32: with 256 channels of normal numbers they are a quarter larger than of the direct form.
+A tile of 2×2 outputs sees 4×4 pixels. Pixels, kernel and outputs are transformed, each by a few sums and halves. A tile
+then takes one product per position, 16 in all, and all tiles and channels together take 16 matrix products. Rounding
+errors stay those of float32: with 256 channels of normal numbers they are a quarter larger than the direct form's.
 """
 
 from functools import partial
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..ops._batching import varying_like
+from ._varying import varying_like
 
 
-# Tiles that are transformed at a time, so that they stay in the cache: transformed they are four times as large.
-# Half as many where two maps are.
+# Tiles that are transformed at a time, so that they stay in the cache: transformed, they are four times as large.
+# Half as many where two maps are transformed.
 BLOCK_TILES = 1000
 
 
-# Jitted, as what follows, so that it is traced once for each shape and not for each layer.
+# Jitted, as the function below, so that it is traced once per shape and not per layer.
 @jax.jit
 def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
     """Cross-correlates maps with a kernel, zero-padded by one pixel on all sides."""
@@ -32,12 +32,12 @@ def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) ->
 
     def some_rows(y, start):
         seen = _seen_by_rows(padded, start, rows, across)
-        # Four products in one are faster than each on its own, and the program is half as long.
+        # Four products in one are faster than one by one, and the program is half as long.
         products = [(s @ k).reshape(4, n, rows, across, -1) for s, k in zip(seen, kernel, strict=True)]
         block = jnp.stack([jnp.stack(_outputs(*row), axis=3) for row in _outputs(*products)], axis=2)
         return lax.dynamic_update_slice_in_dim(y, block.reshape(n, 2 * rows, 2 * across, -1), 2 * start, axis=1), None
 
-    # Filled with a number from the image: zeros XLA would share among equal maps, and keep from the first to the last.
+    # Filled with a number from the image: XLA would share zeros among maps of equal shape, and keep them throughout.
     y = jnp.full((n, 2 * rows * len(starts), 2 * across, weight.shape[-1]), x[0, 0, 0, 0])
     y, _ = lax.scan(some_rows, varying_like(y, weight), starts)
     return y[:, :height, :width]
@@ -45,7 +45,7 @@ def convolve_3x3(x: Float[Array, "n h w i"], weight: Float[Array, "3 3 i o"]) ->
 
 @jax.jit
 def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h w i"]) -> Float[Array, "o i 3 3"]:
-    """The gradient of `convolve_3x3` in its kernel: the transforms' transposes around the same 16 products."""
+    """The gradient of `convolve_3x3` in its kernel: the transposed transforms around the same 16 products."""
     rows, across, starts = _blocks(x.shape, BLOCK_TILES // 2)
     padded = _pad(x, rows * len(starts), across, border=1)
     cotangents = _pad(cotangent, rows * len(starts), across, border=0)
@@ -54,12 +54,12 @@ def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h
         block = lax.dynamic_slice_in_dim(cotangents, 2 * start, 2 * rows, axis=1)
         down = jnp.stack(_outputs_transposed(block[:, ::2], block[:, 1::2]))
         given = _tiles(_outputs_transposed(down[..., ::2, :], down[..., 1::2, :]))
-        # By columns: by rows, XLA would take them for what `convolve_3x3` transformed, and keep that until now.
+        # By columns: by rows, XLA would merge them with the transforms in `convolve_3x3`, and keep those until now.
         seen = _seen_by_columns(padded, start, rows, across)
         product = partial(jnp.einsum, "bto,bti->boi", preferred_element_type=totals[0].dtype)
         return [total + product(g, s) for total, g, s in zip(totals, given, seen, strict=True)], None
 
-    # Sums of many steps are kept in float32 at least.
+    # Sums over many steps are accumulated in float32 or better.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     zeros = varying_like(jnp.zeros((4, cotangent.shape[-1], x.shape[-1]), dtype), cotangent, x)
     totals, _ = lax.scan(add, [zeros] * 4, starts)
@@ -68,27 +68,30 @@ def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h
 
 
 def _blocks(shape: tuple[int, ...], tiles: int) -> tuple[int, int, Array]:
-    """Rows in a block of about so many tiles, tiles in a row, and the first row of each block."""
+    """Splits the tile grid into row blocks of about `tiles` tiles.
+
+    Returns rows per block, tiles per row, and the first row of each block.
+    """
     n, height, width, _ = shape
     down, across = -(-height // 2), -(-width // 2)
-    # The count is no number where a program is exported for batches of any size.
+    # `n` is symbolic where a program is exported for any batch size.
     most = min(down, max(1, tiles // (across * (n if isinstance(n, int) else 1))))
-    # Half as many if then fewer are added below.
+    # Down to half as many, if the last block then needs fewer rows of padding.
     rows = min(range(most, most // 2, -1), key=lambda rows: -down % rows)
     return rows, across, jnp.arange(0, down, rows, dtype=jnp.int32)
 
 
 def _pad(maps: Array, down: int, across: int, *, border: int) -> Array:
-    """Zeros around maps, and below and to the right of them until whole tiles are full."""
+    """Pads maps with zeros: a border, and more below and to the right to fill whole tiles."""
     _, height, width, _ = maps.shape
     ends = [(border, border + 2 * count - size) for count, size in ((down, height), (across, width))]
     return jnp.pad(maps, ((0, 0), *ends, (0, 0)))
 
 
 def _seen_by_rows(padded: Array, start: Array, rows: int, across: int) -> list[Array]:
-    """What the tiles of some rows see, transformed: for each row of a tile `4 tiles channels`."""
+    """The transformed pixels of some rows of tiles, for each row of a tile: `(4, tiles, channels)`."""
     block = _block(padded, start, rows)
-    # Each of the 16 from the image itself: with one axis's transform kept between, large maps take 15 % longer.
+    # Each of the 16 from the image itself: with an intermediate for one axis, large maps take 15 % longer.
     tile = [[block[:, i : i + 2 * rows : 2, j : j + 2 * across : 2] for j in range(4)] for i in range(4)]
     columns = [_pixels(*column) for column in zip(*tile, strict=True)]
     by_rows = [_pixels(*row) for row in zip(*columns, strict=True)]
@@ -96,19 +99,19 @@ def _seen_by_rows(padded: Array, start: Array, rows: int, across: int) -> list[A
 
 
 def _seen_by_columns(padded: Array, start: Array, rows: int, across: int) -> list[Array]:
-    """The same, for each column of a tile."""
+    """The same for each column of a tile."""
     block = _block(padded, start, rows)
     down = jnp.stack(_pixels(*(block[:, i : i + 2 * rows : 2] for i in range(4))))
     return _tiles(_pixels(*(down[..., j : j + 2 * across : 2, :] for j in range(4))))
 
 
 def _tiles(parts: tuple[Array, ...]) -> list[Array]:
-    """`4 tiles channels` of each of `4 n rows across channels`."""
+    """`(4, n, rows, across, channels)` to `(4, tiles, channels)`, for each part."""
     return [part.reshape(4, -1, part.shape[-1]) for part in parts]
 
 
 def _block(padded: Array, start: Array, rows: int) -> Array:
-    """The pixels that the tiles of some rows see."""
+    """The pixels that some rows of tiles see."""
     return lax.dynamic_slice_in_dim(padded, 2 * start, 2 * rows + 2, axis=1)
 
 

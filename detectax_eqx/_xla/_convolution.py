@@ -1,16 +1,16 @@
-"""Batched convolution whose gradients are quick on a CPU too.
+"""Batched convolution whose gradients are fast on CPU too.
 
-XLA's own leaves five things to be desired there (measured with jaxlib 0.10.2 on two cores):
+XLA's own falls short there in five ways; README.md gives the figures.
 
-- Within a loop or a condition only channels-last operands reach its fast kernels; others run some 70 times slower.
-- Weight gradients of large maps run at a third to a sixth of the forward's rate.
-- A 1×1 kernel as one product over a whole batch has its operands transposed in memory, forth and back.
-- 3×3 kernels of many channels are applied directly: by Winograd's algorithm it is 1.2 to 2 times as fast.
-- Gradients of kernels and biases are put off until those of all images are there, and what they need is kept.
+- Inside a loop or a condition only channels-last operands reach its fast kernels.
+- Weight gradients of large maps run at a fraction of the forward pass's rate.
+- A 1×1 kernel as one product over a whole batch has its operands transposed in memory, back and forth.
+- 3×3 kernels of many channels are applied directly, not by Winograd's algorithm.
+- Gradients of kernels and biases are scheduled after those of all images, and their operands kept until then.
 
-So this is a primitive, bilinear in image and weight, which takes other paths on a CPU and is XLA's convolution, with
-XLA's gradients, elsewhere. It is no `custom_vjp` because there `vmap` would make a weight gradient for each example of
-a batch, to be summed afterwards; here they are summed within the products.
+So this is a primitive, bilinear in image and weight, which has forms of its own on CPU and is XLA's convolution, with
+XLA's gradients, elsewhere. It is no `custom_vjp` because there `vmap` would make a weight gradient per example of a
+batch, to be summed afterwards; here they are summed within the products.
 """
 
 from functools import partial, reduce
@@ -22,17 +22,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from ..ops._batching import varying_like
-from ..ops._undivided import undivided
+from ._plain import by_platform, is_plain
+from ._undivided import undivided
+from ._varying import varying_like
 from ._winograd import convolve_3x3, weight_gradient_3x3
 
 
-# Pixels that one step of the weight gradient looks at: with 256 channels a megabyte, which a core's cache holds.
-# Between 1,000 and 2,000 there is no difference.
+# Pixels per step of the weight gradient: with 256 channels a megabyte, which a core's cache holds. Between 1,000 and
+# 2,000 makes no difference.
 BLOCK_PIXELS = 1000
-# Up to so many images the gradient of a 1×1 kernel is taken of each on its own; programs would grow long with more.
+# Up to this many images the gradient of a 1×1 kernel is one product per image; with more, programs grow too long.
 IMAGES_APART = 8
-# From so many channels on, in and out, Winograd's algorithm is faster: with 128 it is as fast, with 64 slower.
+# From this many channels on, in and out, Winograd's algorithm is faster: with 128 it is as fast, with 64 slower.
 WINOGRAD_CHANNELS = 256
 
 
@@ -47,10 +48,11 @@ def convolve(
     """Cross-correlates `n` maps with a kernel, zero-padded on all sides, and adds the bias."""
     parameters = (weight,) if bias is None else (weight, bias.astype(weight.dtype))
     x, *parameters = varying_like((x, *parameters))  # so that a gradient is added up over devices where it has to be
-    return _convolve_p.bind(x, *parameters, stride=stride, padding=padding)
+    run = _convolve_and_add if is_plain("convolution") else _convolve_p.bind
+    return run(x, *parameters, stride=stride, padding=padding)
 
 
-# What follows is jitted, so that both its forms are traced once for all convolutions of the same shapes.
+# The functions below are jitted, so that both forms are traced once for all convolutions of the same shapes.
 @partial(jax.jit, static_argnames=("stride", "padding"))
 def _convolve(x, weight, *, stride, padding):
     def cpu(x, weight):
@@ -60,7 +62,8 @@ def _convolve(x, weight, *, stride, padding):
         y = _channels_last(x.transpose(0, 2, 3, 1), weight.transpose(2, 3, 1, 0), pads, stride=stride)
         return y.transpose(0, 3, 1, 2)
 
-    return lax.platform_dependent(x, weight, cpu=cpu, default=partial(_by_xla, stride=stride, padding=padding))
+    default = partial(_by_xla, stride=stride, padding=padding)
+    return by_platform(x, weight, cpu=cpu, default=default, trick="convolution")
 
 
 def _image_gradient(cotangent, x, weight, *, stride, padding):
@@ -85,7 +88,7 @@ def _gradient_in_image(cotangent, weight, image, *, stride, padding):
         forward = partial(_by_xla, weight=weight, stride=stride, padding=padding)
         return jax.linear_transpose(forward, image)(cotangent)[0]
 
-    return lax.platform_dependent(cotangent, weight, cpu=cpu, default=default)
+    return by_platform(cotangent, weight, cpu=cpu, default=default, trick="convolution")
 
 
 def _weight_gradient(cotangent, x, weight, *, stride, padding):
@@ -115,13 +118,13 @@ def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
         forward = partial(_by_xla, x, stride=stride, padding=padding)
         return jax.linear_transpose(forward, weight)(cotangent)[0]
 
-    return lax.platform_dependent(cotangent, x, cpu=cpu, default=default)
+    return by_platform(cotangent, x, cpu=cpu, default=default, trick="convolution")
 
 
 def _weight_gradient_by_blocks(cotangent, x, kernel, padding):
-    """For each row of the kernel, the product of the cotangent with what its taps see of the image, side by side.
+    """For each row of the kernel, the product of the cotangent with the pixels that its taps read, side by side.
 
-    A block of rows at a time, which all taps then read from the cache.
+    One block of rows at a time, which all taps then read from the cache.
     """
     n, channels, height, width = cotangent.shape
     rows = min(height, -(-BLOCK_PIXELS // (n * width)))
@@ -141,7 +144,7 @@ def _weight_gradient_by_blocks(cotangent, x, kernel, padding):
         product = partial(jnp.matmul, left, preferred_element_type=zeros.dtype)
         return [total + product(s.reshape(-1, s.shape[-1])) for total, s in zip(totals, seen, strict=True)], None
 
-    # Sums of many steps are kept in float32 at least.
+    # Sums over many steps are accumulated in float32 or better.
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     zeros = varying_like(jnp.zeros((channels, kernel[1] * x.shape[1]), dtype), cotangent, x)
     totals, _ = lax.scan(add, [zeros] * kernel[0], jnp.arange(steps, dtype=jnp.int32))
@@ -156,7 +159,7 @@ def _by_xla(x, weight, *, stride, padding):
 
 
 def _channels_last(x, weight, pads, *, stride=1, spread=1, dilation=1):
-    """NHWC and HWIO: the one form that is quick on a CPU in any place of a program."""
+    """The convolution in NHWC and HWIO, the one form that is fast on CPU anywhere in a program."""
     if stride == spread == dilation == 1 and _by_winograd(weight.shape[:2], weight.shape[2:], pads, x.dtype):
         return convolve_3x3(x, weight)
     return lax.conv_general_dilated(
@@ -171,7 +174,9 @@ def _channels_last(x, weight, pads, *, stride=1, spread=1, dilation=1):
 
 
 def _by_winograd(kernel, channels, pads, dtype):
-    """Whether Winograd's algorithm is for such a kernel; half precision would not bear its transforms."""
+    """Whether Winograd's algorithm suits such a kernel; its transforms are too inexact for half precision."""
+    if is_plain("winograd"):
+        return False
     same = tuple(kernel) == (3, 3) and tuple(pads) == ((1, 1), (1, 1))
     return same and min(channels) >= WINOGRAD_CHANNELS and jnp.finfo(dtype).bits >= 32
 
@@ -183,7 +188,7 @@ def _is_pointwise(weight, stride, padding):
 def _products(subscripts, matrix, maps):
     """A matrix times the pixels `p` of every map `n`."""
     pixels = maps.reshape(*maps.shape[:2], -1)
-    # A copy for every map: of products with slices, the slices would be kept for the backward pass beside the maps.
+    # A copy of the matrix per map: products with slices would save the slices beside the maps for the backward pass.
     matrices = jnp.broadcast_to(matrix, (maps.shape[0], *matrix.shape))
     return jnp.einsum(subscripts, matrices, pixels).reshape(maps.shape[0], -1, *maps.shape[2:])
 
@@ -236,7 +241,7 @@ def _differentiate(primals, tangents, **options):
     return y, reduce(jnp.add, parts)
 
 
-# Bilinear without a bias; with one it is never transposed, as its derivative has none or is the operation below.
+# Bilinear without a bias. With one it is never transposed: its derivative has none, or is the primitive below.
 _convolve_p = Primitive("convolve")
 _convolve_p.def_impl(_convolve_and_add)
 _convolve_p.def_abstract_eval(_abstract)
@@ -246,7 +251,7 @@ ad.defbilinear(_convolve_p, _image_gradient, _weight_gradient)
 ad.primitive_jvps[_convolve_p] = _differentiate
 
 
-# Where image and kernel have a tangent, the derivative is one operation, so that all gradients are taken at one time.
+# Where image and kernel both have a tangent, the derivative is one primitive, so that all gradients are one unit.
 
 
 def _derivative(x, weight, dx, dweight, *dbias, **options):

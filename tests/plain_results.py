@@ -1,0 +1,181 @@
+"""What detectors and operators compute, for comparing the tricks of `_xla` with plain operations.
+
+DETECTAX_PLAIN=1 python -m tests.plain_results results.npz
+"""
+
+import sys
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from detectax_eqx import models, nn, ops
+
+from . import tiny_detector
+from .tiny_detector import SAMPLING, SIDE
+
+
+def with_gradients(function):
+    """`function` of arrays, and the gradients in all arguments of a smooth function of its results."""
+
+    def run(*args):
+        results, pull = jax.vjp(function, *args)
+        return results, pull(jax.tree.map(jnp.cos, results))
+
+    return run
+
+
+def boxes_in(draw, n, *, height, width):
+    """Boxes that overlap each other and reach over the border, and some without extent."""
+    corner = draw.uniform(-4, (width, height), (n, 2))
+    size = draw.uniform(1, (width / 2, height / 2), (n, 2)) * (draw.uniform(size=(n, 1)) < 0.95)
+    return np.concatenate([corner, corner + size], axis=1).astype(np.float32)
+
+
+def convolutions():
+    """Kernels of 1×1, strided ones, and one of as many channels as Winograd's algorithm is used for."""
+    draw = np.random.default_rng(1)
+
+    def one(channels, kernel, **options):
+        x = draw.normal(size=(2, channels, 12, 9)).astype(np.float32)
+        weight = draw.normal(size=(channels, channels, kernel, kernel)).astype(np.float32) / (kernel * channels**0.5)
+        bias = draw.normal(size=channels).astype(np.float32)
+        conv = jax.vmap(partial(nn.conv2d, **options), in_axes=(0, None, None))
+        return with_gradients(conv), (x, weight, bias)
+
+    cases = [one(6, 1), one(6, 3, padding=1), one(6, 3, stride=2, padding=1), one(256, 3, padding=1)]
+
+    def run(arrays):
+        return [function(*args) for (function, _), args in zip(cases, arrays, strict=True)]
+
+    return run, [args for _, args in cases]
+
+
+def max_pooling():
+    draw = np.random.default_rng(2)
+    x = draw.integers(0, 4, (3, 11, 14)).astype(np.float32)  # with equals
+    return with_gradients(partial(nn.max_pool2d, kernel_size=3, stride=2, padding=1)), x
+
+
+def pooling():
+    draw = np.random.default_rng(3)
+    fine, coarse = (draw.normal(size=(2, 5, *shape)).astype(np.float32) for shape in ((16, 24), (8, 12)))
+    boxes = np.stack([boxes_in(draw, 30, height=64, width=96) for _ in range(2)])
+
+    def run(fine, coarse, boxes):
+        def one(ratio):
+            def align(fine, coarse, boxes):
+                options = {"output_size": (3, 2), "strides": (4, 8), "sampling_ratio": ratio, "canonical_size": 64}
+                return ops.multilevel_roi_align([fine, coarse], boxes, canonical_level=3, **options)
+
+            return jax.vmap(with_gradients(align))(fine, coarse, boxes)
+
+        return [one(ratio) for ratio in (0, 2)]
+
+    return run, fine, coarse, boxes
+
+
+def suppression():
+    """Few candidates and many, few outputs and many, of one example and of a batch."""
+    draw = np.random.default_rng(4)
+    boxes = np.stack([boxes_in(draw, 5000, height=300, width=400) for _ in range(2)])
+    scores = draw.uniform(size=(2, 5000)).astype(np.float32)
+    labels = draw.integers(0, 3, (2, 5000), dtype=np.int32)
+    valid = draw.uniform(size=(2, 5000)) < np.array([[0.1], [0.3]])
+
+    def run(boxes, scores, labels, valid):
+        def select(n, outputs, *rows):
+            boxes, scores, labels, valid = (x[:n] for x in rows)
+            return ops.nms_indices(boxes, scores, valid, iou_threshold=0.5, max_outputs=outputs, labels=labels)
+
+        rows = boxes, scores, labels, valid
+        one = jax.tree.map(lambda x: x[0], rows)
+        return (
+            ops.nms(*(x[:500] for x in (one[0], one[1], one[3])), iou_threshold=0.5),
+            ops.class_aware_nms(*(x[:500] for x in one), iou_threshold=0.5),
+            jax.vmap(partial(select, 300, 200))(*rows),
+            jax.vmap(partial(select, 5000, 40))(*rows),
+            ops.match_boxes(
+                ops.pairwise_iou(one[0][:9], one[0][:300]),
+                low_threshold=0.3,
+                high_threshold=0.5,
+                allow_low_quality=True,
+            ),
+        )
+
+    return run, boxes, scores, labels, valid
+
+
+def pasting():
+    draw = np.random.default_rng(5)
+    masks = draw.uniform(size=(2, 6, 28, 28)).astype(np.float32)
+    boxes = np.stack([boxes_in(draw, 6, height=90, width=120) for _ in range(2)])
+
+    def run(masks, boxes):
+        paste = partial(ops.paste_masks, image_size=(90, 120))
+        # A threshold below every value that is not 0: no rounding decides.
+        thresholded = jax.vmap(partial(paste, threshold=1e-4))(masks, boxes)
+        return thresholded, jax.vmap(with_gradients(lambda masks, boxes: paste(masks, boxes)))(masks, boxes)
+
+    return run, masks, boxes
+
+
+def checkpointed():
+    def make():
+        return nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=jr.key(0), width=4, checkpoint=True)
+
+    arrays, static = eqx.partition(tiny_detector.random_arrays(eqx.filter_eval_shape(make)), eqx.is_array)
+    images = np.random.default_rng(6).normal(size=(2, 3, 64, 96)).astype(np.float32)
+
+    def run(arrays, images):
+        return with_gradients(lambda arrays, images: jax.vmap(eqx.combine(arrays, static))(images))(arrays, images)
+
+    return run, arrays, images
+
+
+def faster_rcnn():
+    return _detector(tiny_detector.build().faster_rcnn, partial(models.faster_rcnn_loss, sampling=SAMPLING))
+
+
+def mask_rcnn():
+    return _detector(tiny_detector.build(), partial(models.mask_rcnn_loss, sampling=SAMPLING))
+
+
+def _detector(model, loss):
+    arrays, static = eqx.partition(model, eqx.is_array)
+    batch = jax.tree.map(lambda x: x[:2], tiny_detector.make_batch(0))
+    selection = models.Selection(score_threshold=0.1, max_detections=12, pre_nms_top_n=40, post_nms_top_n=40)
+
+    def run(arrays, images, targets):
+        model, size = eqx.combine(arrays, static), jnp.array([SIDE, SIDE])
+
+        def losses(arrays, image, target, key):
+            terms = loss(eqx.combine(arrays, static), image, size, target, key=key)
+            return {name: term.total / jnp.maximum(term.count, 1) for name, term in terms.items()}
+
+        def total(arrays):
+            terms = jax.vmap(losses, in_axes=(None, 0, 0, 0))(arrays, images, targets, jr.split(jr.key(1)))
+            return sum(term.sum() for term in terms.values()), terms
+
+        gradients, terms = jax.grad(total, has_aux=True)(arrays)
+        return jax.vmap(lambda image: model(image, size, selection=selection))(images), terms, gradients
+
+    return run, arrays, batch.images, batch.targets
+
+
+DETECTORS = (faster_rcnn, mask_rcnn)
+OPERATORS = (convolutions, max_pooling, pooling, suppression, pasting, checkpointed)
+
+
+def results(case):
+    """The arrays that a case computes, by name."""
+    run, *args = case()
+    leaves = jax.tree.leaves(jax.jit(run)(*args))
+    return {f"{case.__name__}_{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[1], **{name: array for case in OPERATORS + DETECTORS for name, array in results(case).items()})
