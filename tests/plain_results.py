@@ -4,6 +4,7 @@ DETECTAX_PLAIN=1 python -m tests.plain_results results.npz
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -15,7 +16,7 @@ import numpy as np
 from detectax_eqx import models, nn, ops
 
 from . import tiny_detector
-from .tiny_detector import SAMPLING, SIDE
+from .tiny_detector import SIDE
 
 
 def with_gradients(function):
@@ -137,23 +138,25 @@ def checkpointed():
 
 
 def faster_rcnn():
-    return _detector(tiny_detector.build().faster_rcnn, partial(models.faster_rcnn_loss, sampling=SAMPLING))
+    model = tiny_detector.build()
+    options = {"preprocessing": model.preprocessing, "sampling": model.sampling}
+    return _detector(models.FasterRCNN(model.backbone, model.rpn, model.box_head, **options))
 
 
 def mask_rcnn():
-    return _detector(tiny_detector.build(), partial(models.mask_rcnn_loss, sampling=SAMPLING))
+    return _detector(tiny_detector.build())
 
 
-def _detector(model, loss):
+def _detector(model):
     arrays, static = eqx.partition(model, eqx.is_array)
     batch = jax.tree.map(lambda x: x[:2], tiny_detector.make_batch(0))
-    selection = models.Selection(score_threshold=0.1, max_detections=12, pre_nms_top_n=40, post_nms_top_n=40)
+    selection = replace(model.selection, score_threshold=0.1, max_detections=12, pre_nms_top_n=40, post_nms_top_n=40)
 
     def run(arrays, images, targets):
         model, size = eqx.combine(arrays, static), jnp.array([SIDE, SIDE])
 
         def losses(arrays, image, target, key):
-            terms = loss(eqx.combine(arrays, static), image, size, target, key=key)
+            terms = eqx.combine(arrays, static).loss(image, size, target, key=key)
             return {name: term.total / jnp.maximum(term.count, 1) for name, term in terms.items()}
 
         def total(arrays):

@@ -31,20 +31,20 @@ MAY_IMPORT = {
     "train": {"_xla", "ops", "_types"},
     "evaluate": {"ops", "data", "_types"},
     "weights": {"models", "nn"},
+    "zoo": {"models", "nn"},
     "export": {"ops", "nn", "models", "weights", "_types"},
     "draw": {"ops", "_types"},
     "__init__": {"_types", "_typecheck"},
 }
 # ops compute: arrays, their shapes, static numbers, and the standard library.
-OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy"}
+OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "equinox"}
 BINDING_NAMES = {
     "detectax_eqx.ops": "box_area clip_boxes xyxy_to_cxcywh cxcywh_to_xyxy xyxy_to_xywh xywh_to_xyxy pairwise_iou "
     "pairwise_ioa pairwise_giou pairwise_diou pairwise_ciou encode_boxes decode_boxes anchor_grid nms class_aware_nms "
     "nms_indices roi_align multilevel_roi_align match_boxes sample_balanced crop_masks paste_masks smooth_l1_loss "
-    "sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss",
-    "detectax_eqx.models": "FasterRCNN MaskRCNN detect faster_rcnn_loss mask_rcnn_loss faster_rcnn_resnet18_fpn "
-    "faster_rcnn_resnet34_fpn faster_rcnn_resnet50_fpn faster_rcnn_resnet101_fpn mask_rcnn_resnet18_fpn "
-    "mask_rcnn_resnet34_fpn mask_rcnn_resnet50_fpn mask_rcnn_resnet101_fpn",
+    "sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss RoIFeatures",
+    "detectax_eqx.models": "AbstractDetector FasterRCNN MaskRCNN RetinaNet FCOS detect detect_batch trainable",
+    "detectax_eqx.zoo": "names build",
     "detectax_eqx.weights": "load_torchvision to_torchvision save_safetensors load_safetensors",
     "detectax_eqx": "Targets Detections Batch WeightedSum",
 }
@@ -99,7 +99,6 @@ STILL_IMPORTED = {
     # RoIAlign and suppression, as exports and models share them.
     "ops._nms._comparable",
     "ops._roi_align._levels",
-    "ops._roi_align.level_pooler",
 }
 
 

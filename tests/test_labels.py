@@ -81,11 +81,11 @@ def test_losses_refuse_them():
     model, image, size = tiny_detector.build(), jnp.zeros((64, 64, 3)), jnp.array([64, 64])
     targets = _targets([0, 3])
     with pytest.raises(ValueError, match="there is 3 in row 1"):
-        models.faster_rcnn_loss(model.faster_rcnn, image, size, targets, key=jr.key(0))
+        model.loss(image, size, targets, key=jr.key(0))
     masks = np.ones((2, 14, 14), np.float32)
     targets = dataclasses.replace(targets, masks=masks, mask_boxes=targets.boxes)
     with pytest.raises(ValueError, match="there is 3 in row 1"):
-        models.mask_rcnn_loss(model, image, size, targets, key=jr.key(0))
+        model.loss(image, size, targets, key=jr.key(0))
 
 
 @pytest.mark.parametrize("label", [-2, -1, 3, 100])

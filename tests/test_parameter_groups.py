@@ -23,8 +23,8 @@ def parameters():
 
     def build():
         body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=jr.key(0), width=8, norm=nn.GroupNorm)
-        boxes = models.FasterRCNN(nn.ResNetFPN(body, key=jr.key(1), channels=16), 3, key=jr.key(2), hidden_size=32)
-        return models.MaskRCNN(boxes, key=jr.key(3), hidden_channels=16)
+        backbone = nn.ResNetFPN(body, key=jr.key(1), channels=16)
+        return models.mask_rcnn(backbone, 3, key=jr.key(2), hidden_size=32, hidden_channels=16)
 
     model = random_arrays(eqx.filter_eval_shape(build))
     return eqx.filter(model, models.trainable(model, trainable_layers=4))
@@ -49,7 +49,7 @@ def updated(optimizer, tree):
 def test_each_parameter_moves_as_alone(parameters, build):
     grouped = optax.chain(
         build(RATE, weight_decay=DECAY, decay_mask=train.no_vectors),
-        optax.masked(optax.scale(FACTOR), models.in_resnet),
+        optax.masked(optax.scale(FACTOR), models.in_backbone),
     )
     found = {jax.tree_util.keystr(p): leaf for p, leaf in leaves_with_path(updated(grouped, parameters))}
     groups = {}
@@ -65,6 +65,4 @@ def test_each_parameter_moves_as_alone(parameters, build):
 
 
 def test_a_frozen_part_has_no_group(parameters):
-    assert models.in_resnet(parameters).faster_rcnn.backbone.body.conv1.weight is None
-    with pytest.raises(ValueError, match="no ResNet"):
-        models.in_resnet(eqx.tree_at(lambda m: m.faster_rcnn.backbone, parameters, nn.relu))
+    assert models.in_backbone(parameters).backbone.body.conv1.weight is None

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from detectax_eqx import data, models, train
+from detectax_eqx import data, models, train, zoo
 from detectax_eqx.train import CheckpointError, CheckpointSaver, DamagedCheckpointError, _checkpoint
 
 from .test_checkpoint import assert_identical
@@ -251,12 +251,12 @@ def test_a_save_stops_training_for_less_than_a_step(tmp_path, tally):
     dataset = data.load_coco(*data.write_shapes_dataset(tmp_path / "data", num_images=2, image_size=canvas))
     buckets = data.make_buckets(dataset.sizes, canvases=[canvas], min_size=160, max_size=256)
     batch = data.Loader(dataset, batch_size=2, buckets=buckets, max_objects=6).batch(0)
-    model = models.mask_rcnn_resnet50_fpn(dataset.num_classes, key=jr.key(0))
+    model = zoo.build("mask_rcnn_resnet50_fpn", dataset.num_classes, key=jr.key(0))
     trainable, optimizer = models.trainable(model), train.sgd(0.001)
 
     def loss(model, example, *, key):
         image = jnp.asarray(example.images, jnp.float32) / 255
-        return models.mask_rcnn_loss(model, image, example.image_sizes, example.targets, key=key)
+        return model.loss(image, example.image_sizes, example.targets, key=key)
 
     step = train.make_train_step(loss, optimizer, trainable=trainable)
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(1))

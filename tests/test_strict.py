@@ -38,13 +38,13 @@ CALLS = [
     call(train.warmup_multistep(0.1, milestones=[4], warmup_steps=0), jnp.int32(5)),
 ]
 # These take a detector and have tests of their own below.
-WITH_DETECTOR = {"detect", "detect_batch", "faster_rcnn_loss", "mask_rcnn_loss", "make_train_step", "init_train_state"}
+WITH_DETECTOR = {"detect", "detect_batch", "make_train_step", "init_train_state"}
 WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine", "warmup_multistep"}
 # These compute nothing on a device: files, options, structure, and building a model, which `test_built_under_x64` does.
 HOST = {
-    *{"convolution_options", "in_resnet", "num_parameters", "trainable", "no_vectors"},
+    *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
     *{"resnet18", "resnet34", "resnet50", "resnet101"},
-    *{f"{head}_rcnn_resnet{depth}_fpn" for head in ("faster", "mask") for depth in (18, 34, 50, 101)},
+    *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "selected", "smallest_canvas", "names", "build"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     *{"scale_learning_rate", "local_rows", "make_mesh", "step_compiler_options"},
     *{name for name, value in vars(evaluate).items() if isinstance(value, FunctionType)},  # NumPy alone
@@ -207,14 +207,12 @@ TARGETS = Targets(
 
 
 def _detect(model, image):
-    return models.detect(model, image, min_size=SIDE, max_size=SIDE, max_detections=5)
+    return models.detect(model, image, max_detections=5)
 
 
 def _loss(model, image):
-    size, arguments = jnp.full(2, SIDE, jnp.int32), {"key": KEY, "sampling": tiny_detector.SAMPLING}
-    losses = models.mask_rcnn_loss(model, image, size, TARGETS, **arguments)
-    faster = models.faster_rcnn_loss(model.faster_rcnn, image, size, TARGETS, **arguments)
-    return sum(x.total for x in [*losses.values(), *faster.values()])
+    losses = model.loss(image, jnp.full(2, SIDE, jnp.int32), TARGETS, key=KEY)
+    return sum(x.total for x in losses.values())
 
 
 @pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])

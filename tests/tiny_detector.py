@@ -1,5 +1,7 @@
 """The smallest detector with all that a detector has, for tests that compile whole training steps."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from detectax_eqx import Batch, Targets, models, nn, train
 
 
 SIDE, IMAGES = 64, 16
-SAMPLING = models.Sampling(pre_nms_top_n=24, post_nms_top_n=24, rpn_samples=32, box_samples=16)
+SAMPLING = models.TwoStageSampling(pre_nms_top_n=24, post_nms_top_n=24, rpn_samples=32, box_samples=16)
 
 
 class Pyramid(eqx.Module):
@@ -19,12 +21,17 @@ class Pyramid(eqx.Module):
     convs: tuple[nn.Conv2d, ...]
     channels = 16
     strides = (8, 16, 32)
+    divisor = 32
 
     def __init__(self, *, key):
         keys = jr.split(key, 3)
         self.convs = tuple(
             nn.Conv2d(i, 16, 2 * s + 1, stride=s, key=k) for i, s, k in zip((3, 16, 16), (8, 2, 2), keys, strict=True)
         )
+
+    @property
+    def stages(self):
+        return tuple((conv,) for conv in self.convs)
 
     def __call__(self, image):
         image, maps = image.astype(self.convs[0].weight.dtype), []
@@ -40,8 +47,10 @@ def build():
     def make():
         keys = jr.split(jr.key(0), 3)
         sizes = ((12.0,), (24.0,), (48.0,))
-        boxes = models.FasterRCNN(Pyramid(key=keys[0]), 3, key=keys[1], hidden_size=32, anchor_sizes=sizes)
-        return models.MaskRCNN(boxes, key=keys[2], hidden_channels=16)
+        parts = {"hidden_size": 32, "hidden_channels": 16, "anchor_sizes": sizes}
+        preprocessing = models.Preprocessing(models.ShortestEdge(SIDE, SIDE))
+        model = models.mask_rcnn(Pyramid(key=keys[0]), 3, key=keys[1], **parts)
+        return replace(model, sampling=SAMPLING, preprocessing=preprocessing)
 
     return random_arrays(eqx.filter_eval_shape(make))
 
@@ -70,7 +79,7 @@ def loss(model, example, *, key):
         max_size=SIDE,
         key=augment_key,
     )
-    return models.mask_rcnn_loss(model, image, size, targets, key=loss_key, sampling=SAMPLING)
+    return model.loss(image, size, targets, key=loss_key)
 
 
 def make_batch(k):
