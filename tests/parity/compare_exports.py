@@ -13,7 +13,7 @@ is. These want different versions, hence an environment each, and a call in each
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from detectax_eqx.weights import load_safetensors, save_safetensors
 MIN_SIZE, MAX_SIZE, CANVAS = 160, 224, (160, 224)
 SIZES = {"canvases": [CANVAS], "min_size": MIN_SIZE, "max_size": MAX_SIZE}
 ANCHORS = ((16.0,), (32.0,), (64.0,), (96.0,), (128.0,))
-SAMPLING = models.Sampling(pre_nms_top_n=200, post_nms_top_n=200, rpn_samples=128, box_samples=64)
+SAMPLING = models.TwoStageSampling(pre_nms_top_n=200, post_nms_top_n=200, rpn_samples=128, box_samples=64)
 CALIBRATION_IMAGES = 48
 
 
@@ -57,7 +57,9 @@ def build(key, num_classes):
     """The detector, its norms still the identity."""
     keys = jr.split(key, 3)
     backbone = nn.ResNetFPN(nn.resnet18(key=keys[0]), key=keys[1])
-    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=256, anchor_sizes=ANCHORS)
+    model = models.faster_rcnn(backbone, num_classes, key=keys[2], hidden_size=256, anchor_sizes=ANCHORS)
+    preprocessing = models.Preprocessing(models.ShortestEdge(MIN_SIZE, MAX_SIZE))
+    return replace(model, preprocessing=preprocessing, sampling=SAMPLING)
 
 
 @eqx.filter_jit
@@ -108,7 +110,7 @@ def loss(model, example, *, key):
     """The loss of one image."""
     keys = jr.split(key)
     image, size, targets = augmented(example, key=keys[0])
-    return models.faster_rcnn_loss(model, image, size, targets, key=keys[1], sampling=SAMPLING)
+    return model.loss(image, size, targets, key=keys[1])
 
 
 def trainable(model):
@@ -131,7 +133,7 @@ def trained(dataset, options):
     _, first = next(iter(loader.iterate(0, 1)))
 
     def prepared(example):
-        return model.normalize(*augmented(example, key=jr.key(0), flip_probability=0.0)[:2])
+        return model.preprocessing.normalize(*augmented(example, key=jr.key(0), flip_probability=0.0)[:2])
 
     body = with_statistics(model.backbone.body, jax.vmap(prepared)(jax.tree.map(jnp.asarray, first)))
     model = eqx.tree_at(lambda m: m.backbone.body, model, body)
@@ -154,7 +156,6 @@ class Setup:
     output: Path
     test_set: data.CocoDataset
     shape: export.Shape
-    options: export.Options
     names: list[str]
     images: list[np.ndarray]
     """Images to calibrate on."""
@@ -196,8 +197,7 @@ def onnx_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
 
     rows, sessions = {}, {}
     float_file, int8_file = (setup.output / name for name in ("detector.onnx", "detector.int8.onnx"))
-    named = {"class_names": setup.names, "options": setup.options}
-    export.save_onnx(model, float_file, shape=setup.shape, images=setup.images[:8], **named)
+    export.save_onnx(model, float_file, shape=setup.shape, images=setup.images[:8], class_names=setup.names)
     export.quantize_onnx(float_file, int8_file, images=setup.images)
     for name, file in (("onnx", float_file), ("onnx int8", int8_file)):
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -218,9 +218,7 @@ def onnx_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
 def tflite_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
     """The TFLite files, and which operators they have."""
     folder = setup.output / "edge"
-    export.save_tflite(
-        model, folder, shape=setup.shape, images=setup.images, class_names=setup.names, options=setup.options
-    )
+    export.save_tflite(model, folder, shape=setup.shape, images=setup.images, class_names=setup.names)
     detector = export.TFLiteDetector(model, folder)
 
     def run(images, sizes):
@@ -251,12 +249,11 @@ def main(options: Options) -> None:
         options.output,
         test_set,
         export.Shape(1, bucket.source, CANVAS),
-        export.Options(MIN_SIZE, MAX_SIZE),
         [category.name for category in test_set.categories],
         [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]],
     )
     rows = json.loads(result.read_text()) if result.exists() else {}  # of the other environment
-    rows["jax"] = measured(jax.jit(export.detection_program(model, setup.shape, setup.options)), setup)
+    rows["jax"] = measured(jax.jit(export.detection_program(model, setup.shape)), setup)
     for extra, measure in (("onnx", onnx_rows), ("edge", tflite_rows)):
         try:
             require(extra)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detectax_eqx import Detections, export, ops
+from detectax_eqx import Detections, export, models, ops
 
 from .test_models import CASES, assert_masks_agree, assert_same, on_real_images, torchvision_detections
 
@@ -74,20 +74,19 @@ def test_onnx_gives_the_detections_of_jax(kind, tmp_path):
     thresholds moved by `MARGIN` at most.
     """
     images, reference, model = on_real_images(kind)
-    names, options = [str(label) for label in range(90)], export.Options()
+    names = [str(label) for label in range(90)]
 
     def canvas_of(image):
-        resized = ops.resized_size(image.shape[:2], min_size=options.min_size, max_size=options.max_size)
-        return tuple(-(-side // 32) * 32 for side in resized)
+        return models.smallest_canvas(model.preprocessing.resize(image.shape[:2]), divisor=model.backbone.divisor)
 
     total, agreements, turned = 0, [], {}
     for canvas, group in groupby(sorted(images, key=canvas_of), canvas_of):
         group = list(group)
         source = tuple(max(image.shape[axis] for image in group) for axis in (0, 1))
         shape, file = export.Shape(1, source, canvas), tmp_path / "detector.onnx"
-        export.save_onnx(model, file, shape=shape, images=group[:1], class_names=names, options=options)
+        export.save_onnx(model, file, shape=shape, images=group[:1], class_names=names)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        run = jax.jit(export.detection_program(model, shape, options))
+        run = jax.jit(export.detection_program(model, shape))
         for i, image in enumerate(group):
             padded, sizes = export.pad_images([image], shape)
             ours, expected = _first(run(padded, sizes), image)
