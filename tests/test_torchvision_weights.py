@@ -10,13 +10,14 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from detectax_eqx import models, nn
+from detectax_eqx import models, nn, zoo
 from detectax_eqx.weights import (
     WeightsError,
     load_safetensors,
     load_torchvision,
     load_torchvision_backbone,
     named_leaves,
+    read_torchvision,
     save_safetensors,
     to_torchvision,
 )
@@ -28,14 +29,31 @@ def _body():
 
 def _faster_rcnn(num_classes=3):
     backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
-    return models.FasterRCNN(backbone, num_classes, key=jr.key(0), hidden_size=32)
+    return models.faster_rcnn(backbone, num_classes, key=jr.key(0), hidden_size=32)
 
 
 def _mask_rcnn():
-    return models.MaskRCNN(_faster_rcnn(), key=jr.key(0), hidden_channels=16)
+    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
+    return models.mask_rcnn(backbone, 3, key=jr.key(0), hidden_size=32, hidden_channels=16)
 
 
-BUILDERS = {"resnet": _body, "faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn}
+def _dense_backbone():
+    top = nn.ConvolvedTop(64, 16, key=jr.key(0))
+    return nn.ResNetFPN(_body(), key=jr.key(0), channels=16, finest=3, top=top)
+
+
+def _retinanet(norm=None):
+    return models.retinanet(_dense_backbone(), 3, key=jr.key(0), head_norm=norm)
+
+
+def _fcos():
+    return models.fcos(_dense_backbone(), 3, key=jr.key(0))
+
+
+TWO_STAGE = {"faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn}
+DENSE = {"retinanet": _retinanet, "retinanet_v2": partial(_retinanet, nn.GroupNorm), "fcos": _fcos}
+DETECTORS = TWO_STAGE | DENSE
+BUILDERS = {"resnet": _body} | DETECTORS
 
 
 @cache
@@ -93,15 +111,28 @@ def test_arrays_are_copies():
     _check_equal(model, _random(_body))
 
 
+STORED = json.loads((Path(__file__).parent / "data" / "torchvision_names.json").read_text(encoding="utf-8"))
+
+
+def _names_and_shapes(name, num_classes):
+    """Of a detector's parameters, under torchvision's names."""
+    shapes = eqx.filter_eval_shape(lambda: zoo.build(name, num_classes, key=jr.key(0)))
+    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), shapes))  # a byte a number
+    return {name: array.shape for name, array in arrays.items()}
+
+
 @pytest.mark.parametrize("body", ["resnet18", "resnet34", "resnet50", "resnet101"])
 @pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn"])
 def test_real_names_and_shapes(head, body):
     """Of every builder with torchvision's 91 outputs: as torchvision itself has them (make_reference.py)."""
-    stored = json.loads((Path(__file__).parent / "data" / "torchvision_names.json").read_text(encoding="utf-8"))
-    expected = _flat(stored["backbones"][body], "backbone.") | _flat(stored["heads"][head])
-    shapes = eqx.filter_eval_shape(getattr(models, f"{head}_{body}_fpn"), 90, key=jr.key(0))
-    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), shapes))  # a byte a number
-    assert {name: array.shape for name, array in arrays.items()} == expected
+    expected = _flat(STORED["backbones"][body], "backbone.") | _flat(STORED["heads"][head])
+    assert _names_and_shapes(f"{head}_{body}_fpn", 90) == expected
+
+
+@pytest.mark.parametrize("name", STORED["dense"])
+def test_real_names_and_shapes_of_dense_detectors(name):
+    body = _flat(STORED["backbones"]["resnet50"]["body"], "backbone.body.")
+    assert _names_and_shapes(name, 91) == body | _flat(STORED["dense"][name])
 
 
 def _flat(tree, prefix=""):
@@ -126,7 +157,7 @@ def _first_name(name):
     return name
 
 
-@pytest.mark.parametrize("build", [_faster_rcnn, _mask_rcnn])
+@pytest.mark.parametrize("build", TWO_STAGE.values(), ids=TWO_STAGE)
 def test_first_names(build):
     model = _random(build)
     arrays = {_first_name(name): array for name, array in to_torchvision(model).items()}
@@ -135,6 +166,24 @@ def test_first_names(build):
     )
     assert ("roi_heads.mask_head.mask_fcn1.weight" in arrays) == (build is _mask_rcnn)
     _check_equal(load_torchvision(_random(build, seed=1), arrays), model)
+
+
+def test_first_names_of_dense_detectors():
+    """RetinaNet's convolutions were a list with ReLUs between; FCOS still has names of that kind, for other layers."""
+    model = _random(_retinanet)
+    arrays = to_torchvision(model)
+    first = {}
+    for name, array in arrays.items():
+        for layer in range(4):
+            name = name.replace(f"_head.conv.{layer}.0.", f"_head.conv.{2 * layer}.")
+        first[_first_name(name)] = array
+    assert {f"head.regression_head.conv.{i}.weight" for i in (0, 2, 4, 6)} < set(first)
+    assert list(read_torchvision(first, model)) == list(arrays) and list(read_torchvision(first)) == list(first)
+    _check_equal(load_torchvision(_random(_retinanet, seed=1), first), model)
+    fcos = _random(_fcos)
+    arrays = {_first_name(name): array for name, array in to_torchvision(fcos).items()}
+    assert {"head.regression_head.conv.6.weight", "backbone.fpn.inner_blocks.0.weight"} < set(arrays)
+    _check_equal(load_torchvision(_random(_fcos, seed=1), arrays), fcos)
 
 
 def test_counters_are_ignored(build):
@@ -168,6 +217,20 @@ def test_safetensors_of_either_names(build, tmp_path):
         _check_equal(load_torchvision(_random(build, seed=1), path), model)
 
 
+@pytest.mark.parametrize("build", TWO_STAGE.values(), ids=TWO_STAGE)
+def test_safetensors_under_this_packages_first_names(build, tmp_path):
+    """A Faster R-CNN was within a Mask R-CNN, and a region proposal network had one convolution."""
+    model, path = _random(build), tmp_path / "model.safetensors"
+    first = {}
+    for name, leaf in named_leaves(model).items():
+        name = name.replace("rpn.convs.0.", "rpn.conv.")
+        first[name if build is _faster_rcnn or name.startswith("mask_head.") else f"faster_rcnn.{name}"] = leaf
+    save_safetensors(first, path)
+    _check_equal(load_torchvision(_random(build, seed=1), path), model)
+    _check_equal(load_safetensors(_random(build, seed=1), path), model)
+    assert set(read_torchvision(path)) == set(first)
+
+
 def _of(name):
     """The shapes of a ResNet as in its published classifier's file."""
     body = eqx.filter_eval_shape(lambda: getattr(nn, name)(key=jr.key(0)))
@@ -198,6 +261,13 @@ def test_another_detector_is_named_in_the_first_line(tmp_path):
     grouped = eqx.filter_eval_shape(lambda: nn.resnet18(key=jr.key(0), width=8, norm=nn.GroupNorm))
     with pytest.raises(WeightsError, match="but the model is a ResNet-18 of width 8 with GroupNorm"):
         load_torchvision(grouped, to_torchvision(_random(_body)))
+    for build, kind in ((_retinanet, "RetinaNet"), (_fcos, "FCOS")):
+        dense = to_torchvision(_random(build))
+        with pytest.raises(WeightsError, match=f"seems to be a {kind} on a ResNet-18 of width 8 with 3 outputs, but"):
+            load_torchvision(boxes, dense)
+        save_safetensors(_random(build), tmp_path / "dense.safetensors")
+        with pytest.raises(WeightsError, match=f"seems to be a {kind} on a ResNet-18 of width 8 with 3 outputs, but"):
+            load_safetensors(boxes, tmp_path / "dense.safetensors")
     save_safetensors(masks, tmp_path / "mask.safetensors")
     with pytest.raises(WeightsError, match=f"^.*mask.safetensors seems to be {there}, but the model is {here}."):
         load_safetensors(boxes, tmp_path / "mask.safetensors")
@@ -248,12 +318,11 @@ def test_classifier_of_a_backbone():
     _check_equal(load_torchvision(_random(_body, seed=1), to_torchvision(body) | CLASSIFIER), body)
 
 
-@pytest.mark.parametrize("build", [_faster_rcnn, _mask_rcnn])
+@pytest.mark.parametrize("build", DETECTORS.values(), ids=DETECTORS)
 def test_load_torchvision_backbone(build):
     body, model = _random(_body, seed=1), _random(build)
     loaded = load_torchvision_backbone(model, to_torchvision(body) | CLASSIFIER)
-    detector = loaded.faster_rcnn if build is _mask_rcnn else loaded
-    _check_equal(detector.backbone.body, body)
+    _check_equal(loaded.backbone.body, body)
     before, after = named_leaves(model), named_leaves(loaded)
     others = [name for name in before if ".body." not in name]
     assert len(others) > 10

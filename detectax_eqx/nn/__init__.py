@@ -20,6 +20,7 @@ from ._precision import cast as cast, convolution_options as convolution_options
 from ._resnet import (
     BasicBlock as BasicBlock,
     Bottleneck as Bottleneck,
+    Downsample as Downsample,
     ResNet as ResNet,
     resnet18 as resnet18,
     resnet34 as resnet34,

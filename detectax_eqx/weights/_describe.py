@@ -1,9 +1,10 @@
-"""What a file of weights seems to be, told by torchvision's names and their shapes."""
+"""What a file of weights seems to be, by names of parameters and their shapes."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ._names import current_own_name
 from ._trees import WeightsError
 
 
@@ -15,35 +16,42 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (3, 4, 23, 3)): "ResNet-101",
     (True, (3, 8, 36, 3)): "ResNet-152",
 }
-# Parts of names that only one kind of detector has; the first that is found counts.
+# Parts of names that only one kind of detector has, torchvision's and this package's; the first that is found counts.
 _DETECTORS = (
-    ("roi_heads.mask_predictor.", "Mask R-CNN"),
-    ("roi_heads.keypoint_predictor.", "Keypoint R-CNN"),
-    ("roi_heads.box_predictor.", "Faster R-CNN"),
-    ("head.regression_head.bbox_ctrness.", "FCOS"),
-    ("head.classification_head.conv", "RetinaNet"),
-    ("head.classification_head.", "SSD"),
+    (("roi_heads.mask_predictor.", "mask_head."), "Mask R-CNN"),
+    (("roi_heads.keypoint_predictor.",), "Keypoint R-CNN"),
+    (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
+    (("head.regression_head.bbox_ctrness.", "centerness."), "FCOS"),
+    (("head.classification_head.conv", "class_tower."), "RetinaNet"),
+    (("head.classification_head.",), "SSD"),
 )
+_CLASS_LOGITS = ("box_predictor.cls_score.bias", "classification_head.cls_logits.bias", "class_logits.bias")
+# Of dense detectors, which have outputs for each of several anchors, and four of these.
+_DENSE_DELTAS = ("head.regression_head.bbox_reg.bias", "deltas.bias")
+_SECOND_RPN = ("rpn.head.conv.1.", "rpn.convs.1.")
 _STEM = 64  # channels of the first convolution of every published ResNet
 
 
 def describe(arrays: Mapping[str, Any]) -> str | None:
     """What a model with these parameters is, such as `"a Faster R-CNN on a ResNet-18 with 91 outputs"`, or `None`.
 
-    - `arrays`: anything with a shape, under torchvision's names.
+    - `arrays`: anything with a shape, under torchvision's names or this package's.
 
     >>> import numpy as np
     >>> blocks = {f"layer{i}.{j}.conv2.weight": np.zeros(1) for i in (1, 2, 3, 4) for j in (0, 1)}
     >>> describe({"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_var": np.zeros(64), **blocks})
     'a ResNet-18'
     """
+    arrays = {current_own_name(name): array for name, array in arrays.items()}
     prefix = "backbone.body." if any(name.startswith("backbone.body.") for name in arrays) else ""
     body = _body({name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)})
-    detector = next((kind for part, kind in _DETECTORS if any(name.startswith(part) for name in arrays)), None)
+    detector = next((kind for parts, kind in _DETECTORS if any(name.startswith(parts) for name in arrays)), None)
     if detector is not None:
-        second = " of the second version" if any(name.startswith("rpn.head.conv.1.") for name in arrays) else ""
-        outputs = next((a.shape[0] for name, a in arrays.items() if name.endswith("box_predictor.cls_score.bias")), 0)
-        return f"a {detector}{second} on {body or 'a backbone'}{f' with {outputs} outputs' if outputs else ''}"
+        second = " of the second version" if any(name.startswith(_SECOND_RPN) for name in arrays) else ""
+        outputs = next((array.shape[0] for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
+        anchors = next((array.shape[0] // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
+        with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
+        return f"a {detector}{second} on {body or 'a backbone'}{with_outputs}"
     if body is not None and "fc.weight" in arrays:
         classes = arrays["fc.weight"].shape[0]
         return f"{body} {'ImageNet ' if classes == 1000 else ''}classifier with {classes} classes"
@@ -52,6 +60,7 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
 
 def _body(arrays: Mapping[str, Any]) -> str | None:
     """The ResNet with these parameters, or `None` if they are no ResNet's."""
+    arrays = {_block_name(name): array for name, array in arrays.items()}
     blocks = {match.groups() for name in arrays if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
     if "conv1.weight" not in arrays or not blocks:
         return None
@@ -62,10 +71,15 @@ def _body(arrays: Mapping[str, Any]) -> str | None:
     return f"a {name}{width}{'' if 'bn1.running_var' in arrays else ' with GroupNorm'}"
 
 
+def _block_name(name: str) -> str:
+    """torchvision's name of a ResNet's parameter, as far as this file looks at it, for either name."""
+    return re.sub(r"^layers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.", re.sub(r"^norm1\.", "bn1.", name))
+
+
 def explain(error: WeightsError, source: str, arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> WeightsError:
     """The error of weights that do not fit, with a first line that says what they seem to be, if that is why.
 
-    - `arrays`: of the source, and `wanted`: of the model, both under torchvision's names.
+    - `arrays`: of the source, and `wanted`: of the model, both as for `describe`.
     """
     theirs, ours = describe(arrays), describe(wanted)
     backbone = {name: array for name, array in arrays.items() if not name.startswith("fc.")}

@@ -1,50 +1,34 @@
-"""Names of parameters: this package's, torchvision's of today and of the first days, and what wrappers make of them."""
+"""Names that parameters had once, in torchvision and here, and what wrappers and trainers put around them."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 
-# From a leaf's path in our modules to torchvision's name for it. Applied in order; most layers keep their name.
-_TO_TORCHVISION = (
-    (r"^faster_rcnn\.", ""),
-    (r"\bnorm(\d)\.", r"bn\1."),
-    (r"\blayers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}."),
-    (r"\bdownsample\.conv\.", "downsample.0."),
-    (r"\bdownsample\.norm\.", "downsample.1."),
-    (r"\bfpn\.lateral\.(\d)\.", r"fpn.inner_blocks.\1.0."),
-    (r"\bfpn\.output\.(\d)\.", r"fpn.layer_blocks.\1.0."),
-    (r"^rpn\.conv\.", "rpn.head.conv.0.0."),
-    (r"^rpn\.objectness\.", "rpn.head.cls_logits."),
-    (r"^rpn\.deltas\.", "rpn.head.bbox_pred."),
-    (r"^box_head\.class_logits\.", "roi_heads.box_predictor.cls_score."),
-    (r"^box_head\.box_deltas\.", "roi_heads.box_predictor.bbox_pred."),
-    (r"^box_head\.", "roi_heads.box_head."),
-    (r"^mask_head\.convs\.(\d)\.", r"roi_heads.mask_head.\1.0."),
-    (r"^mask_head\.upsample\.", "roi_heads.mask_predictor.conv5_mask."),
-    (r"^mask_head\.mask_logits\.", "roi_heads.mask_predictor.mask_fcn_logits."),
-)
-
 # torchvision renamed layers over time; its published checkpoints keep the first names.
 _FIRST_NAMES = (
     (r"\b(inner_blocks|layer_blocks)\.(\d)\.(weight|bias)$", r"\1.\2.0.\3"),
     (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
     (r"\bmask_head\.mask_fcn(\d)\.", lambda m: f"mask_head.{int(m[1]) - 1}.0."),
+    # RetinaNet's convolutions and ReLUs were one list: 0, 2, 4, 6.
+    (r"_head\.conv\.([0246])\.(weight|bias)$", lambda m: f"_head.conv.{int(m[1]) // 2}.0.{m[2]}"),
 )
+# This package had a Faster R-CNN within its Mask R-CNN, and one convolution in its region proposal network.
+_OWN_FIRST_NAMES = ((r"^faster_rcnn\.", ""), (r"^rpn\.conv\.", "rpn.convs.0."))
 # What wrappers put before every name: DataParallel, Lightning and other trainers, torch.compile.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 # Counters that are not parameters: of batches, and of the models that an average is of.
 _COUNTERS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")
 
 
-def to_torchvision_name(name: str) -> str:
-    """torchvision's name of a parameter, for this package's; a name of torchvision's stays."""
-    return _rename(name, _TO_TORCHVISION)
-
-
 def current_name(name: str) -> str:
-    """torchvision's name of today for any that it had."""
+    """torchvision's name of today for one that it gave up. Other detectors may have that name: check first."""
     return _rename(name, _FIRST_NAMES)
+
+
+def current_own_name(name: str) -> str:
+    """This package's name of today for one that it gave up."""
+    return _rename(name, _OWN_FIRST_NAMES)
 
 
 def is_counter(name: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from ._trees import ARRAYS
+from ._trees import ARRAYS, named_leaves
 
 
 # For each module class, what the other library calls its fields; a field that is not listed keeps its name. A value is
@@ -17,7 +17,9 @@ Names = Mapping[type, FieldNames]
 
 
 def foreign_names(model: Any, names: Names) -> dict[str, str]:
-    """The other library's name of each of `named_leaves(model)`, by ours.
+    """The other library's name of each of `named_leaves(model)`, by ours and in their order.
+
+    Modules of classes that `names` does not list keep the names of their fields.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import Conv2d, Downsample, FrozenBatchNorm
@@ -25,7 +27,8 @@ def foreign_names(model: Any, names: Names) -> dict[str, str]:
     >>> foreign_names(shortcut, {Downsample: {"conv": "0", "norm": "1"}})["conv.weight"]
     '0.weight'
     """
-    return {".".join(ours): ".".join(filter(None, theirs)) for ours, theirs in _walk(model, names, (), (), None)}
+    foreign = {".".join(ours): ".".join(filter(None, theirs)) for ours, theirs in _walk(model, names, (), (), None)}
+    return {name: foreign.get(name, name) for name in named_leaves(model)}
 
 
 def _walk(
@@ -37,6 +40,9 @@ def _walk(
     elif isinstance(node, tuple | list):
         for i, child in enumerate(node):
             yield from _walk(child, names, (*ours, str(i)), (*theirs, str(i)), None)
+    elif isinstance(node, Mapping):
+        for key, child in node.items():
+            yield from _walk(child, names, (*ours, str(key)), (*theirs, str(key)), None)
     elif isinstance(node, eqx.Module):
         fields = names.get(type(node), {}) if fields is None else fields
         for name, child in vars(node).items():

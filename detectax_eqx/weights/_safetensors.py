@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ._describe import explain
-from ._names import to_torchvision_name
+from ._names import current_own_name
 from ._published import check_exists
 from ._trees import WeightsError, named_leaves, named_values, replace_leaves
 
@@ -57,6 +57,8 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
 def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
     """A copy of `model`, which may be one of shapes alone, with the arrays of a file that `save_safetensors` wrote.
 
+    Names that this package gave up are replaced by today's.
+
     Raises a `WeightsError` that names the file if it is damaged, or says what it seems to be, if that is another model,
     and lists every array of the model that it lacks, every one that it has too many, and every one of another shape or
     dtype (with both).
@@ -67,15 +69,14 @@ def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
     ...     load_safetensors({"w": jnp.zeros(2)}, f"{folder}/model.safetensors")
     {'w': Array([1., 1.], dtype=float32)}
     """
-    arrays = read_safetensors(path)[0]
+    leaves = named_leaves(model)
+    arrays = {
+        name if name in leaves else current_own_name(name): array for name, array in read_safetensors(path)[0].items()
+    }
     try:
         return replace_leaves(model, arrays, source=str(path))
     except WeightsError as error:
-        theirs, ours = (
-            {to_torchvision_name(name): array for name, array in named.items()}
-            for named in (arrays, named_leaves(model))
-        )
-        raise explain(error, str(path), theirs, ours) from None
+        raise explain(error, str(path), arrays, leaves) from None
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:

@@ -11,43 +11,59 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ._describe import explain
-from ._names import current_name, is_counter, to_torchvision_name, without_prefixes
+from ._names import current_name, current_own_name, is_counter, without_prefixes
 from ._pth import read_pth
 from ._safetensors import read_safetensors
+from ._torchvision_names import torchvision_names
 from ._trees import LISTED, WeightsError, named_leaves, named_values, replace_leaves
 
 
 Model = TypeVar("Model", bound=eqx.Module)
 
 
-def read_torchvision(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Shaped[np.ndarray, "..."]]:
+def read_torchvision(
+    source: str | os.PathLike | Mapping[str, Any], model: eqx.Module | None = None
+) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Parameters by torchvision's names, however they were saved.
 
     - `source`: a `.pth` file (see `read_pth`), a `.safetensors` file under torchvision's names or this package's, or a
       mapping from names to arrays.
+    - `model`: what they are for; its shapes are enough. Names of this package in a `.safetensors` file, and names that
+      torchvision gave up, are replaced by those that torchvision has for this model today. Without it they stay.
 
-    Prefixes that all names have, such as `module.` and `model.`, are removed, names that torchvision gave up are
-    replaced by today's, and counters (`num_batches_tracked`, `n_averaged`) left out.
+    Prefixes that all names have, such as `module.` and `model.`, are removed, and counters (`num_batches_tracked`,
+    `n_averaged`) left out.
 
     >>> arrays = read_torchvision({"module.conv1.weight": np.ones(2), "n_averaged": np.array(7)})
     >>> list(arrays)
     ['conv1.weight']
     """
+    own = False
     if not isinstance(source, str | os.PathLike):
         arrays = dict(source)
     elif Path(source).suffix == ".safetensors":
-        arrays = {to_torchvision_name(name): array for name, array in read_safetensors(source)[0].items()}
+        arrays, own = read_safetensors(source)[0], True
     else:
         arrays = read_pth(source)
     arrays = without_prefixes({name: array for name, array in arrays.items() if not is_counter(name)})
-    return {current_name(name): np.asarray(array) for name, array in arrays.items()}
+    names = {} if model is None else torchvision_names(model)
+    known = set(names.values())
+
+    def renamed(name: str) -> str:
+        if model is None or name in known:
+            return name
+        if own and (ours := name if name in names else current_own_name(name)) in names:
+            return names[ours]
+        return today if (today := current_name(name)) in known else name
+
+    return {renamed(name): np.asarray(array) for name, array in arrays.items()}
 
 
 def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
     """A copy of `model` with torchvision's parameters.
 
-    - `model`: a `FasterRCNN` or `MaskRCNN` of one of the builders, or a `ResNet` for an ImageNet classifier's
-      checkpoint, whose `fc` layer is left aside. Its shapes are enough (`equinox.filter_eval_shape`).
+    - `model`: a detector of `zoo`, or a `ResNet` for an ImageNet classifier's checkpoint, whose `fc` layer is left
+      aside. Its shapes are enough (`equinox.filter_eval_shape`).
     - `source`: a `.pth` file, read without torch and without running anything in it, a `.safetensors` file, or a
       mapping from torchvision's names to arrays: whatever `read_torchvision` takes.
 
@@ -55,8 +71,9 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     source seems to be, if it is another model, and lists what is missing, left over, of another shape or no floats, or
     has numbers that are not finite.
 
-    torchvision's detectors count the background among their classes: their 91 are `num_classes=90` here, and label `k`
-    here is their `k + 1`.
+    torchvision's two-stage detectors count the background among their classes: their 91 are `num_classes=90` here, and
+    label `k` here is their `k + 1`. Its dense detectors have no background: their 91 are `num_classes=91`, and labels
+    are the same.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import resnet18
@@ -66,10 +83,10 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     (8,)
     >>> loaded = load_torchvision(body, arrays)
     """
-    arrays = read_torchvision(source)
+    arrays, names = read_torchvision(source, model), torchvision_names(model)
     # A classifier's last layer has no place in a backbone, and is told by the absence of any detector's prefix.
     classifier = not any(name.startswith("backbone.") for name in arrays)
-    wanted = {to_torchvision_name(name): (name, leaf) for name, leaf in named_leaves(model).items()}
+    wanted = {names[name]: (name, leaf) for name, leaf in named_leaves(model).items()}
     replacements, broken = {}, []
     for name, array in arrays.items():
         if classifier and name in ("fc.weight", "fc.bias"):
@@ -98,10 +115,10 @@ def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[
     `source` is as for `load_torchvision`. The pyramid and the heads keep their values.
 
     >>> import jax.random as jr
-    >>> from detectax_eqx.models import FasterRCNN
+    >>> from detectax_eqx.models import faster_rcnn
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
-    >>> model = FasterRCNN(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> arrays = to_torchvision(resnet18(key=jr.key(3), width=8))
     >>> loaded = load_torchvision_backbone(model, arrays)
     >>> bool((loaded.backbone.body.conv1.weight == arrays["conv1.weight"]).all())
@@ -109,7 +126,7 @@ def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[
     """
 
     def body(tree):
-        return getattr(tree, "faster_rcnn", tree).backbone.body
+        return tree.backbone.body
 
     return eqx.tree_at(body, model, load_torchvision(body(model), source))
 
@@ -124,4 +141,5 @@ def to_torchvision(model: eqx.Module) -> dict[str, np.ndarray]:
     >>> to_torchvision(resnet18(key=jr.key(0), width=8))["layer4.1.conv2.weight"].shape
     (64, 64, 3, 3)
     """
-    return {to_torchvision_name(name): np.array(leaf) for name, leaf in named_values(model).items()}
+    names = torchvision_names(model)
+    return {names[name]: np.array(leaf) for name, leaf in named_values(model).items()}

@@ -1,7 +1,9 @@
 """torchvision's names of parameters, as a table of the fields of each module class."""
 
+from typing import Any
+
 from .. import models, nn
-from ._rename import Names
+from ._rename import Names, foreign_names
 
 
 TORCHVISION: Names = {
@@ -45,3 +47,8 @@ TORCHVISION: Names = {
     nn.Bottleneck: {"norm1": "bn1", "norm2": "bn2", "norm3": "bn3"},
     nn.Downsample: {"conv": "0", "norm": "1"},
 }
+
+
+def torchvision_names(model: Any) -> dict[str, str]:
+    """torchvision's name of each of `named_leaves(model)`, by ours."""
+    return foreign_names(model, TORCHVISION)

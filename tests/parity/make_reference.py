@@ -11,7 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision import ops
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn,
+    fcos_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -200,7 +206,10 @@ def losses(rng):
 
 
 def parameter_names():
-    """Names and shapes: of the backbones with their pyramids, and of what the two detectors have on top of them."""
+    """Names and shapes: of the backbones with their pyramids, and of what each detector has besides.
+
+    That is a two-stage detector's heads, and a dense one's pyramid and heads.
+    """
 
     def shapes(model):
         state = model.state_dict()
@@ -217,12 +226,17 @@ def parameter_names():
         return root
 
     backbones = {body: shapes(resnet_fpn_backbone(backbone_name=body, weights=None)) for body in BODIES}
-    trees = {"backbones": {body: tree(flat) for body, flat in backbones.items()}, "heads": {}}
+    trees = {"backbones": {body: tree(flat) for body, flat in backbones.items()}, "heads": {}, "dense": {}}
     for name, build in (("faster_rcnn", fasterrcnn_resnet50_fpn), ("mask_rcnn", maskrcnn_resnet50_fpn)):
         everything = shapes(build(weights=None, weights_backbone=None))
         backbone = {k.removeprefix("backbone."): v for k, v in everything.items() if k.startswith("backbone.")}
         assert backbone == backbones["resnet50"]
         trees["heads"][name] = tree({k: v for k, v in everything.items() if not k.startswith("backbone.")})
+    body = {k: v for k, v in backbones["resnet50"].items() if k.startswith("body.")}
+    for build in (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn):
+        everything = shapes(build(weights=None, weights_backbone=None))
+        assert body == {k.removeprefix("backbone."): v for k, v in everything.items() if "backbone.body." in k}
+        trees["dense"][build.__name__] = tree({k: v for k, v in everything.items() if "backbone.body." not in k})
     return trees
 
 
