@@ -123,6 +123,13 @@ def build(
         raise SystemExit(f"--{unknown[0].replace('_', '-')}: {name} takes none. Leave it out.") from None
 
 
+def detector_without(target: str, *, like: ModelName) -> ModelName:
+    """The detector that does not need a kind of target, and whose name ends most like another's."""
+    shapes = {name: eqx.filter_eval_shape(partial(zoo.build, key=jr.key(0)), name, 1) for name in zoo.names()}
+    names = [name for name, model in shapes.items() if target not in model.needs]
+    return max(names, key=lambda name: max(i for i in range(len(like) + 1) if name.endswith(like[len(like) - i :])))
+
+
 def sizes_of(model: Model) -> dict[str, Any]:
     """The resize of a model's preprocessing as `data.make_buckets` takes it."""
     resize = model.preprocessing.resize

@@ -78,11 +78,14 @@ class Detector:
                 f"{len(images)} of up to {height}×{width} pixels (height × width): this detector takes images of up to "
                 f"{' or '.join(sorted(limits))}. Shrink the image, or export with a larger --source."
             )
-        options = self.about["options"]
-        wanted = min(options["min_size"] / min(height, width), options["max_size"] / max(height, width))
+        resize = self.about["preprocessing"]["resize"]
+        if "size" in resize:  # both sides become this
+            wanted = resize["size"] / height, resize["size"] / width
+        else:
+            wanted = (min(resize["min_size"] / min(height, width), resize["max_size"] / max(height, width)),) * 2
 
         def key(shape):
-            fit = min(wanted, shape["canvas"][0] / height, shape["canvas"][1] / width)
+            fit = min(*wanted, shape["canvas"][0] / height, shape["canvas"][1] / width)
             return shape["batch"] or 0, -fit, shape["canvas"][0] * shape["canvas"][1], shape["source"]
 
         return min(fitting, key=key)
