@@ -75,7 +75,7 @@ def fit(options: Options) -> None:
     before = saved_options(options.output) if options.resume else None
     if before is not None:
         options = check_options(options, before, going_on=going_on)
-    anchors = {"anchor_sizes": options.anchor_sizes, "aspect_ratios": options.aspect_ratios}
+    anchors: dict[str, Any] = {"anchor_sizes": options.anchor_sizes, "aspect_ratios": options.aspect_ratios}
     shapes = eqx.filter_eval_shape(lambda: build(options.model, 1, options.norm or "group", **anchors))
     check_model(options, shapes)
     train_set, val_set = load_data(options, shapes.needs)

@@ -53,12 +53,9 @@ def training(arrays: Arrays, *, name: str, weights: str, precision: str, learnin
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9, weight_decay=1e-4
     )
-    targets = []
+    targets, first = [], num_outputs(name) - NUM_CLASSES
     for boxes, labels in zip(arrays["boxes"], arrays["labels"], strict=True):
-        target = {
-            "boxes": torch.from_numpy(boxes),
-            "labels": torch.from_numpy(labels + num_outputs(name) - NUM_CLASSES).long(),
-        }
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels + first).long()}
         if hasattr(model, "roi_heads") and model.roi_heads.has_mask():
             target["masks"] = torch.from_numpy(ellipses(boxes, size))
         targets.append(target)
