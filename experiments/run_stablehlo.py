@@ -79,13 +79,13 @@ class Detector:
                 f"{' or '.join(sorted(limits))}. Shrink the image, or export with a larger --source."
             )
         resize = self.about["preprocessing"]["resize"]
-        if "size" in resize:  # both sides become this
-            wanted = resize["size"] / height, resize["size"] / width
+        if "size" in resize:  # of both sides, whatever the image's
+            wanted = resize["size"] / min(height, width)
         else:
-            wanted = (min(resize["min_size"] / min(height, width), resize["max_size"] / max(height, width)),) * 2
+            wanted = min(resize["min_size"] / min(height, width), resize["max_size"] / max(height, width))
 
         def key(shape):
-            fit = min(*wanted, shape["canvas"][0] / height, shape["canvas"][1] / width)
+            fit = min(wanted, shape["canvas"][0] / height, shape["canvas"][1] / width)
             return shape["batch"] or 0, -fit, shape["canvas"][0] * shape["canvas"][1], shape["source"]
 
         return min(fitting, key=key)

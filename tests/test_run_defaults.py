@@ -125,6 +125,8 @@ def test_anchors_travel_with_the_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["faster_rcnn_resnet18_fpn", "mask_rcnn_resnet18_fpn"])
 def test_checkpoints_of_before_preprocessing_still_load(name, tmp_path, monkeypatch):
     """Their mask head stood beside a `faster_rcnn`, and the RPN had one `conv`. Training cannot go on with them."""
+    from dataclasses import replace
+
     import equinox as eqx
     from _resume import check_version
 
@@ -143,10 +145,7 @@ def test_checkpoints_of_before_preprocessing_still_load(name, tmp_path, monkeypa
     train.save_checkpoint(tmp_path / "last", {"model": arrays}, step=1, metadata=metadata)
     loaded = _shared.load_run(tmp_path).model
     assert loaded.preprocessing.resize((640, 640)) == (64, 64)
-    assert eqx.tree_equal(loaded, eqx.tree_at(lambda m: m.backbone, loaded, model.backbone))
-    assert all(
-        (a == b).all() for a, b in zip(*(weights.named_leaves(m).values() for m in (model, loaded)), strict=True)
-    )
+    assert eqx.tree_equal(replace(loaded, preprocessing=model.preprocessing), model)
     with pytest.raises(SystemExit, match=r"--resume cannot go on with .*: write it by export\.py"):
         check_version(tmp_path / "last")
 

@@ -155,7 +155,7 @@ def test_sixteen_bits_are_not_clipped(script, tmp_path):
 ABOUT = {
     "class_names": ["a"],
     "shapes": [{"name": "x", "batch": 1, "source": [48, 64], "canvas": [64, 96]}],
-    "options": {"min_size": 64, "max_size": 96},
+    "preprocessing": {"resize": {"min_size": 64, "max_size": 96}},
     "outputs": ["boxes", "scores", "labels", "valid"],
     "num_weights": 0,
 }

@@ -16,6 +16,6 @@ from ._onnx import (
     save_onnx as save_onnx,
 )
 from ._onnx_host import host_detections as host_detections, save_onnx_parts as save_onnx_parts
-from ._program import Options as Options, Shape as Shape, detection_program as detection_program
+from ._program import Shape as Shape, detection_program as detection_program
 from ._quantize import quantize_onnx as quantize_onnx
 from ._stablehlo import save_stablehlo as save_stablehlo

@@ -18,14 +18,24 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from .._types import Detections
-from ..models import FasterRCNN, Proposals, RPNOutput, Selection, box_detections, propose
+from ..models import (
+    AbstractDetector,
+    Proposals,
+    RPNOutput,
+    Selection,
+    TwoStageSelection,
+    box_detections,
+    propose,
+    roi_features,
+)
 from ..nn import conv2d, max_pool2d, relu
 from ..nn._fpn import _upsample_nearest
 from ..ops import resize_image
 from ..ops._substitute import substituted
 from ._extras import require
 from ._fold import fold_constants, fold_norms
-from ._program import DEFAULTS, Options, Shape, resized_sizes
+from ._parts import two_stage_parts
+from ._program import Shape, about_model, size_table
 
 
 NETWORK, BOX_HEAD = "network.tflite", "box_head.tflite"
@@ -42,13 +52,13 @@ EDGE_TPU_OPERATORS = {
 
 
 def save_tflite(
-    model: FasterRCNN,
+    model: AbstractDetector,
     folder: str | os.PathLike,
     *,
     shape: Shape,
     images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     class_names: Sequence[str],
-    options: Options = DEFAULTS,
+    selection: Selection | None = None,
 ) -> None:
     """Writes `network.tflite`, `box_head.tflite` and `about.json` to a folder, weights and activations in int8.
 
@@ -59,29 +69,32 @@ def save_tflite(
     All inputs and outputs are int8, with the scales that the files say. What goes before, between and after is
     `TFLiteDetector`'s.
 
+    - `model`: a two-stage detector of boxes alone. `selection`: its `TwoStageSelection`; default its own.
     - `images`: some dozens like those that are to come, on which ranges are measured.
 
-    Raises a `ValueError` for a batch other than 1 or without images, and an `ImportError` that names the extra `edge`
-    if it is missing.
+    Raises a `ValueError` for another detector, a batch other than 1 or without images, and an `ImportError` that names
+    the extra `edge` if it is missing.
     """
     require("edge")
     if shape.batch != 1 or not images:
         raise ValueError(f"batch must be 1 and images at least one, got {shape.batch} and {len(images)}.")
+    about = about_model(model, class_names, selection) | {"shape": asdict(shape)}
+    host = _Host(model, selection, shape)
+    detector = two_stage_parts(fold_norms(model), selection).model
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    host = _Host(model, shape, options)
-    model = fold_norms(model)
 
     def network(image: Float[Array, "1 h w c"]) -> dict[str, Array]:
-        features = model.backbone(image[0].transpose(2, 0, 1))
+        features = detector.backbone(image[0].transpose(2, 0, 1))
         outputs = {f"features{i}": feature for i, feature in enumerate(features[:-1])}
         for i, feature in enumerate(features):
-            hidden = relu(model.rpn.conv(feature))
-            outputs |= {f"logits{i}": model.rpn.objectness(hidden), f"deltas{i}": model.rpn.deltas(hidden)}
+            for conv in detector.rpn.convs:
+                feature = relu(conv(feature))
+            outputs |= {f"logits{i}": detector.rpn.objectness(feature), f"deltas{i}": detector.rpn.deltas(feature)}
         return {name: output.transpose(1, 2, 0)[None] for name, output in outputs.items()}
 
     def box_head(pooled: Float[Array, "n i"]) -> dict[str, Array]:
-        head = model.box_head
+        head = detector.box_head
         logits, deltas = head(pooled.reshape(len(pooled), -1, head.pool_size, head.pool_size))
         return {"logits": logits, "deltas": deltas.reshape(len(pooled), -1)}
 
@@ -90,12 +103,11 @@ def save_tflite(
         pixels, size = host.prepare(image)
         proposals, pooled = host.pool(run_network(pixels), size)
         inputs.append({"image": np.asarray(pixels), "pooled": np.asarray(pooled)[np.asarray(proposals.valid)]})
-    capacity = Selection().post_nms_top_n
+    capacity = host.selection.post_nms_top_n
     for file, function, name, rows in ((NETWORK, network, "image", 1), (BOX_HEAD, box_head, "pooled", capacity)):
         example = jax.ShapeDtypeStruct((rows, *inputs[0][name].shape[1:]), np.float32)
         samples = [np.resize(one[name], example.shape) for one in inputs if len(one[name])]
         _write_int8(folder / file, _to_tflite(function, name, example), [{name: sample} for sample in samples])
-    about = {"class_names": list(class_names), "shape": asdict(shape), "options": asdict(options)}
     (folder / "about.json").write_text(json.dumps(about))
 
 
@@ -103,16 +115,24 @@ class TFLiteDetector:
     """A detector from a folder of `save_tflite`, in the LiteRT interpreter; `model` gives its anchors and scales.
 
     A call takes an image of any size that fits the source and gives `Detections` in its pixels.
+
+    Raises a `ValueError` if the model's preprocessing is not that of the files.
     """
 
-    def __init__(self, model: FasterRCNN, folder: str | os.PathLike):
+    def __init__(self, model: AbstractDetector, folder: str | os.PathLike):
         require("edge")
         from ai_edge_litert.interpreter import Interpreter
 
         about = json.loads((Path(folder) / "about.json").read_text())
         self.class_names = about["class_names"]
         sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
-        self._host = _Host(model, Shape(**about["shape"] | sides), Options(**about["options"]))
+        if json.loads(json.dumps(asdict(model.preprocessing))) != about["preprocessing"]:
+            raise ValueError(
+                f"{folder} is of a model with the preprocessing {about['preprocessing']}, got one with "
+                f"{model.preprocessing}. Replace the model's."
+            )
+        selection = TwoStageSelection(**about["selection"])
+        self._host = _Host(model, selection, Shape(**about["shape"] | sides))
         self._files = {file: Interpreter(str(Path(folder) / file)) for file in (NETWORK, BOX_HEAD)}
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"]) -> Detections:
@@ -143,9 +163,9 @@ class TFLiteDetector:
 class _Host:
     """What is left to the host: resizing, proposals, RoIAlign, suppression."""
 
-    def __init__(self, model: FasterRCNN, shape: Shape, options: Options):
-        self._model, self._shape, self._options = model, shape, options
-        self._table = resized_sizes(shape, options)
+    def __init__(self, model: AbstractDetector, selection: Selection | None, shape: Shape):
+        self._model, self.selection = two_stage_parts(model, selection)
+        self._shape, self._table = shape, size_table(model, shape)
         self._pool = eqx.filter_jit(_pool)
         self._detections = eqx.filter_jit(_detections)
         self._prepare = eqx.filter_jit(_prepare)
@@ -161,7 +181,7 @@ class _Host:
 
     def pool(self, outputs: Mapping[str, Array], size: Int32[Array, " 2"]) -> tuple[Proposals, Float[Array, "n i"]]:
         """The proposals in the network's outputs, and their features."""
-        return self._pool(self._model, dict(outputs), size, self._shape.canvas)
+        return self._pool(self._model, dict(outputs), size, self._shape.canvas, self.selection)
 
     def detections(
         self,
@@ -171,15 +191,16 @@ class _Host:
         image_size: Int32[Array, " 2"],
     ) -> Detections:
         """The detections in the box head's outputs."""
-        return self._detections(dict(outputs), proposals, size, image_size, self._options)
+        weights = self._model.box_head.weights
+        return self._detections(dict(outputs), proposals, size, image_size, self.selection, weights)
 
 
 def _prepare(model, image, image_size, size, canvas):
     pixels = resize_image(image.astype(jnp.float32), image_size=image_size, output_size=size, canvas=canvas)
-    return model.normalize(pixels, size).transpose(1, 2, 0)[None]
+    return model.preprocessing.normalize(pixels, size).transpose(1, 2, 0)[None]
 
 
-def _pool(model, outputs, size, canvas):
+def _pool(model, outputs, size, canvas, selection):
     levels = range(len(model.rpn.anchor_sizes))
     features = tuple(outputs[f"features{i}"][0].transpose(2, 0, 1) for i in levels[:-1])
     shapes = [outputs[f"logits{i}"].shape for i in levels]
@@ -188,20 +209,30 @@ def _pool(model, outputs, size, canvas):
     anchors = model.rpn(blank, canvas).anchors
     logits = tuple(outputs[f"logits{i}"].reshape(-1) for i in levels)
     deltas = tuple(outputs[f"deltas{i}"].reshape(-1, 4) for i in levels)
-    proposals = propose(RPNOutput(logits, deltas, anchors), size.astype(jnp.float32))
-    pooled = model.pool((*features, features[-1]), proposals.boxes, output_size=model.box_head.pool_size)
+    proposals = propose(
+        RPNOutput(logits, deltas, anchors),
+        size.astype(jnp.float32),
+        pre_nms_top_n=selection.pre_nms_top_n,
+        post_nms_top_n=selection.post_nms_top_n,
+        nms_threshold=selection.rpn_nms_threshold,
+        min_size=selection.rpn_min_size,
+        weights=model.rpn.weights,
+    )
+    pooled = roi_features(model, features).pool(proposals.boxes, output_size=model.box_head.pool_size)
     return proposals, pooled.reshape(len(pooled), -1)
 
 
-def _detections(outputs, proposals, size, image_size, options):
+def _detections(outputs, proposals, size, image_size, selection, weights):
     found = box_detections(
         outputs["logits"],
         outputs["deltas"].reshape(*outputs["logits"].shape, 4),
         proposals,
         size.astype(jnp.float32),
-        score_threshold=options.score_threshold,
-        nms_threshold=options.nms_threshold,
-        max_detections=options.max_detections,
+        score_threshold=selection.score_threshold,
+        nms_threshold=selection.nms_threshold,
+        max_detections=selection.max_detections,
+        min_size=selection.box_min_size,
+        weights=weights,
     )
     ratio = image_size.astype(jnp.float32) / size.astype(jnp.float32)
     return replace(found, boxes=found.boxes * jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])[None])

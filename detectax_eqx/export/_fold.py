@@ -63,7 +63,7 @@ Rewrites = Mapping[str, Callable[..., Any]]
 
 
 def fold_constants(jaxpr: core.ClosedJaxpr, *, rewrites: Rewrites | None = None) -> core.ClosedJaxpr:
-    """The same program with what depends on no argument computed, and functions within it opened up.
+    """The same program with constants computed, unused operations left out, and functions within it opened up.
 
     Anchors are most of it. A converter that takes time for each operation has a third of them left.
 
@@ -82,7 +82,7 @@ def _size(aval: Any) -> int:
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, rewrites: Rewrites) -> list[Any]:
     values: dict[core.Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-    for eqn in jaxpr.eqns:
+    for eqn in _needed(jaxpr):
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
         traced = any(isinstance(operand, Tracer) for operand in operands)
         if traced or any(_size(var.aval) > LARGEST_CONSTANT for var in eqn.outvars):
@@ -92,6 +92,16 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, rewrites: Rewrites
                 results = _apply(eqn, operands, rewrites)
         values.update(zip(eqn.outvars, results, strict=True))
     return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
+
+
+def _needed(jaxpr: core.Jaxpr) -> list[Any]:
+    """The operations that the results come from. Those that lay out features for `ops.roi_align` may be no more."""
+    needed, eqns = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(var in needed for var in eqn.outvars):
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
+            eqns.append(eqn)
+    return eqns[::-1]
 
 
 def _apply(eqn: Any, operands: list[Any], rewrites: Rewrites) -> list[Any]:

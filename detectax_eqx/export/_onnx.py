@@ -16,25 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from ..models import AbstractDetector, Selection
 from ..ops._substitute import substituted
 from ..weights import named_leaves
 from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
 from ._extras import quiet, require
 from ._fold import fold_constants, fold_norms
-from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
+from ._program import Shape, about_model, checked_selection, detection_program
 
 
 OUTPUTS: tuple[str, ...] = ("boxes", "scores", "labels", "valid", "masks")
 
 
 def save_onnx(
-    model: Model,
+    model: AbstractDetector,
     path: str | os.PathLike,
     *,
     shape: Shape,
     images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     class_names: Sequence[str],
-    options: Options = DEFAULTS,
+    selection: Selection | None = None,
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
 ) -> None:
@@ -42,10 +43,12 @@ def save_onnx(
 
     Inputs are `images`, uint8 `(b, h, w, c)` padded to `shape.source`, RGB where c is 3, and `image_sizes`, their int32
     `(height, width)`, `(b, 2)`. Outputs are `boxes`, `scores`, `labels`, `valid` and `masks` if the model has them, as
-    `Detections` has them. The file's metadata holds `class_names`, `shape` and `options` as JSON.
+    `Detections` has them. The file's metadata holds `class_names`, `shape`, `preprocessing` and
+    `selection` as JSON.
 
     - `images`: real ones, on which onnxruntime's detections are compared with the model's before the file is kept. A
       black one is added to them, if the model finds nothing in it.
+    - `selection`: which detections the file keeps; default `model.selection`, see `detection_program`.
     - `unmatched_score`: the score up to which a detection may be the file's or the model's alone. Rounding differs
       between runtimes, and may move the overlap of two proposals, or the rank of one, over a threshold.
     - `image_names`: what errors call the images; default their positions.
@@ -61,11 +64,10 @@ def save_onnx(
     require("onnx")
     import onnx
 
-    check_class_names(model, class_names)
+    metadata = about_model(model, class_names, selection) | {"shape": asdict(shape)}
     if not images:
         raise ValueError("images must hold at least one image to compare on.")
-    proto = to_proto(model, shape, options)
-    metadata = {"class_names": list(class_names), "shape": asdict(shape), "options": asdict(options)}
+    proto = to_proto(model, shape, selection)
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,7 +78,7 @@ def save_onnx(
             temporary,
             shape=shape,
             images=images,
-            options=options,
+            selection=selection,
             unmatched_score=unmatched_score,
             image_names=image_names,
         )
@@ -86,7 +88,10 @@ def save_onnx(
 
 
 def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
-    """The `onnx.ModelProto` of a file of `save_onnx`, and its `class_names`, `shape` and `options`."""
+    """The `onnx.ModelProto` of a file of `save_onnx`, and its `class_names`, `shape`, `preprocessing`, `selection`.
+
+    The last two are dictionaries of the fields of the model's dataclasses.
+    """
     require("onnx")
     import onnx
 
@@ -94,13 +99,13 @@ def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     about = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
     shape = Shape(**about["shape"] | sides)
-    return proto, about | {"shape": shape, "options": Options(**about["options"])}
+    return proto, about | {"shape": shape}
 
 
-def to_proto(model: Model, shape: Shape, options: Options) -> Any:
+def to_proto(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Any:
     """The detector as an `onnx.ModelProto`."""
     folded = fold_norms(model)
-    program = detection_program(folded, shape, options)
+    program = detection_program(folded, shape, selection)
     specs = {
         "images": jax.ShapeDtypeStruct((shape.batch, *shape.source, shape.channels), np.uint8),
         "image_sizes": jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
@@ -170,12 +175,12 @@ def _name_weights(proto: Any, leaves: dict[str, Any]) -> None:
 
 
 def compare_onnx(
-    model: Model,
+    model: AbstractDetector,
     path: str | os.PathLike,
     *,
     shape: Shape,
     images: Sequence[UInt8[np.ndarray, "_ _ c"]],
-    options: Options = DEFAULTS,
+    selection: Selection | None = None,
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
 ) -> None:
@@ -185,13 +190,14 @@ def compare_onnx(
         raise ValueError(f"unmatched_score must be in 0..1, got {unmatched_score}.")
     import onnxruntime
 
+    chosen = checked_selection(model, selection)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     arrays, static = eqx.partition(model, eqx.is_array)
 
     # The weights are an argument: of constants XLA would fold transposes, slowly and with warnings.
     @jax.jit
     def jitted(arrays, images, sizes):
-        return detection_program(eqx.combine(arrays, static), shape, options)(images, sizes)
+        return detection_program(eqx.combine(arrays, static), shape, chosen)(images, sizes)
 
     run = partial(jitted, arrays)
     # Black has no objects. A model that sees some nonetheless gives each of many places the same score.
@@ -199,8 +205,8 @@ def compare_onnx(
     padded, sizes = pad_images([black], shape)
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
     limits = {
-        "score_threshold": options.score_threshold,
-        "max_detections": options.max_detections,
+        "score_threshold": chosen.score_threshold,
+        "max_detections": chosen.max_detections,
         "unmatched_score": unmatched_score,
     }
     counts = np.zeros(2, int)

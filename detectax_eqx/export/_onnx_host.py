@@ -13,26 +13,37 @@ import numpy as np
 from jax import lax
 from jaxtyping import UInt8
 
-from ..models import FasterRCNN, Proposals, RPNOutput, Selection, box_detections, propose
+from ..models import (
+    AbstractDetector,
+    Proposals,
+    RPNOutput,
+    Selection,
+    TwoStageSelection,
+    box_detections,
+    extract,
+    propose,
+    roi_features,
+)
 from ..ops import nms_indices, resize_image
 from ._extras import require
 from ._fold import fold_norms
 from ._host import host_nms
 from ._onnx import convert
-from ._program import DEFAULTS, Options, Shape, resized_sizes
+from ._parts import two_stage_parts
+from ._program import Shape, about_model, size_table
 
 
-RPN_NMS_THRESHOLD = 0.7  # `propose`'s own
+TORCHVISIONS = TwoStageSelection()
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 def save_onnx_parts(
-    model: FasterRCNN,
+    model: AbstractDetector,
     folder: str | os.PathLike,
     *,
     shape: Shape,
     class_names: Sequence[str],
-    options: Options = DEFAULTS,
+    selection: Selection | None = None,
     num_candidates: int = 1000,
 ) -> None:
     """Writes `proposals.onnx` and `detections.onnx` to a folder: no suppression, no loop, no output of varying length.
@@ -40,15 +51,20 @@ def save_onnx_parts(
     The first makes of an image the best boxes of each level and the features; the second makes of the proposals that
     are left of them the `num_candidates` best detections. `host_detections` is what goes between and after.
 
-    Raises a `ValueError` for a batch other than 1, and an `ImportError` that names the extra `onnx` if it is missing.
+    - `model`: a two-stage detector of boxes alone. `selection`: its `TwoStageSelection`; default its own.
+
+    Raises a `ValueError` for another detector or a batch other than 1, and an `ImportError` that names the extra `onnx`
+    if it is missing.
     """
     require("onnx")
     import onnx
 
     if shape.batch != 1:
         raise ValueError(f"batch must be 1 where suppression is left to the host, got {shape.batch}.")
-    model = fold_norms(model)
-    table, selection = resized_sizes(shape, options), Selection()
+    metadata = about_model(model, class_names, selection) | {"shape": asdict(shape)}
+    folded = fold_norms(model)
+    detector, chosen = two_stage_parts(folded, selection)
+    table = size_table(model, shape)
 
     def proposals(images, image_sizes):
         row = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
@@ -56,13 +72,15 @@ def save_onnx_parts(
         pixels = resize_image(
             images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
         )
-        features, output = model.extract(pixels, resized)
+        rois, _, output = extract(detector, pixels, resized)
         found = [
             propose(
                 RPNOutput((logits,), (deltas,), (anchors,)),
                 resized.astype(jnp.float32),
-                pre_nms_top_n=selection.pre_nms_top_n,
-                post_nms_top_n=selection.pre_nms_top_n,
+                pre_nms_top_n=chosen.pre_nms_top_n,
+                post_nms_top_n=chosen.pre_nms_top_n,
+                min_size=chosen.rpn_min_size,
+                weights=detector.rpn.weights,
             )
             for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True)
         ]
@@ -73,24 +91,25 @@ def save_onnx_parts(
             "labels": jnp.concatenate(levels),
             "valid": jnp.concatenate([one.valid for one in found]),
             "resized": resized,
-        } | {f"features{i}": feature for i, feature in enumerate(features[:-1])}
+        } | {f"features{i}": feature for i, feature in enumerate(rois.maps)}
 
     def detections(proposals, valid, resized, *features):
-        logits, deltas = model.box_head(
-            model.pool((*features, features[-1]), proposals, output_size=model.box_head.pool_size)
-        )
+        head = detector.box_head
+        logits, deltas = head(roi_features(detector, features).pool(proposals, output_size=head.pool_size))
         found = box_detections(
             logits,
             deltas,
             Proposals(proposals, jnp.zeros(valid.shape), valid),
             resized.astype(jnp.float32),
-            score_threshold=options.score_threshold,
+            score_threshold=chosen.score_threshold,
             max_detections=num_candidates,
+            min_size=chosen.box_min_size,
+            weights=head.weights,
         )
         return {name: getattr(found, name) for name in ("boxes", "scores", "labels", "valid")}
 
-    features, _ = jax.eval_shape(
-        model.extract,
+    maps = jax.eval_shape(
+        lambda image, size: extract(detector, image, size)[0].maps,
         jax.ShapeDtypeStruct((*shape.canvas, shape.channels), np.float32),
         jax.ShapeDtypeStruct((2,), np.int32),
     )
@@ -99,16 +118,15 @@ def save_onnx_parts(
         "image_sizes": jax.ShapeDtypeStruct((1, 2), np.int32),
     }
     second = {
-        "proposals": jax.ShapeDtypeStruct((selection.post_nms_top_n, 4), np.float32),
-        "proposals_valid": jax.ShapeDtypeStruct((selection.post_nms_top_n,), np.bool_),
+        "proposals": jax.ShapeDtypeStruct((chosen.post_nms_top_n, 4), np.float32),
+        "proposals_valid": jax.ShapeDtypeStruct((chosen.post_nms_top_n,), np.bool_),
         "resized": jax.ShapeDtypeStruct((2,), np.int32),
-    } | {f"features{i}": feature for i, feature in enumerate(features[:-1])}
+    } | {f"features{i}": feature for i, feature in enumerate(maps)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"class_names": list(class_names), "shape": asdict(shape), "options": asdict(options)}
     left_out = {nms_indices: _best_indices}
     for name, function, specs in (("proposals", proposals, first), ("detections", detections, second)):
-        proto = convert(function, specs, model, left_out=left_out)
+        proto = convert(function, specs, folded, left_out=left_out)
         onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
         onnx.save_model(proto, folder / f"{name}.onnx")
 
@@ -128,11 +146,12 @@ def host_detections(
     image: UInt8[np.ndarray, "h w c"],
     *,
     shape: Shape,
-    options: Options = DEFAULTS,
+    selection: TwoStageSelection = TORCHVISIONS,
 ) -> dict[str, np.ndarray]:
     """`boxes`, `scores` and `labels` in an image, by the two files of `save_onnx_parts` and `host_nms`.
 
     - `proposals`, `detections`: run the files, from inputs by name to outputs by name.
+    - `selection`: that of the files.
     """
     padded = np.zeros((1, *shape.source, shape.channels), np.uint8)
     padded[0, : image.shape[0], : image.shape[1]] = image
@@ -140,15 +159,15 @@ def host_detections(
     found = dict(proposals({"images": padded, "image_sizes": sizes}))
     boxes, scores, levels, valid = (found.pop(name) for name in ("boxes", "scores", "labels", "valid"))
     # Suppression is within a level; the second file takes so many proposals of all of them.
-    capacity = Selection().post_nms_top_n
-    kept = host_nms(boxes, scores, levels, valid, iou_threshold=RPN_NMS_THRESHOLD, max_outputs=capacity)
+    capacity = selection.post_nms_top_n
+    kept = host_nms(boxes, scores, levels, valid, iou_threshold=selection.rpn_nms_threshold, max_outputs=capacity)
     chosen = np.zeros((capacity, 4), np.float32)
     chosen[: len(kept)] = boxes[kept]
     resized = found["resized"]
     found = detections(found | {"proposals": chosen, "proposals_valid": np.arange(capacity) < len(kept)})
     boxes, scores, labels, valid = (found[name] for name in ("boxes", "scores", "labels", "valid"))
     kept = host_nms(
-        boxes, scores, labels, valid, iou_threshold=options.nms_threshold, max_outputs=options.max_detections
+        boxes, scores, labels, valid, iou_threshold=selection.nms_threshold, max_outputs=selection.max_detections
     )
     ratio = np.array(image.shape[:2], np.float32) / resized.astype(np.float32)
     return {"boxes": boxes[kept] * ratio[[1, 0, 1, 0]], "scores": scores[kept], "labels": labels[kept]}

@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jaxtyping import Array, Bool, Float, Int
 
-from ..models import box_detections, propose
+from ..models import box_detections, dense_detections, propose
 from ..models._box_head import _linear
 from ..models._chunks import map_chunks
 from ..nn import conv2d, max_pool2d, relu
@@ -80,6 +80,7 @@ class Substitutes:
             resize_image: one_by_one(inspect.unwrap(resize_image)),
             propose: one_by_one(inspect.unwrap(propose)),
             box_detections: one_by_one(inspect.unwrap(box_detections)),
+            dense_detections: one_by_one(inspect.unwrap(dense_detections)),
             nms_indices: self._nms_indices,
         }
 

@@ -1,7 +1,8 @@
 """The whole detector as one function of padded images and their sizes, which is what leaves the toolkit."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Int16, Int32, UInt8
 
 from .._types import Detections
-from ..models import detect
+from ..models import AbstractDetector, Selection, detect, selected
 
 
-# A PyTree that is called as `FasterRCNN` is and has `num_classes`: `FasterRCNN`, `MaskRCNN`, or a module of your own.
-Model = Callable[..., Detections]
 Program = Callable[[UInt8[Array, "b h w c"], Int32[Array, "b 2"]], Detections]
+# Sizes are tabled in 16 bits.
+LARGEST_SIDE = np.iinfo(np.int16).max
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Shape:
     """The static shape in which an exported program takes images.
 
     - `batch`: images at a time. `source`: `(height, width)` to which they are padded, bottom and right.
-    - `canvas`: `(height, width)` that the network sees, multiples of 32.
+    - `canvas`: `(height, width)` that the network sees, multiples of its backbone's `divisor`.
     - `channels`: of an image, 3 for RGB.
     """
 
@@ -34,10 +35,8 @@ class Shape:
     def __post_init__(self) -> None:
         if self.batch < 1 or min(self.source) < 1 or min(self.canvas) < 1 or self.channels < 1:
             raise ValueError(f"batch, source, canvas and channels must be positive, got {self}.")
-        if self.canvas[0] % 32 or self.canvas[1] % 32:
-            raise ValueError(f"canvas must be a multiple of 32 in height and width, got {self.canvas}.")
-        if max(self.canvas) > np.iinfo(np.int16).max:
-            raise ValueError(f"canvas must be at most 32736 in height and width, got {self.canvas}.")
+        if max(self.canvas) > LARGEST_SIDE:
+            raise ValueError(f"canvas must be at most {LARGEST_SIDE} in height and width, got {self.canvas}.")
 
     @property
     def name(self) -> str:
@@ -45,59 +44,61 @@ class Shape:
         return "{}x{}x{}-{}x{}".format(self.batch, *self.source, *self.canvas)
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a detector is exported: `detect`'s options, fixed in the file; the defaults are its own.
+def checked_selection(model: AbstractDetector, selection: Selection | None) -> Selection:
+    """`selection`, or else the model's own, which a file then has for good.
 
-    Raises a `ValueError` for sizes that are not positive and thresholds outside 0..1.
+    Raises a `ValueError` for counts that are not positive and thresholds outside 0..1.
     """
-
-    min_size: int = 800
-    max_size: int = 1333
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    max_detections: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("min_size", "max_size", "max_detections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}.")
+    selection = selected(model, selection)
+    for field in fields(selection):  # type: ignore[arg-type]
+        value = getattr(selection, field.name)
+        if field.name.endswith("_threshold") and not 0 <= value <= 1:
+            raise ValueError(f"{field.name} must be in 0..1, got {value}.")
+        if field.type is int and value < 1:
+            raise ValueError(f"{field.name} must be positive, got {value}.")
+    return selection
 
 
-DEFAULTS = Options()
+def about_model(
+    model: AbstractDetector, class_names: Sequence[str], selection: Selection | None = None
+) -> dict[str, Any]:
+    """What every file says of its model: `class_names`, `preprocessing` and `selection`.
+
+    Raises a `ValueError` unless there is a name for each of the model's classes.
+    """
+    if len(class_names) != model.num_classes:
+        raise ValueError(f"class_names must name the model's {model.num_classes} classes, got {len(class_names)}.")
+    return {
+        "class_names": list(class_names),
+        "preprocessing": asdict(model.preprocessing),
+        "selection": asdict(checked_selection(model, selection)),  # type: ignore[call-overload]
+    }
 
 
-def check_class_names(model: Model, class_names: Sequence[str]) -> None:
-    """Raises a `ValueError` unless there is a name for each of the model's classes."""
-    count = getattr(model, "num_classes", None)
-    if not isinstance(count, int):
-        raise ValueError(f"model must have num_classes, the number of its classes, got a {type(model).__name__}.")
-    if len(class_names) != count:
-        raise ValueError(f"class_names must name the model's {count} classes, got {len(class_names)}.")
-
-
-def detection_program(model: Model, shape: Shape, options: Options = DEFAULTS) -> Program:
+def detection_program(model: AbstractDetector, shape: Shape, selection: Selection | None = None) -> Program:
     """A function from padded images and their `(height, width)` to detections in each image's own pixels.
 
     Unlike `models.detect` it finds out for itself to which size an image is to be resized: in a table of all sizes that
-    fit the source, since `ops.resized_size` needs the host's double precision. An image that would not fit the canvas
-    is made to.
-    """
-    table = resized_sizes(shape, options)
+    fit the source, since the rule of `model.preprocessing` needs the host's double precision. An image that would not
+    fit the canvas is made to.
 
-    def one(image, image_size, resized):
+    - `selection`: which detections are kept, the detector's own dataclass; default `model.selection`. `models.selected`
+      makes one with some fields replaced.
+
+    Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`, and a selection with
+    counts that are not positive or thresholds outside 0..1.
+    """
+    selection = checked_selection(model, selection)
+    table = size_table(model, shape)
+
+    def one(image, source_size, canvas_size):
         return detect(
             model,
             image,
             canvas=shape.canvas,
-            score_threshold=options.score_threshold,
-            nms_threshold=options.nms_threshold,
-            max_detections=options.max_detections,
-            image_size=image_size,
-            resized=resized,
+            selection=selection,
+            source_size=source_size,
+            canvas_size=canvas_size,
         )
 
     def program(images: UInt8[Array, "b h w c"], image_sizes: Int32[Array, "b 2"]) -> Detections:
@@ -107,10 +108,12 @@ def detection_program(model: Model, shape: Shape, options: Options = DEFAULTS) -
     return program
 
 
-def resized_sizes(shape: Shape, options: Options) -> Int16[np.ndarray, "s 2"]:
-    """`ops.resized_size` of every image that fits the source, 1×1 first, row by row."""
-    height, width = (np.arange(1, side + 1, dtype=np.float64) for side in shape.source)
-    height, width = height[:, None], width[None, :]
-    scale = np.minimum(options.min_size / np.minimum(height, width), options.max_size / np.maximum(height, width))
-    scale = np.minimum(scale, np.minimum(shape.canvas[0] / height, shape.canvas[1] / width))
-    return np.maximum(1, np.floor(np.stack([height * scale, width * scale], axis=2))).astype(np.int16).reshape(-1, 2)
+def size_table(model: AbstractDetector, shape: Shape) -> Int16[np.ndarray, "s 2"]:
+    """The size on the canvas of every image that fits the source, 1×1 first, row by row.
+
+    Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`.
+    """
+    divisor = model.backbone.divisor
+    if shape.canvas[0] % divisor or shape.canvas[1] % divisor:
+        raise ValueError(f"canvas must be a multiple of {divisor} in height and width, got {shape.canvas}.")
+    return model.preprocessing.resize.table(shape.source, canvas=shape.canvas).astype(np.int16).reshape(-1, 2)

@@ -13,14 +13,9 @@ from ._extras import require
 from ._onnx import pad_images, read_onnx
 
 
-# Layers whose outputs are scores and places: a step of 8 bits in them moves boxes by pixels. They are small.
-KEPT_IN_FLOAT = (
-    "rpn.objectness",
-    "rpn.deltas",
-    "box_head.class_logits",
-    "box_head.box_deltas",
-    "mask_head.mask_logits",
-)
+# What detectors call layers whose outputs are scores and places: a step of 8 bits in them moves boxes by pixels. They
+# are small. `deltas` are also a box head's `box_deltas`.
+KEPT_IN_FLOAT = ("objectness", "class_logits", "deltas", "distances", "centerness", "mask_logits")
 
 
 def quantize_onnx(
@@ -37,7 +32,8 @@ def quantize_onnx(
     outputs and metadata are those of the source; how much accuracy it costs is yours to evaluate.
 
     - `images`: some dozens like those that are to come.
-    - `kept_in_float`: parts of names of weights whose layers stay as they are.
+    - `kept_in_float`: parts of names of weights whose layers stay as they are; default the last layers of this
+      package's heads, by the names that their fields have. A detector of your own may call them otherwise.
 
     Raises a `ValueError` if there are no images, or one does not fit; an `ImportError` that names the extra `onnx` if
     it is missing.

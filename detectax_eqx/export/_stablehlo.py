@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax import export
 
-from ._program import DEFAULTS, Model, Options, Shape, check_class_names, detection_program
+from ..models import AbstractDetector, Selection
+from ._program import Shape, about_model, detection_program
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -21,36 +22,38 @@ LAYOUT = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
 
 
 def save_stablehlo(
-    model: Model,
+    model: AbstractDetector,
     path: str | os.PathLike,
     *,
     shapes: Sequence[Shape],
     class_names: Sequence[str],
-    options: Options = DEFAULTS,
+    selection: Selection | None = None,
     platforms: Sequence[str] = PLATFORMS,
     any_batch: bool = False,
 ) -> None:
     """Writes a detector to a `.npz` file with a program for each of `shapes`, all of which share its weights.
 
-    The detector may be a module of your own that JAX can trace, is called as `FasterRCNN` is and has `num_classes`.
+    The detector may be an `AbstractDetector` of your own that JAX can trace.
 
     The file holds
-    - `about`: JSON as bytes: `class_names`, `shapes`, `options`, `platforms`, `outputs`, and with what it was written.
+    - `about`: JSON as bytes: `class_names`, `shapes`, `preprocessing`, `selection`, `platforms`, `outputs`, and with
+      what it was written.
     - `weights/0`, `weights/1`, …: the arrays that every program takes first, as a list.
     - `programs/NAME`, for each shape's `name`: what `jax.export.deserialize` takes. Its call takes the weights, images
       uint8 `(b, h, w, c)` and their `(height, width)` int32 `(b, 2)`, and gives `outputs`: boxes, scores, labels, valid
       and, if the model has them, masks, as `Detections` has them.
 
+    - `selection`: which detections the programs keep; default `model.selection`, see `detection_program`.
     - `any_batch`: the programs take any number of images; the `batch` of `shapes` is not looked at, and is null in
       `about`. JAX compiles such a program for each number that it is called with.
 
     `experiments/run_stablehlo.py` is a script that runs it, without this package. The file appears complete or not at
     all: it is written beside, then renamed.
 
-    Raises a `ValueError` if `class_names` are not as many as the model's classes, if there is no shape, or for weights
-    of a type that NumPy has not.
+    Raises a `ValueError` if `class_names` are not as many as the model's classes, if there is no shape, for weights of
+    a type that NumPy has not, and in the cases of `detection_program`.
     """
-    check_class_names(model, class_names)
+    about = about_model(model, class_names, selection)
     if not shapes:
         raise ValueError("shapes must hold at least one Shape.")
     weights, rebuild = jax.tree.flatten(eqx.filter(model, eqx.is_array))
@@ -63,7 +66,7 @@ def save_stablehlo(
 
         def run(weights, images, image_sizes, shape=shape):
             model = eqx.combine(jax.tree.unflatten(rebuild, weights), static)
-            return tuple(jax.tree.leaves(detection_program(model, shape, options)(images, image_sizes)))
+            return tuple(jax.tree.leaves(detection_program(model, shape, selection)(images, image_sizes)))
 
         batch = export.symbolic_shape("b")[0] if any_batch else shape.batch
         arguments = (
@@ -73,12 +76,10 @@ def save_stablehlo(
         )
         exported = export.export(jax.jit(run), platforms=tuple(platforms), disabled_checks=[LAYOUT])
         programs[shape.name] = exported(*arguments)
-    about = {
-        "class_names": list(class_names),
+    about |= {
         "shapes": [
             asdict(shape) | {"name": shape.name, "batch": None if any_batch else shape.batch} for shape in shapes
         ],
-        "options": asdict(options),
         "platforms": list(platforms),
         "outputs": ["boxes", "scores", "labels", "valid", "masks"][: len(next(iter(programs.values())).out_avals)],
         "num_weights": len(weights),

@@ -7,7 +7,7 @@ from ._box_head import (
     box_loss as box_loss,
     sample_proposals as sample_proposals,
 )
-from ._dense import DenseSelection as DenseSelection
+from ._dense import DenseSelection as DenseSelection, dense_detections as dense_detections
 from ._detect import (
     detect as detect,
     detect_batch as detect_batch,
@@ -41,6 +41,9 @@ from ._rpn import (
 )
 from ._two_stage import (
     RoIPooling as RoIPooling,
+    TwoStage as TwoStage,
     TwoStageSampling as TwoStageSampling,
     TwoStageSelection as TwoStageSelection,
+    extract as extract,
+    roi_features as roi_features,
 )

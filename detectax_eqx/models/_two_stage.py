@@ -98,14 +98,17 @@ def extract(
     """The pyramid as the heads read it and as it is, and the region proposal network's output."""
     features = model.backbone(model.preprocessing.normalize(image, canvas_size))
     output = model.rpn(features, (image.shape[0], image.shape[1]))
-    # The coarsest map is for anchors only.
-    rois = RoIFeatures(
-        features[:-1],
+    return roi_features(model, features[:-1]), features, output
+
+
+def roi_features(model: TwoStage, maps: Features) -> RoIFeatures:
+    """What the heads pool from: the pyramid without its coarsest map, which is for anchors only."""
+    return RoIFeatures(
+        maps,
         strides=model.backbone.strides[:-1],
         sampling_ratio=model.pooling.sampling_ratio,
         aligned=model.pooling.aligned,
     )
-    return rois, features, output
 
 
 def detect_boxes(

@@ -56,7 +56,7 @@ def _field(
         yield from _walk(child, names, ours, theirs, foreign)
     elif isinstance(child, tuple | list) and (callable(foreign) or "{i}" in foreign):
         for i, part in enumerate(child):
-            name = foreign(i) if callable(foreign) else foreign.format(i=i)
+            name = str(foreign(i)) if callable(foreign) else str(foreign.format(i=i))
             yield from _walk(part, names, (*ours, str(i)), (*theirs, name), None)
     else:
         yield from _walk(child, names, ours, (*theirs, foreign), None)
