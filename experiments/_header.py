@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from _options import Options, total_steps
 from _report import inspection
-from _shared import console
+from _shared import console, detector_without
 
 from detectax_eqx import data, models
 
@@ -17,8 +17,8 @@ from detectax_eqx import data, models
 MOST_CLASSES = 12
 
 
-def check_objects(dataset: data.CocoDataset, options: Options) -> None:
-    """Refuses data from which the model cannot learn: without objects, or without masks for a mask model."""
+def check_objects(dataset: data.CocoDataset, options: Options, needs: frozenset[str]) -> None:
+    """Refuses data from which the model cannot learn: without objects, or without masks if it `needs` them."""
     parts = [dataset.objects(index) for index in range(len(dataset))]
     crowds = sum(int(part.crowd.sum()) for part in parts)
     if crowds == sum(len(part.crowd) for part in parts):
@@ -27,7 +27,7 @@ def check_objects(dataset: data.CocoDataset, options: Options) -> None:
             f"{options.train_annotations} has no object to train on: {found}. Give annotations with boxes of "
             "single objects."
         )
-    if options.model.startswith("mask"):
+    if "masks" in needs:
         bare = [
             (image, part.annotation_ids[row])
             for image, part in zip(dataset.images, parts, strict=True)
@@ -40,7 +40,7 @@ def check_objects(dataset: data.CocoDataset, options: Options) -> None:
             raise SystemExit(
                 f"{options.train_annotations}: image {image.id} ({image.file}), annotation {annotation_id} has no "
                 f"segmentation{more}, and {options.model} learns masks. For boxes alone use --model "
-                f"{options.model.replace('mask', 'faster')}, or add the segmentations."
+                f"{detector_without('masks', like=options.model)}, or add the segmentations."
             )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from _shared import ANCHOR_SIZES, ASPECT_RATIOS, ModelName, NormName
+from _shared import Model, ModelName, NormName
 
 from detectax_eqx import data
 
@@ -28,7 +28,7 @@ class Options:
     allow_renamed: bool = False
     """Accept other names for the same category ids in validation, or with --resume, where the new names then count."""
     model: ModelName = "mask_rcnn_resnet50_fpn"
-    """Detector to train: Faster R-CNN finds boxes, Mask R-CNN boxes and masks."""
+    """Detector to train. One that learns masks needs a segmentation for every object."""
     norm: NormName | None = None
     """Backbone's norm: frozen_batch for imported weights (torchvision's COCO ones: frozen_batch_eps0), group otherwise.
     Default: frozen_batch with --init, else group."""
@@ -82,10 +82,11 @@ class Options:
     """Longest side in pixels after resizing; the short side becomes smaller where this would be exceeded."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
     """Heights and widths in pixels of what images are padded to, multiples of 32. Each may compile a program."""
-    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES
-    """Side in pixels of the square anchor on each of the five levels, after resizing; see inspect_dataset.py."""
-    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS
-    """Height / width of the anchors."""
+    anchor_sizes: tuple[float, ...] | None = None
+    """Side in pixels of the square anchor on each level, after resizing; see inspect_dataset.py.
+    Default: the detector's own."""
+    aspect_ratios: tuple[float, ...] | None = None
+    """Height / width of the anchors. Default: the detector's own."""
     flip: float = 0.5
     """Probability of a horizontal flip (0..1)."""
     jitter: tuple[float, float] | None = None
@@ -119,7 +120,6 @@ RANGES = {
     "jitter max_objects anchor_sizes aspect_ratios threads log_every checkpoint_every",
     "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
     "in 0..1": "momentum flip ema",
-    "a positive multiple of 32": "canvases",
 }
 
 # The field's "1x" recipe: 12 epochs, decays after 8 and 11, a warm-up of 500 of some 90,000 steps.
@@ -156,10 +156,15 @@ def check_sense(options: Options) -> None:
         )
     if options.jitter is not None and options.jitter[0] > options.jitter[1]:
         raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
-    if len(options.anchor_sizes) != len(ANCHOR_SIZES):
-        raise SystemExit(
-            f"--anchor-sizes is {options.anchor_sizes}: it must be {len(ANCHOR_SIZES)} numbers, one per level."
-        )
+
+
+def check_model(options: Options, model: Model) -> None:
+    """Refuses options that the detector has no place for. Its shapes are enough."""
+    levels, divisor = len(model.backbone.strides), model.backbone.divisor
+    if options.anchor_sizes is not None and len(options.anchor_sizes) != levels:
+        raise SystemExit(f"--anchor-sizes is {options.anchor_sizes}: it must be {levels} numbers, one per level.")
+    if any(side < 1 or side % divisor for canvas in options.canvases for side in canvas):
+        raise SystemExit(f"--canvases is {options.canvases}: it must be a positive multiple of {divisor}.")
 
 
 def check_promise(options: Options, epoch_steps: int) -> None:

@@ -13,7 +13,7 @@ from _shared import console
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from detectax_eqx import data
+from detectax_eqx import data, train
 
 
 # They belong to the process, not to the run.
@@ -104,6 +104,20 @@ def check_options(options: Options, saved: Options, *, going_on: bool) -> Option
 
 def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_version(folder: Path) -> None:
+    """Refuses to go on with a run whose checkpoints are of before detectors had their preprocessing with them."""
+    try:
+        metadata = train.load_latest_checkpoint(folder, {}, partial=True).metadata
+    except FileNotFoundError:
+        return
+    if "min_size" in metadata and "preprocessing" not in metadata:
+        raise SystemExit(
+            f"--resume cannot go on with {folder}, which an earlier version of train.py wrote. Its detector still "
+            f"loads: write it by export.py --checkpoint {folder.parent} --output detector.safetensors, and start a new "
+            "run in another --output with --init detector.safetensors."
+        )
 
 
 def describe_data(dataset: data.CocoDataset) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import equinox as eqx
 import jax
@@ -24,23 +24,17 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rich.table import Column
 
 import detectax_eqx
-from detectax_eqx import data, evaluate, models, nn, train, weights
+from detectax_eqx import data, evaluate, models, nn, train, weights, zoo
 
 
-ModelName = Literal[
-    "faster_rcnn_resnet18_fpn",
-    "faster_rcnn_resnet34_fpn",
-    "faster_rcnn_resnet50_fpn",
-    "faster_rcnn_resnet101_fpn",
-    "mask_rcnn_resnet18_fpn",
-    "mask_rcnn_resnet34_fpn",
-    "mask_rcnn_resnet50_fpn",
-    "mask_rcnn_resnet101_fpn",
-]
+if TYPE_CHECKING:
+    ModelName = str
+else:
+    ModelName = Literal[zoo.names()]  # a choice on the command line
 NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
-Model = models.FasterRCNN | models.MaskRCNN
+Model = models.AbstractDetector
 
-# The default anchors: one side in pixels for each level, and height / width.
+# The usual anchors: one side in pixels for each level, and height / width.
 ANCHOR_SIZES = tuple(size for (size,) in models.ANCHOR_SIZES)
 ASPECT_RATIOS = models.ASPECT_RATIOS
 
@@ -57,13 +51,11 @@ class Detector:
     """A model and what its labels and images mean.
 
     - `categories`: id and name of each label, or `None` if the weights came without.
-    - `min_size`, `max_size`, `canvases`: the sizes at which it looks at images, see `data.make_buckets`.
+    - `canvases`: what images are laid on after the resize of `model.preprocessing`, see `data.make_buckets`.
     """
 
     model: Model
     categories: tuple[data.Category, ...] | None = None
-    min_size: int = 800
-    max_size: int = 1333
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
 
     def category_ids(
@@ -110,18 +102,52 @@ def build(
     seed: int = 0,
     *,
     checkpoint: bool = False,
-    anchor_sizes: tuple[float, ...] = ANCHOR_SIZES,
-    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
+    anchor_sizes: tuple[float, ...] | None = None,
+    aspect_ratios: tuple[float, ...] | None = None,
 ) -> Model:
-    """The named detector with random parameters; `checkpoint` for gradient checkpointing."""
-    return getattr(models, name)(
-        num_classes,
-        key=jr.key(seed),
-        norm=NORMS[norm],
-        checkpoint=checkpoint,
-        anchor_sizes=tuple((size,) for size in anchor_sizes),
-        aspect_ratios=aspect_ratios,
-    )
+    """The named detector with random parameters; `checkpoint` for gradient checkpointing.
+
+    Anchors have one side per level and are by default the detector's own.
+    """
+    parts: dict[str, Any] = {}
+    if anchor_sizes is not None:
+        parts["anchor_sizes"] = tuple((size,) for size in anchor_sizes)
+    if aspect_ratios is not None:
+        parts["aspect_ratios"] = aspect_ratios
+    try:
+        return zoo.build(name, num_classes, key=jr.key(seed), norm=NORMS[norm], checkpoint=checkpoint, **parts)
+    except TypeError as error:
+        unknown = [part for part in parts if f"unexpected keyword argument '{part}'" in str(error)]
+        if not unknown:
+            raise
+        raise SystemExit(f"--{unknown[0].replace('_', '-')}: {name} takes none. Leave it out.") from None
+
+
+def detector_without(target: str, *, like: ModelName) -> ModelName:
+    """The detector that does not need a kind of target, and whose name ends most like another's."""
+    shapes = {name: eqx.filter_eval_shape(partial(zoo.build, key=jr.key(0)), name, 1) for name in zoo.names()}
+    names = [name for name, model in shapes.items() if target not in model.needs]
+    return max(names, key=lambda name: max(i for i in range(len(like) + 1) if name.endswith(like[len(like) - i :])))
+
+
+def sizes_of(model: Model) -> dict[str, Any]:
+    """The resize of a model's preprocessing as `data.make_buckets` takes it."""
+    resize = model.preprocessing.resize
+    if isinstance(resize, models.Square):
+        return {"min_size": resize.size, "max_size": resize.size}  # on its one canvas
+    return {"min_size": resize.min_size, "max_size": resize.max_size}
+
+
+def preprocessing_of(about: dict[str, Any]) -> models.Preprocessing:
+    """A model's preprocessing from what checkpoints and exports hold of it, `dataclasses.asdict` in JSON.
+
+    Files from before there was a choice have `min_size` and `max_size` alone.
+    """
+    if "preprocessing" not in about:
+        return models.Preprocessing(models.ShortestEdge(about["min_size"], about["max_size"]))
+    fields = about["preprocessing"]
+    resize = (models.Square if "size" in fields["resize"] else models.ShortestEdge)(**fields["resize"])
+    return models.Preprocessing(resize, tuple(fields["mean"]), tuple(fields["std"]))
 
 
 def load_run(path: Path) -> Detector:
@@ -138,17 +164,43 @@ def load_run(path: Path) -> Detector:
     try:
         categories = categories_of(metadata)
         canvases = tuple((height, width) for height, width in metadata["canvases"])
-        name, norm, min_size, max_size = (metadata[key] for key in ("model", "norm", "min_size", "max_size"))
+        preprocessing = preprocessing_of(metadata)
         part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
         # Checkpoints from before there was a choice do not say.
-        names = [key for key in ("anchor_sizes", "aspect_ratios") if key in metadata]
+        names = [key for key in ("anchor_sizes", "aspect_ratios") if metadata.get(key) is not None]
         anchors = {key: tuple(map(float, metadata[key])) for key in names}
-        like = eqx.filter_eval_shape(partial(build, **anchors), name, len(categories), norm)
+        like = eqx.filter_eval_shape(partial(build, **anchors), metadata["model"], len(categories), metadata["norm"])
+        like = replace(like, preprocessing=preprocessing)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
-    like = {part: like}
-    saved, _ = load_newest(folder, like, partial=True) if folder else train.load_checkpoint(path, like, partial=True)
-    return Detector(saved[part], categories, min_size, max_size, canvases)
+    wanted = {part: like} if "preprocessing" in metadata else {f"{part}/{n}": x for n, x in _before(like).items()}
+    saved, _ = (
+        load_newest(folder, wanted, partial=True) if folder else train.load_checkpoint(path, wanted, partial=True)
+    )
+    if part not in saved:
+        arrays = {name: saved[f"{part}/{before}"] for name, before in _names_before(like).items()}
+        return Detector(weights.replace_leaves(like, arrays, source=str(path)), categories, canvases)
+    return Detector(saved[part], categories, canvases)
+
+
+def _names_before(model: Model) -> dict[str, str]:
+    """The path of each of a model's arrays in checkpoints whose metadata have no preprocessing, by that of today.
+
+    A mask head stood beside a detector of its own then, and the RPN had one convolution.
+    """
+    paths = {name: name.replace(".", "/") for name in weights.named_leaves(model)}
+    inside = "masks" in model.needs
+    return {
+        name: ("faster_rcnn/" if inside and not path.startswith("mask_head/") else "")
+        + path.replace("rpn/convs/0/", "rpn/conv/")
+        for name, path in paths.items()
+    }
+
+
+def _before(model: Model) -> dict[str, Any]:
+    """A model's arrays by those paths."""
+    leaves = weights.named_leaves(model)
+    return {before: leaves[name] for name, before in _names_before(model).items()}
 
 
 def categories_of(metadata: dict[str, Any]) -> tuple[data.Category, ...]:
@@ -169,30 +221,54 @@ def load_weights(name: ModelName, norm: NormName, path: Path) -> Detector:
 
     Categories and image sizes are those that `save_detector` put into the file, if it wrote it.
     """
-    arrays = weights.read_torchvision(path)
-    outputs = next((a.shape[0] for key, a in arrays.items() if a.ndim and key.endswith(".cls_score.bias")), None)
-    if outputs is None:
-        raise SystemExit(
-            f"{path} seems to be {weights.describe(arrays) or 'no model of torchvision or this package'}: "
-            "it has no entry ….cls_score.bias, so it does not hold a detector."
-        )
-    model = eqx.filter_eval_shape(build, name, outputs - 1, norm)
+    num_classes = count_classes(name, norm, path)
+    model = eqx.filter_eval_shape(build, name, num_classes, norm)
     detector = Detector(weights.load_torchvision(model, path))
     if path.suffix != ".safetensors":
         return detector
     about = weights.read_safetensors(path)[1].get(ABOUT)
     if about is None:
         console.print(
-            f"{path} does not say at which sizes it was trained: images are resized to {detector.min_size} (at most "
-            f"{detector.max_size}) pixels, unless --min-size and --max-size say otherwise.",
+            f"{path} does not say at which sizes it was trained: images are resized by {model.preprocessing.resize}, "
+            "unless --min-size and --max-size say otherwise.",
             highlight=False,
             soft_wrap=True,
         )
         return detector
     try:
-        return replace(detector, **about_detector(json.loads(about), outputs - 1))
+        return with_about(detector, json.loads(about))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SystemExit(f"{path}: its metadata {ABOUT!r} is not what save_detector writes ({error!r}).") from None
+
+
+def count_classes(name: ModelName, norm: NormName, path: Path) -> int:
+    """The number of classes of the weights of a named detector, from the arrays whose shapes depend on it."""
+    few, more = (array_shapes(eqx.filter_eval_shape(build, name, count, norm)) for count in (1, 2))
+    arrays = weights.read_torchvision(path, eqx.filter_eval_shape(build, name, 1, norm))
+    found = set()
+    for key in few.keys() & arrays.keys():
+        shape = arrays[key].shape
+        for axis, (one, two) in enumerate(zip(few[key], more[key], strict=True)):
+            if one != two and axis < len(shape):  # sides grow by as much with every class
+                found.add((shape[axis] - one) / (two - one) + 1)
+    if not found:
+        missing = next(key for key in few if few[key] != more[key])
+        raise SystemExit(
+            f"{path} seems to be {weights.describe(arrays) or 'no model of torchvision or this package'}: "
+            f"it has no entry {missing}, so it does not hold a {name}."
+        )
+    counts = [int(count) for count in found if count >= 1 and count == int(count)]
+    return counts[0] if counts else 1  # of arrays that do not agree, `load_torchvision` says which
+
+
+def array_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The shape of each of a model's arrays by torchvision's names; the model may be one of shapes alone."""
+    leaves, structure = jax.tree.flatten(model)
+    arrays = [hasattr(leaf, "shape") for leaf in leaves]
+    # Each array's position in its place: as a number it takes no memory, which the shape might.
+    numbers = [np.array(i) if is_array else leaves[i] for i, is_array in enumerate(arrays)]
+    named = weights.to_torchvision(jax.tree.unflatten(structure, numbers))
+    return {name: leaves[int(number)].shape for name, number in named.items()}
 
 
 ABOUT = "detector"  # the metadata of a safetensors file that holds what `Detector` does beside the model
@@ -202,27 +278,21 @@ def save_detector(detector: Detector, path: Path) -> None:
     """Writes a `.safetensors` file of the weights, with the categories and image sizes that `load_weights` reads."""
     about = {
         "categories": None if detector.categories is None else [asdict(c) for c in detector.categories],
-        "min_size": detector.min_size,
-        "max_size": detector.max_size,
+        "preprocessing": asdict(detector.model.preprocessing),
         "canvases": detector.canvases,
     }
     weights.save_safetensors(detector.model, path, metadata={ABOUT: json.dumps(about)})
 
 
-def about_detector(about: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """The fields of a `Detector` from what `save_detector` wrote."""
-    categories = about["categories"]
+def with_about(detector: Detector, about: dict[str, Any]) -> Detector:
+    """A detector with what `save_detector` wrote beside its weights."""
+    categories, num_classes = about["categories"], detector.model.num_classes
     if categories is not None:
         categories = tuple(data.Category(entry["id"], entry["name"]) for entry in categories)
         if len(categories) != num_classes:
             raise ValueError(f"{len(categories)} categories for {num_classes} classes")
     canvases = tuple((int(height), int(width)) for height, width in about["canvases"])
-    return {
-        "categories": categories,
-        "min_size": int(about["min_size"]),
-        "max_size": int(about["max_size"]),
-        "canvases": canvases,
-    }
+    return Detector(replace(detector.model, preprocessing=preprocessing_of(about)), categories, canvases)
 
 
 def load_detector(
@@ -244,23 +314,43 @@ def load_detector(
         raise SystemExit("--weights needs --model: which detector they belong to.")
     if min_size is None and max_size is None:
         return detector
-    short, long = min_size or detector.min_size, max_size or detector.max_size
-    low, high = (-(-side // 32) * 32 for side in (short, max(short, long)))
-    return replace(detector, min_size=short, max_size=long, canvases=((low, high), (high, low)))
+    model, resize = detector.model, detector.model.preprocessing.resize
+    if not isinstance(resize, models.ShortestEdge):
+        raise SystemExit(f"--min-size and --max-size: the detector resizes images by {resize}. Leave them out.")
+    short, long = min_size or resize.min_size, max_size or resize.max_size
+    wide = models.smallest_canvas((int(short), int(max(short, long))), divisor=model.backbone.divisor)
+    preprocessing = replace(model.preprocessing, resize=models.ShortestEdge(short, long))
+    return replace(detector, model=replace(model, preprocessing=preprocessing), canvases=(wide, wide[::-1]))
 
 
-# The layers whose size is the number of classes, by torchvision's names.
-PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-# Those whose size is the number of anchors.
-RPN_PREDICTORS = ("rpn.head.cls_logits.", "rpn.head.bbox_pred.")
+def selection_of(model: Model, fields: dict[str, float], **shortcuts: float | None) -> models.Selection:
+    """The model's selection with the `fields` of `--selection`, and those options that are fields of their own.
+
+    An option that is `None` leaves the field as it is.
+    """
+    given = {**fields, **{name: value for name, value in shortcuts.items() if value is not None}}
+    own, typed = vars(model.selection), {}
+    for name, value in given.items():
+        option = f"--selection {name}" if name in fields else f"--{name.replace('_', '-')}"
+        what = "in 0..1" if name.endswith("_threshold") else "at least 0"
+        if isinstance(own.get(name), int):
+            what, value = "a positive whole number", int(value) if value == value // 1 else value
+        if not RANGES[what](value):
+            raise SystemExit(f"{option} is {value}: it must be {what}.")
+        typed[name] = value
+    try:
+        return models.selected(model, **typed)
+    except ValueError as error:
+        raise SystemExit(f"--{'selection' if fields else ' --'.join(shortcuts)}: {error}") from None
 
 
 def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Model:
     """`model` with the weights of a detector of its name, or of an ImageNet ResNet in its backbone.
 
-    A detector of another number of classes gives all but its predictors, which stay as they are: to be fine-tuned.
+    A detector of another number of classes gives all but the layers that depend on it, which stay as they are: to be
+    fine-tuned. So it is with anchors.
     """
-    if not any(key.startswith("backbone.") for key in weights.read_torchvision(path)):
+    if not any(key.startswith("backbone.") for key in weights.read_torchvision(path, model)):
         return weights.load_torchvision_backbone(model, path)
     source = load_weights(name, norm, path).model
     arrays, own = weights.to_torchvision(source), weights.to_torchvision(model)
@@ -270,10 +360,13 @@ def initialize(model: Model, name: ModelName, norm: NormName, path: Path) -> Mod
             "the layers that tell classes apart start at random.",
             highlight=False,
         )
-        arrays |= {key: array for key, array in own.items() if key.startswith(PREDICTORS)}
-    others = {key: own[key] for key in own if key.startswith(RPN_PREDICTORS) and own[key].shape != arrays[key].shape}
+        few, more = (array_shapes(eqx.filter_eval_shape(build, name, count, norm)) for count in (1, 2))
+        arrays |= {key: own[key] for key in own if few[key] != more[key]}
+    others = {key: own[key] for key in own if own[key].shape != arrays[key].shape}
     if others:
-        console.print(f"{path} has another number of anchors: the RPN's last layers start at random.", highlight=False)
+        console.print(
+            f"{path} has another number of anchors: the layers that tell them apart start at random.", highlight=False
+        )
         arrays |= others
     return weights.load_torchvision(model, arrays)
 
@@ -294,7 +387,7 @@ def detect_dataset(
     """
     mesh = train.make_mesh(jax.local_devices())
     model = train.shard_state(detector.model, mesh)
-    sizes = {"min_size": detector.min_size, "max_size": detector.max_size}
+    sizes = sizes_of(detector.model)
     max_source = data.source_limit(detector.canvases)
     buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, max_source=max_source, **sizes)
     image_ids = [image.id for image in dataset.images]
@@ -318,7 +411,7 @@ def detect_dataset(
             num_threads=num_threads,
             shard=(jax.process_index(), jax.process_count()),
         ):
-            detections = models.detect_batch(model, batch, mesh=mesh, **sizes, **options)
+            detections = models.detect_batch(model, batch, mesh=mesh, **options)
             results += evaluate.to_coco_results(detections, batch, image_ids=image_ids, category_ids=category_ids)
             bar.advance(task, int(batch.valid.sum()) * jax.process_count())
     return gather(results) if jax.process_count() > 1 else results
@@ -351,7 +444,7 @@ def evaluate_on(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
-    kinds = ("bbox", "segm") if isinstance(detector.model, models.MaskRCNN) else ("bbox",)
+    kinds = ("bbox", "segm") if "masks" in detector.model.needs else ("bbox",)
     return score_results(results, dataset, folder, kinds=kinds, max_detections=max(max_detections, COCO_LIMIT))
 
 
@@ -394,6 +487,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "positive": lambda number: 0 < number < math.inf,
     "at least 0": lambda number: 0 <= number < math.inf,
     "in 0..1": lambda number: 0 <= number <= 1,
+    "a positive whole number": lambda number: 1 <= number < math.inf and number == int(number),
     "a positive multiple of 32": lambda number: number > 0 and number % 32 == 0,
 }
 

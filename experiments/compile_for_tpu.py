@@ -123,7 +123,8 @@ def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> ja
 
     state, trainable = eqx.filter_eval_shape(init)
     step = train.make_train_step(script.make_loss(options), optimizer, trainable=trainable, mesh=mesh)
-    batch = eqx.filter_eval_shape(make_batch, options.batch_size, canvas, options.max_objects)
+    with_masks = "masks" in state.model.needs
+    batch = eqx.filter_eval_shape(make_batch, options.batch_size, canvas, options.max_objects, with_masks)
     state = shaped(state, NamedSharding(mesh, PartitionSpec()))
     batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     return lower(step, state, batch, donate=(0,))
@@ -135,19 +136,19 @@ def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax
     sizes = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
     image = eqx.filter_eval_shape(jnp.zeros, (SOURCE, SOURCE, 3), jnp.uint8)
 
-    def detect(model, image, image_size, resized):
-        return models.detect(model, image, image_size=image_size, resized=resized, canvas=canvas)
+    def detect(model, image, source_size, canvas_size):
+        return models.detect(model, image, source_size=source_size, canvas_size=canvas_size, canvas=canvas)
 
     one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
     return lower(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
 
 
-def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int) -> Batch:
+def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int, with_masks: bool) -> Batch:
     """A batch of black images as the loader lays them out, without objects."""
     sizes, ints = jnp.full((batch_size, 2), SOURCE, jnp.int32), jnp.zeros(batch_size, jnp.int32)
     boxes, labels = jnp.zeros((batch_size, max_objects, 4)), jnp.zeros((batch_size, max_objects), jnp.int32)
-    masks = jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8)
-    targets = Targets(boxes, labels, labels > 0, masks, boxes)
+    masks = (jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8), boxes) if with_masks else ()
+    targets = Targets(boxes, labels, labels > 0, *masks)
     images = jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8)
     return Batch(images, sizes, sizes, targets, ints, ints == 0, ints, canvas)
 

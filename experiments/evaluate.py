@@ -8,12 +8,22 @@ same for results that are there already, of any detector, without running one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from _report.evaluation import write_report
-from _shared import ModelName, NormName, check_ranges, console, evaluate_on, load_detector, run, score_results
+from _shared import (
+    ModelName,
+    NormName,
+    check_ranges,
+    console,
+    evaluate_on,
+    load_detector,
+    run,
+    score_results,
+    selection_of,
+)
 
 from detectax_eqx import data, evaluate
 
@@ -47,13 +57,15 @@ class Options:
     batch_size: int = 1
     """Images a step, on each device."""
     min_size: int | None = None
-    """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
+    """Short side in pixels that images are resized to; default the checkpoint's, or the detector's own."""
     max_size: int | None = None
-    """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
-    score_threshold: float = 0.05
-    """Detections of a lower score (0..1) are dropped."""
-    nms_threshold: float = 0.5
-    """IoU above which the lower of two detections of a class is dropped."""
+    """Longest side in pixels after resizing; default the checkpoint's, or the detector's own."""
+    score_threshold: float | None = None
+    """Detections of a lower score (0..1) are dropped. Default: the detector's own, such as .05."""
+    nms_threshold: float | None = None
+    """IoU above which the lower of two detections of a class is dropped. Default: the detector's own, such as .5."""
+    selection: dict[str, float] = field(default_factory=dict)
+    """Other fields of the detector's selection, as NAME VALUE NAME VALUE: pre_nms_top_n 500, for instance."""
     max_detections: int = 100
     """Detections of the highest scores that are kept per image; as many, but at least COCO's 100, count for the
     numbers. With --detections, as many of each class count per image: more than 10."""
@@ -82,6 +94,12 @@ def main(options: Options) -> None:
         detector = load_detector(
             options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
         )
+        selection = selection_of(
+            detector.model,
+            options.selection,
+            score_threshold=options.score_threshold,
+            nms_threshold=options.nms_threshold,
+        )
         metrics = evaluate_on(
             detector,
             dataset,
@@ -89,8 +107,7 @@ def main(options: Options) -> None:
             batch_size=options.batch_size,
             num_threads=options.threads,
             allow_renamed=options.allow_renamed,
-            score_threshold=options.score_threshold,
-            nms_threshold=options.nms_threshold,
+            selection=selection,
             max_detections=options.max_detections,
         )
         results = evaluate.read_results(options.output / "detections.json")
@@ -111,6 +128,7 @@ OF_DETECTION = (
     "max_size",
     "score_threshold",
     "nms_threshold",
+    "selection",
     "allow_renamed",
 )
 
@@ -119,7 +137,7 @@ def check_no_detector(options: Options) -> None:
     """Refuses what --detections has no use for, rather than ignoring it."""
     if options.checkpoint is not None or options.weights is not None:
         raise SystemExit("Give either a detector, by --checkpoint or --weights, or --detections.")
-    defaults = {field.name: field.default for field in fields(Options)}
+    defaults = {one.name: {} if one.default is MISSING else one.default for one in fields(Options)}
     given = [name for name in OF_DETECTION if getattr(options, name) != defaults[name]]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)

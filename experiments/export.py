@@ -11,14 +11,24 @@ the weights alone, with class names and image sizes, as `--weights` of the other
 need `pip install 'detectax_eqx[onnx]'`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from _images import find_images
-from _shared import Detector, ModelName, NormName, check_ranges, console, load_detector, run, save_detector
+from _shared import (
+    Detector,
+    ModelName,
+    NormName,
+    check_ranges,
+    console,
+    load_detector,
+    run,
+    save_detector,
+    selection_of,
+)
 
-from detectax_eqx import data, export
+from detectax_eqx import data, export, models
 
 
 @dataclass
@@ -46,15 +56,17 @@ class Options:
     any_batch: bool = False
     """Take any number of images at a time, instead of --batch-size: .npz alone can."""
     min_size: int | None = None
-    """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
+    """Short side in pixels that images are resized to; default the checkpoint's, or the detector's own."""
     max_size: int | None = None
-    """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
-    score_threshold: float = 0.05
-    """Detections of a lower score (0..1) are dropped."""
-    nms_threshold: float = 0.5
-    """IoU above which the lower of two detections of a class is dropped."""
-    max_detections: int = 100
-    """Detections kept of an image, those of the highest scores."""
+    """Longest side in pixels after resizing; default the checkpoint's, or the detector's own."""
+    score_threshold: float | None = None
+    """Detections of a lower score (0..1) are dropped. Default: the detector's own, such as .05."""
+    nms_threshold: float | None = None
+    """IoU above which the lower of two detections of a class is dropped. Default: the detector's own, such as .5."""
+    max_detections: int | None = None
+    """Detections kept per image, those of the highest scores. Default: the detector's own, such as 100."""
+    selection: dict[str, float] = field(default_factory=dict)
+    """Other fields of the detector's selection, as NAME VALUE NAME VALUE: pre_nms_top_n 500, for instance."""
     max_images: int = 64
     """Images of --images to use, the first by name."""
     unmatched_score: float = 0.1
@@ -64,7 +76,6 @@ class Options:
 RANGES = {
     "positive": "source batch_size min_size max_size max_detections max_images",
     "in 0..1": "score_threshold nms_threshold unmatched_score",
-    "a positive multiple of 32": "canvas",
 }
 
 
@@ -75,13 +86,16 @@ def main(options: Options) -> None:
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
-    fixed = export.Options(
-        detector.min_size,
-        detector.max_size,
-        options.score_threshold,
-        options.nms_threshold,
-        options.max_detections,
+    selection = selection_of(
+        detector.model,
+        options.selection,
+        score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
+        max_detections=options.max_detections,
     )
+    divisor = detector.model.backbone.divisor
+    if options.canvas is not None and any(side < 1 or side % divisor for side in options.canvas):
+        raise SystemExit(f"--canvas is {options.canvas}: it must be a positive multiple of {divisor}.")
     canvases = detector.canvases if options.canvas is None else (options.canvas,)
     shapes = [export.Shape(options.batch_size, options.source, canvas) for canvas in canvases]
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +107,13 @@ def main(options: Options) -> None:
                 options.output,
                 shapes=shapes,
                 class_names=names,
-                options=fixed,
+                selection=selection,
                 any_batch=options.any_batch,
             )
         elif options.output.suffix == ".safetensors":
             save_detector(detector, options.output)
         else:
-            save_onnx(detector, options, shapes[0], fixed)
+            save_onnx(detector, options, shapes[0], selection)
     except (ImportError, export.ExportError) as error:
         raise SystemExit(str(error)) from None
     console.print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB", highlight=False)
@@ -115,7 +129,7 @@ def check_output(options: Options) -> None:
         raise SystemExit(f"--images must be a folder of images to compare on, got {options.images}.")
 
 
-def save_onnx(detector: Detector, options: Options, shape: export.Shape, fixed: export.Options) -> None:
+def save_onnx(detector: Detector, options: Options, shape: export.Shape, selection: models.Selection | None) -> None:
     """In floats, and from those in integers if the file's name says so."""
     images, names, larger = [], [], 0
     for path, _ in find_images([options.images] if options.images else []):
@@ -142,7 +156,7 @@ def save_onnx(detector: Detector, options: Options, shape: export.Shape, fixed: 
             shape=shape,
             images=images,
             class_names=class_names(detector),
-            options=fixed,
+            selection=selection,
             unmatched_score=options.unmatched_score,
             image_names=names,
         )

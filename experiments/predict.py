@@ -8,13 +8,25 @@ be read is reported and the others go on; the exit status is then 1. Folders are
 this script within them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from _images import find_images, unique_targets
-from _shared import Detector, ModelName, NormName, check_ranges, console, load_detector, run, write_json
+from _shared import (
+    Detector,
+    ModelName,
+    NormName,
+    check_ranges,
+    console,
+    load_detector,
+    run,
+    selection_of,
+    sizes_of,
+    write_json,
+)
 from PIL import ImageFont
 from tyro.conf import Positional
 
@@ -46,15 +58,17 @@ class Options:
     allow_renamed: bool = False
     """Accept --annotations that name the model's category ids otherwise. Their names are then the ones drawn."""
     min_size: int | None = None
-    """Short side in pixels that images are resized to; default the checkpoint's, or 800."""
+    """Short side in pixels that images are resized to; default the checkpoint's, or the detector's own."""
     max_size: int | None = None
-    """Longest side in pixels after resizing; default the checkpoint's, or 1333."""
+    """Longest side in pixels after resizing; default the checkpoint's, or the detector's own."""
     max_pixels: int | None = None
     """Largest image to read, in pixels. Default: Pillow's limit of 179 million, as small files may claim any size."""
     score_threshold: float = 0.5
     """Detections of a lower score (0..1) are neither drawn nor written."""
-    nms_threshold: float = 0.5
-    """IoU above which the lower of two detections of a class is dropped."""
+    nms_threshold: float | None = None
+    """IoU above which the lower of two detections of a class is dropped. Default: the detector's own, such as .5."""
+    selection: dict[str, float] = field(default_factory=dict)
+    """Other fields of the detector's selection, as NAME VALUE NAME VALUE: pre_nms_top_n 500, for instance."""
     max_detections: int = 100
     """Detections kept of an image, those of the highest scores."""
     font: Path | None = None
@@ -73,6 +87,13 @@ def main(options: Options) -> None:
     detector = load_detector(
         options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
     )
+    selection = selection_of(
+        detector.model,
+        options.selection,
+        score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
+        max_detections=options.max_detections,
+    )
     categories = None if options.annotations is None else data.read_categories(options.annotations)
     file = options.annotations or ""
     category_ids = detector.category_ids(categories, file=file, allow_renamed=options.allow_renamed)
@@ -86,15 +107,7 @@ def main(options: Options) -> None:
         try:
             image = data.read_image(path, max_pixels=options.max_pixels)
             batch = batch_of(image, detector, len(images))
-            detections = models.detect_batch(
-                detector.model,
-                batch,
-                min_size=detector.min_size,
-                max_size=detector.max_size,
-                score_threshold=options.score_threshold,
-                nms_threshold=options.nms_threshold,
-                max_detections=options.max_detections,
-            )
+            detections = models.detect_batch(detector.model, batch, selection=selection)
             found = evaluate.to_coco_results(
                 detections, batch, image_ids=range(len(images) + 1), category_ids=category_ids
             )
@@ -151,9 +164,7 @@ def targets_of(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]
 def batch_of(image: np.ndarray, detector: Detector, index: int) -> Batch:
     """A batch of one image, padded."""
     size = image.shape[0], image.shape[1]
-    (bucket,) = data.make_buckets(
-        [size], canvases=detector.canvases, min_size=detector.min_size, max_size=detector.max_size
-    )
+    (bucket,) = data.make_buckets([size], canvases=detector.canvases, **sizes_of(detector.model))
     source = tuple(-(-side // SOURCE_STEP) * SOURCE_STEP for side in size)
     images = np.zeros((1, *source, 3), np.uint8)
     images[0, : size[0], : size[1]] = image

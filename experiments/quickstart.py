@@ -8,7 +8,7 @@ in a browser), `detections.json`, `metrics.json` and the weights.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import equinox as eqx
@@ -46,18 +46,26 @@ RANGES = {"positive": "steps batch_size train_images test_images learning_rate",
 
 SIZE = 128
 # What is sampled for the losses, scaled to small images with few objects.
-SAMPLING = models.Sampling(pre_nms_top_n=64, post_nms_top_n=64, rpn_samples=64, box_samples=32)
+SAMPLING = models.TwoStageSampling(pre_nms_top_n=64, post_nms_top_n=64, rpn_samples=64, box_samples=32)
 
 
 @eqx.filter_jit
 def build(key, num_classes: int) -> models.MaskRCNN:
     """A narrow ResNet-18 with GroupNorm, which trains from scratch, a pyramid of 48 channels, small heads."""
-    body_key, fpn_key, box_key, mask_key = jr.split(key, 4)
+    body_key, fpn_key, heads_key = jr.split(key, 3)
     body = nn.resnet18(key=body_key, norm=nn.GroupNorm, width=16)
     backbone = nn.ResNetFPN(body, key=fpn_key, channels=48)
     sizes = ((12.0,), (24.0,), (48.0,), (96.0,), (128.0,))
-    boxes = models.FasterRCNN(backbone, num_classes, key=box_key, hidden_size=128, anchor_sizes=sizes, roi_aligned=True)
-    return models.MaskRCNN(boxes, key=mask_key, hidden_channels=32)
+    model = models.mask_rcnn(
+        backbone, num_classes, key=heads_key, anchor_sizes=sizes, hidden_size=128, hidden_channels=32
+    )
+    return replace(
+        model,
+        pooling=models.RoIPooling(aligned=True),
+        mask_head=replace(model.mask_head, target_aligned=True),
+        preprocessing=models.Preprocessing(models.ShortestEdge(SIZE, SIZE)),
+        sampling=SAMPLING,
+    )
 
 
 def loss(model: models.MaskRCNN, example: Batch, *, key):
@@ -72,7 +80,7 @@ def loss(model: models.MaskRCNN, example: Batch, *, key):
         max_size=SIZE,
         key=augment_key,
     )
-    return models.mask_rcnn_loss(model, image, image_size, targets, key=loss_key, sampling=SAMPLING, mask_aligned=True)
+    return model.loss(image, image_size, targets, key=loss_key)
 
 
 def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
@@ -111,7 +119,7 @@ def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
                 bar.update(task, completed=k + 1, status=f"loss {float(metrics['loss']):.2f}")
         bar.update(task, completed=options.steps)
 
-    detector = Detector(state.model, train_set.categories, SIZE, SIZE, ((SIZE, SIZE),))
+    detector = Detector(state.model, train_set.categories, ((SIZE, SIZE),))
     metrics = evaluate_on(detector, test_set, options.output, batch_size=10)
     for kind in metrics.values():
         print(evaluate.format_metrics(kind))
@@ -133,7 +141,7 @@ def draw_sheet(detector: Detector, dataset: data.CocoDataset, *, columns: int, r
     names = [category.name for category in dataset.categories]
     buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, min_size=SIZE, max_size=SIZE)
     batch = next(iter(data.eval_batches(dataset, batch_size=columns * rows, buckets=buckets)))
-    found = models.detect_batch(detector.model, batch, min_size=SIZE, max_size=SIZE)
+    found = models.detect_batch(detector.model, batch)
     zoom, gap = 3, 6
     side = zoom * SIZE
     sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")

@@ -18,17 +18,18 @@ All devices are used, a batch being spread over them. On several machines, start
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
 from _header import check_objects, print_header
-from _options import RANGES, Options, check_promise, check_sense, complete, total_steps
+from _options import RANGES, Options, check_model, check_promise, check_sense, complete, total_steps
 from _pace import Pace
-from _resume import check_data, check_options, describe_data, options_to_resume, saved_options
+from _resume import check_data, check_options, check_version, describe_data, options_to_resume, saved_options
 from _run import Stop, open_log, remove_strays, write
 from _shared import (
     Detector,
@@ -74,9 +75,12 @@ def fit(options: Options) -> None:
     before = saved_options(options.output) if options.resume else None
     if before is not None:
         options = check_options(options, before, going_on=going_on)
-    train_set, val_set = load_data(options)
+    anchors: dict[str, Any] = {"anchor_sizes": options.anchor_sizes, "aspect_ratios": options.aspect_ratios}
+    shapes = eqx.filter_eval_shape(lambda: build(options.model, 1, options.norm or "group", **anchors))
+    check_model(options, shapes)
+    train_set, val_set = load_data(options, shapes.needs)
     mesh = make_mesh(options)
-    loader = make_loader(options, train_set, mesh)
+    loader = make_loader(options, train_set, mesh, with_masks="masks" in shapes.needs)
     epoch_steps = loader.steps_per_epoch
     if not going_on:
         check_promise(options, epoch_steps)
@@ -84,13 +88,14 @@ def fit(options: Options) -> None:
     steps = total_steps(options, epoch_steps)
 
     # Model and optimiser.
-    anchors = {"anchor_sizes": options.anchor_sizes, "aspect_ratios": options.aspect_ratios}
     norm = options.norm or "group"
     model = build(
         options.model, train_set.num_classes, norm, options.seed, checkpoint=options.gradient_checkpointing, **anchors
     )
     if options.init is not None and not going_on:
         model = initialize(model, options.model, norm, options.init)
+    resize = models.ShortestEdge(max(options.min_sizes), options.max_size)
+    model = replace(model, preprocessing=replace(model.preprocessing, resize=resize))
     trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
     schedule = make_schedule(options, epoch_steps)
     optimizer = make_optimizer(options, schedule)
@@ -105,14 +110,14 @@ def fit(options: Options) -> None:
         "norm": options.norm,
         **anchors,
         "categories": [asdict(category) for category in train_set.categories],
-        "min_size": max(options.min_sizes),
-        "max_size": options.max_size,
+        "preprocessing": asdict(model.preprocessing),
         "canvases": options.canvases,
         "ema": options.ema is not None,
         "data": describe_data(train_set),
         "so_far": so_far,
     }
     if options.resume:
+        check_version(last)
         try:
             state, saved = load_newest(last, state)
         except FileNotFoundError:
@@ -163,7 +168,7 @@ def fit(options: Options) -> None:
     def evaluate(val_set: data.CocoDataset, done: int) -> None:
         """Evaluates, and saves what is the best so far."""
         model = train.to_host(state.inference_model)
-        detector = Detector(model, train_set.categories, max(options.min_sizes), options.max_size, options.canvases)
+        detector = Detector(model, train_set.categories, options.canvases)
         with stop.at_once(f"evaluation after step {done}", saver):
             metrics = evaluate_on(
                 detector,
@@ -263,11 +268,11 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
     console.quiet = jax.process_index() > 0
 
 
-def load_data(options: Options) -> tuple[data.CocoDataset, data.CocoDataset | None]:
-    """The images to train on, and those to evaluate on, if there are any."""
+def load_data(options: Options, needs: frozenset[str]) -> tuple[data.CocoDataset, data.CocoDataset | None]:
+    """The images to train on, with what the detector `needs`, and those to evaluate on, if there are any."""
     assert options.train_annotations is not None and options.train_images is not None  # check_sense
     train_set = load(options.train_annotations, options.train_images, options.box_format)
-    check_objects(train_set, options)
+    check_objects(train_set, options, needs)
     if options.val_annotations is None:
         return train_set, None
     val_set = load(options.val_annotations, options.val_images or options.train_images, options.box_format)
@@ -298,7 +303,7 @@ def make_mesh(options: Options) -> Mesh:
     return mesh
 
 
-def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh) -> data.Loader:
+def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, with_masks: bool) -> data.Loader:
     """Training batches. Batch k is a pure function of (seed, k), and each process reads its part."""
     sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
     max_source = data.source_limit(options.canvases)
@@ -312,7 +317,7 @@ def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh) -> da
         buckets=buckets,
         seed=options.seed,
         max_objects=options.max_objects,
-        mask_size=112 if options.model.startswith("mask") else None,
+        mask_size=112 if with_masks else None,
         num_threads=options.threads,
         rows=train.local_rows(mesh, options.batch_size),
         max_bad_images=options.max_bad_images,
@@ -341,7 +346,6 @@ def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
 
     The cast to the dtype that is computed in is there too, so that gradients are of the float32 parameters.
     """
-    detector_loss = models.mask_rcnn_loss if options.model.startswith("mask") else models.faster_rcnn_loss
 
     def loss(model: Any, example: Batch, *, key: jax.Array) -> dict[str, WeightedSum]:
         augment_key, loss_key = jr.split(key)
@@ -356,7 +360,7 @@ def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
             scale_range=options.jitter,
             key=augment_key,
         )
-        return detector_loss(nn.cast(model, options.precision), image, image_size, targets, key=loss_key)
+        return nn.cast(model, options.precision).loss(image, image_size, targets, key=loss_key)
 
     return loss
 
@@ -382,7 +386,7 @@ def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.Gradient
     if options.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     if options.backbone_lr != 1:
-        optimizer = optax.chain(optimizer, optax.masked(optax.scale(options.backbone_lr), models.in_resnet))
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(options.backbone_lr), models.in_backbone))
     return optimizer
 
 

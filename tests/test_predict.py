@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import data, weights
+from detectax_eqx import data, models, weights
 
 from .tiny_detector import random_arrays
 from .tiny_train import build
@@ -30,7 +31,8 @@ CATEGORIES = tuple(data.Category(k, name) for k, name in ((3, "cat"), (7, "dog")
 
 @pytest.fixture(scope="module")
 def model():
-    return random_arrays(eqx.filter_eval_shape(build, NAME, 2, "group"))
+    model = random_arrays(eqx.filter_eval_shape(build, NAME, 2, "group"))
+    return replace(model, preprocessing=models.Preprocessing(models.ShortestEdge(64, 64)))
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def file(model, tmp_path, monkeypatch):
     monkeypatch.setattr(_shared, "build", build)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.safetensors"
-    _shared.save_detector(_shared.Detector(model, CATEGORIES, 64, 64, ((64, 64),)), path)
+    _shared.save_detector(_shared.Detector(model, CATEGORIES, ((64, 64),)), path)
     return path
 
 
@@ -108,7 +110,7 @@ def test_class_names_in_any_script(file, model, tmp_path):
     image, outputs = write(tmp_path / "x.png"), []
     for number, names in enumerate((("猫狗", "кот"), ("鸟鱼", "кот"))):
         categories = tuple(data.Category(k, name) for k, name in zip((3, 7), names, strict=True))
-        _shared.save_detector(_shared.Detector(model, categories, 64, 64, ((64, 64),)), file)
+        _shared.save_detector(_shared.Detector(model, categories, ((64, 64),)), file)
         outputs.append(tmp_path / str(number) / "x.png.png")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -174,15 +176,21 @@ def test_many_equal_names_are_quick(tmp_path):
 
 def test_sizes_and_classes_travel_with_safetensors(file, model, tmp_path, capsys):
     detector = _shared.load_detector(NAME, "group", file, None, None, None)
-    assert (detector.categories, detector.min_size, detector.max_size) == (CATEGORIES, 64, 64)
+    assert (detector.categories, detector.model.preprocessing.resize) == (CATEGORIES, models.ShortestEdge(64, 64))
     assert detector.canvases == ((64, 64),) and eqx.tree_equal(detector.model, model)
     assert "does not say" not in capsys.readouterr().out
     other = _shared.load_detector(NAME, "group", file, None, 96, None)
-    assert (other.min_size, other.max_size, other.categories) == (96, 64, CATEGORIES)
+    assert (other.model.preprocessing.resize, other.categories) == (models.ShortestEdge(96, 64), CATEGORIES)
+    assert other.canvases == ((96, 96), (96, 96))
     # A file without them is read all the same, which is said.
     weights.save_safetensors(model, file)
     plain = _shared.load_detector(NAME, "group", file, None, None, None)
-    assert plain.min_size == 800 and "does not say at which sizes" in capsys.readouterr().out
+    assert plain.model.preprocessing.resize.min_size == 800 and "does not say at which sizes" in capsys.readouterr().out
+    # A file from before there was a choice has two numbers.
+    about = {"categories": None, "min_size": 64, "max_size": 96, "canvases": [[64, 96]]}
+    weights.save_safetensors(model, file, metadata={"detector": json.dumps(about)})
+    before = _shared.load_detector(NAME, "group", file, None, None, None)
+    assert before.model.preprocessing.resize == models.ShortestEdge(64, 96) and before.canvases == ((64, 96),)
     for about in ("[]", "no JSON", json.dumps({"categories": [], "min_size": 1, "max_size": 1, "canvases": []})):
         weights.save_safetensors(model, file, metadata={"detector": about})
         with pytest.raises(SystemExit, match=r"tiny\.safetensors: its metadata 'detector'"):
@@ -204,7 +212,54 @@ def test_weights_of_a_wrapper_in_the_scripts(file, model, tmp_path):
 
 
 def test_a_checkpoint_becomes_safetensors(model, file, tmp_path, monkeypatch):
-    detector = _shared.Detector(model, CATEGORIES, 64, 64, ((64, 64),))
+    detector = _shared.Detector(model, CATEGORIES, ((64, 64),))
     monkeypatch.setattr(export, "load_detector", lambda *_: detector)
     export.main(export.Options(tmp_path / "mine.safetensors", checkpoint=tmp_path))
     assert _shared.load_weights(NAME, "group", tmp_path / "mine.safetensors").categories == CATEGORIES
+
+
+def test_the_selection_reaches_the_detector(file, model, tmp_path, monkeypatch, capsys):
+    """Any of its fields from the command line; what is wrong is one line."""
+    seen = []
+    detect_batch = models.detect_batch
+    monkeypatch.setattr(models, "detect_batch", lambda *a, **o: seen.append(o["selection"]) or detect_batch(*a, **o))
+    image = write(tmp_path / "x.png")
+    selection = {"post_nms_top_n": 7.0, "rpn_nms_threshold": 0.6}
+    predict.main(options(file, tmp_path / "out", image, nms_threshold=0.4, selection=selection))
+    given = {"score_threshold": 0.0, "max_detections": 3, "nms_threshold": 0.4}
+    assert seen == [models.TwoStageSelection(post_nms_top_n=7, rpn_nms_threshold=0.6, **given)]
+    assert type(seen[0].post_nms_top_n) is int
+    for wrong, words in (
+        ({"top_n": 7.0}, "--selection: TwoStageSelection has no top_n; its fields are score_threshold, nms_"),
+        ({"nms_threshold": 1.5}, "--selection nms_threshold is 1.5: it must be in 0..1"),
+        ({"post_nms_top_n": 7.5}, "--selection post_nms_top_n is 7.5: it must be a positive whole number"),
+        ({"box_min_size": float("nan")}, "--selection box_min_size is nan: it must be at least 0"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            predict.main(options(file, tmp_path / "out", image, selection=wrong))
+        assert words in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
+    """It is saved and read; --min-size and --max-size have no meaning for it."""
+    monkeypatch.setattr(_shared, "build", build)
+    square = replace(model, preprocessing=models.Preprocessing(models.Square(64), std=(2.0, 3.0, 4.0)))
+    path = tmp_path / "square.safetensors"
+    _shared.save_detector(_shared.Detector(square, CATEGORIES, ((64, 64),)), path)
+    loaded = _shared.load_detector(NAME, "group", path, None, None, None)
+    assert loaded.model.preprocessing == square.preprocessing
+    assert _shared.sizes_of(loaded.model) == {"min_size": 64, "max_size": 64}
+    with pytest.raises(SystemExit, match=r"--min-size and --max-size: .*Square\(size=64\)"):
+        _shared.load_detector(NAME, "group", path, None, 96, None)
+
+
+@pytest.mark.parametrize("name", _shared.ModelName.__args__)
+def test_classes_are_counted_by_shapes(name, tmp_path):
+    """Of any detector by name, whatever its layers are called."""
+    for count in (3, 90):
+        model = eqx.filter_eval_shape(_shared.build, name, count, "frozen_batch")
+        shapes = _shared.array_shapes(model)
+        arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weights, "read_torchvision", lambda *_, arrays=arrays: arrays)
+            assert _shared.count_classes(name, "frozen_batch", tmp_path) == count

@@ -79,7 +79,7 @@ def test_best_holds_what_inference_needs_once(done, monkeypatch):
     state = next(path for path in (folder / "last").iterdir() if path.name == best.name)
     like = {"ema": detector.model}
     expected, _ = train.load_checkpoint(state, like, partial=True)
-    np.testing.assert_array_equal(detector.model.rpn.conv.weight, expected["ema"].rpn.conv.weight)
+    np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, expected["ema"].rpn.convs[0].weight)
 
 
 def test_other_options_are_refused_or_printed(done):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from detectax_eqx import data, models
+from detectax_eqx import data
 
 from . import tiny_train
 from .tiny_train import script
@@ -79,12 +79,31 @@ def test_runs_that_cannot_learn_are_refused(change, options, words, tmp_path):
 def test_anchors_reach_every_detector():
     import equinox as eqx
 
+    options = {"anchor_sizes": (8, 16, 32, 64, 128), "aspect_ratios": (0.25, 1.0, 2.0, 4.0)}
+
+    def shapes(name, **options):
+        return eqx.filter_eval_shape(lambda: _shared.build(name, 3, "group", **options))
+
     for name in _shared.ModelName.__args__:
-        options = {"anchor_sizes": (8, 16, 32, 64, 128), "aspect_ratios": (0.25, 1.0, 2.0, 4.0)}
-        model = eqx.filter_eval_shape(lambda n=name, o=options: _shared.build(n, 3, "group", **o))
-        rpn = (model.faster_rcnn if isinstance(model, models.MaskRCNN) else model).rpn
-        assert rpn.anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
-        assert rpn.aspect_ratios == (0.25, 1.0, 2.0, 4.0) and rpn.objectness.weight.shape[0] == 4
+        if name.startswith("fcos"):  # its points have a size and no aspect
+            with pytest.raises(SystemExit, match=f"--aspect-ratios: {name} takes none. Leave it out."):
+                shapes(name, **options)
+            assert shapes(name, anchor_sizes=(8, 16, 32, 64, 128)).anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
+            continue
+        model = shapes(name, **options)
+        head = getattr(model, "rpn", model)
+        assert head.anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
+        assert head.aspect_ratios == (0.25, 1.0, 2.0, 4.0) and head.deltas.weight.shape[0] == 4 * 4
+        assert getattr(shapes(name), "rpn", model).aspect_ratios == (0.5, 1.0, 2.0) or not hasattr(model, "rpn")
+
+
+def test_names_are_the_zoos():
+    from detectax_eqx import zoo
+
+    assert _shared.ModelName.__args__ == zoo.names()
+
+
+PREPROCESSING = {"resize": {"min_size": 64, "max_size": 96}, "mean": [1.0, 2.0, 3.0], "std": [4.0, 5.0, 6.0]}
 
 
 def test_anchors_travel_with_the_checkpoint(tmp_path, monkeypatch):
@@ -94,12 +113,41 @@ def test_anchors_travel_with_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(_shared, "build", tiny_train.build)
     anchors = {"anchor_sizes": (6.0, 12.0, 24.0, 40.0, 60.0), "aspect_ratios": (0.5, 1.0)}
     metadata = {"model": "faster_rcnn_resnet18_fpn", "norm": "group", "categories": [{"id": 1, "name": "a"}]}
-    metadata |= {"min_size": 64, "max_size": 64, "canvases": [[64, 64]], "ema": False}
+    metadata |= {"preprocessing": PREPROCESSING, "canvases": [[64, 64]], "ema": False}
     for name, own in (("new", anchors), ("old", {})):
         model = tiny_train.build("", 1, "", **own)
         train.save_checkpoint(tmp_path / name / "last", {"model": model}, step=1, metadata=metadata | own)
         loaded = _shared.load_run(tmp_path / name).model
+        assert loaded.preprocessing.resize((640, 640)) == (64, 64) and loaded.preprocessing.std == (4.0, 5.0, 6.0)
         assert loaded.rpn.anchor_sizes == model.rpn.anchor_sizes and loaded.rpn.aspect_ratios == model.rpn.aspect_ratios
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_resnet18_fpn", "mask_rcnn_resnet18_fpn"])
+def test_checkpoints_of_before_preprocessing_still_load(name, tmp_path, monkeypatch):
+    """Their mask head stood beside a `faster_rcnn`, and the RPN had one `conv`. Training cannot go on with them."""
+    from dataclasses import replace
+
+    import equinox as eqx
+    from _resume import check_version
+
+    from detectax_eqx import train, weights
+
+    monkeypatch.setattr(_shared, "build", tiny_train.build)
+    model = tiny_train.build(name, 1, "group")
+    inside = "faster_rcnn/" if name.startswith("mask") else ""
+    arrays = {
+        path.replace(".", "/").replace("rpn/convs/0/", "rpn/conv/"): leaf
+        for path, leaf in weights.named_leaves(model).items()
+    }
+    arrays = {path if path.startswith("mask_head/") else inside + path: leaf for path, leaf in arrays.items()}
+    metadata = {"model": name, "norm": "group", "categories": [{"id": 1, "name": "a"}], "ema": False}
+    metadata |= {"min_size": 64, "max_size": 96, "canvases": [[64, 64]]}
+    train.save_checkpoint(tmp_path / "last", {"model": arrays}, step=1, metadata=metadata)
+    loaded = _shared.load_run(tmp_path).model
+    assert loaded.preprocessing.resize((640, 640)) == (64, 64)
+    assert eqx.tree_equal(replace(loaded, preprocessing=model.preprocessing), model)
+    with pytest.raises(SystemExit, match=r"--resume cannot go on with .*: write it by export\.py"):
+        check_version(tmp_path / "last")
 
 
 def test_the_compilers_alarm_is_left_out_and_nothing_else():

@@ -66,7 +66,7 @@ def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     assert len(differs) > len(names) / 2
     monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
     detector = tiny_train._shared.load_run(tmp_path / "all")
-    np.testing.assert_array_equal(detector.model.rpn.conv.weight, saved["ema/rpn/conv/weight"])
+    np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, saved["ema/rpn/convs/0/weight"])
 
 
 def test_a_loss_that_is_not_finite(shapes, tmp_path):

@@ -56,20 +56,24 @@ def build(
     seed=0,
     *,
     checkpoint=False,
-    anchor_sizes=(8.0, 16.0, 32.0, 48.0, 64.0),
-    aspect_ratios=(0.5, 1.0, 2.0),
+    anchor_sizes=None,
+    aspect_ratios=None,
 ):
-    """A Faster R-CNN on a ResNet-18 of an eighth of the width."""
-    return _build(num_classes, jr.key(seed), checkpoint, tuple((size,) for size in anchor_sizes), aspect_ratios)
+    """A Faster R-CNN on a ResNet-18 of an eighth of the width, or a Mask R-CNN if the name says so."""
+    anchor_sizes = tuple((size,) for size in anchor_sizes or (8.0, 16.0, 32.0, 48.0, 64.0))
+    with_masks = name.startswith("mask")
+    return _build(with_masks, num_classes, jr.key(seed), checkpoint, anchor_sizes, aspect_ratios or (0.5, 1.0, 2.0))
 
 
 @eqx.filter_jit
-def _build(num_classes, key, checkpoint, anchor_sizes, aspect_ratios):
+def _build(with_masks, num_classes, key, checkpoint, anchor_sizes, aspect_ratios):
     keys = jr.split(key, 3)
     body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
     backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
-    anchors = {"anchor_sizes": anchor_sizes, "aspect_ratios": aspect_ratios}
-    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=32, **anchors)
+    parts = {"anchor_sizes": anchor_sizes, "aspect_ratios": aspect_ratios, "hidden_size": 32}
+    if with_masks:
+        return models.mask_rcnn(backbone, num_classes, key=keys[2], hidden_channels=16, **parts)
+    return models.faster_rcnn(backbone, num_classes, key=keys[2], **parts)
 
 
 def command(shapes, output, *options):

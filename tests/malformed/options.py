@@ -68,6 +68,7 @@ RANGES = {
         "nms-threshold": ["1.5"],
         "max-detections": ["0", "-1"],
         "threads": ["0"],
+        "selection": ["nms_threshold 1.5", "max_detections 0.5", "no_such_field 1", "nms_threshold x"],
         "checkpoint": ["none"],
     },
     "predict": {
@@ -75,6 +76,7 @@ RANGES = {
         "max-pixels": ["0", "-1"],
         "score-threshold": ["7"],
         "nms-threshold": ["-1"],
+        "selection": ["nms_threshold 1.5", "max_detections 0.5", "no_such_field 1", "nms_threshold x"],
         "max-detections": ["-1"],
         "checkpoint": ["none"],
     },
@@ -91,6 +93,7 @@ RANGES = {
         "nms-threshold": ["1.5", "-1"],
         "max-detections": ["0", "-1"],
         "max-images": ["0", "-1"],
+        "selection": ["nms_threshold 1.5", "max_detections 0.5", "no_such_field 1", "nms_threshold x"],
         "unmatched-score": ["1.7", "-1", "nan"],
         "checkpoint": ["none"],
     },
@@ -184,7 +187,8 @@ def contradictions():
         return {"init": folder / "w.safetensors"}
 
     fewer = [{"id": 1, "name": "circle"}, {"id": 3, "name": "a"}, {"id": 4, "name": "b"}, {"id": 7, "name": "c"}]
-    plain = {"categories": [{"id": 1, "name": "a"}], "canvases": [[64, 64]], "min_size": 64, "max_size": 64}
+    plain = {"categories": [{"id": 1, "name": "a"}], "canvases": [[64, 64]]}
+    plain["preprocessing"] = {"resize": {"min_size": 64, "max_size": 64}, "mean": [0, 0, 0], "std": [1, 1, 1]}
     named = plain | {"model": "faster_rcnn_resnet18_fpn", "norm": "group"}
     yield case("warmup longer than a cosine", "train", lambda _: {"schedule": "cosine", "warmup-steps": 9}, ("warmup",))
     yield case(
@@ -231,6 +235,12 @@ def contradictions():
         "a model by a name from elsewhere": plain | {"model": "__loader__", "norm": "group"},
         "categories that are text": named | {"categories": "abc"},
         "no canvas": named | {"canvases": None},
+        "a preprocessing of text": named | {"preprocessing": "x"},
+        "a resize that is unknown": named | {"preprocessing": plain["preprocessing"] | {"resize": {"longest": 64}}},
+        "a resize to nothing": named | {"preprocessing": plain["preprocessing"] | {"resize": {"size": 0}}},
+        "a deviation of 0": named | {"preprocessing": plain["preprocessing"] | {"std": [0, 1, 1]}},
+        "sizes of before, and another model's arrays": {k: v for k, v in named.items() if k != "preprocessing"}
+        | {"min_size": 64, "max_size": 64},
         "another model's arrays": named,
     }.items():
         for script in ("evaluate", "predict"):

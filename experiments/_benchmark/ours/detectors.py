@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -10,16 +11,25 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from detectax_eqx import Batch, Targets, models, nn, ops, train
+from detectax_eqx import Batch, Targets, models, nn, ops, train, zoo
 
 from ..inputs import NUM_CLASSES
 from ..worker import Case
 from .ops import Arrays, Model, load
 
 
-def detector(name: str, weights: str | None, **options: Any) -> models.FasterRCNN | models.MaskRCNN:
-    """The named detector with torchvision's parameters of a file, or random ones."""
-    return load(lambda key: getattr(models, name)(NUM_CLASSES, key=key, **options), weights)
+def detector(
+    name: str, weights: str | None, *, size: tuple[int, int] | None = None, **options: Any
+) -> models.AbstractDetector:
+    """The named detector with torchvision's parameters of a file, or random ones.
+
+    - `size`: of the images that it is to look at as they are.
+    """
+    model = load(lambda key: zoo.build(name, NUM_CLASSES, key=key, **options), weights)
+    if size is None:
+        return model
+    resize = models.ShortestEdge(min(size), max(size))
+    return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
 
 def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> Case:
@@ -27,10 +37,10 @@ def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str)
     set_product_precision(precision)
     images = arrays["images"]
     size = images.shape[1:3]
-    model = in_precision(detector(name, weights), precision)
+    model = in_precision(detector(name, weights, size=size), precision)
 
     def detect(model, image):
-        found = models.detect(model, image, min_size=min(size), max_size=max(size))
+        found = models.detect(model, image)
         pasted = None if found.masks is None else ops.paste_masks(found.masks, found.boxes, image_size=size)
         return found, pasted
 
@@ -80,12 +90,10 @@ def training(
 
 
 def make_step(
-    arrays: Arrays, model: models.FasterRCNN | models.MaskRCNN, *, precision: str, learning_rate: float
+    arrays: Arrays, model: models.AbstractDetector, *, precision: str, learning_rate: float
 ) -> tuple[Callable, train.TrainState, Batch]:
     """A training step, its state and its batch."""
-    with_masks = isinstance(model, models.MaskRCNN)
-    detector_loss = models.mask_rcnn_loss if with_masks else models.faster_rcnn_loss
-    batch = make_batch(arrays, with_masks=with_masks)
+    batch = make_batch(arrays, with_masks="masks" in model.needs)
 
     def loss(model, example: Batch, *, key):
         augment_key, loss_key = jr.split(key)
@@ -99,7 +107,7 @@ def make_step(
             flip_probability=0.0,
             key=augment_key,
         )
-        return detector_loss(in_precision(model, precision), image, image_size, targets, key=loss_key)
+        return in_precision(model, precision).loss(image, image_size, targets, key=loss_key)
 
     optimizer, trainable = train.sgd(learning_rate), models.trainable(model)
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0))
@@ -157,7 +165,7 @@ def set_product_precision(precision: str) -> None:
 
 def size(arrays: Arrays, *, name: str) -> Case:
     """Trainable numbers of the named detector."""
-    model = eqx.filter_eval_shape(lambda key: getattr(models, name)(NUM_CLASSES, key=key), jr.key(0))
+    model = eqx.filter_eval_shape(lambda key: zoo.build(name, NUM_CLASSES, key=key), jr.key(0))
     return Case(lambda: None, facts={"parameters": models.num_parameters(model)})
 
 

@@ -21,13 +21,11 @@ def onnx(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> C
     images = arrays["images"]
     size = images.shape[1:3]
     shape = export.Shape(len(images), size, size)
-    options = export.Options(min_size=min(size), max_size=max(size))
     names = [str(i) for i in range(NUM_CLASSES)]
     with TemporaryDirectory() as folder:
         file = Path(folder) / "detector.onnx"
-        export.save_onnx(
-            detector(name, weights), file, shape=shape, images=list(images), class_names=names, options=options
-        )
+        model = detector(name, weights, size=size)
+        export.save_onnx(model, file, shape=shape, images=list(images), class_names=names)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     feeds = {"images": images, "image_sizes": np.tile(np.array(size, np.int32), (len(images), 1))}
     outputs = [node.name for node in session.get_outputs()]

@@ -1,14 +1,12 @@
 """torchvision's detectors: whole detection, and whole training steps."""
 # pyright: reportMissingImports=false
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from _torchvision import arrays_of, random_detector
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d
+from _torchvision import arrays_of, new_detector, random_detector
 
 from ..inputs import NUM_CLASSES, ellipses
 from ..worker import Case
@@ -18,7 +16,7 @@ from .ops import DEVICE, Arrays, ready
 def load(name: str, weights: str, size: tuple[int, int]) -> torch.nn.Module:
     """The named detector at random weights, which are left in the file `weights` for the other side."""
     sizes = {"min_size": min(size), "max_size": max(size)}
-    model = random_detector(kind_of(name), body=body_of(name), num_classes=NUM_CLASSES + 1, **sizes)
+    model = random_detector(name, num_outputs=num_outputs(name), **sizes)
     np.savez(weights, **arrays_of(model))  # type: ignore[arg-type]
     return model.to(DEVICE)
 
@@ -37,7 +35,7 @@ def inference(arrays: Arrays, *, name: str, weights: str, precision: str) -> Cas
         room = max(len(one["scores"]) for one in found)
         for key in ("boxes", "scores", "labels"):
             named[key] = np.stack([_padded(one[key], room) for one in found])
-        named["labels"] -= 1
+        named["labels"] -= num_outputs(name) - NUM_CLASSES
         named["valid"] = np.stack([np.arange(room) < len(one["scores"]) for one in found])
         if "masks" in found[0]:
             bits = [np.packbits(one["masks"][:, 0] > 0.5, axis=-1) for one in found]
@@ -55,10 +53,10 @@ def training(arrays: Arrays, *, name: str, weights: str, precision: str, learnin
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9, weight_decay=1e-4
     )
-    targets = []
+    targets, first = [], num_outputs(name) - NUM_CLASSES
     for boxes, labels in zip(arrays["boxes"], arrays["labels"], strict=True):
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels + 1).long()}
-        if name.startswith("mask"):
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels + first).long()}
+        if hasattr(model, "roi_heads") and model.roi_heads.has_mask():
             target["masks"] = torch.from_numpy(ellipses(boxes, size))
         targets.append(target)
 
@@ -95,21 +93,15 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
 def size(arrays: Arrays, *, name: str) -> Case:
     """Trainable numbers of the named detector."""
     with torch.device("meta"):
-        backbone = resnet_fpn_backbone(
-            backbone_name=body_of(name), weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
-        )
-        model = kind_of(name)(backbone, NUM_CLASSES + 1)
+        model = new_detector(name, num_outputs(name))
     return Case(lambda: None, facts={"parameters": sum(parameter.numel() for parameter in model.parameters())})
 
 
-def kind_of(name: str) -> type[FasterRCNN] | type[MaskRCNN]:
-    """The class of the named detector."""
-    return MaskRCNN if name.startswith("mask") else FasterRCNN
-
-
-def body_of(name: str) -> str:
-    """Its ResNet."""
-    return name.split("_")[2]
+@cache
+def num_outputs(name: str) -> int:
+    """How many classes the named detector counts: two-stage ones have the background as one of them."""
+    with torch.device("meta"):
+        return NUM_CLASSES + hasattr(new_detector(name), "roi_heads")
 
 
 CASES = {case.__name__: case for case in (inference, training, size)}
