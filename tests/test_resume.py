@@ -44,6 +44,7 @@ def done(shapes, tmp_path_factory):
     """A run of two epochs, its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "done"
     options = ["--epochs", "2", "--warmup-steps", "1", "--optimizer", "adamw", "--ema", "0.9", "--log-every", "1"]
+    options += ["--checkpoint-every", "100"]  # so that `last` still has the step of `best`
     output, status = start(shapes, folder, *options)
     assert status == 0, output
     return folder, output
