@@ -130,7 +130,15 @@ ELSEWHERE = {
     | {"decode_counts", "encode_segmentation", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
-    export: {"save_stablehlo", "save_onnx", "read_onnx", "compare_onnx", "quantize_onnx", "fold_norms"}
+    export: {
+        "save_stablehlo",
+        "save_onnx",
+        "read_onnx",
+        "compare_onnx",
+        "compare_detections",
+        "quantize_onnx",
+        "fold_norms",
+    }
     | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
     evaluate: {

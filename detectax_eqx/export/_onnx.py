@@ -200,6 +200,7 @@ def compare_onnx(
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
     limits = {
         "score_threshold": options.score_threshold,
+        "nms_threshold": options.nms_threshold,
         "max_detections": options.max_detections,
         "unmatched_score": unmatched_score,
     }
