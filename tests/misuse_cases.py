@@ -126,7 +126,7 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"decode_rle", "load_coco", "read_annotations", "read_image"}
+    data: {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
     | {"decode_counts", "encode_segmentation", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
