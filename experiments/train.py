@@ -51,7 +51,7 @@ from detectax_eqx import Batch, WeightedSum, data, models, nn, train
 from detectax_eqx.evaluate import format_number
 
 
-# The time to go is told after this number of steps.
+# The time to go is printed after this number of steps.
 ESTIMATE_AFTER = 5
 
 

@@ -127,11 +127,19 @@ WITH_MODEL = {
 }
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
-    data: {"decode_rle", "load_coco", "read_annotations", "read_image"}
+    data: {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
     | {"decode_counts", "encode_segmentation", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
-    export: {"save_stablehlo", "save_onnx", "read_onnx", "compare_onnx", "quantize_onnx", "fold_norms"}
+    export: {
+        "save_stablehlo",
+        "save_onnx",
+        "read_onnx",
+        "compare_onnx",
+        "compare_detections",
+        "quantize_onnx",
+        "fold_norms",
+    }
     | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
     evaluate: {

@@ -117,6 +117,20 @@ def test_the_last_of_a_full_image_may_be_another():
         export.compare_detections(found, expected, where="a.png", max_detections=3)
 
 
+def test_an_overlap_at_the_threshold_may_suppress_on_one_side():
+    """Two boxes of 30×10, moved by 10: IoU .5 but for rounding."""
+    better, worse = (1, 0.9, 0, 0, 30, 10), (1, 0.8, 10.0001, 0, 40.0001, 10)
+    found, expected = detections(better), detections(better, worse)
+    assert export.compare_detections(found, expected, where="a.png") == (1, 1)
+    assert export.compare_detections(expected, found, where="a.png") == (1, 1)
+    other_label, far, lower = (2, *worse[1:]), (1, 0.8, 10.1, 0, 40.1, 10), (1, 0.7, *better[2:])
+    for kept, lost in ((better, other_label), (better, far), (lower, worse)):
+        with pytest.raises(export.ExportError, match="the file lacks"):
+            export.compare_detections(detections(kept), detections(kept, lost), where="a.png")
+    with pytest.raises(export.ExportError, match="the file lacks"):
+        export.compare_detections(found, expected, where="a.png", nms_threshold=0.6)
+
+
 def test_faint_detections_with_nothing_in_common():
     check_counts(0, 2, images=2)
     check_counts(30, 30, images=2)

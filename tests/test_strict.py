@@ -46,6 +46,7 @@ HOST = {
     *{"resnet18", "resnet34", "resnet50", "resnet101"},
     *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "selected", "smallest_canvas", "names", "build"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
+    "remove_unfinished",
     *{"scale_learning_rate", "local_rows", "make_mesh", "step_compiler_options"},
     *{name for name, value in vars(evaluate).items() if isinstance(value, FunctionType)},  # NumPy alone
 }

@@ -93,6 +93,7 @@ def no_training():
         metrics = dict.fromkeys(("loss", "overflow", "invalid", "skipped"), 0.0)
         return eqx.tree_at(lambda state: state.step, state, state.step + 1), metrics
 
+    step.memory = lambda state, batch: None
     with mock.patch.object(train, "make_train_step", lambda *arguments, **options: step):
         yield
 

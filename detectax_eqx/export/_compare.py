@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 
 # How far a runtime may be from JAX: pixels, scores, and probabilities of mask pixels.
 BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 1e-2
 # From this IoU on, two detections of a label are one that both sides found; what they differ by is then compared.
 MATCH_IOU = 0.5
+# So close to the threshold of suppression, rounding decides whether an overlap suppresses.
+IOU_TOLERANCE = 1e-4
 # Up to this score, a detection that only one side has may come from a proposal that rounding moved over a threshold.
 UNMATCHED_SCORE = 0.1
 
@@ -25,6 +27,7 @@ def compare_detections(
     *,
     where: str,
     score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
     max_detections: int = 100,
     unmatched_score: float = UNMATCHED_SCORE,
 ) -> tuple[int, int]:
@@ -32,7 +35,8 @@ def compare_detections(
 
     Matched ones, see `match_detections`, must agree within .05 pixels, 1e-4 in score and .01 in mask probability. One
     side may have a detection that the other lacks where rounding decides: if its score is at most `unmatched_score`, or
-    exceeds by at most 1e-4 the `score_threshold` or, where the other side is full, the lowest of its `max_detections`.
+    exceeds by at most 1e-4 the `score_threshold` or, where the other side is full, the lowest of its `max_detections`;
+    or if its IoU with a better detection of the other side, of its label, is within 1e-4 of `nms_threshold`.
 
     - `found`, `expected`: the file's and the model's `boxes`, `scores`, `labels`, and `masks` if there are any, valid
       rows alone. `where`: what messages call the image.
@@ -52,7 +56,8 @@ def compare_detections(
             limit = max(limit, float(np.min(other["scores"])) + SCORE_TOLERANCE)
         for row in np.setdiff1d(np.arange(len(one["scores"])), taken).tolist():
             unmatched += 1
-            if not one["scores"][row] <= limit:  # also where it is NaN
+            excused = one["scores"][row] <= limit or _at_threshold(one, row, other, nms_threshold)
+            if not excused:  # also where the score is NaN
                 raise ExportError(
                     f"valid differs on {where}: {what} the detection {describe(one, row)}. Rounding excuses scores of "
                     f"up to {limit:.4g}. If you can do without this one, set unmatched_score (--unmatched-score of "
@@ -116,11 +121,25 @@ def _possible(found: Mapping[str, Any], expected: Mapping[str, Any], boxes: Any,
     """Which rows may be matched. Equal boxes may: one without area has no IoU."""
     same_label = np.asarray(found["labels"])[:, None] == np.asarray(expected["labels"])[None]
     equal = (boxes[:, None] == other[None]).all(axis=2)
+    return same_label & ((_iou(boxes, other) >= MATCH_IOU) | equal)
+
+
+def _at_threshold(one: Mapping[str, Any], row: int, other: Mapping[str, Any], nms_threshold: float) -> bool:
+    """Whether a better detection of the other side overlaps this one by the threshold itself, but for rounding."""
+    boxes, other_boxes = (np.asarray(side["boxes"], np.float32).reshape(-1, 4) for side in (one, other))
+    better = np.asarray(other["scores"]) >= one["scores"][row] - SCORE_TOLERANCE
+    rivals = better & (np.asarray(other["labels"]) == one["labels"][row])
+    overlaps = _iou(boxes[row : row + 1], other_boxes)[0]
+    return bool((rivals & (np.abs(overlaps - nms_threshold) <= IOU_TOLERANCE)).any())
+
+
+def _iou(boxes: np.ndarray, other: np.ndarray) -> Float[np.ndarray, "n m"]:
+    """Intersection over union of every pair, 0 where there is no area."""
     low, high = np.maximum(boxes[:, None, :2], other[None, :, :2]), np.minimum(boxes[:, None, 2:], other[None, :, 2:])
     intersection = np.maximum(high - low, 0).prod(axis=2)
     areas, other_areas = ((side[:, 2:] - side[:, :2]).prod(axis=1) for side in (boxes, other))
     union = areas[:, None] + other_areas[None] - intersection
-    return same_label & ((intersection >= MATCH_IOU * union) & (union > 0) | equal)
+    return np.where(union > 0, intersection / np.where(union > 0, union, 1), 0)
 
 
 def describe(detections: Mapping[str, Any], row: int) -> str:

@@ -206,6 +206,7 @@ def compare_onnx(
     everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
     limits = {
         "score_threshold": chosen.score_threshold,
+        "nms_threshold": getattr(chosen, "nms_threshold", 1.0),  # 1: a detector without suppression
         "max_detections": chosen.max_detections,
         "unmatched_score": unmatched_score,
     }
