@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -232,7 +233,10 @@ class Brightest(models.AbstractDetector):
     )
     selection: Few = eqx.field(static=True, default=Few())
     num_classes: int = eqx.field(static=True, default=3)
-    needs = frozenset({"boxes"})
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+
+    def loss(self, image, canvas_size, targets, *, key):
+        raise NotImplementedError
 
     def __call__(self, image, canvas_size, *, selection=None):
         image_size, selection = canvas_size, selection or self.selection
