@@ -98,7 +98,7 @@ def test_own_detector_on_images_of_other_channels():
         found = eqx.filter_jit(models.detect)(model, np.ones((64, 48, channels), np.uint8))
         np.testing.assert_allclose(found.boxes[0], [12, 16, 36, 48], atol=1)
     assert models.trainable(model).weight is True
-    with pytest.raises(ValueError, match="trainable_layers must be in 0..0"):
+    with pytest.raises(ValueError, match=r"trainable_layers must be in 0..0"):
         models.trainable(model, trainable_layers=3)
     with pytest.raises(TypeError, match="parameter 'model'"):
         models.detect(3, PICTURE)

@@ -1,5 +1,6 @@
 """What dense detectors share: towers of convolutions, anchors of all levels, and the choice of the best predictions."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class ConvTower(eqx.Module):
             x = conv(x)
             x = relu(x if self.norms is None else self.norms[i](x))
         return x
+
+
+def start_rare(class_logits: Conv2d) -> Conv2d:
+    """The layer with a bias that gives each class the probability `PRIOR` where the features say nothing."""
+    bias = jnp.full(class_logits.weight.shape[0], -math.log((1 - PRIOR) / PRIOR), class_logits.weight.dtype)
+    return eqx.tree_at(lambda conv: conv.bias, class_logits, bias)
 
 
 def by_anchor(x: Float[Array, "_ h w"], num_values: int) -> Float32[Array, "a {num_values}"]:

@@ -1,7 +1,7 @@
 """The contract between a detector and everything that uses one: detection, training, evaluation, export."""
 
 import abc
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 from jaxtyping import Array, Int32, PRNGKeyArray, Real
@@ -26,13 +26,17 @@ class Selection(Protocol):
     def max_detections(self) -> int: ...
 
 
-class AbstractDetector(eqx.Module):
+SelectionT = TypeVar("SelectionT", bound=Selection)
+
+
+class AbstractDetector(eqx.Module, Generic[SelectionT]):
     """An object detector: a PyTree that maps one image on its canvas to detections, and has a loss.
+
+    Generic in the class of its `Selection`.
 
     - `backbone`: what the features come from. Its `divisor` is what the sides of a canvas must be multiples of.
     - `preprocessing`: how an image gets onto its canvas; static.
     - `selection`: which detections are kept unless a call says otherwise; static.
-    - `num_classes`: number of foreground classes.
     - `needs`: names of the fields of `Targets` that the loss learns from: `"boxes"`, and perhaps `"masks"`.
 
     Subclasses are final: they have all their fields themselves, and functions shared by several detectors are free.
@@ -40,13 +44,17 @@ class AbstractDetector(eqx.Module):
 
     backbone: eqx.AbstractVar[Backbone]
     preprocessing: eqx.AbstractVar[Preprocessing]
-    selection: eqx.AbstractVar[Selection]
-    num_classes: eqx.AbstractVar[int]
-    needs: eqx.AbstractClassVar[frozenset[str]]
+    selection: eqx.AbstractVar[SelectionT]
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+
+    @property
+    @abc.abstractmethod
+    def num_classes(self) -> int:
+        """Number of foreground classes."""
 
     @abc.abstractmethod
     def __call__(
-        self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"], *, selection: Selection | None = None
+        self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"], *, selection: SelectionT | None = None
     ) -> Detections:
         """Detections in canvas pixels.
 

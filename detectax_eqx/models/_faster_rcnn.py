@@ -1,7 +1,5 @@
 """Faster R-CNN (arXiv:1506.01497) on a feature pyramid."""
 
-from typing import ClassVar
-
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Int32, PRNGKeyArray, Real
@@ -15,7 +13,7 @@ from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
 from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_losses, detect_boxes
 
 
-class FasterRCNN(AbstractDetector):
+class FasterRCNN(AbstractDetector[TwoStageSelection]):
     """A two-stage box detector: backbone with pyramid, region proposals, box head.
 
     `faster_rcnn` builds one with torchvision's parts. Its call takes an image that lies on its canvas; `detect` takes
@@ -27,11 +25,10 @@ class FasterRCNN(AbstractDetector):
     backbone: Backbone
     rpn: RPN
     box_head: BoxHead
-    pooling: RoIPooling = eqx.field(static=True, default=RoIPooling())
-    preprocessing: Preprocessing = eqx.field(static=True, default=Preprocessing())
-    selection: TwoStageSelection = eqx.field(static=True, default=TwoStageSelection())
-    sampling: TwoStageSampling = eqx.field(static=True, default=TwoStageSampling())
-    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+    pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
+    preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
+    selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
+    sampling: TwoStageSampling = eqx.field(static=True, kw_only=True, default=TwoStageSampling())
 
     @property
     def num_classes(self) -> int:

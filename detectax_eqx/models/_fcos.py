@@ -1,9 +1,7 @@
 """FCOS (arXiv:1904.01355): every cell of a pyramid predicts the box that it lies in, and how central it is there."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -15,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, Conv2d, GroupNorm, Norm, relu
 from ..ops import box_area, giou_loss, sigmoid_focal_loss
-from ._dense import PRIOR, ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot
+from ._dense import ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot, start_rare
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 
@@ -39,7 +37,7 @@ class FCOSMatching:
     most: float = 8.0
 
 
-class FCOS(AbstractDetector):
+class FCOS(AbstractDetector[DenseSelection]):
     """A one-stage box detector without anchors of several shapes: per cell a class, four distances and a centreness.
 
     `fcos` builds one with torchvision's parts. Classes are as in `RetinaNet`.
@@ -55,21 +53,25 @@ class FCOS(AbstractDetector):
     box_tower: ConvTower
     distances: Conv2d
     centerness: Conv2d
-    num_classes: int = eqx.field(static=True)
-    anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True, default=ANCHOR_SIZES)
-    preprocessing: Preprocessing = eqx.field(static=True, default=Preprocessing())
+    anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True, kw_only=True, default=ANCHOR_SIZES)
+    preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: DenseSelection = eqx.field(
-        static=True, default=DenseSelection(score_threshold=0.2, nms_threshold=0.6, max_detections=100)
+        static=True, kw_only=True, default=DenseSelection(score_threshold=0.2, nms_threshold=0.6, max_detections=100)
     )
-    matching: FCOSMatching = eqx.field(static=True, default=FCOSMatching())
-    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+    matching: FCOSMatching = eqx.field(static=True, kw_only=True, default=FCOSMatching())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes."""
+        return self.class_logits.weight.shape[0]
 
     def predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
     ) -> list[tuple[Float[Array, "a k"], Float[Array, "a 1"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
         """Class logits, centreness logits, distances and anchors of each level."""
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
-        anchors = level_anchors(features, image.shape[:2], sizes=self.anchor_sizes, aspect_ratios=(1.0,))
+        canvas = (image.shape[0], image.shape[1])
+        anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=(1.0,))
         levels = []
         for x, of_level in zip(features, anchors, strict=True):
             logits = by_anchor(self.class_logits(self.class_tower(x)), self.num_classes)
@@ -210,14 +212,12 @@ def fcos(
     keys, channels, init = jr.split(key, 5), backbone.channels, normal(0.01)
     tower = partial(ConvTower, channels, depth, init=init, norm=head_norm)
     class_logits = Conv2d(channels, num_classes, 3, init=init, key=keys[1])
-    bias = jnp.full_like(class_logits.bias, -math.log((1 - PRIOR) / PRIOR))
     return FCOS(
         backbone,
         tower(key=keys[0]),
-        eqx.tree_at(lambda conv: conv.bias, class_logits, bias),
+        start_rare(class_logits),
         tower(key=keys[2]),
         Conv2d(channels, 4, 3, init=init, key=keys[3]),
         Conv2d(channels, 1, 3, init=init, key=keys[4]),
-        num_classes,
-        anchor_sizes,
+        anchor_sizes=anchor_sizes,
     )

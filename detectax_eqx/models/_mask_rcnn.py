@@ -31,7 +31,7 @@ MASK_CHUNKS_KEPT = 3
 map_chunks = replaceable(map_chunks)
 
 
-class MaskRCNN(AbstractDetector):
+class MaskRCNN(AbstractDetector[TwoStageSelection]):
     """A two-stage detector of boxes and masks: the parts of a `FasterRCNN` and a mask head on the same features.
 
     `mask_rcnn` builds one with torchvision's parts.
@@ -43,10 +43,10 @@ class MaskRCNN(AbstractDetector):
     rpn: RPN
     box_head: BoxHead
     mask_head: MaskHead
-    pooling: RoIPooling = eqx.field(static=True, default=RoIPooling())
-    preprocessing: Preprocessing = eqx.field(static=True, default=Preprocessing())
-    selection: TwoStageSelection = eqx.field(static=True, default=TwoStageSelection())
-    sampling: TwoStageSampling = eqx.field(static=True, default=TwoStageSampling())
+    pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
+    preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
+    selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
+    sampling: TwoStageSampling = eqx.field(static=True, kw_only=True, default=TwoStageSampling())
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "masks"})
 
     @property

@@ -1,10 +1,8 @@
 """RetinaNet (arXiv:1708.02002): dense boxes of three scales and three shapes per cell, trained with the focal loss."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -16,7 +14,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, Conv2d, Norm
 from ..ops import decode_boxes, encode_boxes, giou_loss, match_boxes, pairwise_iou, sigmoid_focal_loss, smooth_l1_loss
-from ._dense import PRIOR, ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot
+from ._dense import ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot, start_rare
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 
@@ -50,7 +48,7 @@ class RetinaNetMatching:
     negative_iou: float = 0.4
 
 
-class RetinaNet(AbstractDetector):
+class RetinaNet(AbstractDetector[DenseSelection]):
     """A one-stage box detector: on every level of a pyramid, a class and a box for each of several anchors per cell.
 
     `retinanet` builds one with torchvision's parts.
@@ -68,21 +66,25 @@ class RetinaNet(AbstractDetector):
     class_logits: Conv2d
     box_tower: ConvTower
     deltas: Conv2d
-    num_classes: int = eqx.field(static=True)
-    anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True, default=ANCHOR_SIZES)
-    aspect_ratios: tuple[float, ...] = eqx.field(static=True, default=(0.5, 1.0, 2.0))
-    box_loss: BoxLoss = eqx.field(static=True, default=l1_of_deltas)
-    preprocessing: Preprocessing = eqx.field(static=True, default=Preprocessing())
-    selection: DenseSelection = eqx.field(static=True, default=DenseSelection())
-    matching: RetinaNetMatching = eqx.field(static=True, default=RetinaNetMatching())
-    needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
+    anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True, kw_only=True, default=ANCHOR_SIZES)
+    aspect_ratios: tuple[float, ...] = eqx.field(static=True, kw_only=True, default=(0.5, 1.0, 2.0))
+    box_loss: BoxLoss = eqx.field(static=True, kw_only=True, default=l1_of_deltas)
+    preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
+    selection: DenseSelection = eqx.field(static=True, kw_only=True, default=DenseSelection())
+    matching: RetinaNetMatching = eqx.field(static=True, kw_only=True, default=RetinaNetMatching())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes."""
+        return self.class_logits.weight.shape[0] // (len(self.anchor_sizes[0]) * len(self.aspect_ratios))
 
     def predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
     ) -> list[tuple[Float[Array, "a k"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
         """Class logits, deltas and anchors of each level."""
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
-        anchors = level_anchors(features, image.shape[:2], sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios)
+        canvas = (image.shape[0], image.shape[1])
+        anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios)
         logits = [by_anchor(self.class_logits(self.class_tower(x)), self.num_classes) for x in features]
         deltas = [by_anchor(self.deltas(self.box_tower(x)), 4) for x in features]
         return list(zip(logits, deltas, anchors, strict=True))
@@ -156,15 +158,13 @@ def retinanet(
     num_anchors = len(anchor_sizes[0]) * len(aspect_ratios)
     tower = partial(ConvTower, channels, depth, init=init, norm=head_norm, use_bias=head_norm is None)
     class_logits = Conv2d(channels, num_anchors * num_classes, 3, init=init, key=keys[1])
-    bias = jnp.full_like(class_logits.bias, -math.log((1 - PRIOR) / PRIOR))
     return RetinaNet(
         backbone,
         tower(key=keys[0]),
-        eqx.tree_at(lambda conv: conv.bias, class_logits, bias),
+        start_rare(class_logits),
         tower(key=keys[2]),
         Conv2d(channels, num_anchors * 4, 3, init=init, key=keys[3]),
-        num_classes,
-        anchor_sizes,
-        aspect_ratios,
-        box_loss,
+        anchor_sizes=anchor_sizes,
+        aspect_ratios=aspect_ratios,
+        box_loss=box_loss,
     )

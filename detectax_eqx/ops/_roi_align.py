@@ -88,7 +88,7 @@ def multilevel_roi_align(
     >>> pooled.ravel().tolist()
     [0.0, 1.0]
     """
-    features = RoIFeatures(
+    rois = RoIFeatures(
         features,
         strides=strides,
         sampling_ratio=sampling_ratio,
@@ -96,7 +96,7 @@ def multilevel_roi_align(
         canonical_size=canonical_size,
         canonical_level=canonical_level,
     )
-    return features.pool(boxes, output_size=output_size)
+    return rois.pool(boxes, output_size=output_size)
 
 
 class RoIFeatures(eqx.Module):

@@ -48,8 +48,8 @@ class BilinearTaps:
             if self.sampling_ratio:
                 count = self._samples_per_step
                 samples = (jnp.arange(count, dtype=jnp.int32) + step[axis] * count).astype(start.dtype)
-                options = {"bins": bins, "sampling_ratio": self.sampling_ratio}
-                index, weight = sample_taps(start, length, size, samples, **options)
+                ratio = self.sampling_ratio
+                index, weight = sample_taps(start, length, size, samples, bins=bins, sampling_ratio=ratio)
             else:
                 first, _ = pixel_range(start, length, size, bins=bins)  # (n, p, 1)
                 index = first + jnp.arange(PIXELS_PER_STEP, dtype=jnp.int32)[None, None, :]

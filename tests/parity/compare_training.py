@@ -10,7 +10,7 @@ the same loader; what differs is the random sampling of anchors and proposals. R
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,7 @@ MIN_SIZE, MAX_SIZE, CANVAS = 160, 224, (160, 224)
 SIZES = {"canvases": [CANVAS], "min_size": MIN_SIZE, "max_size": MAX_SIZE}
 HIDDEN = 256
 ANCHORS = ((16.0,), (32.0,), (64.0,), (96.0,), (128.0,))
-SAMPLING = models.Sampling(pre_nms_top_n=200, post_nms_top_n=200, rpn_samples=128, box_samples=64)
+SAMPLING = models.TwoStageSampling(pre_nms_top_n=200, post_nms_top_n=200, rpn_samples=128, box_samples=64)
 
 
 @dataclass
@@ -61,7 +61,9 @@ def build(key, num_classes):
     """The model whose initial weights both sides take."""
     keys = jr.split(key, 3)
     backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], norm=nn.GroupNorm), key=keys[1])
-    return models.FasterRCNN(backbone, num_classes, key=keys[2], hidden_size=HIDDEN, anchor_sizes=ANCHORS)
+    model = models.faster_rcnn(backbone, num_classes, key=keys[2], hidden_size=HIDDEN, anchor_sizes=ANCHORS)
+    preprocessing = models.Preprocessing(models.ShortestEdge(MIN_SIZE, MAX_SIZE))
+    return replace(model, preprocessing=preprocessing, sampling=SAMPLING)
 
 
 def torchvision_of(model):
@@ -102,7 +104,7 @@ def train_ours(model, loader, schedule, options):
             flip_probability=0.0,
             key=key,
         )
-        return models.faster_rcnn_loss(model, image, size, targets, key=key, sampling=SAMPLING)
+        return model.loss(image, size, targets, key=key)
 
     optimizer, trainable = train.adamw(schedule, weight_decay=1e-2), models.trainable(model)
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(options.seed))
@@ -190,9 +192,7 @@ def main(options: Options) -> None:
     began = time.perf_counter()
     model = (train_ours if options.side == "ours" else train_torchvision)(model, loader, schedule, options)
     seconds = time.perf_counter() - began
-    ours = evaluate_with(
-        lambda batch: models.detect_batch(model, batch, min_size=MIN_SIZE, max_size=MAX_SIZE), test_set
-    )
+    ours = evaluate_with(partial(models.detect_batch, model), test_set)
     theirs = evaluate_with(partial(detect_with_torchvision, torchvision_of(model).eval()), test_set)
     print(evaluate.format_metrics(ours))
     print(evaluate.format_per_class(ours))
