@@ -44,7 +44,7 @@ WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine",
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
     *{"resnet18", "resnet34", "resnet50", "resnet101"},
-    *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "selected", "smallest_canvas", "names", "build"},
+    *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "selected", "smallest_canvas"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",
     *{"scale_learning_rate", "local_rows", "make_mesh", "step_compiler_options"},

@@ -111,9 +111,10 @@ def describe_limits(
     counts = np.array([len(part) for part in boxes], np.int64)
     dropped = np.maximum(counts - max_objects, 0) if max_objects is not None else np.zeros_like(counts)
     on_reading, to_fit, tiny = 0, 0, 0
+    sizes = dataset.sizes
     for bucket in buckets:
         for index in bucket.indices:
-            size = np.array(dataset.sizes[index], np.float64)  # (2,)
+            size = np.array(sizes[index], np.float64)  # (2,)
             wanted = size * min(min_size / size.min(), max_size / size.max())
             fit = min(1.0, *(np.array(bucket.canvas) / np.floor(np.maximum(wanted, 1))))
             on_reading += bool((size > bucket.source).any())
