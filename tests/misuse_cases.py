@@ -109,6 +109,8 @@ OTHERS = [
     call(evaluate.encode_mask, np.ones((3, 4), bool)),
     call(models.box_detections, f32(M, 4), f32(M, 4, 4), PROPOSALS, f32(2)),
     call(models.box_loss, f32(M, 4), f32(M, 4, 4), SAMPLED, TARGETS),
+    call(models.giou_of_boxes, BOXES, BOXES, BOXES),
+    call(models.l1_of_deltas, BOXES, BOXES, BOXES),
     call(models.mask_loss, f32(M, 7, 7), SAMPLED, TARGETS),
     call(models.propose, RPN_OUTPUT, f32(2)),
     call(models.rpn_loss, f32(M), f32(M, 4), ANCHORS, TARGETS),
@@ -151,9 +153,10 @@ ELSEWHERE = {
         "write_results",
     }
     | {"class_rows", "error_rows", "format_errors"},
-    # test_models.py: they build detectors, or take whole ones; and box losses of a dense detector, test_dense.py.
+    # test_models.py: they build detectors, or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
-    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "giou_of_boxes", "l1_of_deltas"},
+    | {"dense_detections", "extract", "roi_features"}
+    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos"},
     zoo: {"names", "build"},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
     train: {

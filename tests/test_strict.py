@@ -38,7 +38,15 @@ CALLS = [
     call(train.warmup_multistep(0.1, milestones=[4], warmup_steps=0), jnp.int32(5)),
 ]
 # These take a detector and have tests of their own below.
-WITH_DETECTOR = {"detect", "detect_batch", "make_train_step", "init_train_state"}
+WITH_DETECTOR = {
+    "detect",
+    "detect_batch",
+    "extract",
+    "roi_features",
+    "dense_detections",
+    "make_train_step",
+    "init_train_state",
+}
 WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine", "warmup_multistep"}
 # These compute nothing on a device: files, options, structure, and building a model, which `test_built_under_x64` does.
 HOST = {
@@ -216,9 +224,16 @@ def _loss(model, image):
     return sum(x.total for x in losses.values())
 
 
-@pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])
-def test_detector_traces_under_x64(function):
-    model = tiny_detector.build()
+FUNCTIONS = pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])
+DETECTORS = pytest.mark.parametrize(
+    "detector", [tiny_detector.mask_rcnn, tiny_detector.retinanet, tiny_detector.fcos], ids=lambda f: f.__name__
+)
+
+
+@DETECTORS
+@FUNCTIONS
+def test_detector_traces_under_x64(detector, function):
+    model = tiny_detector.build(detector)
     wanted = eqx.filter_eval_shape(function, model, IMAGE)
     with jax.enable_x64(True):
         found = eqx.filter_eval_shape(function, model, IMAGE)
@@ -232,10 +247,11 @@ def test_detector_traces_under_x64(function):
     assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(wanted)]
 
 
-@pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])
-def test_detector_in_a_checked_shard_map(function):
+@DETECTORS
+@FUNCTIONS
+def test_detector_in_a_checked_shard_map(detector, function):
     """Parameters on every device, an image on each."""
-    arrays, static = eqx.partition(tiny_detector.build(), eqx.is_array)
+    arrays, static = eqx.partition(tiny_detector.build(detector), eqx.is_array)
 
     def one(arrays, images):
         result = function(eqx.combine(arrays, static), images[0])

@@ -41,16 +41,29 @@ class Pyramid(eqx.Module):
         return tuple(maps)
 
 
-def build():
-    """A tiny Mask R-CNN whose proposals differ so much that rounding does not change their order."""
+SIZES = ((12.0,), (24.0,), (48.0,))
+
+
+def mask_rcnn(backbone, key):
+    model = models.mask_rcnn(backbone, 3, key=key, hidden_size=32, hidden_channels=16, anchor_sizes=SIZES)
+    return replace(model, sampling=SAMPLING)
+
+
+def retinanet(backbone, key):
+    return models.retinanet(backbone, 3, key=key, depth=1, anchor_sizes=SIZES)
+
+
+def fcos(backbone, key):
+    return models.fcos(backbone, 3, key=key, depth=1, anchor_sizes=((8.0,), (16.0,), (32.0,)))
+
+
+def build(detector=mask_rcnn):
+    """A tiny detector, by default a Mask R-CNN whose proposals differ by more than rounding could move them."""
 
     def make():
         keys = jr.split(jr.key(0), 3)
-        sizes = ((12.0,), (24.0,), (48.0,))
-        parts = {"hidden_size": 32, "hidden_channels": 16, "anchor_sizes": sizes}
         preprocessing = models.Preprocessing(models.ShortestEdge(SIDE, SIDE))
-        model = models.mask_rcnn(Pyramid(key=keys[0]), 3, key=keys[1], **parts)
-        return replace(model, sampling=SAMPLING, preprocessing=preprocessing)
+        return replace(detector(Pyramid(key=keys[0]), keys[1]), preprocessing=preprocessing)
 
     return random_arrays(eqx.filter_eval_shape(make))
 
