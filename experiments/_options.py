@@ -116,8 +116,8 @@ class Options:
 
 
 RANGES = {
-    "positive": "epochs steps batch_size accumulate parameter_shards lr backbone_lr clip_norm min_sizes max_size "
-    "jitter max_objects anchor_sizes aspect_ratios threads log_every checkpoint_every",
+    "positive": "epochs steps batch_size accumulate parameter_shards lr backbone_lr clip_norm canvases min_sizes "
+    "max_size jitter max_objects anchor_sizes aspect_ratios threads log_every checkpoint_every",
     "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
     "in 0..1": "momentum flip ema",
 }
@@ -163,8 +163,8 @@ def check_model(options: Options, model: Model) -> None:
     levels, divisor = len(model.backbone.strides), model.backbone.divisor
     if options.anchor_sizes is not None and len(options.anchor_sizes) != levels:
         raise SystemExit(f"--anchor-sizes is {options.anchor_sizes}: it must be {levels} numbers, one per level.")
-    if any(side < 1 or side % divisor for canvas in options.canvases for side in canvas):
-        raise SystemExit(f"--canvases is {options.canvases}: it must be a positive multiple of {divisor}.")
+    if any(side % divisor for canvas in options.canvases for side in canvas):
+        raise SystemExit(f"--canvases is {options.canvases}: its sides must be multiples of {divisor}.")
 
 
 def check_promise(options: Options, epoch_steps: int) -> None:

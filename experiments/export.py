@@ -74,7 +74,7 @@ class Options:
 
 
 RANGES = {
-    "positive": "source batch_size min_size max_size max_detections max_images",
+    "positive": "source canvas batch_size min_size max_size max_detections max_images",
     "in 0..1": "score_threshold nms_threshold unmatched_score",
 }
 
@@ -94,8 +94,8 @@ def main(options: Options) -> None:
         max_detections=options.max_detections,
     )
     divisor = detector.model.backbone.divisor
-    if options.canvas is not None and any(side < 1 or side % divisor for side in options.canvas):
-        raise SystemExit(f"--canvas is {options.canvas}: it must be a positive multiple of {divisor}.")
+    if options.canvas is not None and any(side % divisor for side in options.canvas):
+        raise SystemExit(f"--canvas is {options.canvas}: its sides must be multiples of {divisor}.")
     canvases = detector.canvases if options.canvas is None else (options.canvas,)
     shapes = [export.Shape(options.batch_size, options.source, canvas) for canvas in canvases]
     options.output.parent.mkdir(parents=True, exist_ok=True)

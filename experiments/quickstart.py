@@ -62,7 +62,7 @@ def build(key, num_classes: int) -> models.MaskRCNN:
     return replace(
         model,
         pooling=models.RoIPooling(aligned=True),
-        mask_head=replace(model.mask_head, target_aligned=True),
+        mask_targets=models.RoIPooling(aligned=True, sampling_ratio=0),
         preprocessing=models.Preprocessing(models.ShortestEdge(SIZE, SIZE)),
         sampling=SAMPLING,
     )

@@ -128,7 +128,9 @@ def checkpointed():
     def make():
         return nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=jr.key(0), width=4, checkpoint=True)
 
-    arrays, static = eqx.partition(tiny_detector.random_arrays(eqx.filter_eval_shape(make)), eqx.is_array)
+    model = tiny_detector.random_arrays(eqx.filter_eval_shape(make))
+    arrays, static = eqx.partition(model, eqx.is_array)
+    arrays = jax.tree.map(lambda x: x if x.ndim > 1 else x + 1, arrays)  # norms' vectors
     images = np.random.default_rng(6).normal(size=(2, 3, 64, 96)).astype(np.float32)
 
     def run(arrays, images):

@@ -22,7 +22,9 @@ OUTSIDE = {
     "a positive multiple of 32": (33, 0, -32),
 }
 # Numbers that are checked against what the run has (devices, processes), rather than a range.
+# `--selection` against the fields of the detector's own selection (tests/malformed/options.py).
 CHECKED_ELSEWHERE = {("train", "num_processes"), ("train", "process_id")}
+CHECKED_ELSEWHERE |= {(script, "selection") for script in ("evaluate", "export", "predict")}
 
 
 def module_of(script):

@@ -371,7 +371,7 @@ def test_max_detections_reaches_scoring_and_report(crowded, capsys):
 def test_max_detections_reaches_both_halves(crowded, monkeypatch, tmp_path, limit, key, ap):
     _, dataset, results = crowded
     monkeypatch.setattr(_shared, "detect_dataset", lambda _, __, *, max_detections: results[:max_detections])
-    detector = mock.Mock(model=None)
+    detector = mock.Mock(model=mock.Mock(needs={"boxes"}))
     metrics = _shared.evaluate_on(detector, dataset, tmp_path / "out", max_detections=limit)
     assert key in metrics["bbox"].numbers and metrics["bbox"].numbers["AP"] == pytest.approx(ap)
 

@@ -24,8 +24,6 @@ class MaskHead(eqx.Module):
     upsample: Upsample2x2
     mask_logits: Conv2d
     pool_size: int = eqx.field(static=True)
-    target_sampling_ratio: int = eqx.field(static=True)
-    target_aligned: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -36,23 +34,14 @@ class MaskHead(eqx.Module):
         pool_size: int = 14,
         hidden_channels: int = 256,
         depth: int = 4,
-        target_sampling_ratio: int = 0,
-        target_aligned: bool = False,
     ):
-        """Builds the head.
-
-        - `pool_size`: side of the RoI's feature patch, in bins; masks have twice that.
-        - `target_sampling_ratio`, `target_aligned`: how mask targets are cropped, see `ops.crop_masks`. The defaults
-          are torchvision's; Detectron2 crops with `target_aligned=True`.
-        """
+        """`pool_size`: side of the RoI's feature patch, in bins; masks have twice that."""
         keys = jr.split(key, depth + 2)
         widths = (channels,) + (hidden_channels,) * depth
         self.convs = tuple(Conv2d(i, o, 3, key=k) for i, o, k in zip(widths[:-1], widths[1:], keys[2:], strict=True))
         self.upsample = Upsample2x2(widths[-1], hidden_channels, key=keys[0])
         self.mask_logits = Conv2d(hidden_channels, num_classes + 1, 1, key=keys[1])
         self.pool_size = pool_size
-        self.target_sampling_ratio = target_sampling_ratio
-        self.target_aligned = target_aligned
 
     def __call__(self, features: Float[Array, "n c s s"], labels: Int32[Array, " n"]) -> Float[Array, "n 2*s 2*s"]:
         """Mask logits of the class `labels` (foreground, from 0) of every box, in float32."""

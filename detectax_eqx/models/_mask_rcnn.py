@@ -36,7 +36,8 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
 
     `mask_rcnn` builds one with torchvision's parts.
 
-    - `pooling`, `preprocessing`, `selection`, `sampling`: static options; the defaults are torchvision's.
+    - `pooling`, `mask_targets`, `preprocessing`, `selection`, `sampling`: static options; the defaults are
+      torchvision's. `mask_targets` is how an object's mask is sampled in the frame of a proposal, see `ops.crop_masks`.
     """
 
     backbone: Backbone
@@ -44,6 +45,7 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
     box_head: BoxHead
     mask_head: MaskHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
+    mask_targets: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling(sampling_ratio=0))
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
     sampling: TwoStageSampling = eqx.field(static=True, kw_only=True, default=TwoStageSampling())
@@ -99,10 +101,8 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
         most = min(sampled.boxes.shape[0], self.sampling.max_box_positives)
         positives = jax.tree.map(lambda x: x[:most], sampled)
         logits = self.mask_logits(rois, positives.boxes, targets.labels[positives.matched], positives.positive)
-        head = self.mask_head
-        return losses | mask_loss(
-            logits, positives, targets, sampling_ratio=head.target_sampling_ratio, aligned=head.target_aligned
-        )
+        crop = self.mask_targets
+        return losses | mask_loss(logits, positives, targets, sampling_ratio=crop.sampling_ratio, aligned=crop.aligned)
 
 
 def _mask_logits(

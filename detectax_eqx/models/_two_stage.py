@@ -72,7 +72,7 @@ class TwoStageSampling:
 
 @dataclass(frozen=True)
 class RoIPooling:
-    """How the features inside a box are sampled, see `ops.roi_align`; torchvision's way. Detectron2's is `True, 0`."""
+    """How what lies inside a box is sampled, see `ops.roi_align`; torchvision's way. Detectron2's is `True, 0`."""
 
     aligned: bool = False
     sampling_ratio: int = 2

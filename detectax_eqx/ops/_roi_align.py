@@ -102,7 +102,7 @@ def multilevel_roi_align(
 class RoIFeatures(eqx.Module):
     """A feature pyramid that heads read boxes from: `multilevel_roi_align` of these maps, laid out once for all calls.
 
-    - `maps`: the levels, finest first, each `(c, h, w)`.
+    - `features`, kept as `maps`: the levels, finest first, each `(c, h, w)`.
     - `strides`, `sampling_ratio`, `aligned`, `canonical_size`, `canonical_level`: see `multilevel_roi_align`.
 
     >>> fine, coarse = jnp.zeros((1, 8, 8)), jnp.ones((1, 4, 4))
@@ -121,7 +121,7 @@ class RoIFeatures(eqx.Module):
 
     def __init__(
         self,
-        maps: Sequence[Float[Array, "c _ _"]],
+        features: Sequence[Float[Array, "c _ _"]],
         *,
         strides: Sequence[int],
         sampling_ratio: int = 2,
@@ -130,18 +130,20 @@ class RoIFeatures(eqx.Module):
         canonical_level: int = 4,
     ):
         strides = tuple(strides)
-        if not strides or len(strides) != len(maps):
-            raise ValueError(f"strides must have one entry for each of the {len(maps)} feature maps, got {strides}.")
+        if not strides or len(strides) != len(features):
+            raise ValueError(
+                f"strides must have one entry for each of the {len(features)} feature maps, got {strides}."
+            )
         first = strides[0].bit_length() - 1
         if strides[0] < 1 or strides != tuple(2 ** (first + i) for i in range(len(strides))):
             raise ValueError(f"strides must be powers of two, each twice the one before, got {strides}.")
         # The type checker looks at one map of the sequence only.
-        if len({(x.ndim, x.shape[0], x.dtype) for x in maps}) > 1:
-            shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in maps)
+        if len({(x.ndim, x.shape[0], x.dtype) for x in features}) > 1:
+            shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in features)
             raise ValueError(f"features must have the same axes, channels and dtype on all levels, got {shapes}.")
         if not canonical_size > 0:
             raise ValueError(f"canonical_size must be positive, got {canonical_size}.")
-        self.maps = tuple(maps)
+        self.maps = tuple(features)
         self.cells = _cells(self.maps)
         self.strides = strides
         self.sampling_ratio = sampling_ratio

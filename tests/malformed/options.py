@@ -136,6 +136,8 @@ def make(script, options, folder):
     }[script]
     if script == "train":
         usual |= tiny_train.OPTIONS | {"steps": 1, "warmup-steps": 0, "batch-size": len(jax.devices())}
+    elif options.keys() & {"selection", "canvas"}:  # what they may be depends on the detector
+        usual |= detector_weights()
     elif script != "inspect_dataset" and "weights" not in options:
         usual["checkpoint"] = folder / "run"
     given = {name: value for name, value in (usual | options).items() if value is not None}
