@@ -81,19 +81,16 @@ OF_TRICK = {
 
 
 @pytest.mark.parametrize("trick", OF_TRICK)
-def test_each_trick_on_its_own(trick, monkeypatch):
+def test_each_trick_on_its_own(trick):
     def program_and_results():
-        jax.clear_caches()  # of traces, which hold the other form
         run, *args = OF_TRICK[trick]()
         return jax.jit(run).lower(*args).as_text(), plain_results.results(OF_TRICK[trick])
 
     program, expected = program_and_results()
-    monkeypatch.setattr(_plain, "OFF", frozenset({trick}))
-    other, found = program_and_results()
+    with _xla.plain_operations([trick]):
+        other, found = program_and_results()
     assert program != other, "the switch changes nothing"
     assert_same(found, expected)
-    monkeypatch.undo()
-    jax.clear_caches()
 
 
 def test_compiler_options(monkeypatch):
@@ -101,8 +98,8 @@ def test_compiler_options(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_matmul_precision("highest"):
         assert nn.convolution_options()
-        monkeypatch.setattr(_plain, "OFF", frozenset({"options"}))
-        assert nn.convolution_options() == {}
+        with _xla.plain_operations(["options"]):
+            assert nn.convolution_options() == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert train.step_compiler_options() == {}
 
@@ -120,16 +117,14 @@ def test_values_of_the_variable():
         _plain.parse("pooling,winograds")
 
 
-def test_plain_programs_hold_no_trick(monkeypatch):
+def test_plain_programs_hold_no_trick():
     """One convolution per kernel and direction, and neither conditions nor loops around it."""
-    monkeypatch.setattr(_plain, "OFF", _plain.parse("1"))
-    jax.clear_caches()
     x, weight = jr.normal(jr.key(0), (2, 256, 9, 8)), jnp.ones((256, 256, 3, 3))
 
     def total(x, weight):
         return jax.vmap(lambda x: nn.conv2d(x, weight, padding=1))(x).sum()
 
-    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, weight).as_text()
+    with _xla.plain_operations():
+        text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, weight).as_text()
     assert text.count("stablehlo.convolution") == 2
     assert not any(f"stablehlo.{name}" in text for name in ("while", "case", "if"))
-    jax.clear_caches()

@@ -2,12 +2,15 @@
 
 The environment variable `DETECTAX_PLAIN` is read once, at import. `1` turns every trick off; a list such as
 `winograd,rematerialisation` turns those off alone, so that each can be measured. Results stay the same.
+`plain_operations` does so for what is traced within it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import jax
 from jax import lax
 
 
@@ -44,12 +47,20 @@ def parse(value: str) -> frozenset[str]:
     return off
 
 
-OFF = parse(os.environ.get("DETECTAX_PLAIN", ""))
+# A part of the key of every cache of traced functions: what was traced with a trick is not used without it.
+_off = jax.make_user_context(parse(os.environ.get("DETECTAX_PLAIN", "")))
 
 
 def is_plain(trick: Trick) -> bool:
     """Whether `trick` is turned off."""
-    return trick in OFF
+    return trick in _off.value
+
+
+@contextmanager
+def plain_operations(tricks: Collection[Trick] = TRICKS) -> Iterator[None]:
+    """Turns `tricks` off, and all others on, for what is traced within it."""
+    with _off(frozenset(tricks)):
+        yield
 
 
 def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], trick: Trick = "platforms") -> Any:

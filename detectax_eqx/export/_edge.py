@@ -28,12 +28,10 @@ from ..models import (
     propose,
     roi_features,
 )
-from ..nn import conv2d, max_pool2d, relu
-from ..nn._fpn import _upsample_nearest
+from ..nn import relu
 from ..ops import resize_image
-from ..ops._substitute import substituted
 from ._extras import require
-from ._fold import fold_constants, fold_norms
+from ._fold import fold_constants, fold_norms, trace
 from ._parts import two_stage_parts
 from ._program import Shape, about_model, size_table
 
@@ -250,8 +248,8 @@ def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: ja
         names[:] = outputs
         return list(outputs.values())
 
-    with substituted({conv2d: _conv2d, max_pool2d: _max_pool2d, _upsample_nearest: _upsample}):
-        jaxpr = fold_constants(jax.make_jaxpr(run)(example))
+    rewrites = {"convolve": _convolve, "reduce_window_max": _max_pool, "upsample_nearest": _upsample}
+    jaxpr = fold_constants(trace(run, example), rewrites=rewrites)
     lowered = jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr)).lower(example).compiler_ir("stablehlo")
     assert lowered is not None
     context = ir.Context()
@@ -276,22 +274,23 @@ def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) 
         quantize.quantize(ranges).export_model(path, overwrite=True)
 
 
-def _conv2d(x, weight, bias=None, *, stride=1, padding=0):
+def _convolve(x, weight, *bias, stride, padding):
     """Channels last, as TFLite has it; the transposes of neighbours cancel."""
     y = lax.conv_general_dilated(
-        x.transpose(1, 2, 0)[None],
+        x.transpose(0, 2, 3, 1),
         weight.transpose(2, 3, 1, 0),
         (stride, stride),
         ((padding, padding),) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )[0]
-    return (y if bias is None else y + bias[None, None]).transpose(2, 0, 1)
+    )
+    return (y + bias[0][None, None, None] if bias else y).transpose(0, 3, 1, 2)
 
 
-def _max_pool2d(x, *, kernel_size, stride, padding=0):
-    """Padded with 0: what is pooled went through a ReLU."""
-    x = jnp.pad(x.transpose(1, 2, 0), ((padding, padding), (padding, padding), (0, 0)))[None]
-    window, strides = (1, kernel_size, kernel_size, 1), (1, stride, stride, 1)
+def _max_pool(x, *, window_dimensions, window_strides, padding, **_):
+    """Of a map `(c, h, w)`, padded with 0: what is pooled went through a ReLU."""
+    channels_last = [1, 2, 0]
+    x = jnp.pad(x.transpose(channels_last), [padding[i] for i in channels_last])[None]
+    window, strides = ((1, *(sizes[i] for i in channels_last)) for sizes in (window_dimensions, window_strides))
     return lax.reduce_window(x, -np.inf, lax.max, window, strides, "VALID")[0].transpose(2, 0, 1)
 
 

@@ -1,5 +1,6 @@
 """What a program need not compute: frozen norms go into the convolutions before them, and constants are worked out."""
 
+import ast
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend import core
 
+from .._xla import TRICKS, plain_operations
 from ..nn import Conv2d, FrozenBatchNorm
 
 
@@ -62,12 +64,19 @@ def _folded(conv: Conv2d, norm: FrozenBatchNorm) -> Conv2d:
 Rewrites = Mapping[str, Callable[..., Any]]
 
 
+def trace(function: Callable[..., Any], *specs: Any) -> core.ClosedJaxpr:
+    """The program of `function` in plain operations, in which a convolution is one, `convolve`, with its bias."""
+    with plain_operations([trick for trick in TRICKS if trick != "convolution"]):
+        return jax.make_jaxpr(function)(*specs)
+
+
 def fold_constants(jaxpr: core.ClosedJaxpr, *, rewrites: Rewrites | None = None) -> core.ClosedJaxpr:
     """The same program with constants computed, unused operations left out, and functions within it opened up.
 
     Anchors are most of it. A converter that takes time for each operation has a third of them left.
 
-    - `rewrites`: functions that replace primitives, by name, outside of loops and branches.
+    - `rewrites`: functions that replace operations, by name, outside of loops and branches. Of a primitive they take
+      operands and parameters, of a named call (`_xla.named_call`) operands and options.
     """
 
     def run(*arguments: Any) -> list[Any]:
@@ -104,9 +113,20 @@ def _needed(jaxpr: core.Jaxpr) -> list[Any]:
     return eqns[::-1]
 
 
+def _named(eqn: Any) -> tuple[str, dict[str, Any]]:
+    """What an operation is called, and its parameters or, if it is a named call, its options."""
+    called = eqn.params.get("name", "")
+    if not called.endswith(")"):
+        return eqn.primitive.name, eqn.params
+    call = ast.parse(called, mode="eval").body
+    assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    return call.func.id, {option.arg: ast.literal_eval(option.value) for option in call.keywords if option.arg}
+
+
 def _apply(eqn: Any, operands: list[Any], rewrites: Rewrites) -> list[Any]:
-    if eqn.primitive.name in rewrites:
-        return [rewrites[eqn.primitive.name](*operands, **eqn.params)]
+    name, options = _named(eqn)
+    if name in rewrites:
+        return jax.tree.leaves(rewrites[name](*operands, **options))
     if eqn.primitive.name not in CONTROL_FLOW:
         for inner in filter(None, map(eqn.params.get, ("jaxpr", "call_jaxpr", "call"))):
             return _evaluate(inner.jaxpr, inner.consts, operands, rewrites)

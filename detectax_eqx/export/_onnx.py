@@ -17,12 +17,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ..models import AbstractDetector, Selection
-from ..ops._substitute import substituted
 from ..weights import named_leaves
 from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
 from ._extras import quiet, require
-from ._fold import fold_constants, fold_norms
-from ._program import Shape, about_model, checked_selection, detection_program
+from ._fold import fold_constants, fold_norms, trace
+from ._program import Shape, about_model, checked_selection, detection_program, image_program
 
 
 OUTPUTS: tuple[str, ...] = ("boxes", "scores", "labels", "valid", "masks")
@@ -105,16 +104,16 @@ def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
 def to_proto(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Any:
     """The detector as an `onnx.ModelProto`."""
     folded = fold_norms(model)
-    program = detection_program(folded, shape, selection)
+    program = image_program(folded, shape, selection)
     specs = {
-        "images": jax.ShapeDtypeStruct((shape.batch, *shape.source, shape.channels), np.uint8),
-        "image_sizes": jax.ShapeDtypeStruct((shape.batch, 2), np.int32),
+        "images": jax.ShapeDtypeStruct((*shape.source, shape.channels), np.uint8),
+        "image_sizes": jax.ShapeDtypeStruct((2,), np.int32),
     }
 
     def run(*inputs: Any) -> dict[str, Any]:
         return dict(zip(OUTPUTS, jax.tree.leaves(program(*inputs)), strict=False))
 
-    return convert(run, specs, folded)
+    return convert(run, specs, folded, batch=shape.batch)
 
 
 def convert(
@@ -122,18 +121,20 @@ def convert(
     specs: dict[str, Any],
     model: Any,
     *,
-    left_out: Mapping[Any, Any] | None = None,
+    batch: int | None = None,
+    calls: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Any:
     """A function of `model` from arrays like `specs`, in order, to arrays by name, as an `onnx.ModelProto`.
 
-    - `left_out`: operations to put in the place of others, besides those that ONNX has.
+    - `batch`: of how many examples the file is, if the function is of one.
+    - `calls`: what to put in the place of named calls, other than ONNX's own operators.
     """
     import jax2onnx
 
-    from ._onnx_ops import OPSET, REWRITES, Substitutes, register_calls, with_functions
+    from ._onnx_ops import OPSET, Operators, register_calls, with_functions
 
     register_calls()
-    substitutes = Substitutes(model.num_classes)
+    operators = Operators(model.num_classes)
     names: list[str] = []
 
     def run(*inputs: Any) -> list[Any]:
@@ -141,19 +142,22 @@ def convert(
         names[:] = outputs
         return list(outputs.values())
 
-    with substituted(substitutes.table | dict(left_out or {})):
-        jaxpr = jax.make_jaxpr(run)(*specs.values())
+    # Named calls are of one example, other operations become ONNX's best in a batch.
+    jaxpr = fold_constants(trace(run, *specs.values()), rewrites=operators.calls | dict(calls or {}))
+    if batch is not None:
+        specs = {name: jax.ShapeDtypeStruct((batch, *spec.shape), spec.dtype) for name, spec in specs.items()}
+        jaxpr = jax.make_jaxpr(jax.vmap(jax.extend.core.jaxpr_as_fun(jaxpr)))(*specs.values())
     # onnx_ir warns of each intermediate value of which jax2onnx noted a shape and no dtype; runtimes infer both.
     with quiet("onnx_ir.serde"):
         proto = jax2onnx.to_onnx(
-            jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=REWRITES)),
+            jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=operators.primitives)),
             list(specs.values()),
             model_name="detector",
             opset=OPSET,
             input_names=list(specs),
             output_names=names,
         )
-    proto = with_functions(proto, substitutes.functions)
+    proto = with_functions(proto, operators.functions)
     _name_weights(proto, named_leaves(model))
     return proto
 

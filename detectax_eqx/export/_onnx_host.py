@@ -24,7 +24,7 @@ from ..models import (
     propose,
     roi_features,
 )
-from ..ops import nms_indices, resize_image
+from ..ops import resize_image
 from ._extras import require
 from ._fold import fold_norms
 from ._host import host_nms
@@ -124,15 +124,16 @@ def save_onnx_parts(
     } | {f"features{i}": feature for i, feature in enumerate(maps)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    left_out = {nms_indices: _best_indices}
+    calls = {"nms_indices": _best_indices}
     for name, function, specs in (("proposals", proposals, first), ("detections", detections, second)):
-        proto = convert(function, specs, folded, left_out=left_out)
+        proto = convert(function, specs, folded, calls=calls)
         onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
         onnx.save_model(proto, folder / f"{name}.onnx")
 
 
-def _best_indices(boxes, scores, valid, *, iou_threshold, max_outputs, labels=None):
+def _best_indices(boxes, scores, *rest, iou_threshold, max_outputs):
     """`nms_indices` without suppression: the best of the valid rows."""
+    valid = rest[-1]
     scores = jnp.where(valid, scores, -1.0)
     if max_outputs > scores.shape[0]:
         scores = jnp.concatenate([scores, jnp.full(max_outputs - scores.shape[0], -1.0)])

@@ -1,45 +1,28 @@
-"""What ONNX has operators for, in place of this package's own forms, and how these become a graph.
+"""What ONNX has operators for, in place of named calls and primitives, and how these become a graph.
 
-Suppression and RoIAlign are functions written in ONNX, in its text syntax. While JAX traces a model they are primitives
-that are known by their shapes alone; jax2onnx makes a call of each, and `with_functions` puts the function there.
+Suppression and RoIAlign are functions written in ONNX, in its text syntax. In a traced program they are primitives that
+are known by their shapes alone; jax2onnx makes a call of each, and `with_functions` puts the function there.
 """
 # pyright: reportMissingImports=false
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray
+from jax import lax
+from jax.core import ShapedArray, Tracer
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
-from jaxtyping import Array, Bool, Float, Int
-
-from ..models import box_detections, dense_detections, propose
-from ..models._box_head import _linear
-from ..models._mask_rcnn import map_chunks
-from ..nn import conv2d, max_pool2d, relu
-from ..nn._fpn import _upsample_nearest
-from ..ops import RoIFeatures, nms_indices, resize_image
-from ..ops._nms import _comparable
-from ..ops._roi_align import _levels
+from jaxtyping import Array
 
 
+# An array of a traced program, or a constant.
+Operand = Any
 DOMAIN, OPSET = "detectax_eqx", 18
 
-
-def _logistic(x: Array, **_: Any) -> Array:
-    return 1 / (1 + jnp.exp(-x))
-
-
-# Primitives that a runtime's own operator computes too roughly. onnxruntime's Sigmoid is off by 1e-7 in absolute terms
-# and not monotonic: below a logit of -10, where a sure detector has most of its proposals, it swaps their ranks, and
-# suppression then keeps others.
-REWRITES = {"logistic": _logistic}
 
 _call_p = Primitive("onnx_call")
 _call_p.multiple_results = True
@@ -63,29 +46,31 @@ def register_calls() -> None:
                 ctx.bind_value_for_var(var, call)
 
 
-class Substitutes:
-    """The functions to put in place of others while a model is traced, and the text of the ONNX functions they call."""
+class Operators:
+    """ONNX's operators for the named calls and the primitives of a program, and the text of the functions they call."""
 
     def __init__(self, num_classes: int):
         self.functions: dict[str, str] = {}
         self.num_classes = num_classes
-        self.table: dict[Callable[..., Any], Callable[..., Any]] = {
-            conv2d: self._conv2d,
-            relu: self._relu,
-            _linear: one_by_one(self._linear),
-            max_pool2d: self._max_pool2d,
-            _upsample_nearest: self._upsample_nearest,
-            map_chunks: one_by_one(_map_all),
-            RoIFeatures.pool: one_by_one(self._pool),
-            resize_image: one_by_one(inspect.unwrap(resize_image)),
-            propose: one_by_one(inspect.unwrap(propose)),
-            box_detections: one_by_one(inspect.unwrap(box_detections)),
-            dense_detections: one_by_one(inspect.unwrap(dense_detections)),
-            nms_indices: self._nms_indices,
+        # Of one example.
+        self.calls: dict[str, Callable[..., Any]] = {
+            "nms_indices": one_by_one(self._nms_indices),
+            "roi_align": one_by_one(self._roi_align),
+            "upsample_nearest": self._upsample_nearest,
+            "gather": one_by_one(lax.gather_p.bind),  # jax2onnx's has no batch
+            "dynamic_slice": one_by_one(lax.dynamic_slice_p.bind),
+        }
+        # Of a batch.
+        self.primitives: dict[str, Callable[..., Any]] = {
+            "convolve": self._convolve,
+            "dot_general": self._dot_general,
+            "reduce_window_max": self._max_pool,
+            "max": self._max,
+            "logistic": _logistic,
         }
 
     def _call(
-        self, text: str, operands: Sequence[Array], results: Sequence[tuple[tuple[int, ...], Any]]
+        self, text: str, operands: Sequence[Operand], results: Sequence[tuple[tuple[int, ...], Any]]
     ) -> list[Array]:
         """A call of the ONNX function `text`, whose name is to be `NAME`; the same text is one function."""
         name = self.functions.setdefault(text, f"Function{len(self.functions)}")
@@ -93,66 +78,72 @@ class Substitutes:
 
         return _call_p.bind(*operands, **params)
 
-    def _conv2d(
-        self,
-        x: Float[Array, "i h w"],
-        weight: Float[Array, "o i kh kw"],
-        bias: Float[Array, " o"] | None = None,
-        *,
-        stride: int = 1,
-        padding: int = 0,
-    ) -> Float[Array, "o h2 w2"]:
-        parameters = {"w": weight} if bias is None else {"w": weight, "b": bias}
-        line = f"y = Conv <strides = {_list(stride, 2)}, pads = {_list(padding, 4)}> (x, {', '.join(parameters)})"
-        sides = _sides(x, weight.shape[2:], stride, padding)
-        return self._on_images([line], x, (weight.shape[0], *sides), **parameters)
+    def _convolve(self, x: Operand, weight: Operand, *bias: Operand, stride: int, padding: int) -> Array:
+        """Maps `(n, i, h, w)`."""
+        names = ["x", "w", "b"][: 2 + len(bias)]
+        line = f"y = Conv <strides = {_list(stride, 2)}, pads = {_list(padding, 4)}> ({', '.join(names)})"
+        sides = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
+        return self._operator([line], [x, weight, *bias], names, (len(x), len(weight), *sides))
 
-    def _max_pool2d(
-        self, x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0
-    ) -> Float[Array, "c h2 w2"]:
-        options = f"kernel_shape = {_list(kernel_size, 2)}, strides = {_list(stride, 2)}, pads = {_list(padding, 4)}"
-        sides = _sides(x, (kernel_size, kernel_size), stride, padding)
-        return self._on_images([f"y = MaxPool <{options}> (x)"], x, (x.shape[0], *sides))
+    def _dot_general(self, x: Operand, y: Operand, *, dimension_numbers: Any, **options: Any) -> Array:
+        """A linear layer's `(…, i)` times `(o, i)`, which is one operator with the weight as it is."""
+        if dimension_numbers != (((x.ndim - 1,), (1,)), ((), ())) or y.ndim != 2 or x.ndim < 2:
+            return lax.dot_general_p.bind(x, y, dimension_numbers=dimension_numbers, **options)
+        rows = x.reshape(-1, x.shape[-1])
+        product = self._operator(["z = Gemm <transB = 1> (x, y)"], [rows, y], ["x", "y"], (len(rows), len(y)))
+        return product.reshape(*x.shape[:-1], len(y))
 
-    def _upsample_nearest(self, x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
+    def _max_pool(self, x: Operand, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> Array:
+        """Windows over the last two axes."""
+        pads = [low for low, _ in padding[-2:]] + [high for _, high in padding[-2:]]
+        kernel, strides = list(window_dimensions[-2:]), list(window_strides[-2:])
+        sides = [(side + pads[i] + pads[i + 2] - kernel[i]) // strides[i] + 1 for i, side in enumerate(x.shape[-2:])]
+        maps = x.reshape(-1, *x.shape[-3:])
+        line = f"y = MaxPool <kernel_shape = {kernel}, strides = {strides}, pads = {pads}> (x)"
+        pooled = self._operator([line], [maps], ["x"], (*maps.shape[:2], *sides))
+        return pooled.reshape(*x.shape[:-2], *sides)
+
+    def _max(self, x: Operand, y: Operand) -> Array:
+        """`max(x, 0)` is an operator that runtimes fuse with the one before."""
+        if isinstance(y, Tracer) or np.ndim(y) or y != 0:
+            return lax.max_p.bind(x, y)
+        return self._operator(["y = Relu (x)"], [x], ["x"], x.shape)
+
+    def _upsample_nearest(self, x: Operand) -> Array:
+        """A map `(c, h, w)`."""
         options = 'mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"'
-        scales = "scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()"
-        return self._on_images(
-            [scales, f"y = Resize <{options}> (x, , scales)"], x, (x.shape[0], 2 * x.shape[1], 2 * x.shape[2])
-        )
-
-    def _relu(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return self._on_images(["y = Relu (x)"], x, x.shape)
-
-    def _linear(self, layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
-        weight, bias = layer.weight, layer.bias
-        assert bias is not None
-        text = _function(["x", "w", "b"], ["y"], ["y = Gemm <transB = 1> (x, w, b)"])
-        return self._call(text, [x, weight, bias], [((x.shape[0], weight.shape[0]), x.dtype)])[0]
-
-    def _on_images(self, lines: Sequence[str], x: Array, shape: tuple[int, ...], **parameters: Array) -> Array:
-        """The result `y`, of `shape`, of lines of ONNX for an image `x`; of a batch under `vmap`."""
-        text = _function(["x", *parameters], ["y"], lines)
+        lines = [
+            "scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()",
+            f"y = Resize <{options}> (x, , scales)",
+        ]
 
         def batched(x):
-            return self._call(text, [x, *parameters.values()], [((x.shape[0], *shape), x.dtype)])[0]
+            return self._operator(lines, [x], ["x"], (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
 
         mapped = custom_vmap(lambda x: batched(x[None])[0])
-
         mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))
         return mapped(x)
 
-    def _pool(
-        self, rois: RoIFeatures, boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]
-    ) -> Float[Array, "n c p q"]:
-        rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
-        features, strides, sampling_ratio, aligned = rois.maps, rois.strides, rois.sampling_ratio, rois.aligned
-        first = strides[0].bit_length() - 1
-        last = first + len(strides) - 1
-        level = _levels(boxes, first, last, rois.canonical_size, rois.canonical_level) - first
+    def _operator(
+        self, lines: Sequence[str], operands: Sequence[Operand], names: Sequence[str], shape: tuple[int, ...]
+    ) -> Array:
+        """The result, of `shape`, of lines of ONNX on operands of these names; the last line is that of the result."""
+        text = _function(names, [lines[-1].split(" = ")[0]], lines)
+        return self._call(text, operands, [(shape, operands[0].dtype)])[0]
+
+    def _roi_align(
+        self,
+        *operands: Operand,
+        scales: Sequence[float],
+        output_size: tuple[int, int],
+        sampling_ratio: int,
+        aligned: bool,
+    ) -> Array:
+        *features, _, boxes, level = operands  # without the cells, which are the same features
+        rows, columns = output_size
         mode = "half_pixel" if aligned else "output_half_pixel"
         lines = ["minus = Constant <value_ints = [-1]> ()", "first = Constant <value_ints = [0]> ()"]
-        for k, stride in enumerate(strides):
+        for k, scale in enumerate(scales):
             lines += [
                 f"level{k} = Constant <value = int32 {{{k}}}> ()",
                 f"here{k} = Equal (level, level{k})",
@@ -162,11 +153,11 @@ class Substitutes:
                 f"images{k} = Sub (rows{k}, rows{k})",
                 f"maps{k} = Unsqueeze (features{k}, first)",
                 f'pooled{k} = RoiAlign <mode = "avg", output_height = {rows}, output_width = {columns}, '
-                f"sampling_ratio = {sampling_ratio}, spatial_scale = {1 / stride!r}, "
+                f"sampling_ratio = {sampling_ratio}, spatial_scale = {scale!r}, "
                 f'coordinate_transformation_mode = "{mode}"> (maps{k}, boxes{k}, images{k})',
             ]
-        maps = [f"features{k}" for k in range(len(strides))]
-        rows_of, pooled = ([f"{name}{k}" for k in range(len(strides))] for name in ("rows", "pooled"))
+        maps = [f"features{k}" for k in range(len(scales))]
+        rows_of, pooled = ([f"{name}{k}" for k in range(len(scales))] for name in ("rows", "pooled"))
         # Rows were taken level by level: a sort of their positions puts them back.
         lines += [
             f"order = Concat <axis = 0> ({', '.join(rows_of)})",
@@ -180,18 +171,16 @@ class Substitutes:
         return self._call(text, [boxes, level, *features], results)[0]
 
     def _nms_indices(
-        self,
-        boxes: Float[Array, "n 4"],
-        scores: Float[Array, " n"],
-        valid: Bool[Array, " n"] | None = None,
-        *,
-        iou_threshold: float,
-        max_outputs: int,
-        labels: Int[Array, " n"] | None = None,
-    ) -> tuple[Int[Array, " m"], Bool[Array, " m"]]:
-        threshold = float(_comparable(iou_threshold, boxes))
-        finite = ~jnp.isnan(scores)
-        valid = finite if valid is None else valid & finite
+        self, boxes: Operand, scores: Operand, *rest: Operand, iou_threshold: float, max_outputs: int
+    ) -> tuple[Array, Array]:
+        """`rest` are labels, validity, or both."""
+        labels = next((x for x in rest if x.dtype != bool), None)
+        valid = ~jnp.isnan(scores)
+        for given in (x for x in rest if x.dtype == bool):
+            valid = valid & given
+        threshold = float(np.float32(iou_threshold))
+        if threshold > iou_threshold:  # an IoU in float32 exceeds both thresholds or neither
+            threshold = float(np.nextafter(np.float32(threshold), np.float32(-1)))
         lines = [
             "minus = Constant <value_ints = [-1]> ()",
             "zero = Constant <value_ints = [0]> ()",
@@ -251,42 +240,36 @@ class Substitutes:
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which under `vmap` is called for one example after the other: jax2onnx's gathers have no batch."""
+    """`function` of arrays and options, which under `vmap` is called for one example after the other."""
 
-    def call(*arguments, **options):
-        arrays, static = eqx.partition((arguments, options), eqx.is_array)
-
-        def one(arrays):
-            arguments, options = eqx.combine(arrays, static)
-            return function(*arguments, **options)
-
-        mapped = custom_vmap(one)
+    def call(*arrays: Operand, **options: Any) -> Any:
+        mapped = custom_vmap(lambda *arrays: function(*arrays, **options))
 
         @mapped.def_vmap
-        def _(axis_size, in_batched, arrays):
+        def _(axis_size, in_batched, *arrays):
             each = [
-                one(jax.tree.map(lambda x, batched, i=i: x[i] if batched else x, arrays, in_batched[0]))
+                function(*(x[i] if batched else x for x, batched in zip(arrays, in_batched, strict=True)), **options)
                 for i in range(axis_size)
             ]
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
             return stacked, jax.tree.map(lambda _: True, stacked)
 
-        return mapped(arrays)
+        return mapped(*arrays)
 
     return call
 
 
+def _logistic(x: Operand, **_: Any) -> Array:
+    """onnxruntime's Sigmoid is off by 1e-7 in absolute terms and not monotonic.
+
+    Below a logit of -10, where a sure detector has most of its proposals, it swaps their ranks, and suppression then
+    keeps others.
+    """
+    return 1 / (1 + jnp.exp(-x))
+
+
 def _list(value: int, count: int) -> str:
     return str([value] * count)
-
-
-def _sides(x: Array, kernel: tuple[int, ...], stride: int, padding: int) -> tuple[int, ...]:
-    """Height and width of what a window makes of an image."""
-    return tuple((side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[1:], kernel, strict=True))
-
-
-def _map_all(function, rows, count, *, chunk_size, kept):
-    return function(*rows)
 
 
 def _function(inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from .._types import Detections
 from ..models import AbstractDetector, Selection, detect, selected
 
 
-Program = Callable[[UInt8[Array, "b h w c"], Int32[Array, "b 2"]], Detections]
+Program = Callable[[UInt8[Array, "*b h w c"], Int32[Array, "*b 2"]], Detections]
 # Sizes are tabled in 16 bits.
 LARGEST_SIDE = np.iinfo(np.int16).max
 
@@ -88,22 +88,24 @@ def detection_program(model: AbstractDetector, shape: Shape, selection: Selectio
     Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`, and a selection with
     counts that are not positive or thresholds outside 0..1.
     """
+    return jax.vmap(image_program(model, shape, selection))
+
+
+def image_program(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Program:
+    """`detection_program` for one image, `(h, w, c)`, and its size, `(2,)`."""
     selection = checked_selection(model, selection)
     table = size_table(model, shape)
 
-    def one(image, source_size, canvas_size):
+    def program(image: UInt8[Array, "h w c"], source_size: Int32[Array, " 2"]) -> Detections:
+        row = (source_size[0] - 1) * shape.source[1] + source_size[1] - 1
         return detect(
             model,
             image,
             canvas=shape.canvas,
             selection=selection,
             source_size=source_size,
-            canvas_size=canvas_size,
+            canvas_size=jnp.asarray(table)[row].astype(jnp.int32),
         )
-
-    def program(images: UInt8[Array, "b h w c"], image_sizes: Int32[Array, "b 2"]) -> Detections:
-        rows = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
-        return jax.vmap(one)(images, image_sizes, jnp.asarray(table)[rows].astype(jnp.int32))
 
     return program
 

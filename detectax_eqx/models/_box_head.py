@@ -18,7 +18,6 @@ from ..ops import (
     sample_balanced,
     smooth_l1_loss,
 )
-from ..ops._substitute import replaceable
 from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_size
 
 
@@ -78,7 +77,6 @@ class BoxHead(eqx.Module):
         return logits, deltas.reshape(features.shape[0], -1, 4)
 
 
-@replaceable
 def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
     y = jnp.einsum("ni,oi->no", x, layer.weight)
     return y if layer.bias is None else y + layer.bias[None]
@@ -167,7 +165,6 @@ def box_loss(
     }
 
 
-@replaceable
 def box_detections(
     logits: Float[Array, "p k1"],
     deltas: Float[Array, "p k1 4"],

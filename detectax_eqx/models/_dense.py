@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 from .._types import Detections
 from ..nn import Conv2d, Initializer, Norm, relu
 from ..ops import anchor_grid, clip_boxes, nms_indices
-from ..ops._substitute import replaceable
 
 
 # The rare foreground starts with this probability: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
@@ -100,7 +99,6 @@ class DenseSelection:
     top_n: int = 1000
 
 
-@replaceable
 def dense_detections(
     scores: Callable[[Float[Array, "a k"], Array], Float[Array, "a k"]],
     decode: Callable[[Float[Array, "a 4"], Float[Array, "a 4"]], Float[Array, "a 4"]],

@@ -13,7 +13,6 @@ from .._types import Detections, Targets, WeightedSum
 from .._xla import map_chunks
 from ..nn import Backbone
 from ..ops import RoIFeatures
-from ..ops._substitute import replaceable
 from ._box_head import BoxHead
 from ._detector import AbstractDetector
 from ._faster_rcnn import faster_rcnn
@@ -27,8 +26,6 @@ from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_los
 # fewer objects than there is room for.
 MASK_CHUNK = 10
 MASK_CHUNKS_KEPT = 3
-
-map_chunks = replaceable(map_chunks)
 
 
 class MaskRCNN(AbstractDetector[TwoStageSelection]):

@@ -25,7 +25,6 @@ from ..ops import (
     sample_balanced,
     smooth_l1_loss,
 )
-from ..ops._substitute import replaceable
 
 
 # torchvision's anchors: sides in canvas pixels, a tuple per level of the pyramid, and height / width.
@@ -185,7 +184,6 @@ class SampledAnchors(eqx.Module):
     matched: Int32[Array, " s"]
 
 
-@replaceable
 def propose(
     output: RPNOutput,
     image_size: Float[Array, " 2"],

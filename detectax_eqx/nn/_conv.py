@@ -10,7 +10,6 @@ from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import convolve, max_pool
-from ..ops._substitute import replaceable
 
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
@@ -21,7 +20,6 @@ he_fan_out: Initializer = variance_scaling(2.0, "fan_out", "normal", in_axis=1, 
 lecun_uniform: Initializer = variance_scaling(1.0, "fan_in", "uniform", in_axis=1, out_axis=0)
 
 
-@replaceable
 def conv2d(
     x: Float[Array, "i h w"],
     weight: Float[Array, "o i kh kw"],
@@ -98,7 +96,6 @@ class Upsample2x2(eqx.Module):
         return jnp.einsum("ihw,ioab->hwabo", x, self.weight) + self.bias[None, None, None, None]
 
 
-@replaceable
 def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
     """The largest value of each window; padding never wins. The gradient goes to the first of equals, as in torch.
 
@@ -110,7 +107,6 @@ def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, paddi
     return max_pool(x, kernel_size=kernel_size, stride=stride, padding=padding)
 
 
-@replaceable
 def relu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`max(x, 0)`, with gradient 0 at 0.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..ops._substitute import replaceable
+from .._xla import named_call
 from ._conv import Conv2d, lecun_uniform, relu
 from ._resnet import ResNet
 
@@ -107,12 +107,11 @@ class FPN(eqx.Module):
         coarser, outputs = None, []
         for x, lateral, output in reversed(list(zip(features, self.lateral, self.output, strict=True))):
             x = lateral(x)
-            coarser = x if coarser is None else x + _upsample_nearest(coarser)
+            coarser = x if coarser is None else x + named_call(_upsample_nearest, coarser)
             outputs.insert(0, output(coarser))
         return (*outputs, *self.top(features, tuple(outputs)))
 
 
-@replaceable
 def _upsample_nearest(x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
     c, h, w = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (c, h, 2, w, 2)).reshape(c, 2 * h, 2 * w)

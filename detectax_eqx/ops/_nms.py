@@ -22,9 +22,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from .._xla import by_platform, first_true, unvmap_max, varying_like
+from .._xla import by_platform, first_true, named_call, unvmap_max, varying_like
 from ._boxes import _corners, _intersection_and_union
-from ._substitute import replaceable
 
 
 # Greedy selection costs a few passes over the boxes per output, the scan one pass per box and a sort: they break even
@@ -197,8 +196,8 @@ def _nms(boxes, scores, labels, valid, threshold):
     )
 
 
-@partial(jax.jit, static_argnames="max_outputs")
-def _nms_indices(boxes, scores, labels, valid, threshold, *, max_outputs):
+def _nms_indices(boxes, scores, labels, valid, *, iou_threshold, max_outputs):
+    threshold = _comparable(iou_threshold, boxes)
     n = boxes.shape[0]
     if n == 0:
         return jnp.zeros(max_outputs, jnp.int32), jnp.zeros(max_outputs, bool)
@@ -259,7 +258,6 @@ def class_aware_nms(
     return _nms(boxes, scores, labels, valid, _comparable(iou_threshold, boxes))
 
 
-@replaceable
 def nms_indices(
     boxes: Float[Array, "n 4"],
     scores: Float[Array, " n"],
@@ -283,5 +281,5 @@ def nms_indices(
     """
     if max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
-    threshold = _comparable(iou_threshold, boxes)
-    return _nms_indices(boxes, scores, labels, valid, threshold, max_outputs=max_outputs)
+    options = {"iou_threshold": float(iou_threshold), "max_outputs": max_outputs}
+    return named_call(_nms_indices, boxes, scores, labels, valid, **options)

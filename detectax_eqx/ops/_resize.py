@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ._sampling import output_bins
-from ._substitute import replaceable
 
 
 def resized_size(
@@ -40,7 +39,6 @@ def resized_size(
     return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 
 
-@replaceable
 def resize_image(
     image: Float[Array, "h w c"],
     *,

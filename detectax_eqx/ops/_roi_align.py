@@ -7,10 +7,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from .._xla import lay_out, pool, varying_like
+from .._xla import lay_out, named_call, pool, varying_like
 from ._boxes import _upcast
 from ._sampling import box_axis, check_sampling_ratio, output_bins
-from ._substitute import replaceable
 from ._taps import BilinearTaps
 
 
@@ -55,7 +54,7 @@ def roi_align(
         raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}.")
     level = jnp.zeros(boxes.shape[0], jnp.int32)
     maps = (features,)
-    return _align(maps, _cells(maps), boxes, [spatial_scale], level, output_size, sampling_ratio, aligned)
+    return _align(maps, _cells(maps), boxes, level, [spatial_scale], output_size, sampling_ratio, aligned)
 
 
 def multilevel_roi_align(
@@ -151,14 +150,13 @@ class RoIFeatures(eqx.Module):
         self.canonical_size = canonical_size
         self.canonical_level = canonical_level
 
-    @replaceable
     def pool(self, boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]) -> Float[Array, "n c p q"]:
         """Features of each box, in canvas pixels, from the level that suits its size."""
         first = self.strides[0].bit_length() - 1
         last = first + len(self.strides) - 1
         level = _levels(boxes, first, last, self.canonical_size, self.canonical_level) - first
         scales = [1 / stride for stride in self.strides]
-        return _align(self.maps, self.cells, boxes, scales, level, output_size, self.sampling_ratio, self.aligned)
+        return _align(self.maps, self.cells, boxes, level, scales, output_size, self.sampling_ratio, self.aligned)
 
 
 def _levels(
@@ -186,10 +184,15 @@ def _sides(maps) -> tuple[tuple[int, int, int], ...]:
     return tuple((*x.shape[1:], sum(counts[:i])) for i, x in enumerate(maps))
 
 
-def _align(maps, cells, boxes, scales, level, output_size, sampling_ratio, aligned):
+def _align(maps, cells, boxes, level, scales, output_size, sampling_ratio, aligned):
     """RoIAlign on several maps, each box on the one that `level` names, at that map's scale; `cells` are the maps'."""
-    rows, columns = output_bins(output_size)
     check_sampling_ratio(sampling_ratio)
+    options = {"scales": tuple(map(float, scales)), "output_size": output_bins(output_size)}
+    return named_call(_roi_align, maps, cells, boxes, level, **options, sampling_ratio=sampling_ratio, aligned=aligned)
+
+
+def _roi_align(maps, cells, boxes, level, *, scales, output_size, sampling_ratio, aligned):
+    rows, columns = output_size
     dtype = maps[0].dtype
     if boxes.shape[0] == 0:
         return jnp.zeros((0, cells.shape[1], rows, columns), dtype)
