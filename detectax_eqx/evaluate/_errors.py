@@ -64,7 +64,7 @@ class ErrorAnalysis:
     """What `analyze_errors` gives, for `k` categories in the order of their ids.
 
     - `ap`: AP at the foreground IoU, exactly as pycocotools has it (AP50 by default). -1 without ground truth.
-    - `costs`: by kind of error, how much AP is lost to it: what it would rise by if that kind alone were mended.
+    - `costs`: by kind of error, how much AP is lost to it: what it would rise by if that kind alone were corrected.
     - `false_positive_cost`, `false_negative_cost`: the same for all false detections, and for all objects not found.
     - `class_ap`: AP of each class, -1 where there is no object. `class_costs`: by class and kind; 0 in such rows.
     - `precision`: of each class at each `recall` (0, .01, … 1), the best at that recall or beyond; -1 without objects.
@@ -108,11 +108,11 @@ def analyze_errors(
     - background: no object reaches `background_iou`;
     - both: what remains: an object of another class between the two.
 
-    An object is missed if it is not found and no classification or localization error is about it. Mending a kind means
-    (section 2.3): classification and localization errors become right, the best about each object that was not found,
-    the others vanish; both, duplicate and background errors vanish; missed objects no longer count. A class of which
-    then none remains has AP 1, or 0 with false detections left. Costs do not add up to what is lacking to 1: the paper
-    says why.
+    An object is missed if it is not found and no classification or localization error is about it. Correcting a kind
+    means (section 2.3): classification and localization errors become right, the best about each object that was not
+    found, the others vanish; both, duplicate and background errors vanish; missed objects no longer count. A class of
+    which then none remains has AP 1, or 0 with false detections left. Costs do not add up to what is lacking to 1: the
+    paper says why.
 
     The other arguments, what is guarded and what raises a `ValueError` are as in `evaluate_coco`; further, thresholds
     must be 0 < `background_iou` < `foreground_iou` <= 1.
@@ -141,29 +141,18 @@ def analyze_errors(
         evaluation.evaluate()
     detections, objects = _judge(prepared, foreground_iou, background_iou)
     recall = np.asarray(params.recThrs, np.float64)
-
-    counts = np.bincount(objects.labels, minlength=len(categories))
-    as_found = _Outcome(detections.labels, detections.verdicts == RIGHT, detections.verdicts == IGNORED, counts)
-
-    def precision_of(outcome: _Outcome) -> Float64[np.ndarray, "k r"]:
-        return _precision(outcome, detections.scores, recall, counted=counts > 0)
-
-    base = precision_of(as_found)
-    mended = [precision_of(_mend(kind, as_found, detections, objects)) for kind in range(len(ERROR_KINDS))]
-    no_false = precision_of(as_found._replace(ignored=as_found.ignored | (detections.verdicts >= 0)))
-    found_counts = np.bincount(objects.labels[objects.found], minlength=len(categories))
-    none_missed = precision_of(as_found._replace(counts=found_counts))
+    base, corrected, no_false, none_missed = _precisions(detections, objects, recall, num_classes=len(categories))
     ap = mean_defined(base.T)  # in the order in which pycocotools adds
     class_ap = base.mean(axis=1)
     return ErrorAnalysis(
         category_ids=tuple(category.id for category in categories),
         class_names=tuple(category.name for category in categories),
         ap=ap,
-        costs={name: mean_defined(after.T) - ap for name, after in zip(ERROR_KINDS, mended, strict=True)},
+        costs={name: mean_defined(after.T) - ap for name, after in zip(ERROR_KINDS, corrected, strict=True)},
         false_positive_cost=mean_defined(no_false.T) - ap,
         false_negative_cost=mean_defined(none_missed.T) - ap,
         class_ap=class_ap,
-        class_costs=np.stack([after.mean(axis=1) - class_ap for after in mended], axis=1),
+        class_costs=np.stack([after.mean(axis=1) - class_ap for after in corrected], axis=1),
         precision=base,
         recall=recall,
         detections=detections,
@@ -171,6 +160,24 @@ def analyze_errors(
         foreground_iou=foreground_iou,
         background_iou=background_iou,
     )
+
+
+def _precisions(
+    detections: Any, objects: Any, recall: Float64[np.ndarray, " r"], *, num_classes: int
+) -> tuple[Any, list[Any], Any, Any]:
+    """The precision at each recall of each class, `(k, r)`: as found, with each kind of error corrected, without any
+    false detection, and without any missed object."""
+    counts = np.bincount(objects.labels, minlength=num_classes)
+    as_found = _Outcome(detections.labels, detections.verdicts == RIGHT, detections.verdicts == IGNORED, counts)
+
+    def precision_of(outcome: _Outcome) -> Float64[np.ndarray, "k r"]:
+        return _precision(outcome, detections.scores, recall, counted=counts > 0)
+
+    corrected = [precision_of(_corrected(kind, as_found, detections, objects)) for kind in range(len(ERROR_KINDS))]
+    no_false = precision_of(as_found._replace(ignored=as_found.ignored | (detections.verdicts >= 0)))
+    found_counts = np.bincount(objects.labels[objects.found], minlength=num_classes)
+    none_missed = precision_of(as_found._replace(counts=found_counts))
+    return precision_of(as_found), corrected, no_false, none_missed
 
 
 class _Outcome(NamedTuple):
@@ -182,7 +189,7 @@ class _Outcome(NamedTuple):
     counts: Int64[np.ndarray, " k"]
 
 
-def _mend(kind: int, outcome: _Outcome, detections: JudgedDetections, objects: JudgedObjects) -> _Outcome:
+def _corrected(kind: int, outcome: _Outcome, detections: JudgedDetections, objects: JudgedObjects) -> _Outcome:
     """The outcome without the errors of a kind."""
     if ERROR_KINDS[kind] == "missed":
         missed = np.bincount(objects.labels[objects.missed], minlength=len(outcome.counts))

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -63,53 +64,9 @@ def save_onnx_parts(
         raise ValueError(f"batch must be 1 where suppression is left to the host, got {shape.batch}.")
     metadata = about_model(model, class_names, selection) | {"shape": asdict(shape)}
     folded = fold_norms(model)
-    detector, chosen = two_stage_parts(folded, selection)
-    table = size_table(model, shape)
-
-    def proposals(images, image_sizes):
-        row = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
-        resized = jnp.asarray(table)[row].astype(jnp.int32)[0]
-        pixels = resize_image(
-            images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
-        )
-        rois, _, output = extract(detector, pixels, resized)
-        found = [
-            propose(
-                RPNOutput((logits,), (deltas,), (anchors,)),
-                resized.astype(jnp.float32),
-                pre_nms_top_n=chosen.pre_nms_top_n,
-                post_nms_top_n=chosen.pre_nms_top_n,
-                min_size=chosen.rpn_min_size,
-                weights=detector.rpn.weights,
-            )
-            for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True)
-        ]
-        levels = [jnp.full(one.scores.shape, i, jnp.int32) for i, one in enumerate(found)]
-        return {
-            "boxes": jnp.concatenate([one.boxes for one in found]),
-            "scores": jnp.concatenate([one.scores for one in found]),
-            "labels": jnp.concatenate(levels),
-            "valid": jnp.concatenate([one.valid for one in found]),
-            "resized": resized,
-        } | {f"features{i}": feature for i, feature in enumerate(rois.maps)}
-
-    def detections(proposals, valid, resized, *features):
-        head = detector.box_head
-        logits, deltas = head(roi_features(detector, features).pool(proposals, output_size=head.pool_size))
-        found = box_detections(
-            logits,
-            deltas,
-            Proposals(proposals, jnp.zeros(valid.shape), valid),
-            resized.astype(jnp.float32),
-            score_threshold=chosen.score_threshold,
-            max_detections=num_candidates,
-            min_size=chosen.box_min_size,
-            weights=head.weights,
-        )
-        return {name: getattr(found, name) for name in ("boxes", "scores", "labels", "valid")}
-
+    parts = two_stage_parts(folded, selection)
     maps = jax.eval_shape(
-        lambda image, size: extract(detector, image, size)[0].maps,
+        lambda image, size: extract(parts.model, image, size)[0].maps,
         jax.ShapeDtypeStruct((*shape.canvas, shape.channels), np.float32),
         jax.ShapeDtypeStruct((2,), np.int32),
     )
@@ -118,17 +75,67 @@ def save_onnx_parts(
         "image_sizes": jax.ShapeDtypeStruct((1, 2), np.int32),
     }
     second = {
-        "proposals": jax.ShapeDtypeStruct((chosen.post_nms_top_n, 4), np.float32),
-        "proposals_valid": jax.ShapeDtypeStruct((chosen.post_nms_top_n,), np.bool_),
+        "proposals": jax.ShapeDtypeStruct((parts.selection.post_nms_top_n, 4), np.float32),
+        "proposals_valid": jax.ShapeDtypeStruct((parts.selection.post_nms_top_n,), np.bool_),
         "resized": jax.ShapeDtypeStruct((2,), np.int32),
     } | {f"features{i}": feature for i, feature in enumerate(maps)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     calls = {"nms_indices": _best_indices}
+    proposals = partial(_proposals, parts, shape, size_table(model, shape))
+    detections = partial(_detections, parts, num_candidates)
     for name, function, specs in (("proposals", proposals, first), ("detections", detections, second)):
         proto = convert(function, specs, folded, calls=calls)
         onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
         onnx.save_model(proto, folder / f"{name}.onnx")
+
+
+def _proposals(parts, shape, table, images, image_sizes):
+    """What the first file computes: the best boxes of each level, and the features."""
+    detector, chosen = parts
+    row = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
+    resized = jnp.asarray(table)[row].astype(jnp.int32)[0]
+    pixels = resize_image(
+        images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
+    )
+    rois, _, output = extract(detector, pixels, resized)
+    found = [
+        propose(
+            RPNOutput((logits,), (deltas,), (anchors,)),
+            resized.astype(jnp.float32),
+            pre_nms_top_n=chosen.pre_nms_top_n,
+            post_nms_top_n=chosen.pre_nms_top_n,
+            min_size=chosen.rpn_min_size,
+            weights=detector.rpn.weights,
+        )
+        for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True)
+    ]
+    levels = [jnp.full(one.scores.shape, i, jnp.int32) for i, one in enumerate(found)]
+    return {
+        "boxes": jnp.concatenate([one.boxes for one in found]),
+        "scores": jnp.concatenate([one.scores for one in found]),
+        "labels": jnp.concatenate(levels),
+        "valid": jnp.concatenate([one.valid for one in found]),
+        "resized": resized,
+    } | {f"features{i}": feature for i, feature in enumerate(rois.maps)}
+
+
+def _detections(parts, num_candidates, proposals, valid, resized, *features):
+    """What the second file computes: the best detections in the proposals, before suppression."""
+    detector, chosen = parts
+    head = detector.box_head
+    logits, deltas = head(roi_features(detector, features).pool(proposals, output_size=head.pool_size))
+    found = box_detections(
+        logits,
+        deltas,
+        Proposals(proposals, jnp.zeros(valid.shape), valid),
+        resized.astype(jnp.float32),
+        score_threshold=chosen.score_threshold,
+        max_detections=num_candidates,
+        min_size=chosen.box_min_size,
+        weights=head.weights,
+    )
+    return {name: getattr(found, name) for name in ("boxes", "scores", "labels", "valid")}
 
 
 def _best_indices(boxes, scores, *rest, iou_threshold, max_outputs):

@@ -76,7 +76,7 @@ def make_train_step(
     - `accumulate`: parts that each device's examples are taken in, one after the other, to save memory. The update is
       that of the whole batch (`mean_gradient` says how, and what it costs).
     - `ema_decay`: of `state.ema`, if the state has one: `ema = decay * ema + (1 - decay) * model`, where `decay` is
-      `(1 + step) / (10 + step)` as long as that is less, lest the average be that of the first, random weights.
+      `(1 + step) / (10 + step)` as long as that is less, so that the first, random weights do not dominate the average.
 
     The step's randomness is `fold_in(state.key, state.step)`, split over the examples. An example that is not
     `batch.valid` counts nothing; a batch without any has loss 0.
@@ -125,37 +125,45 @@ def make_train_step(
         terms, gradient = gradient_of(loss, parameters, rest, batch, keys, accumulate=accumulate)
         if taken := sorted(set(terms) & set(RESERVED)):
             raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
-        updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
-        metrics = terms | {
-            "loss": sum(terms.values(), jnp.zeros((), jnp.float32)),
-            "gradient_norm": _norm(gradient),
-            "update_norm": _norm(updates),
-            "parameter_norm": _norm(parameters),
+        state, metrics = _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema_decay)
+        left_out = {
             "overflow": jnp.sum(jnp.where(batch.valid, batch.overflow, 0)).astype(jnp.float32),
             "invalid": jnp.sum(~batch.valid).astype(jnp.float32),
         }
-        # All norms, so that every use of the parameters comes before they change: else XLA keeps a copy of them.
-        norms = metrics["gradient_norm"] + metrics["update_norm"] + metrics["parameter_norm"]
-        finite = jnp.isfinite(metrics["loss"] + norms)
-        updated = eqx.apply_updates(parameters, updates)
-
-        def if_finite(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(partial(jnp.where, finite), new, old)
-
-        model = eqx.combine(if_finite(updated, parameters), rest)
-        ema = state.ema
-        if ema is not None:
-            averaged, constant = partition(ema, trainable)
-            count = state.step.astype(jnp.float32)
-            decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-            average = optax.incremental_update(updated, averaged, 1 - decay)
-            ema = eqx.combine(if_finite(average, averaged), constant)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        metrics["skipped"] = skipped.astype(jnp.float32)
-        opt_state = if_finite(opt_state, state.opt_state)
-        return TrainState(state.step + 1, state.key, model, opt_state, ema, skipped), metrics
+        return state, metrics | left_out
 
     return TrainStep(update)
+
+
+def _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema_decay):
+    """The next state and the metrics, of the terms of the loss and the gradient of the trained parameters."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
+    metrics = terms | {
+        "loss": sum(terms.values(), jnp.zeros((), jnp.float32)),
+        "gradient_norm": _norm(gradient),
+        "update_norm": _norm(updates),
+        "parameter_norm": _norm(parameters),
+    }
+    # All norms, so that every use of the parameters comes before they change: else XLA keeps a copy of them.
+    norms = metrics["gradient_norm"] + metrics["update_norm"] + metrics["parameter_norm"]
+    finite = jnp.isfinite(metrics["loss"] + norms)
+    updated = eqx.apply_updates(parameters, updates)
+
+    def if_finite(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(partial(jnp.where, finite), new, old)
+
+    model = eqx.combine(if_finite(updated, parameters), rest)
+    ema = state.ema
+    if ema is not None:
+        averaged, constant = partition(ema, trainable)
+        count = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+        average = optax.incremental_update(updated, averaged, 1 - decay)
+        ema = eqx.combine(if_finite(average, averaged), constant)
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    metrics["skipped"] = skipped.astype(jnp.float32)
+    opt_state = if_finite(opt_state, state.opt_state)
+    return TrainState(state.step + 1, state.key, model, opt_state, ema, skipped), metrics
 
 
 def _norm(tree: PyTree) -> Float32[Array, ""]:

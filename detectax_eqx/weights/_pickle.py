@@ -65,42 +65,31 @@ def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
     """
     stream = io.BytesIO(content)
     stream.seek(start)
-    stack, marks, memo = [], [], {}
-
-    @no_type_check
-    def since_mark() -> list:
-        mark = marks.pop()
-        items = stack[mark:]
-        del stack[mark:]
-        return items
-
-    @no_type_check
-    def name_of(module: str, attribute: str) -> Name | Skipped:
-        if type(module) is not str or type(attribute) is not str:
-            raise WeightsError(f"it refers to the name {reprlib.repr((module, attribute))}.")
-        name = f"{module}.{attribute}"
-        return Name(name) if name in reader.names else Skipped(name[:200])
-
-    @no_type_check
-    def called(function: Any, arguments: Any) -> Any:
-        if type(function) is Skipped:
-            return function
-        if type(function) is not Name or type(arguments) is not tuple:
-            raise WeightsError(f"it calls {reprlib.repr(function)}.")
-        return reader.call(function.name, arguments)
-
-    @no_type_check
-    def new(kind: Any) -> Skipped:
-        if type(kind) is not Skipped:
-            raise WeightsError(f"it makes an instance of {reprlib.repr(kind)}.")
-        return kind
-
+    machine = _Machine(reader)
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         if count == MOST_INSTRUCTIONS:
             raise WeightsError(f"its pickle has more than {count:,} instructions, which no file of weights has.")
-        match opcode.name:
-            case "STOP":
-                return stack.pop(), position + 1
+        if opcode.name == "STOP":
+            return machine.stack.pop(), position + 1
+        if not (
+            machine.put(opcode.name, argument) or machine.gather(opcode.name) or machine.build(opcode.name, argument)
+        ):
+            raise WeightsError(f"it has the instruction {opcode.name}, which a file of tensors has no need of.")
+    raise WeightsError("its pickle has no end.")
+
+
+@no_type_check
+class _Machine:
+    """A stack with marks and a memo. Each method runs the instructions of one kind, and says whether it knew it."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.stack, self.marks, self.memo = [], [], {}
+
+    def put(self, instruction: str, argument: Any) -> bool:
+        """Numbers, texts, constants and empty containers, marks, and what was put into the memo."""
+        stack = self.stack
+        match instruction:
             case "PROTO" | "FRAME":
                 pass
             case name if name in NUMBERS or name in TEXTS:
@@ -112,65 +101,105 @@ def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
             case name if name in CONTAINERS:
                 stack.append(CONTAINERS[name]())
             case "MARK":
-                marks.append(len(stack))
+                self.marks.append(len(stack))
             case "POP":
                 stack.pop()
             case "POP_MARK":
-                since_mark()
+                self._since_mark()
             case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
+                self.memo[argument] = stack[-1]
             case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                self.memo[len(self.memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
+                stack.append(self.memo[argument])
+            case _:
+                return False
+        return True
+
+    def gather(self, instruction: str) -> bool:
+        """What is on the stack into tuples, lists and dictionaries."""
+        stack = self.stack
+        match instruction:
             case "TUPLE":
-                stack.append(tuple(since_mark()))
+                stack.append(tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
+                size = int(instruction[-1])
                 stack[-size:] = [tuple(stack[-size:])]
             case "LIST":
-                stack.append(since_mark())
+                stack.append(self._since_mark())
             case "APPEND":
                 add_items(stack[-2], [stack[-1]])
                 stack.pop()
             case "APPENDS":
-                items = since_mark()
+                items = self._since_mark()
                 add_items(stack[-1], items)
             case "DICT":
-                items = since_mark()
+                items = self._since_mark()
                 stack.append(dict(checked_pairs(zip(items[::2], items[1::2], strict=True))))
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 set_items(stack[-1], [(key, value)])
             case "SETITEMS":
-                items = since_mark()
+                items = self._since_mark()
                 set_items(stack[-1], zip(items[::2], items[1::2], strict=True))
+            case _:
+                return False
+        return True
+
+    def build(self, instruction: str, argument: Any) -> bool:
+        """Names, calls, instances and references, which are the reader's, or notes."""
+        stack = self.stack
+        match instruction:
             case "GLOBAL":
-                stack.append(name_of(*argument.split(" ", 1)))
+                stack.append(self._name(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
-                stack.append(name_of(module, attribute))
+                stack.append(self._name(module, attribute))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(called(function, arguments))
+                stack.append(self._called(function, arguments))
             case "NEWOBJ":
                 stack.pop()
-                stack[-1] = new(stack[-1])
+                stack[-1] = self._new(stack[-1])
             case "NEWOBJ_EX":
                 del stack[-2:]
-                stack[-1] = new(stack[-1])
+                stack[-1] = self._new(stack[-1])
             case "BUILD":
                 stack.pop()
-                if not isinstance(stack[-1], (Skipped, *reader.stateless)):
+                if not isinstance(stack[-1], (Skipped, *self.reader.stateless)):
                     raise WeightsError(f"it gives a {type(stack[-1]).__name__} a state.")
             case "BINPERSID":
-                stack.append(reader.refer(stack.pop()))
+                stack.append(self.reader.refer(stack.pop()))
             case "INST":
-                since_mark()
-                stack.append(new(name_of(*argument.split(" ", 1))))
-            case name:
-                raise WeightsError(f"it has the instruction {name}, which a file of tensors has no need of.")
-    raise WeightsError("its pickle has no end.")
+                self._since_mark()
+                stack.append(self._new(self._name(*argument.split(" ", 1))))
+            case _:
+                return False
+        return True
+
+    def _since_mark(self) -> list:
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def _name(self, module: str, attribute: str) -> Name | Skipped:
+        if type(module) is not str or type(attribute) is not str:
+            raise WeightsError(f"it refers to the name {reprlib.repr((module, attribute))}.")
+        name = f"{module}.{attribute}"
+        return Name(name) if name in self.reader.names else Skipped(name[:200])
+
+    def _called(self, function: Any, arguments: Any) -> Any:
+        if type(function) is Skipped:
+            return function
+        if type(function) is not Name or type(arguments) is not tuple:
+            raise WeightsError(f"it calls {reprlib.repr(function)}.")
+        return self.reader.call(function.name, arguments)
+
+    def _new(self, kind: Any) -> Skipped:
+        if type(kind) is not Skipped:
+            raise WeightsError(f"it makes an instance of {reprlib.repr(kind)}.")
+        return kind
 
 
 @no_type_check
