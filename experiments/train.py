@@ -335,7 +335,7 @@ def print_memory(size: int | None, canvas: tuple[int, int]) -> None:
 
 def describe_step(values: dict[str, float], rate: float, speed: float, left_out: int, left: str | None) -> str:
     """A step's numbers in a line, the ones that matter most first: a terminal cuts its end."""
-    terms = [f"{name.removeprefix('loss_')} {value:.2f}" for name, value in values.items() if name.startswith("loss_")]
+    terms = [f"{name.removeprefix('loss_')} {value:.2f}" for name, value in values.items() if name not in train.METRICS]
     ahead = f"{left} left, " if left else ""
     text = f"{speed:.1f} images/s, {ahead}loss {values['loss']:.3f} ({', '.join(terms)}), rate {rate:.3g}"
     return f"{text}, {left_out} objects beyond --max-objects left out so far" if left_out else text

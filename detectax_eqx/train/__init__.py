@@ -28,4 +28,4 @@ from ._sharding import (
     to_host as to_host,
 )
 from ._state import TrainState as TrainState, init_train_state as init_train_state
-from ._step import TrainStep as TrainStep, make_train_step as make_train_step
+from ._step import METRICS as METRICS, TrainStep as TrainStep, make_train_step as make_train_step

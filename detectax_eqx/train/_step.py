@@ -20,7 +20,8 @@ from ._state import TrainState, partition
 
 
 Update = Callable[[Batch, TrainState], tuple[TrainState, Metrics]]
-RESERVED = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
+# What a step measures besides the terms of its loss.
+METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
 
 
 class TrainStep:
@@ -123,7 +124,7 @@ def make_train_step(
         parameters, rest = partition(state.model, trainable)
         keys = jr.split(jr.fold_in(state.key, state.step), batch.valid.shape[0])
         terms, gradient = gradient_of(loss, parameters, rest, batch, keys, accumulate=accumulate)
-        if taken := sorted(set(terms) & set(RESERVED)):
+        if taken := sorted(set(terms) & set(METRICS)):
             raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
         state, metrics = _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema_decay)
         left_out = {

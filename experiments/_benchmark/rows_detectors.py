@@ -15,6 +15,7 @@ from .process import Worker
 
 COCO_TRAIN_IMAGES = 118_287  # train2017
 OBJECTS = 7  # an image of COCO has 7.3
+DENSE = ("retinanet_resnet50_fpn", "fcos_resnet50_fpn")
 QUICK_STEP = ("faster_rcnn_resnet18_fpn", 2, (160, 256))
 QUICK_IMAGE = ("faster_rcnn_resnet18_fpn", 1, (320, 480))
 COMPARED_STEPS = 4  # whose losses are averaged before they are compared
@@ -74,7 +75,7 @@ def _inference_works(bench: Bench) -> list[Work]:
     if bench.quick:
         return [Work(*QUICK_IMAGE)]
     faster, mask, deep = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "faster_rcnn_resnet101_fpn"
-    single = [Work(model, 1, inputs.IMAGE_SIZE) for model in (faster, mask, deep)]
+    single = [Work(model, 1, inputs.IMAGE_SIZE) for model in (faster, mask, deep, *DENSE)]
     return single + [Work(model, 8, inputs.IMAGE_SIZE) for model in (faster, mask)]
 
 
@@ -131,7 +132,8 @@ def _training_rows(bench: Bench) -> list[Row]:
         works = [Work(*QUICK_STEP)]
     else:
         kinds, bodies = ("faster", "mask"), ("resnet50", "resnet101")
-        works = [Work(f"{kind}_rcnn_{body}_fpn", 2, (320, 480)) for body in bodies for kind in kinds]
+        names = [f"{kind}_rcnn_{body}_fpn" for body in bodies for kind in kinds]
+        works = [Work(name, 2, (320, 480)) for name in (*names, *DENSE)]
         if not bench.on_host:
             works += [Work(f"{kind}_rcnn_resnet50_fpn", 4, (800, 1344)) for kind in kinds]
     works = _in_each_precision(bench, works)

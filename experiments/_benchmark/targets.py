@@ -9,6 +9,7 @@ from .tables import merge, read_table, runs_on
 
 HEADER = ("work", "wanted", "measured", "met", "run")
 FASTER, MASK = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn"
+DENSE = {"RetinaNet": "retinanet_resnet50_fpn", "FCOS": "fcos_resnet50_fpn"}
 STEP, IMAGE = "2 × 320×480", "1 × 800×1216"
 LARGE_STEP, IMAGES = "4 × 800×1344", "8 × 800×1216"
 
@@ -59,6 +60,12 @@ CPU_TARGETS = (
     Target("training step, Mask R-CNN", "training", (MASK, STEP, "float32"), least=1.5),
     Target("peak memory of that step, Faster R-CNN", "training", (FASTER, STEP, "float32"), "memory ratio", least=1),
     Target("peak memory of that step, Mask R-CNN", "training", (MASK, STEP, "float32"), "memory ratio", least=1),
+    *(Target(f"whole inference, {name}", "inference", (DENSE[name], IMAGE, "float32"), least=1.5) for name in DENSE),
+    *(Target(f"training step, {name}", "training", (DENSE[name], STEP, "float32"), least=1.5) for name in DENSE),
+    *(
+        Target(f"peak memory of that step, {name}", "training", (DENSE[name], STEP, "float32"), "memory ratio", least=1)
+        for name in DENSE
+    ),
     Target("data pipeline, boxes", "data", ("boxes",), least=1),
     Target("data pipeline, boxes and masks", "data", ("boxes and masks",), least=1),
     Target("compiling the step, Faster R-CNN, cold", "compile", ("training", FASTER), "cold s", most=60),

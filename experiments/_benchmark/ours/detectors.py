@@ -84,7 +84,7 @@ def training(
         return jax.block_until_ready(metrics)
 
     def losses(metrics: Any) -> Arrays:
-        return {key: np.asarray(value) for key, value in metrics.items() if key.startswith("loss_")}
+        return {key: np.asarray(value) for key, value in metrics.items() if key not in train.METRICS}
 
     return Case(run, losses, facts)
 
