@@ -18,7 +18,7 @@ help:
 	@echo "make test-all     run the long ones too, and write the table of faults in BENCHMARKS.md"
 	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"
-	@echo "make format       mend style"
+	@echo "make format       fix style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
 	@echo "make exports      run the tests of exports with the extras onnx and edge, in environments of their own"
 	@echo "make bench        measure beside torchvision, if make parity was run, and write the tables of BENCHMARKS.md"

@@ -45,7 +45,7 @@ class Options:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of convolutions and matrix products. Parameters, losses and box arithmetic are float32 either way."""
     gradient_checkpointing: bool = False
-    """Save memory by computing what is within the ResNet's blocks anew in the backward pass, which takes time."""
+    """Save memory by recomputing the ResNet's blocks in the backward pass, which takes time."""
     accumulate: int = 1
     """Parts that a device takes its images of a step in: less memory, more time, the same update as at once."""
     parameter_shards: int = 1
@@ -92,7 +92,7 @@ class Options:
     jitter: tuple[float, float] | None = None
     """Large-scale jitter: least and greatest scale relative to the canvas, 0.1 2.0 for instance. Default: none."""
     max_objects: int = 100
-    """Objects of an image that are trained on; more are left out, counted and told."""
+    """Objects of an image that are trained on; more are left out, counted and reported."""
     seed: int = 0
     """Seed of the initial weights, of the order of images and of augmentation."""
     threads: int = 2
@@ -100,7 +100,7 @@ class Options:
     cache: Path | None = None
     """Folder to keep decoded training images in, then read about twice as fast. Default: decode each time."""
     max_bad_images: int = 10
-    """Images that may turn out unreadable amid training: they are left out, told and counted. One more ends it."""
+    """Images that may turn out unreadable during training: left out, reported and counted. One more ends the run."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl, and of the log where there is no terminal."""
     checkpoint_every: int = 500

@@ -91,7 +91,7 @@ class Detector:
             return tuple(range(1, num_classes + 1))
         raise SystemExit(
             f"The model has {num_classes} classes, but {file} {len(ids)} categories with ids up to {max(ids)}: its "
-            "labels cannot be told. Use the annotations that it was trained for."
+            "labels is unknown. Use the annotations that it was trained for."
         )
 
 
@@ -153,7 +153,7 @@ def preprocessing_of(about: dict[str, Any]) -> models.Preprocessing:
 def load_run(path: Path) -> Detector:
     """The best detector of a run of `train.py`, or that of one of its checkpoints; the average, if one was kept.
 
-    A damaged checkpoint of a run is told, and the one before it taken. One that was asked for by its own path is not
+    A damaged checkpoint of a run is reported, and the one before it used. One that was asked for by its own path is not
     replaced by another.
     """
     folder = next(filter(train.latest_checkpoint, (path / "best", path / "last", path)), None)
@@ -209,7 +209,7 @@ def categories_of(metadata: dict[str, Any]) -> tuple[data.Category, ...]:
 
 
 def load_newest(folder: Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
-    """What `train.load_checkpoint` gives of the newest checkpoint that is whole; the others are told."""
+    """The output of `train.load_checkpoint` for the newest intact checkpoint; damaged ones are reported."""
     restored = train.load_latest_checkpoint(folder, like, partial=partial)
     for error in restored.refused:
         console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)

@@ -87,7 +87,7 @@ def main(options: Options) -> None:
     names = options.tables or default_tables(options)
     tables = [table for name, table in TABLES.items() if name in names]
     for table in tables:
-        read_table(options.file, table.name)  # markers that are missing are told before anything is measured
+        read_table(options.file, table.name)  # missing markers are reported before anything is measured
     failures: list[str] = []
     with TemporaryDirectory() as folder:
         bench = Bench(quick=options.quick, peer_python=peer, folder=Path(folder), seconds=options.seconds)
@@ -122,7 +122,7 @@ def default_tables(options: Options) -> list[TableName]:
 
 
 def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]:
-    """Measures the rows of a table, writes each as soon as it is there, and tells of those that failed."""
+    """Measures the rows of a table, writes each as soon as it is there, and reports those that failed."""
     rows = chosen(options, bench, table)
     keys = [row.key for row in table.rows(bench)]
     console.print(f"[bold]{table.name}[/bold]: " + ", ".join(table.header))

@@ -1,4 +1,4 @@
-"""Writes a trained detector as a file that other runtimes run, and compares it with the model where that is told below.
+"""Writes a trained detector as a file that other runtimes run, and compares it with the model where stated below.
 
     python experiments/export.py --checkpoint runs/mine --output detector.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.int8.onnx --images photos/

@@ -40,7 +40,7 @@ def main(options: Options) -> None:
     for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         before = cpu_seconds()
-        # Cells are told no times, so that a run that gives the same outputs leaves the file as it was.
+        # Cells get no times, so that a run that gives the same outputs leaves the file as it was.
         client = NotebookClient(
             notebook,
             timeout=None,
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
 
 
 def is_alarm(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is XLA's alarm about a slow compilation, which tells of a busy machine only."""
+    """Whether an output is XLA's alarm about a slow compilation, which only shows that the machine is busy."""
     return output.get("name") == "stderr" and "slow_operation_alarm" in output.text
 
 

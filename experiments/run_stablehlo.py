@@ -110,7 +110,7 @@ def check_version(about: dict) -> None:
         raise ValueError(
             f"The file was written by jax {about['jax']} in calling convention {about['calling_convention']}; this is "
             f"jax {jax.__version__}, which reads conventions {oldest} to {newest} of its own and earlier releases. "
-            f"Export it anew with a jax as old as this one, or install jax {about['jax']}."
+            f"Export it again with a jax as old as this one, or install jax {about['jax']}."
         )
 
 

@@ -198,7 +198,7 @@ def fit(options: Options) -> None:
     log = open_log(options.output / "metrics.jsonl", until=start, evaluated=so_far["evaluated"])
     timing = (options.output / "timing.jsonl").open("ab", buffering=0)
     batches = loader.iterate(start, steps)
-    pace, told, pending, canvases = Pace(steps, start), 0, None, set()
+    pace, reported, pending, canvases = Pace(steps, start), 0, None, set()
     with saver, log, timing, closing(batches):
         if val_set is not None and ends_epoch(start) and so_far["evaluated"] < start:
             evaluate(val_set, start)  # the run ended before it could
@@ -226,9 +226,9 @@ def fit(options: Options) -> None:
                 if saving or logging:
                     account(*pending)
                     pending = None
-                for error in loader.bad_images[told:]:
+                for error in loader.bad_images[reported:]:
                     console.print(f"Left out: {error}", highlight=False, soft_wrap=True)
-                told = len(loader.bad_images)
+                reported = len(loader.bad_images)
                 if done - start == ESTIMATE_AFTER:
                     console.print(f"About {pace.left(done)} to go, {pace.seconds_per_step(done):.3g} s per step")
                 if logging:

@@ -78,7 +78,7 @@ def test_a_changed_image_is_made_anew(files, tmp_path, tally):
     os.utime(path, ns=(0, 0))  # of equal size and another time
     _, again = batches(files, tmp_path / "cache")
     survived = counts["changed"] == again["changed"] == 1 and "damaged" not in counts
-    tally("cached image whose file changed", 2, 2 * survived, "made anew and counted")
+    tally("cached image whose file changed", 2, 2 * survived, "rebuilt and counted")
     assert survived
     path.unlink()
     with pytest.raises(ValueError, match=r"000005\.png: no such image file"):
@@ -92,7 +92,7 @@ def batches_unchecked(files, cache):
 
 
 def test_flipped_bits_are_made_anew_or_told(files, tmp_path, tally):
-    """A bit anywhere in any file of the cache: an image is made anew and counted, or the cache is refused by name."""
+    """A bit anywhere in any file of the cache: an image is rebuilt and counted, or the cache is refused by name."""
     expected, _ = batches(files, None)
     whole = tmp_path / "whole"
     batches(files, whole)
@@ -115,7 +115,7 @@ def test_flipped_bits_are_made_anew_or_told(files, tmp_path, tally):
             else:
                 assert_same(found, expected)
                 made_anew += counts.get("damaged", 0) + counts.get("added", 0) > 0
-    tally("flipped bit in the image cache", tried, tried, "image made anew and counted, or cache refused by name")
+    tally("flipped bit in the image cache", tried, tried, "image rebuilt and counted, or cache refused by name")
     assert made_anew > 3 and refused > 0
 
 
@@ -173,7 +173,7 @@ def test_a_cache_that_cannot_be_written_is_told(files, tmp_path, monkeypatch):
     damaged = [path for path in cache.rglob("*") if path.is_file() and path.name.startswith("manifest")]
     for path in damaged:
         path.write_bytes(b"no manifest")
-    with pytest.raises(OSError, match=r"The cache .*cache cannot be used: .* delete it: it is made anew"):
+    with pytest.raises(OSError, match=r"The cache .*cache cannot be used: .* delete it: it is rebuilt"):
         batches(files, cache)
 
 

@@ -1,4 +1,4 @@
-"""COCO files: what is read, what is mended, and that nothing else passes."""
+"""COCO files: what is read, what is repaired, and that nothing else passes."""
 
 import copy
 import json
@@ -220,7 +220,7 @@ def test_errors_are_reported_where_they_are(tmp_path, change, kind, image_id, an
     with pytest.raises(DatasetError) as caught:
         _load(tmp_path, content)
     problem = caught.value.problems[0]
-    # Annotations of a category that is not usable are told of as well; nothing else has consequences.
+    # Annotations of a category that is not usable are reported as well; nothing else has consequences.
     rest = {other.kind for other in caught.value.problems[1:]}
     assert rest <= ({"unknown category"} if "category" in kind else set()), caught.value
     assert (problem.kind, problem.image_id, problem.annotation_id) == (kind, image_id, annotation_id)

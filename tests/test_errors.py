@@ -38,9 +38,9 @@ BY_HAND = {
         0.5,
         {"classification": 0.5},
     ),
-    # Of two that could be right, the better one is mended and the other vanishes.
+    # Of two that could be right, the better one is corrected and the other vanishes.
     "wrong class twice": (ONE, [found(1, 7, A, 0.9), found(1, 7, A, 0.8)], 0, {"classification": 1}),
-    "the better one is mended": (
+    "the better one is corrected": (
         ONE,
         [found(1, 7, A, 0.9), found(1, 1, NOWHERE, 0.85), found(1, 7, A, 0.8)],
         0,
@@ -62,7 +62,7 @@ BY_HAND = {
     "badly placed": (ONE, [found(1, 1, A_LOW, 0.9)], 0, {"localization": 1}),
     "badly placed twice": (ONE, [found(1, 1, A_LOW, 0.9), found(1, 1, A_LOWER, 0.95)], 0, {"localization": 1}),
     "badly placed, then well": (ONE, [found(1, 1, A_LOW, 0.9), found(1, 1, A, 0.8)], 0.5, {"localization": 0.5}),
-    # The object is missed, as no error that could be mended points at it.
+    # The object is missed, as no error that could be corrected points at it.
     "badly placed and of the wrong class": (ONE, [found(1, 7, A_LOW, 0.9)], 0, {"missed": 1}),
     "badly placed, wrong, and in the way": (
         make_annotations((1, 1, A), (2, 7, B)),

@@ -94,7 +94,7 @@ def assert_readable(folder, monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
-    """Twice killed amid a save, twice told to stop, while training and amid an evaluation."""
+    """Twice killed during a save, twice asked to stop, while training and during an evaluation."""
     folder = tmp_path / "run"
     output, status = finish(start(shapes, folder, "--die-after", "arrays:2"))
     assert status == -signal.SIGKILL and not (folder / "last/00000006").exists(), output
@@ -119,7 +119,7 @@ def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_two_processes_stop_together(shapes, tmp_path, tally):
-    """Whichever of them is told to: the other does not know, and neither can take or save a step alone."""
+    """Whichever of them is asked to: the other does not know, and neither can take or save a step alone."""
     outputs, statuses = finish_both(shapes, tmp_path / "whole")
     assert statuses == [0, 0], outputs
     folder, done, resume = tmp_path / "run", 0, ()

@@ -264,7 +264,7 @@ def test_bad_images_are_left_out_up_to_a_limit(damaged, tally):
         assert not batch.images[~batch.valid].any() and not batch.targets.valid[~batch.valid].any()
         assert batch.images[batch.valid].any((1, 2, 3)).all() and batch.targets.valid[batch.valid].any(1).all()
     assert sum(int((~batch.valid).sum()) for batch in batches.values()) == 6  # each of the three passes met both
-    first, second = map(str, loader.bad_images)  # each told once
+    first, second = map(str, loader.bad_images)  # each reported once
     assert {"000003.png" in first, "000007.png" in first} == {"000003.png" in second, "000007.png" in second}
     # Whatever the number of threads and wherever the reading starts.
     for k, batch in Loader(dataset, max_bad_images=2, num_threads=4, prefetch=4, **options).iterate(4, 9):

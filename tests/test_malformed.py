@@ -1,4 +1,4 @@
-"""Malformed input is refused in words, or mended and counted: never a foreign traceback, a hang, or a wrong number."""
+"""Malformed input is refused in words, or repaired and counted: never a foreign traceback, a hang or a wrong number."""
 
 import time
 import traceback

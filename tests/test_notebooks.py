@@ -21,7 +21,7 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom(path):
     outputs = [output for cell in code for output in cell.outputs]
     assert outputs and all(output.output_type != "error" for output in outputs)
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not any(output.get("name") == "stderr" for output in outputs)  # a warning is something to mend
+    assert not any(output.get("name") == "stderr" for output in outputs)  # a warning is something to fix
     assert path.stat().st_size < 1_500_000
     assert max(len(line) for cell in notebook.cells for line in cell.source.splitlines()) <= 120
 

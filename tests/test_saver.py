@@ -27,7 +27,7 @@ TREE = {"w": jnp.arange(1000.0), "key": jr.key(3), "step": jnp.int32(5)}
 
 
 class SlowDisk:
-    """Writes when told to."""
+    """Writes when asked to."""
 
     def __init__(self, monkeypatch):
         self.go, self.writes = threading.Event(), []
@@ -95,7 +95,7 @@ def test_the_error_of_a_save_reaches_the_next_call(tmp_path, monkeypatch):
         saver.save([tmp_path], TREE, step=2, metadata={})
         with pytest.raises(CheckpointError, match=message):
             call(saver)
-        saver.wait()  # it was told, once
+        saver.wait()  # it was reported, once
     saver.save([tmp_path], TREE, step=2, metadata={})
     with pytest.raises(CheckpointError, match=message):
         while True:

@@ -31,7 +31,7 @@ class ImageCache:
     What is written becomes visible in parts, each whole or not at all: a process may be killed at any moment, and
     several may use a folder at a time. Another Pillow or another list of images makes arrays of its own.
 
-    - `counts`: how many images were `found`, and how many `added`, made anew as they had `changed`, or as `damaged`.
+    - `counts`: how many images were `found`, and how many `added`, rebuilt as they had `changed`, or as `damaged`.
     """
 
     def __init__(self, folder: Path, dataset: CocoDataset):
@@ -133,7 +133,7 @@ class ImageCache:
     def _error(self, error: ValueError) -> OSError:
         return OSError(
             f"The cache {self._folder} cannot be used: {error}. Make room there or give another folder; if it is "
-            f"damaged, delete it: it is made anew."
+            f"damaged, delete it: it is rebuilt."
         )
 
 

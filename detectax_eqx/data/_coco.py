@@ -31,7 +31,7 @@ def load_coco(
     Segmentations are optional, and may be polygons or run-length encodings, compressed or not; `"segmentation": []`
     means none. `iscrowd` is 0 unless given. Category ids may have gaps.
 
-    Mended in memory, and listed in the result's `report`: a box that reaches out of its image is clipped; one of no
+    Repaired in memory, and listed in the result's `report`: a box that reaches out of its image is clipped; one of no
     area, or outside its image, is dropped with its annotation; of a segmentation in several pieces, those with fewer
     than three points are dropped; the annotation id 0 becomes the smallest one that is free. Kept as it is, and listed
     there too: a box with a side of less than a pixel; a file under two image ids. Everything else is an error: an image

@@ -112,7 +112,7 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
         try:
             open_rgb(location, size)
         except BadImageError as error:
-            return str(error), "Put it there, write it anew, or correct its entry and the folder."
+            return str(error), "Put it there, write it again, or correct its entry and the folder."
         return None
     try:
         with allow_pixels(size[0] * size[1]), Image.open(location) as image:
@@ -127,7 +127,7 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
         remedy = "Put it there, correct the folder, or remove the image's entry."
         return f"{location}: no such image file.", _backslash(location).strip() or remedy
     except Exception as error:
-        return f"{location}: cannot be read as an image: {error}.", "Fetch or write the file anew."
+        return f"{location}: cannot be read as an image: {error}.", "Fetch or write the file again."
     return None
 
 

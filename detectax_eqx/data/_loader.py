@@ -141,8 +141,8 @@ class Loader:
                 raise error
             errors = "\n".join(f"  {error}" for error in self._bad_images.values())
             raise DatasetError(
-                f"More images than max_bad_images={self._max_bad_images} cannot be read; mend them or take them out of "
-                f"the annotations:\n{errors}"
+                f"More images than max_bad_images={self._max_bad_images} cannot be read; repair them, or remove "
+                f"them from the annotations:\n{errors}"
             )
         batch.valid[slot] = False  # type: ignore[index]
         batch.images[slot] = 0  # type: ignore[index]

@@ -85,11 +85,11 @@ class Collector:
         self.notes: list[Problem] = []
 
     def error(self, kind: str, what: str, remedy: str, **where: object) -> None:
-        """Notes a problem that nothing but the dataset's owner can mend. `where`: `Problem`'s last three fields."""
+        """Notes a problem that nothing but the dataset's owner can fix. `where`: `Problem`'s last three fields."""
         self.errors.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def repair(self, kind: str, what: str, remedy: str, **where: object) -> None:
-        """Notes a problem that was mended. `where`: `Problem`'s last three fields."""
+        """Notes a problem that was repaired. `where`: `Problem`'s last three fields."""
         self.repairs.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def note(self, kind: str, what: str, remedy: str, **where: object) -> None:
@@ -97,7 +97,7 @@ class Collector:
         self.notes.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def report(self) -> Report:
-        """All that was gathered, or a `DatasetError` listing what could not be mended."""
+        """All that was gathered, or a `DatasetError` listing what could not be repaired."""
         if self.errors:
             listed = [f"  {problem}" for problem in self.errors[:MAX_LISTED]]
             if len(self.errors) > MAX_LISTED:

@@ -120,7 +120,7 @@ def parse_annotations(
 ) -> dict[int, list[Annotation]]:
     """The sound annotations of each image, by its id.
 
-    - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is told once.
+    - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is reported once.
     - `labels`: of each category id. `box_format`: how the boxes are written; if they look like another format, that is
       an error.
     """
@@ -264,7 +264,7 @@ def check_segmentation(
         try:
             return _parse_rle(value, image), True
         except ValueError as error:
-            remedy = "Encode the mask anew, at the size of its image."
+            remedy = "Encode the mask again, at the size of its image."
             problems.error("malformed run-length encoding", f"{error}.", remedy, **where)
             return None, False
     if not isinstance(value, list):

@@ -50,7 +50,7 @@ def save_onnx_parts(
     """Writes `proposals.onnx` and `detections.onnx` to a folder: no suppression, no loop, no output of varying length.
 
     The first makes of an image the best boxes of each level and the features; the second makes of the proposals that
-    are left of them the `num_candidates` best detections. `host_detections` is what goes between and after.
+    are left of them the `num_candidates` best detections. `host_detections` runs between them and after.
 
     - `model`: a two-stage detector of boxes alone. `selection`: its `TwoStageSelection`; default its own.
 
@@ -166,7 +166,7 @@ def host_detections(
     sizes = np.array([image.shape[:2]], np.int32)
     found = dict(proposals({"images": padded, "image_sizes": sizes}))
     boxes, scores, levels, valid = (found.pop(name) for name in ("boxes", "scores", "labels", "valid"))
-    # Suppression is within a level; the second file takes so many proposals of all of them.
+    # Suppression is within a level; the second file takes this many proposals over all levels.
     capacity = selection.post_nms_top_n
     kept = host_nms(boxes, scores, levels, valid, iou_threshold=selection.rpn_nms_threshold, max_outputs=capacity)
     chosen = np.zeros((capacity, 4), np.float32)

@@ -225,7 +225,7 @@ def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, part
         except DamagedCheckpointError as error:
             refused.append(error)
     lines = "\n".join(f"  {error}" for error in refused)
-    raise DamagedCheckpointError(f"No checkpoint in {folder} is whole; use a copy, or start anew elsewhere.\n{lines}")
+    raise DamagedCheckpointError(f"No checkpoint in {folder} is whole; use a copy, or start again elsewhere.\n{lines}")
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> tuple[Path, ...]:

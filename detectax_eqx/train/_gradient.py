@@ -86,9 +86,8 @@ def sharded_mean_gradient(
 ) -> tuple[Metrics, PyTree]:
     """`mean_gradient` of a batch and of parameters that are spread over a mesh; the gradient is spread as those are.
 
-    The program of each device is its own: what goes between them is written here, and there is no other. Left to the
-    compiler, a sort or a loop under `vmap` may gather the batch, and loops end together at the price of a message a
-    round.
+    Each device runs a program of its own: all communication between them is written here. Left to the compiler, a sort
+    or a loop under `vmap` may gather the batch, and loops end together at the price of one message per round.
     """
     if batch.valid.shape[0] % mesh.size:
         raise ValueError(f"a batch of {batch.valid.shape[0]} examples cannot be divided over {mesh.size} devices.")

@@ -22,7 +22,7 @@ def make_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
 
     - `model`: how many devices share one copy of the parameters and of the optimiser's state, each keeping a piece. 1:
       every device has its own copy. All of them: there is one copy (fully sharded, arXiv:1910.02054, stage 3). Between:
-      a copy for each group of so many neighbours.
+      a copy for each group of this many neighbours.
 
     A batch is spread over both axes, so that no device does what another does.
 

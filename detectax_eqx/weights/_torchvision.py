@@ -84,7 +84,7 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     >>> loaded = load_torchvision(body, arrays)
     """
     arrays, names = read_torchvision(source, model), torchvision_names(model)
-    # A classifier's last layer has no place in a backbone, and is told by the absence of any detector's prefix.
+    # A classifier's last layer has no place in a backbone, and is recognised by the absence of a detector's prefix.
     classifier = not any(name.startswith("backbone.") for name in arrays)
     wanted = {names[name]: (name, leaf) for name, leaf in named_leaves(model).items()}
     replacements, broken = {}, []
@@ -92,7 +92,7 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
         if classifier and name in ("fc.weight", "fc.bias"):
             continue
         ours, leaf = wanted.get(name, (name, None))
-        # What does not fit stays as it is, to be told of: only then is nothing copied that a shape alone makes large.
+        # What does not fit stays as it is, to be reported: only then is nothing copied that a shape alone makes large.
         if leaf is not None and array.shape == leaf.shape and jnp.issubdtype(array.dtype, jnp.floating):
             with np.errstate(over="ignore"):
                 array = array.astype(leaf.dtype)

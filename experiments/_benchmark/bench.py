@@ -147,5 +147,5 @@ def in_seconds(value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A figure with so many decimals, thousands separated, or a dash."""
+    """A figure with this many decimals, thousands separated, or a dash."""
     return "—" if value is None else f"{value:,.{digits}f}"

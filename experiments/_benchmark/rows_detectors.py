@@ -40,7 +40,7 @@ class Work:
         return self.model, self.images, self.precision
 
     def options(self, bench: Bench) -> dict[str, Any]:
-        """What both sides' cases are told."""
+        """The options of both sides' cases."""
         return {"name": self.model, "precision": self.precision, "weights": bench.weights(self.model)}
 
 

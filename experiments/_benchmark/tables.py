@@ -84,7 +84,7 @@ def merge(file: Path, name: str, header: Cells, rows: list[Cells], *, keys: list
     """Puts rows, the name of their run last, into a table, and drops runs that are not referred to any more.
 
     - `keys`: the first cells of every row that the table has on this hardware, in order. Rows of this hardware stay if
-      they are among those and not measured anew.
+      they are among those and not measured again.
 
     Rows of other hardware stay, whatever their names. Columns may change: what an old row has not measured is empty. A
     row that names no run goes.

@@ -1,4 +1,4 @@
-"""The worker's end: a process that builds a case, runs it, times it and tells of its memory, as it is asked.
+"""The worker's end: a process that builds a case, runs it, times it and reports its memory, on request.
 
 Requests and replies are lines of JSON on stdin and stdout, arrays travel in .npz files. One case is held at a time.
 """
@@ -39,7 +39,7 @@ class Device:
     """What differs between the two libraries: which versions, what it runs on, and its memory.
 
     - `peak_bytes`: the most memory that the accelerator had in use, or `None` where the host's is what counts.
-    - `reset_peak`: starts that count anew, where it can be.
+    - `reset_peak`: restarts that count, where it can be.
     """
 
     about: dict[str, Any]
@@ -139,6 +139,6 @@ def _release_heap() -> None:
 
 
 def _reset_resident_peak() -> None:
-    """Starts `VmHWM` anew (proc(5), clear_refs). Where that is refused, it is the peak since the process began."""
+    """Resets `VmHWM` (proc(5), clear_refs). Where that is refused, it is the peak since the process began."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -14,7 +14,7 @@ from .masks import mask_size, shrink_mask
 from .page import file_name, thumbnail, write_page
 
 
-# Pictures of suspicious annotations: so many of each kind, and no more than this size in bytes of the page.
+# Pictures of suspicious annotations: this many of each kind, and no more than this size in bytes of the page.
 PICTURES_OF_KIND, IMAGE_BYTES = 24, 14 * 2**20
 
 

@@ -19,7 +19,7 @@ from .page import file_name, thumbnail, write_page
 WORST, WORST_OF_CLASS, WORST_OF_KIND, MOST = 120, 6, 24, 300
 # Their thumbnails and boxes stop being added at this size, in bytes of the page.
 IMAGE_BYTES = 14 * 2**20
-# Detections drawn for an image: the best so many, of at least this score.
+# Detections drawn for an image: at most this many of the best, of at least this score.
 SHOWN, SHOWN_SCORE = 50, 0.05
 CONFUSION_THRESHOLD = 0.5
 MEANINGS = {

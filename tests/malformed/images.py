@@ -13,7 +13,7 @@ from . import Case, damage
 
 
 SIZE = (40, 56)
-# Formats that carry no checksum of their pixels: what a flipped bit changes there cannot be told.
+# Formats that carry no checksum of their pixels: what a flipped bit changes there cannot be detected.
 UNCHECKED = ("JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
 
@@ -38,7 +38,7 @@ def cases():
         def check(image, kind=kind, expected=expected):
             assert image.shape == (*SIZE, 3) and image.dtype == np.uint8
             assert kind in UNCHECKED or np.array_equal(image, expected)
-            return "harmless" if np.array_equal(image, expected) else "not told by the format"
+            return "harmless" if np.array_equal(image, expected) else "not detected by the format"
 
         for what, changed in damage(stream.getvalue(), np.random.default_rng(number), flips=25, cuts=4):
             yield Case(f"image: {kind} {what}", lambda folder, c=changed: make(c, folder), ("picture.img",), check)

@@ -67,7 +67,7 @@ def training(
     learning_rate: float,
     checkpoint: bool = False,
 ) -> Case:
-    """A step as `train.py` makes it: resize, forward, backward, SGD; `facts` tell of the compiled program."""
+    """A step as `train.py` makes it: resize, forward, backward, SGD; `facts` describe the compiled program."""
     set_product_precision(precision)
     model = detector(name, weights, checkpoint=checkpoint)
     step, state, batch = make_step(arrays, model, precision=precision, learning_rate=learning_rate)
