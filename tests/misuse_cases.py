@@ -2,9 +2,10 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,7 +23,7 @@ N, M, F32, I32 = 3, 2, np.float32, np.int32
 class Call(NamedTuple):
     """A function with arguments that it takes."""
 
-    function: object
+    function: Callable[..., Any]
     arguments: tuple
     options: dict
 

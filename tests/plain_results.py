@@ -6,6 +6,7 @@ DETECTAX_PLAIN=1 python -m tests.plain_results results.npz
 import sys
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -183,4 +184,5 @@ def results(case):
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[1], **{name: array for case in OPERATORS + DETECTORS for name, array in results(case).items()})
+    arrays: dict[str, Any] = {name: array for case in OPERATORS + DETECTORS for name, array in results(case).items()}
+    np.savez(sys.argv[1], **arrays)

@@ -140,9 +140,9 @@ def test_a_box_that_is_cropped_away_is_not_valid(getkey):
             image, size, targets, canvas=CANVAS, min_sizes=(1,), max_size=1, scale_range=(2.0, 2.0), key=key
         )[2]
     )(keys)
-    gone = np.asarray(
-        (moved.mask_boxes[:, 0, 2] <= 0) | (moved.mask_boxes[:, 0, 3] <= 0) | (moved.mask_boxes[:, 0, 0] >= 64)
-    )
+    frames = moved.mask_boxes
+    assert frames is not None
+    gone = np.asarray((frames[:, 0, 2] <= 0) | (frames[:, 0, 3] <= 0) | (frames[:, 0, 0] >= 64))
     assert gone.any() and not gone.all()
     np.testing.assert_array_equal(np.asarray(moved.valid[:, 0]), ~gone)
 

@@ -34,7 +34,7 @@ def test_smallest_that_holds_it_or_shrinks_it_least(size, options, canvas):
 
 def test_agrees_with_a_loop_over_canvases():
     rng = np.random.default_rng(0)
-    sizes = [tuple(map(int, size)) for size in rng.integers(1, 3000, (300, 2))]
+    sizes = [(int(height), int(width)) for height, width in rng.integers(1, 3000, (300, 2))]
     canvases = [(320, 512), (512, 320), (416, 416), (256, 608)]
     buckets = make_buckets(sizes, canvases=canvases, min_size=320, max_size=640)
     assert sorted(i for bucket in buckets for i in bucket.indices) == list(range(300))

@@ -52,6 +52,12 @@ def bits(x):
     return np.asarray(jr.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
 
 
+def _latest(folder):
+    path = latest_checkpoint(folder)
+    assert path is not None
+    return path
+
+
 def assert_identical(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -114,7 +120,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole = run(start(jr.key(7)), make_train_step(loss, optimizer, trainable=TRAINABLE), 0, 6)
     state = run(start(jr.key(7)), make_train_step(loss, optimizer, trainable=TRAINABLE), 0, 3)
     save_checkpoint(tmp_path, state, step=int(state.step), metadata={})
-    resumed, _ = load_checkpoint(latest_checkpoint(tmp_path), start(jr.key(99)))
+    resumed, _ = load_checkpoint(_latest(tmp_path), start(jr.key(99)))
     traced_once = eqx.debug.assert_max_traces(max_traces=1)(loss)
     resumed = run(resumed, make_train_step(traced_once, optimizer, trainable=TRAINABLE), 3, 6)
     assert_identical(whole, resumed)
@@ -129,7 +135,7 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000004", "00000005", "00000010"]
     (tmp_path / "notes.txt").write_text("not ours")
     (tmp_path / "00000099").mkdir()  # no index: not a checkpoint
-    assert latest_checkpoint(tmp_path).name == "00000010"
+    assert _latest(tmp_path).name == "00000010"
 
 
 def test_the_same_step_again_replaces(tmp_path):
@@ -140,7 +146,7 @@ def test_the_same_step_again_replaces(tmp_path):
     assert loaded["w"].tolist() == [2.0, 2.0] and metadata == {"value": 2.0}
     assert [p.name for p in tmp_path.iterdir()] == ["00000003"]
     path.rename(tmp_path / "00000003.replaced")  # killed between the two renames
-    assert load_checkpoint(latest_checkpoint(tmp_path), like)[1] == {"value": 2.0}
+    assert load_checkpoint(_latest(tmp_path), like)[1] == {"value": 2.0}
     save_checkpoint(tmp_path, like, step=3, metadata={})
     assert [p.name for p in tmp_path.iterdir()] == ["00000003"]
 
@@ -157,8 +163,8 @@ def test_interrupted_in_the_middle_of_a_save(tmp_path, monkeypatch, where):
         patch.setattr(_checkpoint, where, interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, {"w": jnp.full(2, 2.0)}, step=2, metadata={}, keep=1)
-    assert latest_checkpoint(tmp_path).name == "00000001"
-    assert load_checkpoint(latest_checkpoint(tmp_path), like)[0]["w"].tolist() == [1.0, 1.0]
+    assert _latest(tmp_path).name == "00000001"
+    assert load_checkpoint(_latest(tmp_path), like)[0]["w"].tolist() == [1.0, 1.0]
     save_checkpoint(tmp_path, {"w": jnp.full(2, 2.0)}, step=2, metadata={}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["00000002"]
 
@@ -181,8 +187,8 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert latest_checkpoint(tmp_path).name == "00000001"
-    assert load_checkpoint(latest_checkpoint(tmp_path), {"w": np.zeros(2, "f")})[0]["w"].tolist() == [1.0, 1.0]
+    assert _latest(tmp_path).name == "00000001"
+    assert load_checkpoint(_latest(tmp_path), {"w": np.zeros(2, "f")})[0]["w"].tolist() == [1.0, 1.0]
 
 
 LIKE = {"head": {"weight": jnp.arange(300.0), "bias": jnp.arange(64, dtype=jnp.int32)}, "zero": jnp.zeros(50)}

@@ -18,11 +18,17 @@ from _options import Options
 from compile_for_tpu import lower_step
 
 
+def scratch_of(program):
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 def memory_of(build, loss):
     """Bytes of scratch memory that the gradient of a loss takes, by the compiled program's own account."""
     shapes, static = eqx.partition(eqx.filter_eval_shape(build), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     gradient = jax.grad(lambda arrays: loss(eqx.combine(arrays, static)))
-    return jax.jit(gradient).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+    return scratch_of(jax.jit(gradient).lower(shapes).compile())
 
 
 def test_checkpointing_saves_memory():
@@ -44,7 +50,7 @@ def test_checkpointing_saves_memory_at_full_size():
     def memory(**options):
         options = Options(output=Path(), norm="frozen_batch", batch_size=2, trainable_layers=5, **options)
         program = lower_step(options, (800, 1344), mesh).compile(train.step_compiler_options())
-        return program.memory_analysis().temp_size_in_bytes
+        return scratch_of(program)
 
     without, with_it = memory(), memory(gradient_checkpointing=True)
     print(f"gradient checkpointing: {without / 2**20:.0f} MiB without, {with_it / 2**20:.0f} MiB with")

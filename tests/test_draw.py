@@ -1,6 +1,7 @@
 """Pictures: what is drawn lies where it belongs, can be seen and can be read."""
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from detectax_eqx.draw import (
 
 
 GRAY = np.full((120, 160, 3), 90, np.uint8)
-TINY = {"line_width": 1, "font_size": 8}
+TINY: dict[str, Any] = {"line_width": 1, "font_size": 8}
 
 
 def detections_of(*boxes, scores=None, labels=None, valid=None, masks=None):
@@ -188,6 +189,7 @@ def test_arrays_of_jax_and_read_only_arrays():
         *(jnp.asarray(getattr(detections, name)) for name in ("boxes", "scores", "labels", "valid", "masks"))
     )
     np.testing.assert_array_equal(draw_detections(jnp.asarray(GRAY), arrays), expected)
+    assert arrays.masks is not None
     half = Detections(
         *(
             arrays.boxes,
@@ -262,16 +264,20 @@ def test_plots_show_what_they_are_given():
     precision = np.stack([1 - recall, np.full(101, -1.0), np.ones(101)])
     ax = plot_precision_recall(precision, recall, class_names=["a", "none", "b"], ax=axes[0, 0])
     assert ax.get_legend_handles_labels()[1] == ["a 0.50", "b 1.00", "mean 0.75"]
-    np.testing.assert_allclose(ax.lines[-1].get_ydata(), 1 - recall / 2)
+    np.testing.assert_allclose(np.asarray(ax.lines[-1].get_ydata()), 1 - recall / 2)
     ax = plot_confusion(np.array([[3, 0, 1], [0, 0, 0], [2, 0, 0]]), class_names=["a", "b"], ax=axes[0, 1])
     assert {text.get_position(): text.get_text() for text in ax.texts} == {(0, 0): "3", (2, 0): "1", (0, 2): "2"}
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "missed"]
-    np.testing.assert_allclose(ax.images[0].get_array(), [[0.75, 0, 0.25], [0, 0, 0], [1, 0, 0]])
+    shares = ax.images[0].get_array()
+    assert shares is not None
+    np.testing.assert_allclose(shares, [[0.75, 0, 0.25], [0, 0, 0], [1, 0, 0]])
     ax = plot_error_costs({"missed": 0.2, "background": 0.0}, ax=axes[1, 0])
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([20, 0])
+    # Bars are rectangles, which the stub of `patches` leaves open.
+    widths = [bar.get_width() for bar in ax.patches]  # pyright: ignore[reportAttributeAccessIssue]
+    assert widths == pytest.approx([20, 0])
     scores, share, counts = np.array([0.1, 0.0, 0.9]), np.array([0.2, 0.0, 0.8]), np.array([4, 0, 9])
     ax = plot_calibration(scores, share, counts, ax=axes[1, 1])
-    assert ax.lines[-1].get_xydata().tolist() == [[0.1, 0.2], [0.9, 0.8]]
+    assert np.asarray(ax.lines[-1].get_xydata()).tolist() == [[0.1, 0.2], [0.9, 0.8]]
     figure.canvas.draw()
     plt.close(figure)
     with pytest.raises(ValueError, match="class_names must name 2 classes, got 1"):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from dataclasses import asdict, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -220,7 +221,7 @@ def changed(**values):
     return [found(1, 1, A, 0.9), found(2, 1, B, 0.9) | values]
 
 
-BAD_RESULTS = {
+BAD_RESULTS: dict[str, Any] = {
     "score": ("bbox", changed(score=float("nan")), "image 2 has a score of nan"),
     "no score": ("bbox", changed(score=None), "image 2 has a score of None"),
     "box": ("bbox", changed(bbox=[0, float("inf"), 1, 1]), r"image 2 has the bbox \[0, inf, 1, 1\]"),
@@ -271,7 +272,7 @@ def test_uncompressed_run_lengths_of_a_crowd():
     mask[100:140, 100:140] = True
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff([0, *edges, flat.size]).tolist()
+    counts = np.diff([0, *edges.tolist(), flat.size]).tolist()
     crowd = {"iscrowd": 1, "segmentation": {"size": [SIZE, SIZE], "counts": counts}}
     annotations = make_annotations((1, 1, A), (1, 1, B, crowd))
     metrics = evaluate_coco(annotations, BY_HAND["detections on a crowd are ignored"][1], iou_type="segm")
@@ -312,11 +313,12 @@ def make_detections(seed=0, b=2, n=5, masks=True):
     )
 
 
-IDS = {"image_ids": [139, 285], "category_ids": [1, 17]}
+IDS: dict[str, Any] = {"image_ids": [139, 285], "category_ids": [1, 17]}
 
 
 def test_results_of_a_batch():
     detections, batch = make_detections(), make_batch([(60, 90), (50, 70)])
+    assert detections.masks is not None
     results = to_coco_results(detections, batch, **IDS)
     rows = np.argwhere(detections.valid)
     assert len(results) == len(rows) > 4

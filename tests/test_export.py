@@ -1,4 +1,5 @@
 """Detectors as files: what is in them gives the model's own detections, and what does not is refused by name."""
+# pyright: reportMissingImports=false
 
 import ast
 import json
@@ -78,6 +79,7 @@ def dense(name):
         model = models.retinanet(backbone, 3, key=keys[3], anchor_sizes=sizes, head_norm=norm)
     model = replace(model, preprocessing=PREPROCESSING)
     logits = model.class_logits
+    assert logits.bias is not None
     # Scores from nearly 0 to nearly 1, where the usual initialisation has them all at a hundredth.
     wide = 40 * logits.weight, jnp.linspace(-1.0, 0.5, logits.bias.size)
     model = eqx.tree_at(lambda m: (m.class_logits.weight, m.class_logits.bias), model, wide)
@@ -136,7 +138,7 @@ def lines_of(command, folder):
 @pytest.mark.timeout(900)
 def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, monkeypatch):
     imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(ast.parse(RUN.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
@@ -232,7 +234,7 @@ class Brightest(models.AbstractDetector):
         static=True, default=models.Preprocessing(models.ShortestEdge(64, 96), (0.0,), (255.0,))
     )
     selection: Few = eqx.field(static=True, default=Few())
-    num_classes: int = eqx.field(static=True, default=3)
+    num_classes: int = eqx.field(static=True, default=3)  # pyright: ignore[reportIncompatibleMethodOverride]
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     def loss(self, image, canvas_size, targets, *, key):
@@ -271,7 +273,12 @@ def test_a_detector_of_ones_own_in_stablehlo(tmp_path):
 
 def test_a_model_that_is_no_detector_is_refused(tmp_path):
     with pytest.raises(TypeError, match="parameter 'model' has a wrong type"):
-        export.save_stablehlo(lambda *_, **__: None, tmp_path / "x.npz", shapes=[SHAPE], class_names=NAMES)
+        export.save_stablehlo(
+            lambda *_, **__: None,  # pyright: ignore[reportArgumentType]
+            tmp_path / "x.npz",
+            shapes=[SHAPE],
+            class_names=NAMES,
+        )
 
 
 @pytest.mark.parametrize(

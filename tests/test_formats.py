@@ -70,7 +70,8 @@ def check_formats(annotations, images, folder, *, boxes_of):
 
 
 def test_boxes_of_every_format(shapes, tmp_path):
-    check_formats(*shapes, tmp_path, boxes_of=lambda dataset: range(len(dataset)))
+    annotations, images = shapes
+    check_formats(annotations, images, tmp_path, boxes_of=lambda dataset: range(len(dataset)))
 
 
 @needs_data
@@ -103,6 +104,7 @@ def test_polygons_of_fractions(shapes, tmp_path):
     expected = load_coco(annotations, images).objects(3).segmentations
     found = load_coco(file, images, box_format="normalized_cxcywh").objects(3).segmentations
     for ours, theirs in zip(found, expected, strict=True):
+        assert isinstance(ours, tuple) and isinstance(theirs, tuple)
         np.testing.assert_allclose(ours[0], theirs[0], atol=1e-9)
 
 

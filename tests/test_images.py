@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_orientations(tmp_path, orientation, suffix):
     path = tmp_path / f"a{suffix}"
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    options = {"lossless": True} if suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(_pixels()).save(path, exif=exif, **options)
     np.testing.assert_array_equal(read_image(path), ORIENTED[orientation](_pixels()))
 
@@ -226,7 +227,8 @@ def test_an_image_beyond_the_limit_has_to_be_allowed(tmp_path, monkeypatch):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     with pytest.raises(DatasetError, match=r"a\.png.*320 pixels.*max_pixels"):
         read_image(tmp_path / "a.png")
-    for options in ({"max_pixels": 320}, {"size": (16, 20)}, {"size": (16, 20), "max_pixels": 1}):
+    allowed: list[dict[str, Any]] = [{"max_pixels": 320}, {"size": (16, 20)}, {"size": (16, 20), "max_pixels": 1}]
+    for options in allowed:
         np.testing.assert_array_equal(read_image(tmp_path / "a.png", **options), pixels)
     for max_pixels in (50, 319):
         with pytest.raises(DatasetError, match=r"a\.png"):

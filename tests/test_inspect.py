@@ -93,7 +93,7 @@ def test_proposed_canvases_hold_all_and_waste_less():
     assert inspection.propose_canvases(sizes, count=2, **resize) == [(128, 224), (160, 128)]
     assert inspection.propose_canvases(sizes, count=1, **resize) == [(160, 224)]
     rng = np.random.default_rng(0)
-    sizes = [tuple(map(int, size)) for size in rng.integers(300, 2000, (400, 2))]
+    sizes = [(int(height), int(width)) for height, width in rng.integers(300, 2000, (400, 2))]
     resize = {"min_size": 800, "max_size": 1333}
     for count in (1, 3, 6):
         proposed = inspection.propose_canvases(sizes, count=count, **resize)

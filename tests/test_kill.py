@@ -85,6 +85,7 @@ def assert_readable(folder, monkeypatch):
     monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
     if any(train.latest_checkpoint(folder / kind) for kind in ("last", "best")):
         detector = tiny_train._shared.load_run(folder)
+        assert detector.categories is not None
         assert [category.name for category in detector.categories] == ["circle", "square", "triangle", "star"]
     for path in (*folder.glob("*.json"), *folder.glob("evaluation/*.json")):
         json.loads(path.read_text())
@@ -127,7 +128,9 @@ def test_two_processes_stop_together(shapes, tmp_path, tally):
     for signals in (((), sigterm), (sigterm, ()), (sigterm, sigterm), ((), sigint)):
         outputs, statuses = finish_both(shapes, folder, *resume, signals=signals)
         assert statuses == [128 + signal.SIGTERM] * 2, outputs
-        before, done = done, int(train.latest_checkpoint(folder / "last").name)
+        latest = train.latest_checkpoint(folder / "last")
+        assert latest is not None
+        before, done = done, int(latest.name)
         assert before < done < 24 and f"Stopped and saved at step {done};" in outputs[0], outputs
         assert not resume or f"Going on at step {before}" in outputs[0], outputs
         resume = ("--resume",)

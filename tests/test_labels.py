@@ -8,13 +8,14 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from numpy.typing import ArrayLike
 
 from detectax_eqx import Batch, Targets, models, train
 
 from . import tiny_detector
 
 
-def _targets(labels, valid=True):
+def _targets(labels, valid: ArrayLike = True):
     labels = np.asarray(labels, np.int32)
     boxes = np.broadcast_to(np.array([8, 8, 40, 40], np.float32), (*labels.shape, 4))
     return Targets(boxes, labels, np.broadcast_to(np.asarray(valid), labels.shape).copy())

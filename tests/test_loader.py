@@ -112,6 +112,7 @@ def test_a_batch_holds_the_images_and_their_objects(dataset, buckets):
             assert batch.overflow[slot] == len(boxes) - number
             assert targets.valid[slot].tolist() == [row < number for row in range(3)]
             np.testing.assert_array_equal(targets.boxes[slot, :number], boxes[:number])
+            assert targets.mask_boxes is not None and targets.masks is not None
             np.testing.assert_array_equal(targets.mask_boxes[slot], targets.boxes[slot])
             assert (targets.masks[slot, :number] == 255).all()  # these objects fill their boxes
             assert not targets.masks[slot, number:].any() and not targets.boxes[slot, number:].any()
@@ -383,6 +384,7 @@ def test_coco_without_and_with_masks():
     objects = 0
     for batch in eval_batches(dataset, batch_size=16, buckets=buckets, mask_size=14, max_objects=20):
         objects += int(batch.targets.valid.sum() + batch.overflow[batch.valid].sum())
+        assert batch.targets.masks is not None
         shares = batch.targets.masks[batch.targets.valid].mean((1, 2)) / 255
         assert 0.3 < np.median(shares) < 0.9  # how much of its box an object fills
     assert objects == sum(int((~dataset.objects(i).crowd).sum()) for i in range(len(dataset)))

@@ -140,8 +140,8 @@ def test_crop_gradients(getkey):
         options = {"output_size": (3, 3), "sampling_ratio": ratio, "aligned": False}
         for axis in range(4):
             shift = 1e-6 * np.eye(4)[axis]
-            some = [np.asarray(x[2:4], np.float64) for x in (masks, frames, rois)]
-            difference = _crop(*some[:2], some[2] + shift, **options) - _crop(*some[:2], some[2] - shift, **options)
+            m, f, r = (np.asarray(x[2:4], np.float64) for x in (masks, frames, rois))
+            difference = _crop(m, f, r + shift, **options) - _crop(m, f, r - shift, **options)
             expected = (difference * np.asarray(cotangent[2:4])).sum(axis=(1, 2)) / 2e-6
             np.testing.assert_allclose(roi_gradient[2:4, axis], expected, atol=1e-4)
 

@@ -1,6 +1,7 @@
 """Matching candidates to ground truth, and drawing the ones that a loss looks at."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from detectax_eqx.ops import _matching, match_boxes, sample_balanced
 
 
-THRESHOLDS = {"low_threshold": 0.3, "high_threshold": 0.7}
+THRESHOLDS: dict[str, Any] = {"low_threshold": 0.3, "high_threshold": 0.7}
 
 
 def random_quality(seed, n, m):

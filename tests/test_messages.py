@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -61,10 +62,10 @@ def test_batch_given_to_an_op():
 
 def test_remedies_for_arrays_of_numpy_and_keys():
     with pytest.raises(TypeError, match=r"jnp\.asarray\(boxes\)\.$"):
-        ops.box_area(np.zeros((3, 4), np.float32))
+        ops.box_area(np.zeros((3, 4), np.float32))  # pyright: ignore[reportArgumentType]
     flags = jnp.ones(3, bool)
     with pytest.raises(TypeError, match=r"jax\.random\.key\(0\)\.$"):
-        ops.sample_balanced(flags, flags, num_samples=2, positive_fraction=0.5, key=0)
+        ops.sample_balanced(flags, flags, num_samples=2, positive_fraction=0.5, key=0)  # pyright: ignore[reportArgumentType]
 
 
 SMALL = models.Preprocessing(models.ShortestEdge(32, 64))
@@ -76,14 +77,15 @@ class Middle(models.AbstractDetector):
     weight: jax.Array
     preprocessing: models.Preprocessing = eqx.field(static=True, default=SMALL)
     selection: models.DenseSelection = eqx.field(static=True, default=models.DenseSelection())
-    backbone = SimpleNamespace(divisor=1, stages=())
-    num_classes = 1
+    # Attributes of the class do as well as fields, which pyright does not know.
+    backbone = SimpleNamespace(divisor=1, stages=())  # pyright: ignore[reportAssignmentType]
+    num_classes = 1  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     needs = frozenset({"boxes"})
 
     def loss(self, image, canvas_size, targets, *, key):
         raise NotImplementedError
 
-    def __call__(self, image, canvas_size, *, selection):
+    def __call__(self, image, canvas_size, *, selection: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         height, width = canvas_size[0].astype(jnp.float32), canvas_size[1].astype(jnp.float32)
         box = jnp.stack([width / 4, height / 4, width * 0.75, height * 0.75])
         boxes = jnp.zeros((selection.max_detections, 4)).at[0].set(box)
@@ -93,7 +95,7 @@ class Middle(models.AbstractDetector):
 
 
 def test_own_detector_on_images_of_other_channels():
-    model = Middle(jnp.ones(()))
+    model = Middle(jnp.ones(()))  # pyright: ignore[reportCallIssue]
     for channels in (1, 3, 4):
         found = eqx.filter_jit(models.detect)(model, np.ones((64, 48, channels), np.uint8))
         np.testing.assert_allclose(found.boxes[0], [12, 16, 36, 48], atol=1)
@@ -101,7 +103,7 @@ def test_own_detector_on_images_of_other_channels():
     with pytest.raises(ValueError, match=r"trainable_layers must be in 0..0"):
         models.trainable(model, trainable_layers=3)
     with pytest.raises(TypeError, match="parameter 'model'"):
-        models.detect(3, PICTURE)
+        models.detect(3, PICTURE)  # pyright: ignore[reportArgumentType]
 
 
 def test_stem_of_other_channels():
@@ -120,7 +122,7 @@ def test_stem_of_other_channels():
 
 
 def test_detect_without_jit_warns_once():
-    model = Middle(jnp.ones(()))
+    model = Middle(jnp.ones(()))  # pyright: ignore[reportCallIssue]
     _detect._advise_jit.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

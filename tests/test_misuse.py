@@ -9,7 +9,7 @@ import inspect
 import re
 from functools import partial
 from types import FunctionType
-from typing import get_args
+from typing import Any, get_args
 
 import equinox as eqx
 import jax
@@ -171,14 +171,15 @@ def test_wrong_batch():
     """The images' batch axis is the targets' and that of every other field."""
     ones, sizes = np.ones(2, I32), np.ones((2, 2), I32)
     targets = Targets(np.zeros((2, N, 4), F32), np.zeros((2, N), I32), np.zeros((2, N), bool))
-    fields = {"images": np.zeros((2, 8, 8, 3), np.uint8), "image_sizes": sizes, "original_sizes": sizes}
+    fields: dict[str, Any] = {"images": np.zeros((2, 8, 8, 3), np.uint8), "image_sizes": sizes, "original_sizes": sizes}
     fields |= {"targets": targets, "indices": ones, "valid": ones > 0, "overflow": ones}
     Batch(**fields, canvas=(8, 8))
     for name in set(fields) - {"images", "targets"}:
         with pytest.raises(TypeError, match=f"parameter '{name}'"):
             Batch(**(fields | {name: fields[name][:1]}), canvas=(8, 8))
+    fields["images"] = np.zeros((2, 8, 8, 3), F32)
     with pytest.raises(TypeError, match="parameter 'images'"):
-        Batch(**(fields | {"images": np.zeros((2, 8, 8, 3), F32)}), canvas=(8, 8))
+        Batch(**fields, canvas=(8, 8))
 
 
 def test_wrong_results():
@@ -186,13 +187,14 @@ def test_wrong_results():
     targets = Targets(np.zeros((1, N, 4), F32), np.zeros((1, N), I32), np.zeros((1, N), bool))
     batch = Batch(np.zeros((1, 8, 8, 3), np.uint8), sizes, sizes, targets, ones, ones > 0, ones, canvas=(8, 8))
     batched = jax.tree.map(lambda x: x[None], DETECTIONS)
-    valid = {"image_ids": [1, 2], "category_ids": [3, 4]}
+    valid: dict[str, Any] = {"image_ids": [1, 2], "category_ids": [3, 4]}
     assert len(evaluate.to_coco_results(batched, batch, **valid)) == N
     with pytest.raises(ValueError, match=r"detections and batch .* boxes \(3, 4\)"):
         evaluate.to_coco_results(DETECTIONS, batch, **valid)
     for name in valid:
+        short: dict[str, Any] = valid | {name: [1]}
         with pytest.raises(ValueError, match=f"{name} has 1"):
-            evaluate.to_coco_results(batched, batch, **(valid | {name: [1]}))
+            evaluate.to_coco_results(batched, batch, **short)
 
 
 def _case(function):

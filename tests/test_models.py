@@ -172,6 +172,7 @@ def test_an_image_alone_and_in_a_batch_give_the_same(case, getkey):
         np.testing.assert_allclose(one.boxes, batch.boxes[i], atol=1e-3)
         np.testing.assert_allclose(one.scores, batch.scores[i], atol=1e-4)
         if one.masks is not None:
+            assert batch.masks is not None
             np.testing.assert_allclose(one.masks, batch.masks[i], atol=1e-4)
     assert together(model, images[:0]).boxes.shape == (0, 10, 4)
 
@@ -259,6 +260,7 @@ def test_overfits_a_handful_of_images(kind):
         updates, state_ = optimizer.update(grads, state, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), state_, value
 
+    value = None
     for i in range(300):
         model, state, value = step(model, state, jr.key(i))
     detect = eqx.filter_jit(lambda m, x: models.detect(m, x, score_threshold=0.5))
@@ -308,6 +310,7 @@ def test_an_unknown_name_lists_those_there_are():
 def test_fields_of_a_selection_can_be_replaced_by_name():
     model = made("faster")
     chosen = models.selected(model, pre_nms_top_n=7, score_threshold=None)
+    assert isinstance(chosen, models.TwoStageSelection)
     assert (chosen.pre_nms_top_n, chosen.score_threshold) == (7, model.selection.score_threshold)
     with pytest.raises(ValueError, match="TwoStageSelection has no iou; its fields are score_threshold, "):
         models.selected(model, iou=0.5)

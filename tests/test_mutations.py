@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -197,7 +198,11 @@ def use(annotations, images, folder):
     Returns whether it was refused; only the first script may do that, before its first step.
     """
     size = {"min_sizes": (64,), "max_size": 64, "canvases": (CANVAS,), "anchor_sizes": (8, 16, 32, 48, 64)}
-    paths = {"train_annotations": str(annotations), "train_images": str(images), "val_annotations": str(annotations)}
+    paths: dict[str, Any] = {
+        "train_annotations": str(annotations),
+        "train_images": str(images),
+        "val_annotations": str(annotations),
+    }
     options = _options.Options(
         **paths, **size, output=folder / "run", model="faster_rcnn_resnet18_fpn", norm="group",
         batch_size=jax.device_count(), steps=2, warmup_steps=0, max_objects=20, threads=1,
@@ -211,8 +216,8 @@ def use(annotations, images, folder):
     inspection = inspect_script.Options(
         annotations=annotations, images=images, output=folder / "data", min_size=64, max_size=64, canvases=(CANVAS,)
     )
-    for main, options in ((evaluate_script.main, evaluation), (inspect_script.main, inspection)):
-        refused = refusal(lambda main=main, options=options: main(options))
+    for call in (lambda: evaluate_script.main(evaluation), lambda: inspect_script.main(inspection)):
+        refused = refusal(call)
         assert refused is None, f"trained on, and then refused: {refused}"
     assert (folder / "test" / "report.html").stat().st_size > 1000
     return False

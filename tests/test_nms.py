@@ -1,6 +1,7 @@
 """Non-maximum suppression: each of its forms, and the public functions that choose between them."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def test_forms_agree(labelled):
     args = forms._prepared(boxes, scores, labels if labelled else None, valid)
 
     @jax.jit
-    def run(args, threshold):
+    def run(args: tuple[Any, Any, Any], threshold):
         keeps = (forms._keep_scan, forms._keep_fixed_point)
         masks = [forms._keep_mask(*args, threshold, keep=keep) for keep in keeps]
         in_order = [forms._select_sorted(*args, threshold, max_outputs=max_outputs, keep=keep) for keep in keeps]

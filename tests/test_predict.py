@@ -6,13 +6,14 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import equinox as eqx
 import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import data, models, weights
+from detectax_eqx import data, models, nn, weights
 
 from .tiny_detector import random_arrays
 from .tiny_train import build
@@ -129,7 +130,7 @@ def test_images_of_export_leave_pictures_out(tmp_path, monkeypatch):
         (tmp_path / "photos" / "out" / name).write_text("[]")
     seen = []
     monkeypatch.setattr(export.export, "save_onnx", lambda *_, images, **__: seen.extend(images))
-    detector = _shared.Detector(None, CATEGORIES)
+    detector = _shared.Detector(None, CATEGORIES)  # pyright: ignore[reportArgumentType]
     shape = export.export.Shape(1, (64, 64), (64, 64))
     export.save_onnx(detector, export.Options(tmp_path / "x.onnx", images=tmp_path / "photos"), shape, None)
     assert [int(np.median(image)) for image in seen] == [30]
@@ -185,7 +186,9 @@ def test_sizes_and_classes_travel_with_safetensors(file, model, tmp_path, capsys
     # A file without them is read all the same, which is said.
     weights.save_safetensors(model, file)
     plain = _shared.load_detector(NAME, "group", file, None, None, None)
-    assert plain.model.preprocessing.resize.min_size == 800 and "does not say at which sizes" in capsys.readouterr().out
+    resize = plain.model.preprocessing.resize
+    assert isinstance(resize, models.ShortestEdge)
+    assert resize.min_size == 800 and "does not say at which sizes" in capsys.readouterr().out
     # A file from before there was a choice has two numbers.
     about = {"categories": None, "min_size": 64, "max_size": 96, "canvases": [[64, 96]]}
     weights.save_safetensors(model, file, metadata={"detector": json.dumps(about)})
@@ -206,6 +209,7 @@ def test_weights_of_a_wrapper_in_the_scripts(file, model, tmp_path):
     body = {f"module.{name}": array * 2 for name, array in weights.to_torchvision(model.backbone.body).items()}
     weights.save_safetensors(body, tmp_path / "body.safetensors")
     started = _shared.initialize(model, NAME, "group", tmp_path / "body.safetensors")
+    assert isinstance(started.backbone, nn.ResNetFPN)
     np.testing.assert_array_equal(started.backbone.body.conv1.weight, model.backbone.body.conv1.weight * 2)
     with pytest.raises(SystemExit, match=r"body\.safetensors seems to be a ResNet-18 of width 8 with GroupNorm: "):
         _shared.load_weights(NAME, "group", tmp_path / "body.safetensors")
@@ -253,7 +257,7 @@ def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
         _shared.load_detector(NAME, "group", path, None, 96, None)
 
 
-@pytest.mark.parametrize("name", _shared.ModelName.__args__)
+@pytest.mark.parametrize("name", get_args(_shared.ModelName))
 def test_classes_are_counted_by_shapes(name, tmp_path):
     """Of any detector by name, whatever its layers are called."""
     for count in (3, 90):

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -323,8 +324,9 @@ def test_refuses_archives_that_torch_does_not_write(path):
         read_pth(write_zip(path, program, storages={"0": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED))
     with pytest.raises(WeightsError, match="big-endian"):
         read_pth(write_zip(path, program, byteorder=b"big"))
+    script: dict[str, Any] = {"constants.pkl": b""}
     with pytest.raises(WeightsError, match="TorchScript"):
-        read_pth(write_zip(path, program, **{"constants.pkl": b""}))
+        read_pth(write_zip(path, program, **script))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", b"hello")
     with pytest.raises(WeightsError, match=r"not one that torch\.save wrote"):

@@ -63,7 +63,9 @@ def report(scripts, shapes, tmp_path_factory):
 
 
 def content_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    assert found is not None
+    return json.loads(found[1])
 
 
 def test_a_page_needs_nothing_else(report):

@@ -3,11 +3,12 @@
 import json
 import re
 import subprocess
+from typing import Any
 
 import numpy as np
 import pytest
 
-from detectax_eqx import data, train
+from detectax_eqx import data, models, train
 
 from . import tiny_train
 from .tiny_train import script
@@ -80,6 +81,7 @@ def test_best_holds_what_inference_needs_once(done, monkeypatch):
     state = next(path for path in (folder / "last").iterdir() if path.name == best.name)
     like = {"ema": detector.model}
     expected, _ = train.load_checkpoint(state, like, partial=True)
+    assert isinstance(detector.model, models.FasterRCNN)
     np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, expected["ema"].rpn.convs[0].weight)
 
 
@@ -102,7 +104,7 @@ def test_other_options_are_refused_or_printed(done):
     assert max(steps) == 6 and json.loads((folder / "options.json").read_text())["epochs"] == 3
 
 
-OPTIONS = {"train_annotations": "a.json", "train_images": "images"}
+OPTIONS: dict[str, Any] = {"train_annotations": "a.json", "train_images": "images"}
 OTHERS = {
     "batch_size": 8, "seed": 1, "canvases": ((64, 64),), "model": "faster_rcnn_resnet18_fpn", "norm": "frozen_batch",
     "optimizer": "adamw", "lr": 0.1, "accumulate": 2, "anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ WRITTEN = {
 CASES = WRITTEN | {name: (lambda path, make=make: make().save(path)) for name, make in SAVED.items()}
 
 
-def result(read, path):
+def result(read, path) -> Any:
     try:
         return read(path)
     except Exception:

@@ -234,6 +234,7 @@ def test_a_lock_dies_with_its_process(tmp_path, tally):
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
     holder.stdout.readline()
     with pytest.raises(BlockingIOError, match=f"process {holder.pid} on host"), train.lock_folder(tmp_path):
         pass

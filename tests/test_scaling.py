@@ -45,7 +45,7 @@ def train_once(model_devices, accumulate, dtype):
     if mesh is not None:
         state, batches = train.shard_state(state, mesh), [train.shard_batch(batch, mesh) for batch in batches]
     program = eqx.filter_jit(lambda batch, state: step(state, batch), donate="all-except-first")
-    program = program.lower(batches[0], state).compile()
+    program = program.lower(batches[0], state).compile()  # pyright: ignore[reportFunctionMemberAccess]
     layout, history = [leaf.sharding for leaf in arrays(state)], []
     for batch in batches:
         state, metrics = program(batch, state)
@@ -145,8 +145,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
             np.testing.assert_allclose(line[name], value, atol=1e-4, rtol=1e-5, err_msg=name)
     assert {result["image_id"] for result in one["found"]} == set(range(1, 8))
     for name in ("image_id", "score"):
-        values = [sorted(result[name] for result in run["found"]) for run in (one, two)]
-        np.testing.assert_allclose(*values, atol=1e-4)
+        of_one, of_two = (sorted(result[name] for result in run["found"]) for run in (one, two))
+        np.testing.assert_allclose(of_one, of_two, atol=1e-4)
 
 
 def contents(output):

@@ -26,9 +26,9 @@ def test_cosine():
 
 
 def test_without_warmup_or_milestones():
-    assert float(warmup_multistep(0.5, milestones=[], warmup_steps=0)(0)) == 0.5
-    assert float(warmup_cosine(0.5, total_steps=4, warmup_steps=0)(0)) == 0.5
-    assert float(warmup_multistep(0.5, milestones=[2], warmup_steps=0, decay=0.5)(2)) == 0.25
+    assert float(np.asarray(warmup_multistep(0.5, milestones=[], warmup_steps=0)(0))) == 0.5
+    assert float(np.asarray(warmup_cosine(0.5, total_steps=4, warmup_steps=0)(0))) == 0.5
+    assert float(np.asarray(warmup_multistep(0.5, milestones=[2], warmup_steps=0, decay=0.5)(2))) == 0.25
 
 
 def test_learning_rate_scales_with_the_batch():
@@ -65,7 +65,7 @@ def test_sgd_is_torchs():
     p, v = np.arange(1.0, 4.0), np.zeros(3)
     for t, gradient in enumerate(gradients):
         v = 0.9 * v + gradient + 0.05 * p
-        p = p - float(SCHEDULE(t)) * v
+        p = p - float(np.asarray(SCHEDULE(t))) * v
     np.testing.assert_allclose(_optimized(sgd(SCHEDULE, weight_decay=0.05), gradients), p, rtol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_adamw_is_torchs():
     gradients = np.random.default_rng(1).normal(size=(10, 3))
     p, m, v = np.arange(1.0, 4.0), np.zeros(3), np.zeros(3)
     for t, gradient in enumerate(gradients):
-        rate = float(SCHEDULE(t))
+        rate = float(np.asarray(SCHEDULE(t)))
         p = p * (1 - rate * 0.05)
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         p = p - rate * (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ def test_annotations_are_of_the_visible_part(written):
         objects = dataset.objects(index)
         taken = np.zeros(pixels.shape[:2])
         for box, polygons in zip(objects.boxes, objects.segmentations, strict=True):
+            assert isinstance(polygons, tuple)
             coverage = sum(polygon_coverage(polygon, size=pixels.shape[:2]) for polygon in polygons)
             points = np.concatenate(polygons)
             np.testing.assert_allclose(box, [*points.min(axis=0), *points.max(axis=0)], atol=0.02)
@@ -78,7 +80,8 @@ def test_lossy_and_random_hues(tmp_path):
     dataset = load_coco(
         *write_shapes_dataset(tmp_path, num_images=2, image_size=(64, 96), class_colors=False, suffix=".jpg")
     )
-    assert dataset.sizes == ((64, 96), (64, 96)) and dataset.images[0].path.suffix == ".jpg"
+    path = dataset.images[0].path
+    assert dataset.sizes == ((64, 96), (64, 96)) and isinstance(path, Path) and path.suffix == ".jpg"
 
 
 MISTAKES = [

@@ -18,10 +18,17 @@ from detectax_eqx.data import DatasetError, Loader, _store, load_coco, make_buck
 from detectax_eqx.data._store import read_bytes
 
 
+class Server(http.server.ThreadingHTTPServer):
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.stopped, self.stumbled = threading.Event(), set()
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder; a path with `status` in it gives that status, one with `never` no answer."""
 
     def do_GET(self):
+        assert isinstance(self.server, Server)
         parts = self.path.split("/")
         if "never" in parts:
             self.server.stopped.wait(30)
@@ -38,7 +45,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("ETag", "one")  # S3 gives one
         super().end_headers()
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
@@ -57,8 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    server.stopped, server.stumbled = threading.Event(), set()
+    server = Server(folder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server

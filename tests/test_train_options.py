@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from detectax_eqx import data
+from detectax_eqx import data, models
 
 from . import tiny_train
 from .tiny_detector import random_arrays
@@ -66,6 +66,7 @@ def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     assert len(differs) > len(names) / 2
     monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
     detector = tiny_train._shared.load_run(tmp_path / "all")
+    assert isinstance(detector.model, models.FasterRCNN)
     np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, saved["ema/rpn/convs/0/weight"])
 
 
@@ -92,7 +93,7 @@ def test_a_loss_that_is_not_finite(shapes, tmp_path):
 
 def test_the_optimiser_has_its_groups(tmp_path):
     """What test_parameter_groups.py shows of these parts, the script puts together."""
-    required = dict.fromkeys(("train_annotations", "train_images", "output"), tmp_path)
+    required = {"train_annotations": tmp_path, "train_images": tmp_path, "output": tmp_path}
     options = script.Options(**required, backbone_lr=0.25, decay_vectors=False, momentum=0.0, weight_decay=0.5)
     model = random_arrays(eqx.filter_eval_shape(tiny_train.build, "", 3, ""))
     ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if isinstance(leaf, jax.Array) else None, model)

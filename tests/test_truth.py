@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from detectax_eqx.data import DatasetError, decode_counts, encode_segmentation, 
 from . import tiny_train
 from .malformed import annotations as malformed
 from .test_evaluate import A, B, found, make_annotations, random_case, rectangle, run_pycocotools
+from .test_report import content_of
 
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "data" / "coco-mini" / "annotations" / "instances_val2017.json"
@@ -358,8 +358,7 @@ def test_max_detections_reaches_scoring_and_report(crowded, capsys):
     run_evaluate(folder, "--max-detections", "300", "--report")
     lines = capsys.readouterr().out.splitlines()
     assert " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=300 ] = 1.000" in lines
-    page = (folder / "out" / "report.html").read_text()
-    content = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    content = content_of(folder / "out" / "report.html")
     (view,) = content["views"]
     assert view["numbers"]["AR300"] == 1 and view["ap"] == pytest.approx(1) and view["counts"] == [0] * 8
     assert "300 detections" in content["meanings"]["AR300"]
@@ -413,8 +412,7 @@ def test_reports_take_every_form_of_mask(shapes, form, tmp_path, capsys):
     (tmp_path / "images").symlink_to(images)
     evaluate.write_results(results, tmp_path / "detections.json")
     run_evaluate(tmp_path, "--report")
-    page = (tmp_path / "out" / "report.html").read_text()
-    found = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    found = content_of(tmp_path / "out" / "report.html")
     assert [view["name"] for view in found["views"]] == (["masks"] if form == "masks alone" else ["boxes", "masks"])
     shown = [detection for image in found["images"] for detection in image["detections"]]
     assert shown and all(detection["mask"] and len(detection["box"]) == 4 for detection in shown)

@@ -93,7 +93,7 @@ def no_training():
         metrics = dict.fromkeys(("loss", "overflow", "invalid", "skipped"), 0.0)
         return eqx.tree_at(lambda state: state.step, state, state.step + 1), metrics
 
-    step.memory = lambda state, batch: None
+    step.memory = lambda state, batch: None  # pyright: ignore[reportFunctionMemberAccess]
     with mock.patch.object(train, "make_train_step", lambda *arguments, **options: step):
         yield
 
@@ -127,6 +127,7 @@ def finish(*processes):
 def saved_arrays(output):
     """The arrays of a run's last checkpoint by name."""
     path = train.latest_checkpoint(output / "last")
+    assert path is not None
     leaves = json.loads((path / "index.json").read_text())["content"]["leaves"]
     forms = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items() if name != "key"}
     return _checkpoint.read_arrays(path / "arrays", forms)

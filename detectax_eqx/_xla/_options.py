@@ -7,10 +7,10 @@ from ._plain import is_plain
 
 # XLA's default schedule on CPU starts everything as early as possible and holds the results: a fifth more memory, no
 # less time, and gradient checkpointing saves little.
-CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def step_compiler_options() -> dict[str, str]:
+def step_compiler_options() -> dict[str, str | bool]:
     """Options of XLA that `make_train_step` compiles with; pass them on where a program of your own contains the step.
 
     >>> isinstance(step_compiler_options(), dict)

@@ -52,7 +52,9 @@ def content():
     """Three images; an object with a polygon, one with runs, one with compressed runs, a crowd, and a box alone."""
     mask = np.zeros(SIZE, np.uint8)
     mask[2:5, 3:9] = 1
-    compressed = {"size": list(SIZE), "counts": coco_mask.encode(np.asfortranarray(mask))["counts"].decode()}
+    counts = coco_mask.encode(np.asfortranarray(mask))["counts"]
+    assert isinstance(counts, bytes)
+    compressed = {"size": list(SIZE), "counts": counts.decode()}
     runs = {"size": list(SIZE), "counts": [32, 3, 7, 3, 7, 3, 7, 3, 7, 3, 7, 3, 115]}
     polygon = [[2, 1, 8, 1, 8, 5, 2, 5]]
     objects = [

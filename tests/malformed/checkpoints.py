@@ -52,8 +52,8 @@ def load(path):
 def check(result):
     tree, metadata = result
     for name, leaf in TREE.items():
-        values = [jr.key_data(x) if name == "key" else x for x in (leaf, tree[name])]
-        np.testing.assert_array_equal(*values)
+        saved, loaded = (jr.key_data(x) if name == "key" else x for x in (leaf, tree[name]))
+        np.testing.assert_array_equal(saved, loaded)
     assert metadata in (METADATA, {})  # under a right checksum, any object may be what was saved
     return "harmless"
 

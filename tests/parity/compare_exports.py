@@ -9,6 +9,7 @@ call. Prints AP, file size and seconds an image of each: of ONNX where the extra
 is. These want different versions, hence an environment each, and a call in each with the same `--output`, whose
 `exports.json` then has the rows of both.
 """
+# pyright: reportMissingImports=false
 
 import json
 import time
@@ -135,6 +136,7 @@ def trained(dataset, options):
     def prepared(example):
         return model.preprocessing.normalize(*augmented(example, key=jr.key(0), flip_probability=0.0)[:2])
 
+    assert isinstance(model.backbone, nn.ResNetFPN)
     body = with_statistics(model.backbone.body, jax.vmap(prepared)(jax.tree.map(jnp.asarray, first)))
     model = eqx.tree_at(lambda m: m.backbone.body, model, body)
     optimizer = train.adamw(

@@ -7,6 +7,7 @@
 ResNet-18-FPN with GroupNorm from scratch, small images, AdamW with a cosine, no augmentation. Both sides see batch k of
 the same loader; what differs is the random sampling of anchors and proposals. Run in the environment of `make parity`.
 """
+# pyright: reportMissingImports=false
 
 import json
 import time
@@ -127,9 +128,9 @@ def train_torchvision(model, loader, schedule, options):
             {"boxes": torch.from_numpy(b[v].copy()), "labels": torch.from_numpy(l[v] + 1).long()}
             for b, l, v in zip(t.boxes, t.labels, t.valid, strict=True)
         ]
-        total = sum(reference(images_of(batch), targets).values())
+        total = sum(reference(images_of(batch), targets).values())  # a tensor, though pyright sees the 0 it starts from
         optimizer.zero_grad()
-        total.backward()
+        total.backward()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         rates.step()
         report(k, float(total))

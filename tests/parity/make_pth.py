@@ -2,10 +2,12 @@
 
 `pth.npz` beside them holds the same tensors as torch itself sees them; dtypes that NumPy lacks are widened there.
 """
+# pyright: reportMissingImports=false
 
 import argparse
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +49,8 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
     tensors = make_tensors()
-    np.savez_compressed(DATA / "pth.npz", **{name: to_numpy(tensor) for name, tensor in tensors.items()})
+    arrays: dict[str, Any] = {name: to_numpy(tensor) for name, tensor in tensors.items()}
+    np.savez_compressed(DATA / "pth.npz", **arrays)
     few = OrderedDict((name, tensors[name]) for name in list(tensors)[:3])
     torch.save(tensors, DATA / "zip.pth")
     torch.save(tensors, DATA / "legacy.pth", _use_new_zipfile_serialization=False)

@@ -3,9 +3,11 @@
 `tests/data/torchvision_ops.npz` holds inputs and results of its operators, under `<operator>.<what>`;
 `tests/data/torchvision_names.json` the names and shapes of its detectors' parameters, as trees.
 """
+# pyright: reportMissingImports=false
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,7 +245,9 @@ def parameter_names():
 if __name__ == "__main__":
     makers = (overlaps, suppression, pooling, pyramid_pooling, coding, matching, masks, losses)
     groups = {make.__name__: make(np.random.default_rng(i)) for i, make in enumerate(makers)} | {"anchors": anchors()}
-    arrays = {f"{group}.{name}": np.asarray(x) for group, entries in groups.items() for name, x in entries.items()}
+    arrays: dict[str, Any] = {
+        f"{group}.{name}": np.asarray(x) for group, entries in groups.items() for name, x in entries.items()
+    }
     np.savez_compressed(DATA / "torchvision_ops.npz", **arrays)
     names = json.dumps(parameter_names(), separators=(",", ":"))
     (DATA / "torchvision_names.json").write_text(names + "\n", encoding="utf-8")

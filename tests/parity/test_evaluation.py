@@ -1,4 +1,5 @@
 """`experiments/evaluate.py` on real images against pycocotools on torchvision's detections at the same weights."""
+# pyright: reportMissingImports=false
 
 import contextlib
 import io
@@ -46,6 +47,7 @@ def test_coco_numbers(tmp_path):
             found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), found["masks"], strict=True
         ):
             encoded = rle.encode(np.asfortranarray(mask[0].numpy() > 0.5, np.uint8))
+            assert isinstance(encoded["counts"], bytes)
             results.append(
                 {
                     "image_id": image_id,
@@ -68,7 +70,8 @@ def test_coco_numbers(tmp_path):
     for kind in ("bbox", "segm"):
         given = [r if kind == "bbox" else {k: v for k, v in r.items() if k != "bbox"} for r in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(coco, coco.loadRes(given), kind)
+            # The stub of pycocotools knows of files alone.
+            evaluation = COCOeval(coco, coco.loadRes(given), kind)  # pyright: ignore[reportArgumentType]
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

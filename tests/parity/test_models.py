@@ -209,7 +209,8 @@ def _losses_and_gradients(name, precision):
         for b, l, m in zip(boxes, labels, masks, strict=True)
     ]
     expected = reference(tensors, torch_targets)
-    sum(expected.values()).backward()
+    # A tensor, though pyright sees the 0 that the sum starts from.
+    sum(expected.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
     gradients = {layer: p.grad.numpy() for layer, p in reference.named_parameters()}
 
     model = load_torchvision(build(name), arrays_of(reference))

@@ -2,6 +2,7 @@
 
 Cases are padded to one shape and computed by one vmapped call for each option, torchvision's by a loop.
 """
+# pyright: reportMissingImports=false
 
 import jax
 import jax.numpy as jnp

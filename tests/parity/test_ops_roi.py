@@ -1,4 +1,5 @@
 """torchvision's RoIAlign, multi-level RoIAlign, mask cropping and mask pasting, on a thousand random cases each."""
+# pyright: reportMissingImports=false
 
 import pytest
 
