@@ -15,7 +15,7 @@ from jaxtyping import Array, Int32
 
 from .._types import Batch, Detections, Image
 from ..ops import resize_image
-from ._detector import AbstractDetector, Selection
+from ._detector import AbstractDetector, Selection, SelectionT
 
 
 # No picture has so few rows and more channels than this: then channels come first.
@@ -110,7 +110,7 @@ def smallest_canvas(size: tuple[int, int], *, divisor: int) -> tuple[int, int]:
     return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
 
-def selected(model: AbstractDetector, selection: Selection | None = None, **fields: Any) -> Selection:
+def selected(model: AbstractDetector[SelectionT], selection: SelectionT | None = None, **fields: Any) -> SelectionT:
     """`selection`, or else the model's own, with those of `fields` that are not `None` replaced.
 
     Raises a `ValueError` that lists the fields there are if one is unknown.
