@@ -85,7 +85,7 @@ def test_training_says_what_is_cut_before_its_first_step(tmp_path, capsys, monke
     def stop(*arguments, **options):
         raise SystemExit("before a model is built")
 
-    monkeypatch.setattr(tiny_train.script, "build", stop)
+    monkeypatch.setattr(tiny_train.script, "complete", stop)
     options = tiny_train.script.Options(
         train_annotations=str(tmp_path / "train.json"),
         train_images=str(tmp_path / "images"),
