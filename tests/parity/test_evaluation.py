@@ -19,7 +19,6 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.models.detection import MaskRCNN
 
 from .torchvision_models import random_detector
 
@@ -34,7 +33,7 @@ def test_coco_numbers(tmp_path):
     annotations, images = COCO_MINI / "annotations" / "instances_val2017.json", COCO_MINI / "val2017"
     if not annotations.exists():
         pytest.skip("no folder of COCO images beside the repository")
-    reference = random_detector(MaskRCNN, min_size=MIN_SIZE, max_size=MAX_SIZE)
+    reference = random_detector("mask_rcnn_resnet50_fpn", min_size=MIN_SIZE, max_size=MAX_SIZE)
     torch.save(reference.state_dict(), tmp_path / "weights.pth")
 
     coco = quiet_coco(annotations)
