@@ -141,7 +141,7 @@ class SharedStep:
 @contextmanager
 def tiny():
     """The scripts with a tiny detector and the steps of the runs before."""
-    fake = mock.Mock(wraps=train, make_train_step=SharedStep)
+    fake = mock.Mock(wraps=train, make_train_step=SharedStep, METRICS=train.METRICS)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(train_script, "train", fake))
         stack.enter_context(mock.patch.object(train_script, "Stop", _Stop))
