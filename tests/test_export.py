@@ -238,7 +238,7 @@ class Brightest(models.AbstractDetector):
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     def loss(self, image, canvas_size, targets, *, key):
-        raise NotImplementedError
+        return {}
 
     def __call__(self, image, canvas_size, *, selection=None):
         image_size, selection = canvas_size, selection or self.selection

@@ -110,7 +110,8 @@ def test_without_ground_truth_best_is_last(tmp_path):
     path = tmp_path / "val" / "annotations.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     output = train(tmp_path, tmp_path / "run", "--epochs", "2")
-    assert "bbox_AP –, bbox_AP50 –" in output and not re.search(r"(^|[\s=:|])-1", output)
+    output = re.sub(r"/pytest-\d+/", "/", output)  # paths are printed too
+    assert "bbox_AP –, bbox_AP50 –" in output and "-1" not in output
     assert "best/ is the last checkpoint" in output
     steps = [sorted(step.name for step in (tmp_path / "run" / kind).iterdir())[-1] for kind in ("best", "last")]
     assert steps == ["00000004", "00000004"]
@@ -388,7 +389,8 @@ def test_no_ground_truth_prints_dashes(crowded, capsys):
     (folder / "truth.json").write_text(json.dumps(content | {"annotations": []}))
     run_evaluate(folder, "--report")
     text = capsys.readouterr().out
-    assert text.count("] = –") == 12 and not re.search(r"(^|[\s=:|])-1", text)
+    text = re.sub(r"/pytest-\d+/", "/", text)  # paths are printed too
+    assert text.count("] = –") == 12 and "-1" not in text and "-100" not in text
     empty = load_annotations(folder / "truth.json")
     lines = evaluate.format_errors(evaluate.analyze_errors(empty, results)).splitlines()
     assert lines[0] == "AP at IoU 0.50: –" and all(line.endswith("–") for line in lines[2:])

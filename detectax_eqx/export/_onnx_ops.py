@@ -178,15 +178,12 @@ class Operators:
         valid = ~jnp.isnan(scores)
         for given in (x for x in rest if x.dtype == bool):
             valid = valid & given
-        threshold = float(np.float32(iou_threshold))
-        if threshold > iou_threshold:  # an IoU in float32 exceeds both thresholds or neither
-            threshold = float(np.nextafter(np.float32(threshold), np.float32(-1)))
         lines = [
             "minus = Constant <value_ints = [-1]> ()",
             "zero = Constant <value_ints = [0]> ()",
             "two = Constant <value_ints = [2]> ()",
             f"most = Constant <value_ints = [{max_outputs}]> ()",
-            f"threshold = Constant <value = float {{{threshold!r}}}> ()",
+            f"threshold = Constant <value = float {{{iou_threshold!r}}}> ()",
             # Only the valid rows are looked at, as many as there are.
             "found = NonZero (valid)",
             "rows = Reshape (found, minus)",

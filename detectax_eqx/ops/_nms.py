@@ -281,5 +281,6 @@ def nms_indices(
     """
     if max_outputs < 1:
         raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
-    options = {"iou_threshold": float(iou_threshold), "max_outputs": max_outputs}
+    # Of the IoUs' dtype, so that whoever recognises the call compares with the same number.
+    options = {"iou_threshold": float(_comparable(iou_threshold, boxes)), "max_outputs": max_outputs}
     return named_call(_nms_indices, boxes, scores, labels, valid, **options)
