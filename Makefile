@@ -8,7 +8,8 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 # Compiled programs are kept between runs: the second `make test` is several times quicker. Scripts that are started by
 # hand keep theirs in the user's cache folder (experiments/_programs.py); here they go where `make clean` finds them.
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.5
+# Small programs too: the tests compile thousands of them.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 
 .PHONY: help demo test test-all notebooks lint format parity exports bench bench-quick bench-check clean
 

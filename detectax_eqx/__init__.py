@@ -5,7 +5,9 @@ shapes and dtypes of its arguments when it is called. Under `jax.jit` that costs
 variable `DETECTAX_TYPECHECK=0` before importing to turn it off.
 """
 
+import importlib as _importlib
 import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING, Any as _Any
 
 
 if _os.environ.get("DETECTAX_TYPECHECK", "1") != "0":
@@ -15,7 +17,40 @@ if _os.environ.get("DETECTAX_TYPECHECK", "1") != "0":
 
     _install_import_hook("detectax_eqx", "detectax_eqx._typecheck.check")
 
-from ._types import Batch as Batch, Detections as Detections, Targets as Targets, WeightedSum as WeightedSum
+from ._types import (
+    Batch as Batch,
+    Detections as Detections,
+    Images as Images,
+    Targets as Targets,
+    WeightedSum as WeightedSum,
+)
+
+
+if _TYPE_CHECKING:
+    from . import (
+        data as data,
+        draw as draw,
+        evaluate as evaluate,
+        export as export,
+        models as models,
+        nn as nn,
+        ops as ops,
+        train as train,
+        weights as weights,
+        zoo as zoo,
+    )
 
 
 __version__ = "0.1.0"
+_PACKAGES = ("data", "draw", "evaluate", "export", "models", "nn", "ops", "train", "weights", "zoo")
+
+
+def __getattr__(name: str) -> _Any:
+    """Packages are imported when they are first used: `import detectax_eqx as dx; dx.ops.nms`."""
+    if name in _PACKAGES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PACKAGES])

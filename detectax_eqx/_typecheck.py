@@ -9,7 +9,7 @@ import inspect
 import io
 import re
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -37,14 +37,20 @@ class CallTypeError(TypeCheckError, AnnotationError):
 
 
 def check(function: Callable) -> Callable:
-    """`function`, with its arguments and its result checked against their annotations in each call."""
-    checked = beartype(conf=CONF)(function)
+    """`function`, with its arguments and its result checked against their annotations in each call.
+
+    The check is made at the first call: for all functions of the package it takes seconds.
+    """
+
+    @cache
+    def checked() -> Callable:
+        return beartype(conf=CONF)(function)
 
     @wraps(function)
     def call(*args, **kwargs):
         __tracebackhide__ = True
         try:
-            return checked(*args, **kwargs)
+            return checked()(*args, **kwargs)
         except BeartypeCallHintViolation as error:
             message = _message(function, args, kwargs, error)
         # After the clause, so that beartype's exception, which shows whole arrays, is not printed as its context.

@@ -60,6 +60,8 @@ class Targets(eqx.Module):
     - `masks`: coverage of each object in its own frame, 0..255 for uint8 and 0..1 otherwise, or `None`.
     - `mask_boxes`: the frame that each mask fills. It is the object's whole box: cropping an image clips `boxes`, while
       `mask_boxes` keeps reaching past the border, so that a mask never has to be resampled. `None` if `masks` is.
+    - `keypoints`: `(x, y, visibility)` of the `k` points of each object, in the pixels of `boxes`, or `None`. The
+      visibility is COCO's: 0 not labelled, 1 labelled but hidden, 2 visible.
     """
 
     boxes: Float[AnyArray, "*b n 4"]
@@ -67,6 +69,7 @@ class Targets(eqx.Module):
     valid: Bool[AnyArray, "*b n"]
     masks: Real[AnyArray, "*b n s t"] | Bool[AnyArray, "*b n s t"] | None = None
     mask_boxes: Float[AnyArray, "*b n 4"] | None = None
+    keypoints: Float[AnyArray, "*b n k 3"] | None = None
 
     def check_labels(self, num_classes: int) -> None:
         """Raises a `ValueError` that names label and image if the label of a valid row is not in `0..num_classes - 1`.
@@ -89,6 +92,7 @@ class Detections(eqx.Module):
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image that was given.
     - `scores`: 0..1. `labels`: `0..K-1`. `valid`: which rows are detections.
     - `masks`: probabilities 0..1, each filling its box, or `None`. `ops.paste_masks` puts them on a canvas.
+    - `keypoints`: `(x, y, score)` of each object's `k` points, in the pixels of `boxes`, or `None`.
     """
 
     boxes: Float[AnyArray, "*b n 4"]
@@ -96,31 +100,46 @@ class Detections(eqx.Module):
     labels: Int32[AnyArray, "*b n"]
     valid: Bool[AnyArray, "*b n"]
     masks: Float[AnyArray, "*b n s t"] | None = None
+    keypoints: Float[AnyArray, "*b n k 3"] | None = None
 
 
-class Batch(eqx.Module):
-    """Images as decoded, padded bottom and right to a common canvas, with their ground truth.
+class Images(eqx.Module):
+    """Pictures as decoded, padded bottom and right to a common shape: what detection needs of a dataset.
 
-    - `images`: uint8, usually RGB. `image_sizes`: `(height, width)` of the image within its canvas.
-    - `original_sizes`: `(height, width)` as on disk; it differs only if an oversized image was shrunk while decoding.
-    - `targets`: in pixels of the image as it lies in the canvas.
-    - `indices`: position of each image in its dataset. `valid`: false for an example that only fills up a batch.
-    - `overflow`: number of objects that were dropped because an image holds more than the capacity.
+    - `pixels`: uint8, usually RGB. `sizes`: `(height, width)` of each picture within them.
+    - `original_sizes`: `(height, width)` as on disk; it differs only if an oversized picture was shrunk while decoding.
+    - `indices`: position of each picture in its dataset. `valid`: false for one that only fills up a batch.
     - `canvas`: `(height, width)` that the network is to see, static: a program is compiled for each.
     """
 
-    images: UInt8[AnyArray, "*b h w c"]
-    image_sizes: Int32[AnyArray, "*b 2"]
+    pixels: UInt8[AnyArray, "*b h w c"]
+    sizes: Int32[AnyArray, "*b 2"]
     original_sizes: Int32[AnyArray, "*b 2"]
-    targets: Targets
     indices: Int32[AnyArray, "*b"]
     valid: Bool[AnyArray, "*b"]
-    overflow: Int32[AnyArray, "*b"]
     canvas: tuple[int, int] = eqx.field(static=True)
 
+
+class Batch(eqx.Module):
+    """Images with their ground truth: what training needs.
+
+    - `targets`: in pixels of the images as they lie in `images.pixels`.
+    - `overflow`: number of objects that were dropped because an image holds more than the capacity.
+    """
+
+    images: Images
+    targets: Targets
+    overflow: Int32[AnyArray, "*b"]
+
+    def __check_init__(self) -> None:
+        axes = self.images.valid.shape, self.targets.valid.shape[:-1], self.overflow.shape
+        if len(set(axes)) > 1:
+            shapes = "{}, {} and {}".format(*axes)
+            raise ValueError(f"images, targets and overflow must have the same batch axes, got {shapes}.")
+
     def check_labels(self, num_classes: int) -> None:
-        """`Targets.check_labels`, for those examples that are `valid`. It names their `indices` too."""
-        _check_labels(self.targets, num_classes, self.valid, self.indices)
+        """`Targets.check_labels`, for those images that are `valid`. It names their `indices` too."""
+        _check_labels(self.targets, num_classes, self.images.valid, self.images.indices)
 
 
 class WeightedSum(eqx.Module):

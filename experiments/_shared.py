@@ -173,34 +173,14 @@ def load_run(path: Path) -> Detector:
         like = replace(like, preprocessing=preprocessing)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SystemExit(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
-    wanted = {part: like} if "preprocessing" in metadata else {f"{part}/{n}": x for n, x in _before(like).items()}
-    saved, _ = (
-        load_newest(folder, wanted, partial=True) if folder else train.load_checkpoint(path, wanted, partial=True)
-    )
-    if part not in saved:
-        arrays = {name: saved[f"{part}/{before}"] for name, before in _names_before(like).items()}
-        return Detector(weights.replace_leaves(like, arrays, source=str(path)), categories, canvases)
-    return Detector(saved[part], categories, canvases)
-
-
-def _names_before(model: Model) -> dict[str, str]:
-    """The path of each of a model's arrays in checkpoints whose metadata have no preprocessing, by that of today.
-
-    A mask head stood beside a detector of its own then, and the RPN had one convolution.
-    """
-    paths = {name: name.replace(".", "/") for name in weights.named_leaves(model)}
-    inside = "masks" in model.needs
-    return {
-        name: ("faster_rcnn/" if inside and not path.startswith("mask_head/") else "")
-        + path.replace("rpn/convs/0/", "rpn/conv/")
-        for name, path in paths.items()
-    }
-
-
-def _before(model: Model) -> dict[str, Any]:
-    """A model's arrays by those paths."""
-    leaves = weights.named_leaves(model)
-    return {before: leaves[name] for name, before in _names_before(model).items()}
+    load = partial(load_newest, folder) if folder else partial(train.load_checkpoint, path)
+    if "preprocessing" in metadata:
+        return Detector(load({part: like}, partial=True)[0][part], categories, canvases)
+    paths = {name: f"{part}/{before}" for name, before in weights.earlier_paths(like).items()}
+    leaves = weights.named_leaves(like)
+    saved, _ = load({before: leaves[name] for name, before in paths.items()}, partial=True)
+    arrays = {name: saved[before] for name, before in paths.items()}
+    return Detector(weights.replace_leaves(like, arrays, source=str(path)), categories, canvases)
 
 
 def categories_of(metadata: dict[str, Any]) -> tuple[data.Category, ...]:
@@ -404,16 +384,16 @@ def detect_dataset(
     results = []
     with progress() as bar:
         task = bar.add_task("detecting", total=len(dataset), status="")
-        for batch in data.eval_batches(
+        for images in data.eval_batches(
             dataset,
             batch_size=batch_size * mesh.size,
             buckets=buckets,
             num_threads=num_threads,
             shard=(jax.process_index(), jax.process_count()),
         ):
-            detections = models.detect_batch(model, batch, mesh=mesh, **options)
-            results += evaluate.to_coco_results(detections, batch, image_ids=image_ids, category_ids=category_ids)
-            bar.advance(task, int(batch.valid.sum()) * jax.process_count())
+            detections = models.detect_batch(model, images, mesh=mesh, **options)
+            results += evaluate.to_coco_results(detections, images, image_ids=image_ids, category_ids=category_ids)
+            bar.advance(task, int(images.valid.sum()) * jax.process_count())
     return gather(results) if jax.process_count() > 1 else results
 
 

@@ -30,7 +30,7 @@ from _shared import ModelName, build, check_ranges, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from detectax_eqx import Batch, Targets, models, train
+from detectax_eqx import Batch, Images, Targets, models, train
 
 
 # Memory of a core in GiB: cloud.google.com/tpu/docs, "system architecture" of each.
@@ -149,8 +149,8 @@ def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int, with_
     boxes, labels = jnp.zeros((batch_size, max_objects, 4)), jnp.zeros((batch_size, max_objects), jnp.int32)
     masks = (jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8), boxes) if with_masks else ()
     targets = Targets(boxes, labels, labels > 0, *masks)
-    images = jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8)
-    return Batch(images, sizes, sizes, targets, ints, ints == 0, ints, canvas)
+    pixels = jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8)
+    return Batch(Images(pixels, sizes, sizes, ints, ints == 0, canvas), targets, overflow=ints)
 
 
 def is_shape(leaf: Any) -> bool:

@@ -30,7 +30,7 @@ from _shared import (
 from PIL import ImageFont
 from tyro.conf import Positional
 
-from detectax_eqx import Batch, Targets, data, draw, evaluate, models
+from detectax_eqx import Images, data, draw, evaluate, models
 
 
 # Images are padded to multiples of this, so that few programs serve pictures of many sizes.
@@ -106,10 +106,10 @@ def main(options: Options) -> None:
     for path, target in pairs:
         try:
             image = data.read_image(path, max_pixels=options.max_pixels)
-            batch = batch_of(image, detector, len(images))
-            detections = models.detect_batch(detector.model, batch, selection=selection)
+            one = padded(image, detector, len(images))
+            detections = models.detect_batch(detector.model, one, selection=selection)
             found = evaluate.to_coco_results(
-                detections, batch, image_ids=range(len(images) + 1), category_ids=category_ids
+                detections, one, image_ids=range(len(images) + 1), category_ids=category_ids
             )
             single = first_of(detections)
             picture = draw.draw_detections(
@@ -161,25 +161,15 @@ def targets_of(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]
     return [(path, target) for (path, _), target in zip(images, targets, strict=True)]
 
 
-def batch_of(image: np.ndarray, detector: Detector, index: int) -> Batch:
+def padded(image: np.ndarray, detector: Detector, index: int) -> Images:
     """A batch of one image, padded."""
     size = image.shape[0], image.shape[1]
     (bucket,) = data.make_buckets([size], canvases=detector.canvases, **sizes_of(detector.model))
     source = tuple(-(-side // SOURCE_STEP) * SOURCE_STEP for side in size)
-    images = np.zeros((1, *source, 3), np.uint8)
-    images[0, : size[0], : size[1]] = image
+    pixels = np.zeros((1, *source, 3), np.uint8)
+    pixels[0, : size[0], : size[1]] = image
     sizes = np.array([size], np.int32)
-    none = Targets(np.zeros((1, 1, 4), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))
-    return Batch(
-        images,
-        sizes,
-        sizes,
-        none,
-        np.array([index], np.int32),
-        np.ones(1, bool),
-        np.zeros(1, np.int32),
-        canvas=bucket.canvas,
-    )
+    return Images(pixels, sizes, sizes, np.array([index], np.int32), np.array([True]), canvas=bucket.canvas)
 
 
 def first_of(detections):

@@ -72,10 +72,10 @@ def loss(model: models.MaskRCNN, example: Batch, *, key):
     """The loss of one image: a random flip, then Mask R-CNN's five terms."""
     augment_key, loss_key = jr.split(key)
     image, image_size, targets = train.augment(
-        example.images,
-        example.image_sizes,
+        example.images.pixels,
+        example.images.sizes,
         example.targets,
-        canvas=example.canvas,
+        canvas=example.images.canvas,
         min_sizes=(SIZE,),
         max_size=SIZE,
         key=augment_key,
@@ -140,15 +140,15 @@ def draw_sheet(detector: Detector, dataset: data.CocoDataset, *, columns: int, r
     """The first images of a dataset, enlarged, with the detections drawn in."""
     names = [category.name for category in dataset.categories]
     buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, min_size=SIZE, max_size=SIZE)
-    batch = next(iter(data.eval_batches(dataset, batch_size=columns * rows, buckets=buckets)))
-    found = models.detect_batch(detector.model, batch)
+    images = next(data.eval_batches(dataset, batch_size=columns * rows, buckets=buckets))
+    found = models.detect_batch(detector.model, images)
     zoom, gap = 3, 6
     side = zoom * SIZE
     sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")
     for i in range(columns * rows):
         one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), found)
         one = eqx.tree_at(lambda d: d.boxes, one, one.boxes * zoom)
-        image = Image.fromarray(np.asarray(batch.images[i])).resize((side, side), Image.Resampling.BICUBIC)
+        image = Image.fromarray(np.asarray(images.pixels[i])).resize((side, side), Image.Resampling.BICUBIC)
         picture = draw.draw_detections(np.asarray(image), one, class_names=names)
         sheet.paste(picture, (i % columns * (side + gap), i // columns * (side + gap)))
     return sheet

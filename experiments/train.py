@@ -209,10 +209,11 @@ def fit(options: Options) -> None:
             task = bar.add_task("training", total=steps, completed=start, status="compiling")
             for k, batch in batches:
                 batch = train.shard_batch(batch, mesh)
-                if batch.canvas not in canvases:
-                    canvases.add(batch.canvas)
+                canvas = batch.images.canvas
+                if canvas not in canvases:
+                    canvases.add(canvas)
                     with pace.paused():
-                        print_memory(step.memory(state, batch), batch.canvas)
+                        print_memory(step.memory(state, batch), canvas)
                 state, metrics = step(state, batch)
                 saver.check()
                 done = k + 1
@@ -350,10 +351,10 @@ def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
     def loss(model: Any, example: Batch, *, key: jax.Array) -> dict[str, WeightedSum]:
         augment_key, loss_key = jr.split(key)
         image, image_size, targets = train.augment(
-            example.images,
-            example.image_sizes,
+            example.images.pixels,
+            example.images.sizes,
             example.targets,
-            canvas=example.canvas,
+            canvas=example.images.canvas,
             min_sizes=options.min_sizes,
             max_size=options.max_size,
             flip_probability=options.flip,

@@ -173,7 +173,15 @@ ELSEWHERE = {
     }
     | {"adamw", "no_vectors", "sgd"},
     weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
-    | {"load_torchvision_backbone", "read_torchvision", "to_torchvision", "named_leaves", "replace_leaves", "describe"},
+    | {
+        "load_torchvision_backbone",
+        "read_torchvision",
+        "to_torchvision",
+        "earlier_paths",
+        "named_leaves",
+        "replace_leaves",
+        "describe",
+    },
 }
 
 

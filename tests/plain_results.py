@@ -169,7 +169,7 @@ def _detector(model):
         gradients, terms = jax.grad(total, has_aux=True)(arrays)
         return jax.vmap(lambda image: model(image, size, selection=selection))(images), terms, gradients
 
-    return run, arrays, batch.images, batch.targets
+    return run, arrays, batch.images.pixels, batch.targets
 
 
 DETECTORS = (faster_rcnn, mask_rcnn)

@@ -6,6 +6,8 @@ import inspect
 import io
 import pkgutil
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 from typing import get_args
@@ -34,8 +36,9 @@ MAY_IMPORT = {
     "zoo": {"models", "nn"},
     "export": {"_xla", "ops", "nn", "models", "weights", "_types"},
     "draw": {"ops", "_types"},
-    "__init__": {"_types", "_typecheck"},
 }
+# The public face, which imports the packages when they are used.
+MAY_IMPORT["__init__"] = set(MAY_IMPORT)
 # ops compute: arrays, their shapes, static numbers, and the standard library.
 OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "equinox"}
 BINDING_NAMES = {
@@ -46,7 +49,7 @@ BINDING_NAMES = {
     "detectax_eqx.models": "AbstractDetector FasterRCNN MaskRCNN RetinaNet FCOS detect detect_batch trainable",
     "detectax_eqx.zoo": "names build",
     "detectax_eqx.weights": "load_torchvision to_torchvision save_safetensors load_safetensors",
-    "detectax_eqx": "Targets Detections Batch WeightedSum",
+    "detectax_eqx": "Images Targets Detections Batch WeightedSum",
 }
 
 
@@ -200,6 +203,16 @@ def test_public_names_are_documented_and_typed(value):
         assert signature.return_annotation is not inspect.Signature.empty
         if "key" in signature.parameters:
             assert signature.parameters["key"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_packages_load_when_they_are_used():
+    packages = sorted(path.parent.name for path in PACKAGE.glob("[!_]*/__init__.py"))
+    code = "import sys, detectax_eqx as dx; print([n for n in dir(dx) if 'detectax_eqx.' + n in sys.modules]);"
+    code += f"print([getattr(dx, name).__name__ for name in {packages}])"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["['_typecheck', '_types']", str([f"detectax_eqx.{name}" for name in packages])]
+    with pytest.raises(AttributeError, match="module 'detectax_eqx' has no attribute 'modles'"):
+        importlib.import_module("detectax_eqx").__getattr__("modles")
 
 
 @pytest.mark.parametrize("module", BINDING_NAMES)

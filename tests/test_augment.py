@@ -147,6 +147,43 @@ def test_a_box_that_is_cropped_away_is_not_valid(getkey):
     np.testing.assert_array_equal(np.asarray(moved.valid[:, 0]), ~gone)
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_keypoints_move_with_their_boxes(getkey, flip):
+    image, size, targets = scene(box=(10, 4, 18, 14))
+    places = jnp.array([[10, 4], [18, 14], [1, 19]], jnp.float32)
+    points = jnp.stack([jnp.concatenate([places, jnp.array([[2], [1], [0]], jnp.float32)], axis=1)] * 2)
+    targets = Targets(targets.boxes, targets.labels, targets.valid, keypoints=points)
+    options = {"canvas": CANVAS, "min_sizes": (40,), "max_size": 100, "flip_probability": flip, "key": getkey()}
+    _, _, moved = augment(image, size, targets, keypoint_pairs=[(0, 1)], **options)
+    assert moved.keypoints is not None
+    expected = [[20, 8, 2], [36, 28, 1], [2, 38, 0]]  # at twice the size, 40×60
+    if flip:  # left is right: the second point is where the first one's mirror image is
+        expected = [[24, 28, 1], [40, 8, 2], [58, 38, 0]]
+    np.testing.assert_allclose(moved.keypoints[0], expected, atol=1e-4)
+    x0, _, x1, _ = moved.boxes[0].tolist()
+    assert sorted([x0, x1]) == sorted(moved.keypoints[0, :2, 0].tolist())
+    _, _, alone = augment(image, size, targets, **options)  # without left and right
+    assert alone.keypoints is not None
+    np.testing.assert_allclose(alone.keypoints[0], [expected[1], expected[0], expected[2]] if flip else expected)
+
+
+def test_keypoints_beyond_a_crop_are_not_visible(getkey):
+    image, size, targets = scene(masks=False)
+    points = jnp.array([[[1, 1, 2], [29, 19, 2], [15, 10, 1]], [[0, 0, 0]] * 3], jnp.float32)
+    targets = Targets(targets.boxes, targets.labels, targets.valid, keypoints=points)
+    keys = jr.split(getkey(), 40)
+    sizes, moved = jax.vmap(
+        lambda key: augment(
+            image, size, targets, canvas=CANVAS, min_sizes=(1,), max_size=1, scale_range=(0.9, 2.0), key=key
+        )[1:]
+    )(keys)
+    assert moved.keypoints is not None
+    x, y, visibility = (np.asarray(part) for part in jnp.unstack(moved.keypoints[:, 0], axis=-1))
+    inside = (x >= 0) & (y >= 0) & (x <= np.asarray(sizes)[:, 1:]) & (y <= np.asarray(sizes)[:, :1])
+    np.testing.assert_array_equal(visibility, np.where(inside, [2, 2, 1], 0))
+    assert inside.any(0).all() and not inside[:, :2].all(0).any()
+
+
 def test_without_objects_or_image(getkey):
     image, _, _ = scene()
     none = Targets(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32), jnp.zeros(0, bool))
@@ -191,6 +228,7 @@ def test_colours(getkey):
         ({"max_size": 0}, "max_size must be positive, got 0"),
         ({"flip_probability": 1.5}, "flip_probability must be in 0..1, got 1.5"),
         ({"scale_range": (2.0, 1.0)}, r"scale_range must be positive and ascending, got \(2.0, 1.0\)"),
+        ({"keypoint_pairs": [(0, 1)]}, r"keypoint_pairs must name each of the 0 points at most once, got \[\(0, 1\)\]"),
     ],
 )
 def test_refusals(getkey, options, message):

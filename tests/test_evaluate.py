@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detectax_eqx import Batch, Detections, Targets
+from detectax_eqx import Detections, Images
 from detectax_eqx.data import DatasetError
 from detectax_eqx.evaluate import (
     encode_mask,
@@ -284,18 +284,15 @@ def test_uncompressed_run_lengths_of_a_crowd():
 CANVAS = (64, 96)
 
 
-def make_batch(sizes, originals=None):
+def make_images(sizes, originals=None):
     b = len(sizes)
     sizes = np.array(sizes, np.int32)
-    targets = Targets(np.zeros((b, 0, 4), np.float32), np.zeros((b, 0), np.int32), np.zeros((b, 0), bool))
-    return Batch(
-        images=np.zeros((b, *CANVAS, 3), np.uint8),
-        image_sizes=sizes,
+    return Images(
+        np.zeros((b, *CANVAS, 3), np.uint8),
+        sizes,
         original_sizes=sizes if originals is None else np.array(originals, np.int32),
-        targets=targets,
         indices=np.arange(b, dtype=np.int32)[::-1].copy(),
         valid=np.ones(b, bool),
-        overflow=np.zeros(b, np.int32),
         canvas=CANVAS,
     )
 
@@ -317,18 +314,18 @@ IDS: dict[str, Any] = {"image_ids": [139, 285], "category_ids": [1, 17]}
 
 
 def test_results_of_a_batch():
-    detections, batch = make_detections(), make_batch([(60, 90), (50, 70)])
+    detections, images = make_detections(), make_images([(60, 90), (50, 70)])
     assert detections.masks is not None
-    results = to_coco_results(detections, batch, **IDS)
+    results = to_coco_results(detections, images, **IDS)
     rows = np.argwhere(detections.valid)
     assert len(results) == len(rows) > 4
     for result, (i, row) in zip(results, rows, strict=True):
         x0, y0, x1, y1 = detections.boxes[i, row]
-        assert result["image_id"] == IDS["image_ids"][1 - i]  # the batch holds the dataset's images in reverse
+        assert result["image_id"] == IDS["image_ids"][1 - i]  # they are the dataset's images in reverse
         assert result["category_id"] == IDS["category_ids"][detections.labels[i, row]]
         assert result["score"] == pytest.approx(detections.scores[i, row])
         np.testing.assert_allclose(result["bbox"], [x0, y0, x1 - x0, y1 - y0], rtol=1e-5, atol=1e-5)
-        h, w = batch.image_sizes[i].tolist()
+        h, w = images.sizes[i].tolist()
         pasted = paste_masks(
             jnp.asarray(detections.masks[i, row])[None], jnp.asarray(detections.boxes[i, row])[None], image_size=(h, w)
         )
@@ -338,35 +335,35 @@ def test_results_of_a_batch():
 
 
 def test_padding_gives_nothing():
-    detections, batch = make_detections(), make_batch([(60, 90), (50, 70)])
-    all_results = to_coco_results(detections, batch, **IDS)
-    batch = replace(batch, valid=np.array([True, False]))
-    assert to_coco_results(detections, batch, **IDS) == all_results[: detections.valid[0].sum()]
+    detections, images = make_detections(), make_images([(60, 90), (50, 70)])
+    all_results = to_coco_results(detections, images, **IDS)
+    images = replace(images, valid=np.array([True, False]))
+    assert to_coco_results(detections, images, **IDS) == all_results[: detections.valid[0].sum()]
     nothing = replace(detections, valid=np.zeros_like(detections.valid))
-    assert to_coco_results(nothing, batch, **IDS) == []
+    assert to_coco_results(nothing, images, **IDS) == []
     # Rows that are not valid may hold anything.
     boxes = np.where(detections.valid[..., None], detections.boxes, np.nan).astype(np.float32)
     labels = np.where(detections.valid, detections.labels, -1).astype(np.int32)
-    assert to_coco_results(replace(detections, boxes=boxes, labels=labels), batch, **IDS)
+    assert to_coco_results(replace(detections, boxes=boxes, labels=labels), images, **IDS)
 
 
 def test_many_masks_are_pasted_in_chunks():
-    detections, batch = make_detections(n=20), make_batch([(60, 90), (50, 70)])
+    detections, images = make_detections(n=20), make_images([(60, 90), (50, 70)])
     detections = replace(detections, valid=np.ones_like(detections.valid))
-    results = to_coco_results(detections, batch, **IDS)
+    results = to_coco_results(detections, images, **IDS)
     for i, row in ((0, 3), (0, 17), (1, 2), (1, 19)):
         valid = np.zeros_like(detections.valid)
         valid[i, row] = True
-        assert to_coco_results(replace(detections, valid=valid), batch, **IDS) == [results[i * 20 + row]]
+        assert to_coco_results(replace(detections, valid=valid), images, **IDS) == [results[i * 20 + row]]
 
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_originals_that_were_shrunk(masks):
     """Boxes and masks are those of the original: as if it had been detected there."""
     detections = make_detections(masks=masks)
-    shrunk = make_batch([(60, 90), (50, 70)], originals=[(60, 90), (100, 280)])
+    shrunk = make_images([(60, 90), (50, 70)], originals=[(60, 90), (100, 280)])
     scale = np.array([[1, 1, 1, 1], [4, 2, 4, 2]], np.float32)
-    whole = make_batch([(60, 90), (100, 280)])
+    whole = make_images([(60, 90), (100, 280)])
     expected = to_coco_results(replace(detections, boxes=detections.boxes * scale[:, None]), whole, **IDS)
     results = to_coco_results(detections, shrunk, **IDS)
     assert results == expected
@@ -381,20 +378,20 @@ def test_detections_of_the_truth_itself_are_perfect():
     detections = Detections(boxes, ones, np.array([[0, 1]], np.int32), ones > 0, np.ones((1, 2, 28, 28), np.float32))
     annotations = make_annotations((1, 1, (10, 10, 30, 20)), (1, 7, (50, 5, 40, 50)), images=1)
     annotations["images"][0] |= {"height": 60, "width": 90}
-    results = to_coco_results(detections, make_batch([(60, 90)]), image_ids=[1], category_ids=[1, 7])
+    results = to_coco_results(detections, make_images([(60, 90)]), image_ids=[1], category_ids=[1, 7])
     assert evaluate_coco(annotations, results).numbers["AP"] == pytest.approx(1)
     # The pasted masks reach a pixel further, as torchvision's do.
     assert evaluate_coco(annotations, results, iou_type="segm").numbers["AP75"] == pytest.approx(1)
 
 
 def test_maps_must_cover_labels_and_images():
-    detections, batch = make_detections(masks=False), make_batch([(60, 90), (50, 70)])
+    detections, images = make_detections(masks=False), make_images([(60, 90), (50, 70)])
     with pytest.raises(ValueError, match="Label 1 has no category id: category_ids has 1"):
-        to_coco_results(detections, batch, image_ids=[1, 2], category_ids=[5])
+        to_coco_results(detections, images, image_ids=[1, 2], category_ids=[5])
     with pytest.raises(ValueError, match="Image 1 of the dataset has no image id: image_ids has 1"):
-        to_coco_results(detections, batch, image_ids=[1], category_ids=[5, 6])
+        to_coco_results(detections, images, image_ids=[1], category_ids=[5, 6])
     with pytest.raises(ValueError, match="one batch axis"):
-        to_coco_results(make_detections(b=3), batch, **IDS)
+        to_coco_results(make_detections(b=3), images, **IDS)
 
 
 def test_results_file(tmp_path, monkeypatch):

@@ -102,12 +102,12 @@ def expected(model, images):
 
 def test_sizes_are_looked_up_as_they_are_computed(model):
     shape, preprocessing = export.Shape(1, (400, 520), (96, 128)), models.Preprocessing(models.ShortestEdge(80, 133))
-    table = _program.size_table(replace(model, preprocessing=preprocessing), shape).reshape(400, 520, 2)
+    rule = _program.resize_rule(replace(model, preprocessing=preprocessing), shape)
     rng = np.random.default_rng(0)
     sizes = np.concatenate([rng.integers(1, [401, 521], (300, 2)), [[334, 500], [1, 1], [400, 520], [1, 520]]])
-    for height, width in sizes.tolist():
-        wanted = ops.resized_size((height, width), min_size=80, max_size=133, canvas=(96, 128))
-        assert tuple(table[height - 1, width - 1].tolist()) == wanted
+    found = jax.vmap(rule)(jnp.asarray(sizes, jnp.int32)).tolist()
+    for (height, width), size in zip(sizes.tolist(), found, strict=True):
+        assert tuple(size) == ops.resized_size((height, width), min_size=80, max_size=133, canvas=(96, 128))
 
 
 def test_the_program_gives_what_detect_gives(model, images, expected):

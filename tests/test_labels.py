@@ -10,7 +10,7 @@ import optax
 import pytest
 from numpy.typing import ArrayLike
 
-from detectax_eqx import Batch, Targets, models, train
+from detectax_eqx import Batch, Images, Targets, models, train
 
 from . import tiny_detector
 
@@ -25,16 +25,9 @@ def _batch(labels, valid=True):
     targets = _targets(labels, valid)
     count = len(targets.labels)
     sizes = np.full((count, 2), 64, np.int32)
-    return Batch(
-        images=np.zeros((count, 64, 64, 3), np.uint8),
-        image_sizes=sizes,
-        original_sizes=sizes,
-        targets=targets,
-        indices=np.arange(count, dtype=np.int32) + 10,
-        valid=np.ones(count, bool),
-        overflow=np.zeros(count, np.int32),
-        canvas=(64, 64),
-    )
+    pixels, indices = np.zeros((count, 64, 64, 3), np.uint8), np.arange(count, dtype=np.int32) + 10
+    images = Images(pixels, sizes, sizes, indices, np.ones(count, bool), canvas=(64, 64))
+    return Batch(images, targets, overflow=np.zeros(count, np.int32))
 
 
 @pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
@@ -52,7 +45,7 @@ def test_a_batch_names_the_position_in_its_dataset():
     batch = _batch([[0, 1], [2, 0], [0, 5]])
     with pytest.raises(ValueError, match=r"image 2 of the batch \(index 12 of its dataset\) has label 5 in row 1"):
         batch.check_labels(3)
-    batch.valid[2] = False
+    batch.images.valid[2] = False
     batch.check_labels(3)
 
 

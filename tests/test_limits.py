@@ -53,7 +53,7 @@ def test_the_source_follows_the_largest_canvas(tmp_path):
     assert limits.shrunk_on_reading == 1
     assert str(limits) == "1 of 2 images are larger than 768 pixels and are shrunk on reading"
     loader = Loader(dataset, batch_size=2, buckets=buckets, shuffle=False, mask_size=None)
-    assert loader.batch(0).image_sizes.tolist() == [[512, 768], [300, 400]]
+    assert loader.batch(0).images.sizes.tolist() == [[512, 768], [300, 400]]
 
 
 def test_images_that_no_canvas_holds_and_boxes_that_vanish(tmp_path):

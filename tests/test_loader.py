@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx.data import DatasetError, Loader, _loader, eval_batches, load_coco, make_buckets, write_shapes_dataset
+from detectax_eqx.data import DatasetError, Loader, _fill, eval_batches, load_coco, make_buckets, write_shapes_dataset
 from detectax_eqx.data._order import BatchOrder
 
 
@@ -54,7 +54,7 @@ def buckets(dataset):
 
 
 def _same(a, b):
-    assert a.canvas == b.canvas
+    assert a.images.canvas == b.images.canvas
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
@@ -81,7 +81,7 @@ def test_rows_are_those_of_the_whole_batch(dataset, buckets):
 def test_shards_of_evaluation_hold_every_image_once(dataset, buckets):
     def images(**options):
         batches = eval_batches(dataset, batch_size=2, buckets=buckets, **options)
-        return [int(i) for batch in batches for i in batch.indices[batch.valid]]
+        return [int(i) for images in batches for i in images.indices[images.valid]]
 
     shards = [images(shard=(i, 3)) for i in range(3)]
     assert sorted(i for shard in shards for i in shard) == sorted(images()) == list(range(13))
@@ -96,16 +96,17 @@ def test_a_batch_holds_the_images_and_their_objects(dataset, buckets):
     seen = set()
     for k in range(8):
         batch = loader.batch(k)
-        bucket = next(bucket for bucket in buckets if bucket.canvas == batch.canvas)
-        assert batch.images.shape == (4, *bucket.source, 3) and batch.valid.all()
-        for slot, index in enumerate(batch.indices.tolist()):
+        images = batch.images
+        bucket = next(bucket for bucket in buckets if bucket.canvas == images.canvas)
+        assert images.pixels.shape == (4, *bucket.source, 3) and images.valid.all()
+        for slot, index in enumerate(images.indices.tolist()):
             seen.add(index)
             assert index in bucket.indices
             pixels = np.asarray(Image.open(dataset.images[index].path))
             height, width = pixels.shape[:2]
-            np.testing.assert_array_equal(batch.images[slot, :height, :width], pixels)
-            assert not batch.images[slot, height:].any() and not batch.images[slot, :, width:].any()
-            assert batch.image_sizes[slot].tolist() == batch.original_sizes[slot].tolist() == [height, width]
+            np.testing.assert_array_equal(images.pixels[slot, :height, :width], pixels)
+            assert not images.pixels[slot, height:].any() and not images.pixels[slot, :, width:].any()
+            assert images.sizes[slot].tolist() == images.original_sizes[slot].tolist() == [height, width]
             objects, targets = dataset.objects(index), batch.targets
             boxes = objects.boxes[~objects.crowd]
             number = min(3, len(boxes))
@@ -134,8 +135,9 @@ def test_batches_depend_on_seed_and_number_alone(dataset, buckets):
         _same(batch, batches[k])
     _same(Loader(dataset, **options).batch(11), batches[11])
     other = Loader(dataset, seed=1, **options)
-    assert [other.batch(k).indices.tolist() for k in range(4)] != [batches[k].indices.tolist() for k in range(4)]
-    orders = [[batches[k].indices.tolist() for k in range(start, start + 4)] for start in (0, 4)]
+    indices = [batch.images.indices.tolist() for batch in batches.values()]
+    assert [other.batch(k).images.indices.tolist() for k in range(4)] != indices[:4]
+    orders = [indices[start : start + 4] for start in (0, 4)]
     assert orders[0] != orders[1]
 
 
@@ -178,30 +180,31 @@ def test_buckets_are_mixed_and_order_is_kept_without_shuffle():
 
 def test_empty_images_can_be_left_out(dataset, buckets):
     loader = Loader(dataset, batch_size=1, buckets=buckets, mask_size=None, drop_empty=True)
-    used = {int(loader.batch(k).indices[0]) for k in range(2 * loader.steps_per_epoch)}
+    used = {int(loader.batch(k).images.indices[0]) for k in range(2 * loader.steps_per_epoch)}
     assert used == {i for i in range(13) if (~dataset.objects(i).crowd).any()} and 0 not in used
 
 
 def test_oversized_images_are_shrunk_with_their_boxes(dataset):
     buckets = make_buckets(dataset.sizes, **SMALL, max_source=32)
-    batch = next(b for _, b in Loader(dataset, batch_size=4, buckets=buckets, mask_size=7).iterate() if 4 in b.indices)
-    slot = batch.indices.tolist().index(4)
-    assert batch.images.shape == (4, 32, 32, 3)
-    assert batch.original_sizes[slot].tolist() == [56, 90] and batch.image_sizes[slot].tolist() == [19, 32]
+    loader = Loader(dataset, batch_size=4, buckets=buckets, mask_size=7)
+    batch = next(batch for _, batch in loader.iterate() if 4 in batch.images.indices)
+    images = batch.images
+    slot = images.indices.tolist().index(4)
+    assert images.pixels.shape == (4, 32, 32, 3)
+    assert images.original_sizes[slot].tolist() == [56, 90] and images.sizes[slot].tolist() == [19, 32]
     expected = dataset.objects(4).boxes * np.array([32 / 90, 19 / 56] * 2, np.float32)
     np.testing.assert_allclose(batch.targets.boxes[slot, :4], expected, rtol=1e-6)
     noise = np.asarray(Image.open(dataset.images[4].path), np.float64)
-    assert batch.images[slot, :19, :32].std() < 0.6 * noise.std()  # averaged, not picked
-    assert not batch.images[slot, 19:].any()
+    assert images.pixels[slot, :19, :32].std() < 0.6 * noise.std()  # averaged, not picked
+    assert not images.pixels[slot, 19:].any()
 
 
 def test_evaluation_sees_every_image_once(dataset, buckets):
     batches = list(eval_batches(dataset, batch_size=4, buckets=buckets))
-    assert [batch.valid.tolist() for batch in batches] == [[True] * 4] * 2 + [[True] + [False] * 3] + [[True] * 4]
+    assert [images.valid.tolist() for images in batches] == [[True] * 4] * 2 + [[True] + [False] * 3] + [[True] * 4]
     assert sorted(i for b in batches for i in b.indices[b.valid].tolist()) == list(range(13))
     filler = batches[2]
-    assert not filler.images[1:].any() and not filler.targets.valid[1:].any()
-    assert (filler.image_sizes > 0).all()
+    assert not filler.pixels[1:].any() and (filler.sizes > 0).all()
     assert not _threads()
 
 
@@ -261,10 +264,11 @@ def test_bad_images_are_left_out_up_to_a_limit(damaged, tally):
     loader = Loader(dataset, max_bad_images=2, **options)
     batches = dict(loader.iterate(0, 9))
     for batch in batches.values():
-        np.testing.assert_array_equal(batch.valid, ~np.isin(batch.indices, [2, 6]))
-        assert not batch.images[~batch.valid].any() and not batch.targets.valid[~batch.valid].any()
-        assert batch.images[batch.valid].any((1, 2, 3)).all() and batch.targets.valid[batch.valid].any(1).all()
-    assert sum(int((~batch.valid).sum()) for batch in batches.values()) == 6  # each of the three passes met both
+        valid, pixels = batch.images.valid, batch.images.pixels
+        np.testing.assert_array_equal(valid, ~np.isin(batch.images.indices, [2, 6]))
+        assert not pixels[~valid].any() and not batch.targets.valid[~valid].any()
+        assert pixels[valid].any((1, 2, 3)).all() and batch.targets.valid[valid].any(1).all()
+    assert sum(int((~batch.images.valid).sum()) for batch in batches.values()) == 6  # each of the three passes met both
     first, second = map(str, loader.bad_images)  # each reported once
     assert {"000003.png" in first, "000007.png" in first} == {"000003.png" in second, "000007.png" in second}
     # Whatever the number of threads and wherever the reading starts.
@@ -282,7 +286,7 @@ def test_an_error_in_a_thread_names_the_image(dataset, buckets, monkeypatch):
     def fail(segmentation, box, *, size):
         raise ZeroDivisionError("of a new kind")
 
-    monkeypatch.setattr(_loader, "mask_in_box", fail)
+    monkeypatch.setattr(_fill, "mask_in_box", fail)
     with pytest.raises(DatasetError, match=r"\d\.png: image 1\d\d cannot be made an example of: of a new kind"):
         list(Loader(dataset, batch_size=2, buckets=buckets, max_bad_images=9).iterate(0, 6))
 
@@ -380,11 +384,11 @@ def test_coco_without_and_with_masks():
     dataset = load_coco(
         DATA / "coco-mini/annotations/instances_val2017.json", DATA / "coco-mini/val2017", check_images=False
     )
-    buckets = make_buckets(dataset.sizes)
-    objects = 0
-    for batch in eval_batches(dataset, batch_size=16, buckets=buckets, mask_size=14, max_objects=20):
-        objects += int(batch.targets.valid.sum() + batch.overflow[batch.valid].sum())
+    loader = Loader(dataset, batch_size=1, buckets=make_buckets(dataset.sizes), mask_size=14, max_objects=20)
+    objects, shares = 0, []
+    for _, batch in loader.iterate(0, loader.steps_per_epoch):
+        objects += int(batch.targets.valid.sum() + batch.overflow.sum())
         assert batch.targets.masks is not None
-        shares = batch.targets.masks[batch.targets.valid].mean((1, 2)) / 255
-        assert 0.3 < np.median(shares) < 0.9  # how much of its box an object fills
+        shares += (batch.targets.masks[batch.targets.valid].mean((1, 2)) / 255).tolist()
+    assert 0.3 < np.median(shares) < 0.9  # how much of its box an object fills
     assert objects == sum(int((~dataset.objects(i).crowd).sum()) for i in range(len(dataset)))

@@ -7,6 +7,7 @@ wrong dtype.
 
 import inspect
 import re
+from dataclasses import replace
 from functools import partial
 from types import FunctionType
 from typing import Any, get_args
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detectax_eqx import Batch, Targets, evaluate, ops
+from detectax_eqx import Batch, Images, Targets, evaluate, ops
 
 from .misuse_cases import (
     BOXES,
@@ -171,30 +172,30 @@ def test_wrong_batch():
     """The images' batch axis is the targets' and that of every other field."""
     ones, sizes = np.ones(2, I32), np.ones((2, 2), I32)
     targets = Targets(np.zeros((2, N, 4), F32), np.zeros((2, N), I32), np.zeros((2, N), bool))
-    fields: dict[str, Any] = {"images": np.zeros((2, 8, 8, 3), np.uint8), "image_sizes": sizes, "original_sizes": sizes}
-    fields |= {"targets": targets, "indices": ones, "valid": ones > 0, "overflow": ones}
-    Batch(**fields, canvas=(8, 8))
-    for name in set(fields) - {"images", "targets"}:
+    images = Images(np.zeros((2, 8, 8, 3), np.uint8), sizes, sizes, ones, ones > 0, canvas=(8, 8))
+    Batch(images, targets, overflow=ones)
+    for wrong in ({"overflow": ones[:1]}, {"targets": jax.tree.map(lambda x: x[:1], targets)}):
+        with pytest.raises(ValueError, match=r"must have the same batch axes, got \(2,\), \([12],\) and \([12],\)"):
+            Batch(**({"images": images, "targets": targets, "overflow": ones} | wrong))
+    for name in ("sizes", "original_sizes", "indices", "valid"):
         with pytest.raises(TypeError, match=f"parameter '{name}'"):
-            Batch(**(fields | {name: fields[name][:1]}), canvas=(8, 8))
-    fields["images"] = np.zeros((2, 8, 8, 3), F32)
-    with pytest.raises(TypeError, match="parameter 'images'"):
-        Batch(**fields, canvas=(8, 8))
+            replace(images, **{name: getattr(images, name)[:1]})
+    with pytest.raises(TypeError, match="parameter 'pixels'"):
+        replace(images, pixels=np.zeros((2, 8, 8, 3), F32))
 
 
 def test_wrong_results():
     sizes, ones = np.full((1, 2), 8, I32), np.ones(1, I32)
-    targets = Targets(np.zeros((1, N, 4), F32), np.zeros((1, N), I32), np.zeros((1, N), bool))
-    batch = Batch(np.zeros((1, 8, 8, 3), np.uint8), sizes, sizes, targets, ones, ones > 0, ones, canvas=(8, 8))
+    images = Images(np.zeros((1, 8, 8, 3), np.uint8), sizes, sizes, ones, ones > 0, canvas=(8, 8))
     batched = jax.tree.map(lambda x: x[None], DETECTIONS)
     valid: dict[str, Any] = {"image_ids": [1, 2], "category_ids": [3, 4]}
-    assert len(evaluate.to_coco_results(batched, batch, **valid)) == N
-    with pytest.raises(ValueError, match=r"detections and batch .* boxes \(3, 4\)"):
-        evaluate.to_coco_results(DETECTIONS, batch, **valid)
+    assert len(evaluate.to_coco_results(batched, images, **valid)) == N
+    with pytest.raises(ValueError, match=r"detections and images .* boxes \(3, 4\)"):
+        evaluate.to_coco_results(DETECTIONS, images, **valid)
     for name in valid:
         short: dict[str, Any] = valid | {name: [1]}
         with pytest.raises(ValueError, match=f"{name} has 1"):
-            evaluate.to_coco_results(batched, batch, **short)
+            evaluate.to_coco_results(batched, images, **short)
 
 
 def _case(function):

@@ -256,8 +256,8 @@ def test_a_save_stops_training_for_less_than_a_step(tmp_path, tally):
     trainable, optimizer = models.trainable(model), train.sgd(0.001)
 
     def loss(model, example, *, key):
-        image = jnp.asarray(example.images, jnp.float32) / 255
-        return model.loss(image, example.image_sizes, example.targets, key=key)
+        image = jnp.asarray(example.images.pixels, jnp.float32) / 255
+        return model.loss(image, example.images.sizes, example.targets, key=key)
 
     step = train.make_train_step(loss, optimizer, trainable=trainable)
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(1))

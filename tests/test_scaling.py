@@ -126,7 +126,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     """train.py, each process with a piece of the parameters and its rows of the batches, and sharing an evaluation."""
     for name, count in (("train", 8), ("val", 7)):
         data.write_shapes_dataset(tmp_path / name, num_images=count, seed=count, image_size=(64, 64))
-    options = ["--steps", "4", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
+    options = ["--steps", "4", "--warmup-steps", "2", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
     force = "--xla_force_host_platform_device_count="
     outputs, statuses = tiny_train.finish(
         tiny_train.start(tmp_path, tmp_path / "one", *options, XLA_FLAGS=f"{force}2"),

@@ -94,7 +94,7 @@ def batches(annotations, images, **options):
     dataset = load_coco(annotations, images)
     buckets = make_buckets(dataset.sizes, canvases=[(64, 64)], min_size=64, max_size=64)
     loader = Loader(dataset, batch_size=2, buckets=buckets, max_objects=6, mask_size=7, **options)
-    return [batch.images for _, batch in loader.iterate(0, 5)]
+    return [batch.images.pixels for _, batch in loader.iterate(0, 5)]
 
 
 @pytest.mark.parametrize("root", ["", "/stumbles"])

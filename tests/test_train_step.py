@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from detectax_eqx import Batch, Targets, WeightedSum, train
+from detectax_eqx import Batch, Images, Targets, WeightedSum, train
 
 
 class Toy(eqx.Module):
@@ -41,14 +41,16 @@ def make_batch(boxes, box_valid, *, valid=None, overflow=None):
     b, n = box_valid.shape
     sizes = np.full((b, 2), 8, np.int32)
     return Batch(
-        images=np.arange(b * 8 * 8 * 3, dtype=np.uint8).reshape(b, 8, 8, 3),
-        image_sizes=sizes,
-        original_sizes=sizes,
-        targets=Targets(boxes, np.zeros((b, n), np.int32), box_valid),
-        indices=np.arange(b, dtype=np.int32),
-        valid=np.ones(b, bool) if valid is None else np.asarray(valid, bool),
+        Images(
+            np.arange(b * 8 * 8 * 3, dtype=np.uint8).reshape(b, 8, 8, 3),
+            sizes,
+            sizes,
+            indices=np.arange(b, dtype=np.int32),
+            valid=np.ones(b, bool) if valid is None else np.asarray(valid, bool),
+            canvas=(8, 8),
+        ),
+        Targets(boxes, np.zeros((b, n), np.int32), box_valid),
         overflow=np.zeros(b, np.int32) if overflow is None else np.asarray(overflow, np.int32),
-        canvas=(8, 8),
     )
 
 
@@ -164,7 +166,7 @@ def test_invalid_examples_count_nothing(getkey):
         step = train.make_train_step(roots, optimizer, trainable=TRAINABLE)
         state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
         state, metrics = step(state, batch)
-        assert metrics.pop("invalid") == float(np.sum(~batch.valid))
+        assert metrics.pop("invalid") == float(np.sum(~batch.images.valid))
         return jax.tree.leaves(eqx.filter((state.model, metrics), eqx.is_array))
 
     alone = updated(make_batch(BOXES[:2], np.ones((2, 3)), overflow=[1, 0]))
@@ -215,7 +217,7 @@ def test_two_devices_give_what_one_gives(getkey):
     boxes = np.concatenate([BOXES[:2], np.full((2, 3, 4), np.nan)])
     batch = make_batch(boxes, BOX_VALID, valid=[1, 1, 0, 0])
     sharded = train.shard_batch(batch, mesh)
-    assert sharded.images.addressable_shards[0].data.shape[0] == 2
+    assert sharded.images.pixels.addressable_shards[0].data.shape[0] == 2
     steps = [train.make_train_step(squares, optimizer, trainable=TRAINABLE, mesh=m) for m in (None, mesh)]
     for _ in range(3):
         one, metrics_one = steps[0](one, batch)
@@ -334,7 +336,7 @@ def test_refusals(getkey):
         train.init_train_state(toy(getkey()), optax.sgd(0.1), trainable=True, key=getkey())
     with pytest.raises(ValueError, match=r"model\['n'\], which is an array of int32"):
         train.init_train_state({"n": jnp.arange(3)}, optax.sgd(0.1), trainable=True, key=getkey())
-    with pytest.raises(ValueError, match=r"batch\.images has shape \(3, 8, 8, 3\).*2 devices"):
+    with pytest.raises(ValueError, match=r"batch\.images\.pixels has shape \(3, 8, 8, 3\).*2 devices"):
         train.shard_batch(make_batch(BOXES[:3], BOX_VALID[:3]), train.make_mesh(jax.devices()[:2]))
     batch = train.shard_batch(make_batch(BOXES, BOX_VALID), train.make_mesh(jax.devices()[:2]))
     three = train.make_mesh(jax.devices()[:3])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from detectax_eqx import Batch, Targets, models, nn, train
+from detectax_eqx import Batch, Images, Targets, models, nn, train
 
 
 SIDE, IMAGES = 64, 16
@@ -84,10 +84,10 @@ def random_arrays(shapes):
 def loss(model, example, *, key):
     augment_key, loss_key = jr.split(key)
     image, size, targets = train.augment(
-        example.images,
-        example.image_sizes,
+        example.images.pixels,
+        example.images.sizes,
         example.targets,
-        canvas=example.canvas,
+        canvas=example.images.canvas,
         min_sizes=(SIDE,),
         max_size=SIDE,
         key=augment_key,
@@ -102,18 +102,20 @@ def make_batch(k):
     boxes = np.concatenate([corner, corner + side], axis=2).astype(np.float32)
     sizes = np.full((IMAGES, 2), SIDE, np.int32)
     return Batch(
-        images=draw.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8),
-        image_sizes=sizes,
-        original_sizes=sizes,
-        targets=Targets(
+        Images(
+            draw.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8),
+            sizes,
+            sizes,
+            indices=np.arange(IMAGES, dtype=np.int32),
+            valid=np.arange(IMAGES) != 5,
+            canvas=(SIDE, SIDE),
+        ),
+        Targets(
             boxes,
             draw.integers(0, 3, (IMAGES, 4), dtype=np.int32),
             draw.uniform(size=(IMAGES, 4)) < 0.8,
             draw.integers(0, 256, (IMAGES, 4, 14, 14), dtype=np.uint8),
             boxes,
         ),
-        indices=np.arange(IMAGES, dtype=np.int32),
-        valid=np.arange(IMAGES) != 5,
         overflow=np.zeros(IMAGES, np.int32),
-        canvas=(SIDE, SIDE),
     )

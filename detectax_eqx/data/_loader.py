@@ -3,22 +3,24 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image
+from jaxtyping import Int
 
-from .._types import Batch, Targets
+from .._types import Batch, Images
 from ._buckets import Bucket
 from ._cache import ImageCache
-from ._dataset import CocoDataset, ImageRecord, Objects
-from ._images import open_rgb
-from ._masks import mask_in_box
+from ._dataset import CocoDataset
+from ._fill import Examples, Pictures, blank_examples, blank_pictures
 from ._order import BatchOrder
 from ._report import BadImageError, DatasetError
+
+
+# What is filled: pictures alone, or with their ground truth.
+_FillT = TypeVar("_FillT", Pictures, Examples)
 
 
 class Loader:
@@ -50,7 +52,7 @@ class Loader:
     ...     dataset = load_coco(*write_shapes_dataset(folder, num_images=5, seed=0))
     ...     buckets = make_buckets(dataset.sizes, canvases=[(128, 128)], min_size=128, max_size=128)
     ...     loader = Loader(dataset, batch_size=2, buckets=buckets, max_objects=8, mask_size=28)
-    ...     steps = [(k, batch.images.shape, batch.targets.masks.shape) for k, batch in loader.iterate(7, 9)]
+    ...     steps = [(k, batch.images.pixels.shape, batch.targets.masks.shape) for k, batch in loader.iterate(7, 9)]
     >>> steps
     [(7, (2, 128, 128, 3), (2, 8, 28, 28)), (8, (2, 128, 128, 3), (2, 8, 28, 28))]
     """
@@ -72,7 +74,10 @@ class Loader:
         max_bad_images: int = 0,
         cache: str | Path | None = None,
     ):
-        _check(dataset, buckets, batch_size, max_objects, mask_size, num_threads, prefetch)
+        numbers = {"batch_size": batch_size, "max_objects": max_objects, "num_threads": num_threads}
+        _check(dataset, buckets, **numbers, prefetch=prefetch, mask_size=1 if mask_size is None else mask_size)
+        if mask_size is not None:
+            _check_masks(dataset, mask_size)
         for name, number in {"seed": seed, "max_bad_images": max_bad_images}.items():
             if number < 0:
                 raise ValueError(f"{name} must not be negative, got {number}.")
@@ -131,11 +136,12 @@ class Loader:
         """
         steps = count(start) if stop is None else range(start, stop)
         empty = ((k, self._empty(k)) for k in steps)
-        return _read_ahead(empty, self._dataset, self._num_threads, self._prefetch, self._leave_out, self._cache)
+        filled = _read_ahead(empty, self._dataset, self._num_threads, self._prefetch, self._leave_out, self._cache)
+        return ((k, examples.done()) for k, examples in filled)
 
-    def _leave_out(self, batch: Batch, slot: int, error: BadImageError) -> None:
+    def _leave_out(self, examples: Examples, slot: int, error: BadImageError) -> None:
         """Notes an image that cannot be read, and empties its place. That depends on the image alone."""
-        self._bad_images.setdefault(int(batch.indices[slot]), error)
+        self._bad_images.setdefault(int(examples.pictures.indices[slot]), error)
         if len(self._bad_images) > self._max_bad_images:
             if not self._max_bad_images:
                 raise error
@@ -144,15 +150,13 @@ class Loader:
                 f"More images than max_bad_images={self._max_bad_images} cannot be read; repair them, or remove "
                 f"them from the annotations:\n{errors}"
             )
-        batch.valid[slot] = False  # type: ignore[index]
-        batch.images[slot] = 0  # type: ignore[index]
-        batch.targets.valid[slot] = False  # type: ignore[index]
-        batch.overflow[slot] = 0  # type: ignore[index]
+        examples.clear(slot)
 
-    def _empty(self, k: int) -> Batch:
+    def _empty(self, k: int) -> Examples:
         group, indices = self._order(k)
         indices = indices[self._rows]
-        return _make_empty(indices, len(indices), self._buckets[group], self._max_objects, self._mask_size)
+        pictures = blank_pictures(indices, len(indices), self._buckets[group])
+        return blank_examples(pictures, self._max_objects, self._mask_size)
 
 
 def eval_batches(
@@ -160,12 +164,10 @@ def eval_batches(
     *,
     batch_size: int,
     buckets: Sequence[Bucket],
-    max_objects: int = 100,
-    mask_size: int | None = None,
     num_threads: int = 2,
     prefetch: int = 2,
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
+) -> Generator[Images, None, None]:
     """Every image once, bucket by bucket, each bucket's last batch filled up with black images that are not `valid`.
 
     There are `sum(ceil(len(bucket.indices) / batch_size))` batches. Options, errors and threads are `Loader`'s.
@@ -177,43 +179,44 @@ def eval_batches(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     dataset = load_coco(*write_shapes_dataset(folder, num_images=3, seed=0))
     ...     buckets = make_buckets(dataset.sizes, canvases=[(128, 128)], min_size=128, max_size=128)
-    ...     [batch.valid.tolist() for batch in eval_batches(dataset, batch_size=2, buckets=buckets)]
+    ...     [images.valid.tolist() for images in eval_batches(dataset, batch_size=2, buckets=buckets)]
     [[True, True], [True, False]]
     """
-    _check(dataset, buckets, batch_size, max_objects, mask_size, num_threads, prefetch)
+    _check(dataset, buckets, batch_size=batch_size, num_threads=num_threads, prefetch=prefetch)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}.")
     parts = ((bucket, i) for bucket in buckets for i in range(0, len(bucket.indices), batch_size))
-    empty = (
-        _make_empty(np.asarray(bucket.indices[i : i + batch_size]), batch_size, bucket, max_objects, mask_size)
+    black = (
+        blank_pictures(np.asarray(bucket.indices[i : i + batch_size]), batch_size, bucket)
         for bucket, i in islice(parts, shard[0], None, shard[1])
     )
 
-    def refuse(batch: Batch, slot: int, error: BadImageError) -> None:
+    def refuse(pictures: Pictures, slot: int, error: BadImageError) -> None:
         raise error  # to leave an image out would change the numbers
 
-    return (batch for _, batch in _read_ahead(enumerate(empty), dataset, num_threads, prefetch, refuse, None))
+    filled = _read_ahead(enumerate(black), dataset, num_threads, prefetch, refuse, None)
+    return (pictures.done() for _, pictures in filled)
 
 
 def _read_ahead(
-    empty: Iterator[tuple[int, Batch]],
+    empty: Iterator[tuple[int, _FillT]],
     dataset: CocoDataset,
     num_threads: int,
     prefetch: int,
-    on_bad: Callable[[Batch, int, BadImageError], None],
+    on_bad: Callable[[_FillT, int, BadImageError], None],
     cache: ImageCache | None,
-) -> Generator[tuple[int, Batch], None, None]:
+) -> Generator[tuple[int, _FillT], None, None]:
     """Fills batches in order. `prefetch` of them are in work while another is with the caller.
 
     `on_bad` is called for each image that cannot be read, in the order of the batches and within them.
     """
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="detectax-data")
-    pending: deque[tuple[int, Batch, list[Future]]] = deque()
+    pending: deque[tuple[int, _FillT, list[Future]]] = deque()
 
     def submit(number: int) -> None:
         for k, batch in islice(empty, number):
             slots = np.flatnonzero(batch.valid).tolist()
-            pending.append((k, batch, [executor.submit(_fill, batch, slot, dataset, cache) for slot in slots]))
+            pending.append((k, batch, [executor.submit(batch.fill, slot, dataset, cache) for slot in slots]))
 
     try:
         submit(prefetch)
@@ -232,104 +235,27 @@ def _read_ahead(
             cache.flush()
 
 
-def _make_empty(
-    indices: Int[np.ndarray, " n"], batch_size: int, bucket: Bucket, max_objects: int, mask_size: int | None
-) -> Batch:
-    """A batch whose images and targets have yet to be written."""
-    masks = None if mask_size is None else np.zeros((batch_size, max_objects, mask_size, mask_size), np.uint8)
-    boxes = np.zeros((batch_size, max_objects, 4), np.float32)
-    filler = batch_size - len(indices)
-    return Batch(
-        images=np.zeros((batch_size, *bucket.source, 3), np.uint8),
-        image_sizes=np.tile(np.array(bucket.source, np.int32), (batch_size, 1)),
-        original_sizes=np.tile(np.array(bucket.source, np.int32), (batch_size, 1)),
-        targets=Targets(
-            boxes=boxes,
-            labels=np.zeros((batch_size, max_objects), np.int32),
-            valid=np.zeros((batch_size, max_objects), bool),
-            masks=masks,
-            mask_boxes=None if masks is None else boxes,
-        ),
-        indices=np.pad(indices, (0, filler)).astype(np.int32),
-        valid=np.arange(batch_size) < len(indices),
-        overflow=np.zeros(batch_size, np.int32),
-        canvas=bucket.canvas,
-    )
-
-
-def _fill(batch: Batch, slot: int, dataset: CocoDataset, cache: ImageCache | None) -> None:
-    """Writes one example into its place in a batch."""
-    index = int(batch.indices[slot])
-    record = dataset.images[index]
-    try:
-        canvas: np.ndarray = batch.images[slot]  # type: ignore[assignment]
-        draw = partial(_draw, record, canvas)
-        size = draw() if cache is None else cache.fill(index, canvas, draw)
-        batch.image_sizes[slot] = size  # type: ignore[index]
-        batch.original_sizes[slot] = record.height, record.width  # type: ignore[index]
-        _write_objects(batch, slot, record, dataset.objects(index))
-    except (DatasetError, OSError):  # the image's, the store's or the cache's
-        raise
-    except Exception as error:
-        raise DatasetError(f"{record.path}: image {record.id} cannot be made an example of: {error}") from error
-
-
-def _draw(record: ImageRecord, canvas: UInt8[np.ndarray, "h w 3"]) -> tuple[int, int]:
-    """Puts an image into the corner of a black canvas, shrunk if it is too large, and returns its height and width."""
-    image = open_rgb(record.path, (record.height, record.width))
-    scale = min(1.0, canvas.shape[0] / record.height, canvas.shape[1] / record.width)
-    if scale < 1:
-        width, height = max(1, int(record.width * scale)), max(1, int(record.height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    canvas[: image.height, : image.width] = np.asarray(image)
-    return image.height, image.width
-
-
-def _write_objects(batch: Batch, slot: int, record: ImageRecord, objects: Objects) -> None:
-    """Writes the objects of an image whose pixels are in their place."""
-    targets = batch.targets
-    kept = np.flatnonzero(~objects.crowd)
-    batch.overflow[slot] = max(0, len(kept) - targets.valid.shape[1])  # type: ignore[index]
-    kept = kept[: targets.valid.shape[1]]
-    height, width = np.asarray(batch.image_sizes)[slot].tolist()
-    ratio = np.array([width / record.width, height / record.height] * 2, np.float32)
-    targets.boxes[slot, : len(kept)] = objects.boxes[kept] * ratio  # type: ignore[index]
-    targets.labels[slot, : len(kept)] = objects.labels[kept]  # type: ignore[index]
-    targets.valid[slot, : len(kept)] = True  # type: ignore[index]
-    if targets.masks is not None:
-        for row, i in enumerate(kept):
-            mask = mask_in_box(objects.segmentations[i], objects.boxes[i], size=targets.masks.shape[-1])
-            targets.masks[slot, row] = mask  # type: ignore[index]
-
-
 def _has_objects(dataset: CocoDataset, index: int) -> bool:
     return not bool(dataset.objects(index).crowd.all())  # all of none is true
 
 
-def _check(
-    dataset: CocoDataset,
-    buckets: Sequence[Bucket],
-    batch_size: int,
-    max_objects: int,
-    mask_size: int | None,
-    num_threads: int,
-    prefetch: int,
-) -> None:
-    numbers = {"batch_size": batch_size, "max_objects": max_objects, "num_threads": num_threads, "prefetch": prefetch}
-    for name, number in {**numbers, "mask_size": 1 if mask_size is None else mask_size}.items():
+def _check(dataset: CocoDataset, buckets: Sequence[Bucket], **numbers: int) -> None:
+    for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be positive, got {number}.")
     if sorted(index for bucket in buckets for index in bucket.indices) != list(range(len(dataset))):
         raise ValueError(
             f"buckets are not those of this dataset of {len(dataset)} images: make_buckets(dataset.sizes)."
         )
-    if mask_size is not None:
-        for index, image in enumerate(dataset.images):
-            objects = dataset.objects(index)
-            for i in np.flatnonzero(~objects.crowd):
-                if objects.segmentations[i] is None:
-                    raise DatasetError(
-                        f"{dataset.annotations_path}: image {image.id} ({image.file}), annotation "
-                        f"{objects.annotation_ids[i]}: has no segmentation, but mask_size={mask_size} asks for masks. "
-                        "Pass mask_size=None, or add it."
-                    )
+
+
+def _check_masks(dataset: CocoDataset, mask_size: int) -> None:
+    for index, image in enumerate(dataset.images):
+        objects = dataset.objects(index)
+        for i in np.flatnonzero(~objects.crowd):
+            if objects.segmentations[i] is None:
+                raise DatasetError(
+                    f"{dataset.annotations_path}: image {image.id} ({image.file}), annotation "
+                    f"{objects.annotation_ids[i]}: has no segmentation, but mask_size={mask_size} asks for masks. "
+                    "Pass mask_size=None, or add it."
+                )

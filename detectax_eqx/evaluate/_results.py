@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 from pycocotools import mask as rle
 
-from .._types import Batch, Detections
+from .._types import Detections, Images
 from ..ops import paste_masks
 from ._checks import check_fields, check_masks
 
@@ -25,7 +25,7 @@ _CANVAS_STEP = 256
 
 def to_coco_results(
     detections: Detections,
-    batch: Batch,
+    images: Images,
     *,
     image_ids: Sequence[int],
     category_ids: Sequence[int],
@@ -33,43 +33,37 @@ def to_coco_results(
 ) -> list[dict[str, Any]]:
     """The detections of a batch as a list that `evaluate_coco` and pycocotools' `loadRes` take, and JSON can hold.
 
-    - `detections`: batched as `batch` is, boxes in pixels of the images as they lie in the batch. Examples and rows
-      that are not valid give nothing.
-    - `image_ids`: the id of every image of the dataset, by its position there (`batch.indices`).
+    - `detections`: batched as `images` are, boxes in their pixels. Images and rows that are not valid give nothing.
+    - `image_ids`: the id of every image of the dataset, by its position there (`images.indices`).
     - `category_ids`: the category id of every label.
     - `mask_threshold`: a pixel belongs to a mask if its probability is above. Masks are pasted into their boxes
       (`detectax_eqx.ops.paste_masks`) at the original image's resolution, and given as compressed run lengths.
 
     Each result has `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and `segmentation` if there are
-    masks, in the order of the detections. Boxes and masks are mapped to `batch.original_sizes`.
+    masks, in the order of the detections. Boxes and masks are mapped to `images.original_sizes`.
 
-    Raises a `ValueError` if a label has no category id, or a batch's index no image id.
+    Raises a `ValueError` if a label has no category id, or an image's index no image id.
 
-    >>> from detectax_eqx import Targets
-    >>> sizes, none = np.array([[60, 80]], np.int32), np.zeros((1, 0), np.int32)
-    >>> targets = Targets(np.zeros((1, 0, 4), np.float32), none, none.astype(bool))
-    >>> ones = np.ones(1, np.int32)
-    >>> batch = Batch(
-    ...     np.zeros((1, 64, 96, 3), np.uint8), sizes, 2 * sizes, targets, ones, ones > 0, ones * 0, canvas=(64, 96)
-    ... )
+    >>> pixels, sizes, ones = np.zeros((1, 64, 96, 3), np.uint8), np.array([[60, 80]], np.int32), np.ones(1, np.int32)
+    >>> images = Images(pixels, sizes, 2 * sizes, ones, ones > 0, canvas=(64, 96))
     >>> boxes, scores = np.array([[[10, 20, 30, 30]]], np.float32), np.array([[0.5]], np.float32)
     >>> detections = Detections(boxes, scores, ones[None], ones[None] > 0)
-    >>> to_coco_results(detections, batch, image_ids=[139, 285], category_ids=[1, 17])
+    >>> to_coco_results(detections, images, image_ids=[139, 285], category_ids=[1, 17])
     [{'image_id': 285, 'category_id': 17, 'bbox': [20.0, 40.0, 40.0, 20.0], 'score': 0.5}]
     """
-    boxes, sizes = np.asarray(detections.boxes, np.float64), np.asarray(batch.image_sizes)
+    boxes, sizes = np.asarray(detections.boxes, np.float64), np.asarray(images.sizes)
     if boxes.ndim != 3 or sizes.ndim != 2 or len(boxes) != len(sizes):
         raise ValueError(
-            f"detections and batch must have one batch axis of the same length, got boxes {boxes.shape} "
-            f"and image_sizes {sizes.shape}."
+            f"detections and images must have one batch axis of the same length, got boxes {boxes.shape} "
+            f"and sizes {sizes.shape}."
         )
     scores, labels = np.asarray(detections.scores), np.asarray(detections.labels)
     masks = None if detections.masks is None else np.asarray(detections.masks)
-    originals, indices = np.asarray(batch.original_sizes), np.asarray(batch.indices)
-    source = batch.images.shape[-3], batch.images.shape[-2]
+    originals, indices = np.asarray(images.original_sizes), np.asarray(images.indices)
+    source = images.pixels.shape[-3], images.pixels.shape[-2]
     boxes = boxes * (originals / sizes.clip(1))[:, None, [1, 0, 1, 0]]
     results, paste = [], {}
-    for i, row in np.argwhere(np.asarray(detections.valid) & np.asarray(batch.valid)[:, None]):
+    for i, row in np.argwhere(np.asarray(detections.valid) & np.asarray(images.valid)[:, None]):
         label, index = int(labels[i, row]), int(indices[i])
         if not 0 <= label < len(category_ids):
             raise ValueError(f"Label {label} has no category id: category_ids has {len(category_ids)}.")

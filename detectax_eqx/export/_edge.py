@@ -33,7 +33,7 @@ from ..ops import resize_image
 from ._extras import require
 from ._fold import fold_constants, fold_norms, trace
 from ._parts import two_stage_parts
-from ._program import Shape, about_model, size_table
+from ._program import Shape, about_model, resize_rule
 
 
 NETWORK, BOX_HEAD = "network.tflite", "box_head.tflite"
@@ -163,7 +163,7 @@ class _Host:
 
     def __init__(self, model: AbstractDetector, selection: Selection | None, shape: Shape):
         self._model, self.selection = two_stage_parts(model, selection)
-        self._shape, self._table = shape, size_table(model, shape)
+        self._shape, self._size_on_canvas = shape, eqx.filter_jit(resize_rule(model, shape))
         self._pool = eqx.filter_jit(_pool)
         self._detections = eqx.filter_jit(_detections)
         self._prepare = eqx.filter_jit(_prepare)
@@ -173,8 +173,8 @@ class _Host:
         height, width = image.shape[:2]
         padded = np.zeros((*self._shape.source, self._shape.channels), np.uint8)
         padded[:height, :width] = image
-        size = jnp.asarray(self._table[(height - 1) * self._shape.source[1] + width - 1], jnp.int32)
         image_size = jnp.asarray([height, width], jnp.int32)
+        size = self._size_on_canvas(image_size)
         return self._prepare(self._model, jnp.asarray(padded), image_size, size, self._shape.canvas), size
 
     def pool(self, outputs: Mapping[str, Array], size: Int32[Array, " 2"]) -> tuple[Proposals, Float[Array, "n i"]]:

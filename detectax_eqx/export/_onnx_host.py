@@ -31,7 +31,7 @@ from ._fold import fold_norms
 from ._host import host_nms
 from ._onnx import convert
 from ._parts import two_stage_parts
-from ._program import Shape, about_model, size_table
+from ._program import Shape, about_model, resize_rule
 
 
 TORCHVISIONS = TwoStageSelection()
@@ -82,7 +82,7 @@ def save_onnx_parts(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     calls = {"nms_indices": _best_indices}
-    proposals = partial(_proposals, parts, shape, size_table(model, shape))
+    proposals = partial(_proposals, parts, shape, resize_rule(model, shape))
     detections = partial(_detections, parts, num_candidates)
     for name, function, specs in (("proposals", proposals, first), ("detections", detections, second)):
         proto = convert(function, specs, folded, calls=calls)
@@ -90,11 +90,10 @@ def save_onnx_parts(
         onnx.save_model(proto, folder / f"{name}.onnx")
 
 
-def _proposals(parts, shape, table, images, image_sizes):
+def _proposals(parts, shape, size_on_canvas, images, image_sizes):
     """What the first file computes: the best boxes of each level, and the features."""
     detector, chosen = parts
-    row = (image_sizes[:, 0] - 1) * shape.source[1] + image_sizes[:, 1] - 1
-    resized = jnp.asarray(table)[row].astype(jnp.int32)[0]
+    resized = size_on_canvas(image_sizes[0])
     pixels = resize_image(
         images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
     )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int16, Int32, UInt8
+from jaxtyping import Array, Int32, UInt8
 
 from .._types import Detections
 from ..models import AbstractDetector, Selection, detect, selected
@@ -94,28 +94,33 @@ def detection_program(model: AbstractDetector, shape: Shape, selection: Selectio
 def image_program(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Program:
     """`detection_program` for one image, `(h, w, c)`, and its size, `(2,)`."""
     selection = checked_selection(model, selection)
-    table = size_table(model, shape)
+    size_on_canvas = resize_rule(model, shape)
 
     def program(image: UInt8[Array, "h w c"], source_size: Int32[Array, " 2"]) -> Detections:
-        row = (source_size[0] - 1) * shape.source[1] + source_size[1] - 1
         return detect(
             model,
             image,
             canvas=shape.canvas,
             selection=selection,
             source_size=source_size,
-            canvas_size=jnp.asarray(table)[row].astype(jnp.int32),
+            canvas_size=size_on_canvas(source_size),
         )
 
     return program
 
 
-def size_table(model: AbstractDetector, shape: Shape) -> Int16[np.ndarray, "s 2"]:
-    """The size on the canvas of every image that fits the source, 1×1 first, row by row.
+def resize_rule(model: AbstractDetector, shape: Shape) -> Callable[[Int32[Array, " 2"]], Int32[Array, " 2"]]:
+    """A function from an image's size to its size on the canvas, by a table of every size that fits the source.
 
     Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`.
     """
     divisor = model.backbone.divisor
     if shape.canvas[0] % divisor or shape.canvas[1] % divisor:
         raise ValueError(f"canvas must be a multiple of {divisor} in height and width, got {shape.canvas}.")
-    return model.preprocessing.resize.table(shape.source, canvas=shape.canvas).astype(np.int16).reshape(-1, 2)
+    table = model.preprocessing.resize.table(shape.source, canvas=shape.canvas).astype(np.int16).reshape(-1, 2)
+
+    def size_on_canvas(source_size: Int32[Array, " 2"]) -> Int32[Array, " 2"]:
+        row = (source_size[0] - 1) * shape.source[1] + source_size[1] - 1
+        return jnp.asarray(table)[row].astype(jnp.int32)
+
+    return size_on_canvas

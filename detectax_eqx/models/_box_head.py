@@ -69,12 +69,12 @@ class BoxHead(eqx.Module):
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
         """Class logits and box deltas, background at index 0, in float32."""
-        x = features.reshape(features.shape[0], -1)
+        x = features.reshape(features.shape[0], -1)  # (p, c s s)
         x = relu(_linear(self.fc6, x))
         x = relu(_linear(self.fc7, x))
-        logits = _linear(self.class_logits, x).astype(jnp.float32)
+        logits = _linear(self.class_logits, x).astype(jnp.float32)  # (p, k + 1)
         deltas = _linear(self.box_deltas, x).astype(jnp.float32)
-        return logits, deltas.reshape(features.shape[0], -1, 4)
+        return logits, deltas.reshape(features.shape[0], -1, 4)  # (p, 4 (k + 1)) -> (p, k + 1, 4)
 
 
 def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
@@ -109,7 +109,7 @@ def sample_proposals(
     >>> sampled.positive.tolist(), sampled.valid.tolist()
     ([True, True, False], [True, True, True])
     """
-    boxes = jnp.concatenate([proposals.boxes, targets.boxes])
+    boxes = jnp.concatenate([proposals.boxes, targets.boxes])  # (p + n, 4)
     valid = jnp.concatenate([proposals.valid, targets.valid])
     matches = match_boxes(
         pairwise_iou(targets.boxes, boxes), targets.valid, low_threshold=positive_iou, high_threshold=positive_iou
@@ -154,10 +154,10 @@ def box_loss(
     matched = jnp.where(matched < 0, num_classes, matched)  # one too large gives NaN, where -1 would be background
     labels = jnp.where(sampled.positive, matched + 1, 0)
     log_probabilities = jax.nn.log_softmax(logits)
-    class_losses = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    class_losses = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]  # -log p of each label, (s,)
     wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)
-    predicted = jnp.take_along_axis(deltas, labels[:, None, None], axis=1)[:, 0]
-    box_losses = smooth_l1_loss(predicted, wanted, beta=beta).sum(axis=1)
+    predicted = jnp.take_along_axis(deltas, labels[:, None, None], axis=1)[:, 0]  # (s, k + 1, 4) -> (s, 4)
+    box_losses = smooth_l1_loss(predicted, wanted, beta=beta).sum(axis=1)  # (s,)
     count = sampled.valid.sum().astype(jnp.float32)
     return {
         "loss_classifier": WeightedSum(jnp.where(sampled.valid, class_losses, 0.0).sum(), count),
@@ -194,13 +194,13 @@ def box_detections(
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
     num_proposals, num_classes = logits.shape[0], logits.shape[1] - 1
-    scores = jax.nn.softmax(logits)[:, 1:]
+    scores = jax.nn.softmax(logits)[:, 1:]  # (p, k), without the background
     boxes = decode_boxes(
         deltas[:, 1:].reshape(-1, 4), jnp.repeat(proposals.boxes, num_classes, axis=0), weights=weights
     )
     boxes = clip_boxes(boxes, image_size)
-    scores = scores.reshape(-1)
-    labels = jnp.tile(jnp.arange(num_classes, dtype=jnp.int32), num_proposals)
+    scores = scores.reshape(-1)  # (p k), the classes of a proposal side by side
+    labels = jnp.tile(jnp.arange(num_classes, dtype=jnp.int32), num_proposals)  # (p k)
     candidates = jnp.repeat(proposals.valid, num_classes) & (scores > score_threshold) & has_size(boxes, min_size)
     keep, valid = nms_indices(
         boxes, scores, candidates, iou_threshold=nms_threshold, max_outputs=max_detections, labels=labels

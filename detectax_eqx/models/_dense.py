@@ -119,10 +119,10 @@ def dense_detections(
         num_classes = logits.shape[1]
         # A pair among the best `top_n` is of an anchor whose best pair is: no more anchors need be looked at.
         _, rows = lax.top_k(scores(logits.max(axis=1, keepdims=True), more)[:, 0], min(selection.top_n, len(logits)))
-        rows = jnp.sort(rows)
+        rows = jnp.sort(rows)  # (r,), r = min(top_n, a)
         pairs = scores(logits[rows], more[rows]).reshape(-1)  # (rows k)
         level_scores, pair = lax.top_k(pairs, min(selection.top_n, pairs.shape[0]))
-        row = rows[pair // num_classes]
+        row = rows[pair // num_classes]  # pair = row * k + class
         boxes.append(clip_boxes(decode(deltas[row], anchors[row]), canvas_size.astype(jnp.float32)))
         best.append(level_scores)
         labels.append((pair % num_classes).astype(jnp.int32))

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
-from .._types import Batch, Detections, Image
+from .._types import Detections, Image, Images
 from ..ops import resize_image
 from ._detector import AbstractDetector, Selection, SelectionT
 
@@ -88,7 +88,10 @@ def detect(
     detections = model(pixels, canvas_size, selection=chosen)
     ratio = source_size.astype(jnp.float32) / canvas_size.astype(jnp.float32)
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
-    return replace(detections, boxes=detections.boxes * scale[None])
+    points = detections.keypoints
+    if points is not None:
+        points = points * jnp.concatenate([scale[:2], jnp.ones(1, jnp.float32)])[None, None]
+    return replace(detections, boxes=detections.boxes * scale[None], keypoints=points)
 
 
 @cache
@@ -127,43 +130,42 @@ def selected(model: AbstractDetector[SelectionT], selection: SelectionT | None =
 
 def detect_batch(
     model: AbstractDetector,
-    batch: Batch,
+    images: Images,
     *,
     selection: Selection | None = None,
     score_threshold: float | None = None,
     max_detections: int | None = None,
     mesh: Mesh | None = None,
 ) -> Detections:
-    """`detect` for every image of a batch on the host, compiled once for each shape; boxes in its images' pixels.
+    """`detect` for every one of a batch of images on the host, compiled once for each shape; boxes in their pixels.
 
-    An image that would not fit `batch.canvas` is shrunk until it does.
+    An image that would not fit `images.canvas` is shrunk until it does.
 
     - `selection`, `score_threshold`, `max_detections`: as for `detect`.
     - `mesh`: devices to spread the images over, each working on its own; they must divide the batch.
 
     >>> import jax.random as jr
-    >>> from detectax_eqx import Batch, Targets
+    >>> from detectax_eqx import Images
     >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> model = replace(model, preprocessing=Preprocessing(ShortestEdge(64, 96)))
-    >>> sizes, ones = np.array([[40, 60]], np.int32), np.ones(1, np.int32)
-    >>> nothing = Targets(np.zeros((1, 1, 4), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))
-    >>> images = np.zeros((1, 64, 64, 3), np.uint8)
-    >>> batch = Batch(images, sizes, sizes, nothing, ones, ones > 0, ones, canvas=(64, 96))
-    >>> detect_batch(model, batch, max_detections=5).boxes.shape
+    >>> sizes, indices = np.array([[40, 60]], np.int32), np.array([0], np.int32)
+    >>> pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    >>> images = Images(pixels, sizes, sizes, indices, np.array([True]), canvas=(64, 96))
+    >>> detect_batch(model, images, max_detections=5).boxes.shape
     (1, 5, 4)
     """
     resized = [
-        model.preprocessing.resize((int(height), int(width)), canvas=batch.canvas)
-        for height, width in np.asarray(batch.image_sizes)
+        model.preprocessing.resize((int(height), int(width)), canvas=images.canvas)
+        for height, width in np.asarray(images.sizes)
     ]
     if mesh is not None and len(resized) % mesh.size:
         raise ValueError(f"mesh has {mesh.size} devices, which do not divide a batch of {len(resized)} images.")
     chosen = selected(model, selection, score_threshold=score_threshold, max_detections=max_detections)
     sizes = np.array(resized, np.int32)
-    return _detect_images(model, batch.images, batch.image_sizes, sizes, batch.canvas, chosen, mesh)
+    return _detect_images(model, images.pixels, images.sizes, sizes, images.canvas, chosen, mesh)
 
 
 @eqx.filter_jit

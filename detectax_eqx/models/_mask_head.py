@@ -48,13 +48,13 @@ class MaskHead(eqx.Module):
         x = features
         for conv in self.convs:
             x = relu(jax.vmap(conv)(x))
-        blocks = relu(jax.vmap(self.upsample.blocks)(x))
+        blocks = relu(jax.vmap(self.upsample.blocks)(x))  # (n, s, s, 2, 2, c)
         # Only the wanted class's channel of the last 1×1 convolution is computed.
-        weight = self.mask_logits.weight[labels + 1, :, 0, 0]
+        weight = self.mask_logits.weight[labels + 1, :, 0, 0]  # (n, c)
         logits = jnp.einsum("nhwabo,no->nhwab", blocks, weight)
         if self.mask_logits.bias is not None:
             logits = logits + self.mask_logits.bias[labels + 1][:, None, None, None, None]
-        logits = rearrange(logits, "n h w a b -> n (h a) (w b)")
+        logits = rearrange(logits, "n h w a b -> n (h a) (w b)")  # blocks side by side, (n, 2 s, 2 s)
         return logits.astype(jnp.float32)
 
 
@@ -90,6 +90,6 @@ def mask_loss(
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )
-    losses = binary_cross_entropy(logits, wanted).sum(axis=(1, 2))
+    losses = binary_cross_entropy(logits, wanted).sum(axis=(1, 2))  # (s,), over the m² pixels
     count = sampled.positive.sum().astype(jnp.float32) * float(size * size)
     return {"loss_mask": WeightedSum(jnp.where(sampled.positive, losses, 0.0).sum(), count)}

@@ -113,12 +113,12 @@ class RetinaNet(AbstractDetector[DenseSelection]):
             high_threshold=self.matching.positive_iou,
             allow_low_quality=True,
         )
-        labels = jnp.where(matches.positive, targets.labels[matches.indices], -1)
-        class_losses = sigmoid_focal_loss(logits, one_hot(labels, self.num_classes)).sum(axis=1)
+        labels = jnp.where(matches.positive, targets.labels[matches.indices], -1)  # (a,)
+        class_losses = sigmoid_focal_loss(logits, one_hot(labels, self.num_classes)).sum(axis=1)  # (a, k) -> (a,)
         counted = matches.positive | matches.negative
         # Of rows without an object, any box with an area will do: their loss is not used.
         boxes = jnp.where(matches.positive[:, None], targets.boxes[matches.indices], anchors)
-        box_losses = self.box_loss(deltas, anchors, boxes)
+        box_losses = self.box_loss(deltas, anchors, boxes)  # (a,)
         positives = jnp.maximum(matches.positive.sum(), 1).astype(jnp.float32)
         one = jnp.ones((), jnp.float32)
         return {

@@ -128,7 +128,7 @@ class RPN(eqx.Module):
         """
         border = len(self.convs)  # of a patch around its middle cell
         padded = [jnp.pad(x, ((0, 0), (border, border), (border, border))) for x in features]
-        cells = jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in padded])
+        cells = jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in padded])  # (cells of all levels, c)
         sizes, padded_sizes = ([x.shape[1:] for x in maps] for maps in (features, padded))
         height, width = (jnp.array(sides, jnp.int32) for sides in zip(*sizes, strict=True))
         padded_width = jnp.array([w for _, w in padded_sizes], jnp.int32)
@@ -137,8 +137,8 @@ class RPN(eqx.Module):
         )
 
         num_anchors = self.objectness.weight.shape[0]
-        pixel, anchor = indices // num_anchors, indices % num_anchors
-        level = jnp.searchsorted(first, pixel, side="right").astype(jnp.int32) - 1
+        pixel, anchor = indices // num_anchors, indices % num_anchors  # index = cell * anchors per cell + anchor
+        level = jnp.searchsorted(first, pixel, side="right").astype(jnp.int32) - 1  # (s,)
         row, column = jnp.divmod(pixel - first[level], width[level])
         taps = jnp.arange(2 * border + 1, dtype=jnp.int32)
         rows, columns = row[:, None] + taps[None], column[:, None] + taps[None]  # (s, 2 border + 1), of padded maps
@@ -216,8 +216,9 @@ def propose(
         )
     boxes, scores, valid = [], [], []
     for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True):
+        # (t,) of the level's
         top_logits, top = lax.top_k(lax.stop_gradient(logits), min(pre_nms_top_n, logits.shape[0]))
-        level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=weights)
+        level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=weights)  # (t, 4)
         level_boxes = clip_boxes(level_boxes, image_size)
         level_scores = jax.nn.sigmoid(top_logits)
         keep, keep_valid = nms_indices(
@@ -294,8 +295,8 @@ def rpn_loss(
     {'loss_objectness': 0.22, 'loss_rpn_box_reg': 0.0}
     """
     wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)
-    box_losses = smooth_l1_loss(deltas, wanted, beta=beta).sum(axis=1)
-    logit_losses = binary_cross_entropy(logits, sampled.positive.astype(jnp.float32))
+    box_losses = smooth_l1_loss(deltas, wanted, beta=beta).sum(axis=1)  # (s,)
+    logit_losses = binary_cross_entropy(logits, sampled.positive.astype(jnp.float32))  # (s,)
     count = sampled.valid.sum().astype(jnp.float32)
     return {
         "loss_objectness": WeightedSum(jnp.where(sampled.valid, logit_losses, 0.0).sum(), count),
@@ -305,7 +306,7 @@ def rpn_loss(
 
 def binary_cross_entropy(logits: Float[Array, "*s"], targets: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Elementwise cross entropy of sigmoid logits with targets 0..1."""
-    return jax.nn.softplus(logits) - targets * logits
+    return jax.nn.softplus(logits) - targets * logits  # log(1 + eˣ) - t x = -t log σ(x) - (1 - t) log(1 - σ(x))
 
 
 def has_size(boxes: Float[Array, "*n 4"], min_size: float) -> Bool[Array, "*n"]:

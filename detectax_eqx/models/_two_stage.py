@@ -126,6 +126,7 @@ def detect_boxes(
         min_size=selection.rpn_min_size,
         weights=model.rpn.weights,
     )
+    # (p, k + 1), (p, k + 1, 4)
     logits, deltas = model.box_head(rois.pool(proposals.boxes, output_size=model.box_head.pool_size))
     detections = box_detections(
         logits,
@@ -163,7 +164,7 @@ def box_losses(
         negative_iou=sampling.rpn_negative_iou,
     )
     # `output` is for proposals, which have no gradient: where the loss looks, the head predicts again.
-    logits, deltas = model.rpn.at_anchors(features, anchors.indices)
+    logits, deltas = model.rpn.at_anchors(features, anchors.indices)  # (s,), (s, 4)
     losses = rpn_loss(logits, deltas, anchors, targets, weights=model.rpn.weights, beta=model.rpn.smooth_l1_beta)
     proposals = propose(
         output,
@@ -183,6 +184,6 @@ def box_losses(
         positive_iou=sampling.box_positive_iou,
     )
     head = model.box_head
-    logits, deltas = head(rois.pool(sampled.boxes, output_size=head.pool_size))
+    logits, deltas = head(rois.pool(sampled.boxes, output_size=head.pool_size))  # (s, k + 1), (s, k + 1, 4)
     losses |= box_loss(logits, deltas, sampled, targets, weights=head.weights, beta=head.smooth_l1_beta)
     return losses, rois, sampled

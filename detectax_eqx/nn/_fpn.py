@@ -45,7 +45,7 @@ class SubsampledTop(eqx.Module):
     def __call__(
         self, features: tuple[Float[Array, "_ _ _"], ...], outputs: tuple[Float[Array, "c _ _"], ...]
     ) -> tuple[Float[Array, "c _ _"], ...]:
-        return (outputs[-1][:, ::2, ::2],)
+        return (outputs[-1][:, ::2, ::2],)  # (c, h, w) -> (c, h / 2, w / 2)
 
 
 SUBSAMPLED_TOP = SubsampledTop()
@@ -106,7 +106,7 @@ class FPN(eqx.Module):
     def __call__(self, features: tuple[Float[Array, "_ _ _"], ...]) -> tuple[Float[Array, "c _ _"], ...]:
         coarser, outputs = None, []
         for x, lateral, output in reversed(list(zip(features, self.lateral, self.output, strict=True))):
-            x = lateral(x)
+            x = lateral(x)  # (i, h, w) -> (c, h, w)
             coarser = x if coarser is None else x + named_call(_upsample_nearest, coarser)
             outputs.insert(0, output(coarser))
         return (*outputs, *self.top(features, tuple(outputs)))

@@ -28,7 +28,7 @@ class FrozenBatchNorm(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
-        scale = self.weight * lax.rsqrt(self.running_var + self.eps)
+        scale = self.weight * lax.rsqrt(self.running_var + self.eps)  # y = (x - μ) / √(σ² + ε) w + b = x scale + shift
         shift = self.bias - self.running_mean * scale
         return (x.astype(scale.dtype) * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
@@ -53,9 +53,9 @@ class GroupNorm(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
-        grouped = x.astype(jnp.float32).reshape(self.groups, -1)
+        grouped = x.astype(jnp.float32).reshape(self.groups, -1)  # (groups, c / groups h w)
         mean = jnp.mean(grouped, axis=1)
-        variance = jnp.maximum(jnp.mean(grouped * grouped, axis=1) - mean * mean, 0.0)
+        variance = jnp.maximum(jnp.mean(grouped * grouped, axis=1) - mean * mean, 0.0)  # E x² - (E x)²
         # One multiply-add over the map: the group's statistics are folded into the channels' affine map.
         repeats = x.shape[0] // self.groups
         scale = self.weight.astype(jnp.float32) * jnp.repeat(lax.rsqrt(variance + self.eps), repeats)

@@ -120,7 +120,7 @@ class ResNet(eqx.Module):
         for stage, (depth, stage_key) in enumerate(zip(depths, stage_keys, strict=True)):
             blocks = []
             for position, block_key in enumerate(jr.split(stage_key, depth)):
-                stride = 2 if stage > 0 and position == 0 else 1
+                stride = 2 if stage > 0 and position == 0 else 1  # each stage but the first begins by halving the map
                 blocks.append(block(in_channels, width * 2**stage, stride=stride, norm=norm, key=block_key))
                 in_channels = block.expansion * width * 2**stage
             layers.append(tuple(blocks))
@@ -135,7 +135,7 @@ class ResNet(eqx.Module):
 
     def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
         x = image.astype(self.conv1.weight.dtype)
-        stem = eqx.Partial(_stem, self.conv1, self.norm1)
+        stem = eqx.Partial(_stem, self.conv1, self.norm1)  # (i, h, w) -> (width, h / 4, w / 4)
         x = rematerialise_stem(stem, x) if self.checkpoint else stem(x)
         features = []
         for blocks in self.layers:
@@ -146,7 +146,7 @@ class ResNet(eqx.Module):
 
 
 def _stem(conv, norm, x):
-    return max_pool2d(relu(norm(conv(x))), kernel_size=3, stride=2, padding=1)
+    return max_pool2d(relu(norm(conv(x))), kernel_size=3, stride=2, padding=1)  # the halves of conv and pool: stride 4
 
 
 def resnet18(

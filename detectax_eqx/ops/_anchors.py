@@ -13,7 +13,7 @@ def _base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Flo
     scale_y = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]
     scale_x = 1 / scale_y
     size = np.asarray(sizes, np.float32)[None, :]
-    width, height = (scale_x * size).reshape(-1), (scale_y * size).reshape(-1)
+    width, height = (scale_x * size).reshape(-1), (scale_y * size).reshape(-1)  # w h = size², h / w = ratio
     return np.round(np.stack([-width, -height, width, height], axis=1) / 2)
 
 
@@ -47,5 +47,6 @@ def anchor_grid(
     height, width = feature_size
     y = jnp.broadcast_to((jnp.arange(height) * stride_y)[:, None], feature_size)
     x = jnp.broadcast_to((jnp.arange(width) * stride_x)[None, :], feature_size)
-    corners = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4).astype(jnp.float32)
+    corners = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4).astype(jnp.float32)  # (h w, 1, 4)
+    # (h w, 1, 4) + (1, a, 4) -> (h w a, 4)
     return (corners + jnp.asarray(_base_anchors(sizes, aspect_ratios))[None]).reshape(-1, 4)

@@ -36,7 +36,7 @@ def _ratio(x, y):
 def _ratio_jvp(primals, tangents):
     (x, y), (dx, dy) = primals, tangents
     ratio = _ratio(x, y)
-    return ratio, jnp.where(y == 0, 0, (dx - ratio * dy) / jnp.where(y == 0, 1, y))
+    return ratio, jnp.where(y == 0, 0, (dx - ratio * dy) / jnp.where(y == 0, 1, y))  # d(x / y) = (dx - x / y dy) / y
 
 
 def _corners(boxes):
@@ -59,7 +59,7 @@ def _intersection(a, b):
 
 def _intersection_and_union(a, b):
     intersection = _intersection(a, b)
-    return intersection, _area(a) + _area(b) - intersection
+    return intersection, _area(a) + _area(b) - intersection  # |A ∪ B| = |A| + |B| - |A ∩ B|
 
 
 def _enclosure(a, b):
@@ -83,13 +83,13 @@ def _aspect_angle(corners):
 
 def _aspect_penalty(angle_a, angle_b, iou):
     """The term `α v` of CIoU. Its weight `α` is held constant when differentiating, as in the paper."""
-    v = 4 / math.pi**2 * (angle_a - angle_b) ** 2
+    v = 4 / math.pi**2 * (angle_a - angle_b) ** 2  # 0 for equal aspects, 1 at a right angle
     return jax.lax.stop_gradient(v / (1 - iou + v + EPSILON)) * v
 
 
 def _outer(a, b):
     """Corners of two sets, shaped to broadcast to `(n, m)`."""
-    return tuple(x[:, None] for x in a), tuple(x[None, :] for x in b)
+    return tuple(x[:, None] for x in a), tuple(x[None, :] for x in b)  # (n, 1) and (1, m)
 
 
 def box_area(boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
@@ -116,7 +116,7 @@ def clip_boxes(
     [[0.0, 2.0, 30.0, 50.0]]
     """
     height, width = image_size[0], image_size[1]
-    limit = jnp.stack([jnp.asarray(side, boxes.dtype) for side in (width, height, width, height)])
+    limit = jnp.stack([jnp.asarray(side, boxes.dtype) for side in (width, height, width, height)])  # (4,)
     return jnp.clip(boxes, 0, limit[None, :])
 
 
@@ -170,7 +170,7 @@ def pairwise_iou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array,
     >>> pairwise_iou(a, b).tolist()
     [[0.3333333432674408, 0.0]]
     """
-    return _ratio(*_intersection_and_union(*_outer(_corners(a), _corners(b)))).astype(a.dtype)
+    return _ratio(*_intersection_and_union(*_outer(_corners(a), _corners(b)))).astype(a.dtype)  # (n, m)
 
 
 def pairwise_ioa(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:
@@ -199,14 +199,14 @@ def pairwise_giou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array
     intersection, union = _intersection_and_union(a_corners, b_corners)
     width, height = _enclosure(a_corners, b_corners)
     enclosing = rounded_product(jnp.maximum(width, 0), jnp.maximum(height, 0))
-    return (_ratio(intersection, union) - _ratio(enclosing - union, enclosing)).astype(a.dtype)
+    return (_ratio(intersection, union) - _ratio(enclosing - union, enclosing)).astype(a.dtype)  # IoU - (C - U) / C
 
 
 def _pairwise_diou_and_iou(a_corners, b_corners):
     iou = _ratio(*_intersection_and_union(a_corners, b_corners))
     width, height = _enclosure(a_corners, b_corners)
     diagonal = jnp.maximum(width, 0) ** 2 + jnp.maximum(height, 0) ** 2 + EPSILON
-    return iou - _squared_centre_distance(a_corners, b_corners) / diagonal, iou
+    return iou - _squared_centre_distance(a_corners, b_corners) / diagonal, iou  # IoU - ρ² / c²
 
 
 def pairwise_diou(a: Float[Array, "n 4"], b: Float[Array, "m 4"]) -> Float[Array, "n m"]:

@@ -51,9 +51,9 @@ def encode_boxes(
     cx, cy, width, height = _centres_and_sizes(boxes)
     anchor_cx, anchor_cy, anchor_width, anchor_height = _centres_and_sizes(anchors)
     deltas = [
-        _ratio(wx * (cx - anchor_cx), anchor_width),
+        _ratio(wx * (cx - anchor_cx), anchor_width),  # dx = wx (cx - acx) / aw
         _ratio(wy * (cy - anchor_cy), anchor_height),
-        ww * _log_scale(width, anchor_width),
+        ww * _log_scale(width, anchor_width),  # dw = ww log(w / aw)
         wh * _log_scale(height, anchor_height),
     ]
     return jnp.stack(deltas, axis=1).astype(boxes.dtype)
@@ -75,7 +75,7 @@ def decode_boxes(
     """
     wx, wy, ww, wh = _checked(weights)
     anchor_cx, anchor_cy, anchor_width, anchor_height = _centres_and_sizes(anchors)
-    dx, dy, dw, dh = _upcast(deltas).T
+    dx, dy, dw, dh = _upcast(deltas).T  # each (n,)
     cx = dx / wx * anchor_width + anchor_cx
     cy = dy / wy * anchor_height + anchor_cy
     half_width = 0.5 * (jnp.exp(jnp.minimum(dw / ww, MAX_LOG_SCALE)) * anchor_width)

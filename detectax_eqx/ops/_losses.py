@@ -64,7 +64,7 @@ def sigmoid_focal_loss(
     wrongness = jax.nn.sigmoid(x) * (1 - t) + jax.nn.sigmoid(-x) * t
     # A power below 1 has no finite gradient at 0, where the loss is 0 anyway.
     modulation = jnp.where(wrongness > 0, jnp.where(wrongness > 0, wrongness, 1) ** gamma, 0)
-    cross_entropy = t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)
+    cross_entropy = t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)  # -t log σ(x) - (1 - t) log(1 - σ(x))
     loss = cross_entropy * modulation
     if alpha is not None:
         loss = loss * (alpha * t + (1 - alpha) * (1 - t))
@@ -87,7 +87,7 @@ def giou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Flo
     [1.5]
     """
     _, _, intersection, union, width, height = _loss_terms(boxes_a, boxes_b)
-    enclosing = width * height
+    enclosing = width * height  # C, the smallest box around both
     giou = _ratio(intersection, union + EPSILON) - _ratio(enclosing - union, enclosing + EPSILON)
     return (1 - giou).astype(boxes_a.dtype)
 
@@ -134,5 +134,5 @@ def dice_loss(logits: Float[Array, "n s"], targets: Float[Array, "n s"]) -> Floa
     [0.33329999446868896]
     """
     p, t = jax.nn.sigmoid(_upcast(logits)), _upcast(targets)
-    dice = (2 * (p * t).sum(axis=1) + 1) / (p.sum(axis=1) + t.sum(axis=1) + 1)
+    dice = (2 * (p * t).sum(axis=1) + 1) / (p.sum(axis=1) + t.sum(axis=1) + 1)  # (n,)
     return (1 - dice).astype(logits.dtype)

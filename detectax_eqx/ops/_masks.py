@@ -56,9 +56,9 @@ def crop_masks(
         values = values / 255.0
     mask_boxes, rois = mask_boxes.astype(values.dtype), rois.astype(values.dtype)
     options = {"sampling_ratio": sampling_ratio, "aligned": aligned}
-    vertical = _crop_weights(mask_boxes[:, 1::2], rois[:, 1::2], masks.shape[1], rows, **options)
-    horizontal = _crop_weights(mask_boxes[:, 0::2], rois[:, 0::2], masks.shape[2], columns, **options)
-    values = jnp.einsum("nph,nhw->npw", vertical, values, precision="highest")
+    vertical = _crop_weights(mask_boxes[:, 1::2], rois[:, 1::2], masks.shape[1], rows, **options)  # (n, p, hm)
+    horizontal = _crop_weights(mask_boxes[:, 0::2], rois[:, 0::2], masks.shape[2], columns, **options)  # (n, q, wm)
+    values = jnp.einsum("nph,nhw->npw", vertical, values, precision="highest")  # rows to bins
     return jnp.einsum("npw,nqw->npq", values, horizontal, precision="highest").astype(dtype)
 
 
@@ -126,8 +126,8 @@ def paste_masks(
     if 0 in masks.shape[1:]:
         raise ValueError(f"masks must have at least one row and column, got {masks.shape}.")
     values, boxes = _upcast(masks), _upcast(boxes)
-    vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)
-    horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)
+    vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)  # (n, h, s)
+    horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)  # (n, w, t)
     if threshold is None:
         return _paste(vertical, values, horizontal, masks.dtype)
     threshold = jnp.broadcast_to(jnp.asarray(threshold, masks.dtype), masks.shape[:1])
@@ -146,6 +146,7 @@ def _differentiate(dtype, primals, tangents):
 
 
 def _resample(vertical, values, horizontal):
+    # Every row of the image at the mask's width, (n, h, t)
     rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
     return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest")
 
@@ -173,17 +174,17 @@ def _paste_weights(
     """Weight of every mask pixel in each image pixel, along one axis."""
     finite = jnp.isfinite(low) & jnp.isfinite(high)
     low, high = jnp.where(finite, low, 0), jnp.where(finite, high, 0)
-    half = rounded_product((high - low) * 0.5, (size + 2) / size)
+    half = rounded_product((high - low) * 0.5, (size + 2) / size)  # grown by the margin of one pixel
     middle = (low + high) * 0.5
     first, last = _integer(middle - half)[:, None, None], _integer(middle + half)[:, None, None]
     extent = jnp.maximum(last - first + 1, 1)
 
     pixel = jnp.arange(canvas, dtype=jnp.int32)[None, :, None]
     padded = size + 2
-    step = padded / extent.astype(low.dtype)
+    step = padded / extent.astype(low.dtype)  # mask pixels to an image pixel
     source = jnp.maximum(((pixel - first).astype(low.dtype) + 0.5) * step - 0.5, 0)
     below = jnp.minimum(source.astype(jnp.int32), padded - 1)
-    fraction = source - below.astype(low.dtype)
+    fraction = source - below.astype(low.dtype)  # of the way to the next mask pixel
     # The last row of the margin is read for what would lie beyond it. Rows of the margin are 0 and have no weight.
     row = jnp.arange(1, size + 1, dtype=jnp.int32)[None, None, :]
     weight = jnp.where(row == below, 1 - fraction, jnp.where(row == below + 1, fraction, 0))

@@ -84,7 +84,7 @@ def _best_in_turn(quality, valid, *, allow_low_quality):
         best, indices, ties = state
         row, valid, index = row
         row = jnp.where(valid, row, -jnp.inf)
-        better = row > best
+        better = row > best  # (m,); the first of equals stays
         if allow_low_quality:
             ties |= valid & (row == row.max(initial=-jnp.inf))
         return (jnp.where(better, row, best), jnp.where(better, index, indices), ties), None
@@ -99,12 +99,12 @@ def _best_at_once(quality, valid, *, allow_low_quality):
     if n == 0:
         nothing = jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
         return varying_like(nothing, quality)
-    quality = jnp.where(valid[:, None], quality, -jnp.inf)
+    quality = jnp.where(valid[:, None], quality, -jnp.inf)  # (n, m)
     numbers = jnp.where(jnp.isnan(quality), -jnp.inf, quality)
     ties = varying_like(jnp.zeros(m, bool), quality)
     if allow_low_quality:
         ties = (valid[:, None] & (quality == quality.max(axis=1, initial=-jnp.inf, keepdims=True))).any(axis=0)
-    return numbers.max(axis=0), lax.argmax(numbers, 0, jnp.int32), ties
+    return numbers.max(axis=0), lax.argmax(numbers, 0, jnp.int32), ties  # (m,) each
 
 
 def sample_balanced(
@@ -143,7 +143,7 @@ def sample_balanced(
     negatives = lax.top_k(jnp.where(negative, priority, 0), size)[1]
     num_positives = jnp.minimum(positive.sum(dtype=jnp.int32), max_positives)
     num_negatives = jnp.minimum(negative.sum(dtype=jnp.int32), num_samples - num_positives)
-    slots = jnp.arange(size, dtype=jnp.int32)
+    slots = jnp.arange(size, dtype=jnp.int32)  # positives first, then negatives
     padded = jnp.pad(positives, (0, size - max_positives))
     indices = jnp.where(slots < num_positives, padded, negatives[jnp.maximum(slots - num_positives, 0)])
     valid = slots < num_positives + num_negatives

@@ -100,7 +100,7 @@ def _axis_taps(
     if flip is not None:
         position = jnp.where(flip, output_size - 1 - position, position)
     scale = image_size.astype(jnp.float32) / output_size.astype(jnp.float32)
-    source = jnp.maximum((position.astype(jnp.float32) + 0.5) * scale - 0.5, 0.0)
+    source = jnp.maximum((position.astype(jnp.float32) + 0.5) * scale - 0.5, 0.0)  # middles of pixels at halves
     last = image_size - 1
     low = jnp.minimum(source.astype(jnp.int32), last)
     return (low, jnp.minimum(low + 1, last), source - low.astype(jnp.float32)), inside

@@ -154,7 +154,7 @@ class RoIFeatures(eqx.Module):
         """Features of each box, in canvas pixels, from the level that suits its size."""
         first = self.strides[0].bit_length() - 1
         last = first + len(self.strides) - 1
-        level = _levels(boxes, first, last, self.canonical_size, self.canonical_level) - first
+        level = _levels(boxes, first, last, self.canonical_size, self.canonical_level) - first  # (n,)
         scales = [1 / stride for stride in self.strides]
         return _align(self.maps, self.cells, boxes, level, scales, output_size, self.sampling_ratio, self.aligned)
 
@@ -164,7 +164,7 @@ def _levels(
 ) -> Int32[Array, " n"]:
     """The level of each box, among `first..last`."""
     boxes = _upcast(boxes)
-    size = jnp.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    size = jnp.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))  # √area, (n,)
     known = size > 0  # neither a box of no area, nor one of negative area
     level = jnp.floor(canonical_level + jnp.log2(jnp.where(known, size, 1) / canonical_size) + LEVEL_EPSILON)
     return jnp.where(known, jnp.clip(level, first, last), first).astype(jnp.int32)
@@ -198,10 +198,10 @@ def _roi_align(maps, cells, boxes, level, *, scales, output_size, sampling_ratio
         return jnp.zeros((0, cells.shape[1], rows, columns), dtype)
 
     boxes = _upcast(boxes)
-    scale = jnp.asarray(scales, boxes.dtype)[level]
+    scale = jnp.asarray(scales, boxes.dtype)[level]  # (n,)
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
-    grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)
+    grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)  # (n, 4)
     # Of one type, so that a gradient is added up over devices where it has to be.
     cells, grids = varying_like((cells, grids), level)
     taps = BilinearTaps((rows, columns), sampling_ratio)

@@ -71,10 +71,10 @@ def sample_taps(
     """
     first = _bin_starts(start, length, bins)
     offset = rounded_quotient((samples[None, None, :] + 0.5) * length[:, None, None], sampling_ratio)
-    position = _to_frame(first + offset, frame)
+    position = _to_frame(first + offset, frame)  # (n, bins, s)
     low, high, fraction, inside = _bilinear(position, size[:, None, None])
     weight = jnp.where(inside, 1 / sampling_ratio, 0).astype(position.dtype)
-    taps = jnp.concatenate([low, high], axis=2)
+    taps = jnp.concatenate([low, high], axis=2)  # (n, bins, 2 s)
     return taps, jnp.concatenate([weight * (1 - fraction), weight * fraction], axis=2)
 
 

@@ -1,8 +1,8 @@
 """Augmentation of one example inside the jitted step: pixels, boxes and masks move together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -26,6 +26,7 @@ def augment(
     max_size: int,
     flip_probability: float = 0.5,
     scale_range: tuple[float, float] | None = None,
+    keypoint_pairs: Sequence[tuple[int, int]] = (),
     key: PRNGKeyArray,
 ) -> tuple[Float32[Array, "{canvas[0]} {canvas[1]} _"], Int32[Array, " 2"], Targets]:
     """Resizes an image at random, mirrors it at random, and lays it on the canvas, with its ground truth.
@@ -42,6 +43,8 @@ def augment(
     - `image`: on its source canvas, usually RGB; `image_size`: its `(height, width)` there. `targets`: in its pixels.
     - `canvas`: static `(height, width)` of the result.
     - `flip_probability`: of mirroring left to right.
+    - `keypoint_pairs`: points that change places in the mirror, such as left and right eye, by their positions. Points
+      that a crop cuts off become invisible.
 
     Returns the image (0..255, in its top-left corner; the rest is 0), its size on the canvas, and its targets there.
 
@@ -54,7 +57,7 @@ def augment(
     >>> image.shape, size.tolist(), targets.boxes.tolist()
     ((16, 16, 3), [8, 12], [[6.0, 2.0, 10.0, 4.0]])
     """
-    _check(min_sizes, max_size, flip_probability, scale_range, targets)
+    _check(min_sizes, max_size, flip_probability, scale_range, targets, keypoint_pairs)
     image_size = jnp.maximum(image_size, 1)  # a filler of a batch may have none
     size_key, crop_key, flip_key = jr.split(key, 3)
     flip = jr.bernoulli(flip_key, jnp.asarray(flip_probability, jnp.float32))
@@ -84,6 +87,7 @@ def augment(
         valid=targets.valid,
         masks=None if targets.masks is None else jnp.where(flip, targets.masks[..., ::-1], targets.masks),
         mask_boxes=None if targets.mask_boxes is None else move(targets.mask_boxes),
+        keypoints=None if targets.keypoints is None else _move_points(targets.keypoints, move, flip, keypoint_pairs),
     )
     return resized, visible_size, targets if scale_range is None else _clip(targets, visible_size)
 
@@ -170,11 +174,33 @@ def _move_boxes(
     return jnp.stack([x0, y0, x1, y1], axis=-1) - jnp.tile(offset[::-1], 2).astype(boxes.dtype)[None]
 
 
+def _move_points(
+    keypoints: Float[Array | np.ndarray, "n k 3"],
+    move: Callable[[Array], Array],
+    flip: Bool[Array, ""],
+    pairs: Sequence[tuple[int, int]],
+) -> Float[Array, "n k 3"]:
+    """Keypoints moved as boxes are, left ones and right ones exchanged in the mirror."""
+    keypoints = jnp.asarray(keypoints)
+    places = keypoints[..., :2]
+    boxes = jnp.concatenate([places, places], axis=-1)  # (n, k, 4), of no size
+    moved = jnp.concatenate([move(boxes.reshape(-1, 4)).reshape(boxes.shape)[..., :2], keypoints[..., 2:]], axis=-1)
+    order = np.arange(keypoints.shape[1])
+    for left, right in pairs:
+        order[[left, right]] = right, left
+    return jnp.where(flip, moved[:, order], moved)
+
+
 def _clip(targets: Targets, image_size: Int32[Array, " 2"]) -> Targets:
-    """Targets whose boxes end at the border; those wholly beyond it are not valid."""
-    boxes = clip_boxes(jnp.asarray(targets.boxes), image_size.astype(jnp.float32))
+    """Targets whose boxes end at the border; those wholly beyond it are not valid, and points there not visible."""
+    size = image_size.astype(jnp.float32)
+    boxes = clip_boxes(jnp.asarray(targets.boxes), size)
     visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return eqx.tree_at(lambda t: (t.boxes, t.valid), targets, (boxes, targets.valid & visible))
+    points = targets.keypoints
+    if points is not None:
+        inside = jnp.all((points[..., :2] >= 0) & (points[..., :2] <= size[::-1][None, None]), axis=-1, keepdims=True)
+        points = jnp.concatenate([points[..., :2], jnp.where(inside, points[..., 2:], 0)], axis=-1)
+    return replace(targets, boxes=boxes, valid=targets.valid & visible, keypoints=points)
 
 
 def _check(
@@ -183,6 +209,7 @@ def _check(
     flip_probability: float,
     scale_range: tuple[float, float] | None,
     targets: Targets,
+    keypoint_pairs: Sequence[tuple[int, int]],
 ) -> None:
     if not min_sizes or min(min_sizes) < 1:
         raise ValueError(f"min_sizes must hold one or more positive numbers, got {tuple(min_sizes)}.")
@@ -194,3 +221,7 @@ def _check(
         raise ValueError(f"scale_range must be positive and ascending, got {scale_range}.")
     if targets.masks is not None and targets.mask_boxes is None:
         raise ValueError("targets has masks but no mask_boxes; give the box that each mask fills.")
+    count = 0 if targets.keypoints is None else targets.keypoints.shape[-2]
+    places = [place for pair in keypoint_pairs for place in pair]
+    if len(set(places)) < len(places) or not all(0 <= place < count for place in places):
+        raise ValueError(f"keypoint_pairs must name each of the {count} points at most once, got {keypoint_pairs}.")

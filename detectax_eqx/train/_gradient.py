@@ -36,7 +36,7 @@ def mean_gradient(
       part's gradient is then exact, and one sum of gradients is all there is to keep.
     - `add_up`: adds counts over devices. Sums and gradient returned are those of this device's examples.
     """
-    examples = _stand_in(batch), keys, batch.valid
+    examples = _stand_in(batch), keys, batch.images.valid
 
     def sums(parameters: PyTree, part: tuple) -> tuple[Metrics, Metrics]:
         """Totals and counts, which have no gradient."""
@@ -60,10 +60,9 @@ def mean_gradient(
 
     if accumulate == 1:
         return gradient(examples)
-    if batch.valid.shape[0] % accumulate:
-        raise ValueError(
-            f"accumulate must divide the {batch.valid.shape[0]} examples of each device, got {accumulate}."
-        )
+    count = batch.images.valid.shape[0]
+    if count % accumulate:
+        raise ValueError(f"accumulate must divide the {count} examples of each device, got {accumulate}.")
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), examples)
     counts = lax.map(lambda part: sums(parameters, part)[1], parts)
     counts = add_up(jax.tree.map(partial(jnp.sum, axis=0), counts))
@@ -89,8 +88,9 @@ def sharded_mean_gradient(
     Each device runs a program of its own: all communication between them is written here. Left to the compiler, a sort
     or a loop under `vmap` may gather the batch, and loops end together at the price of one message per round.
     """
-    if batch.valid.shape[0] % mesh.size:
-        raise ValueError(f"a batch of {batch.valid.shape[0]} examples cannot be divided over {mesh.size} devices.")
+    count = batch.images.valid.shape[0]
+    if count % mesh.size:
+        raise ValueError(f"a batch of {count} examples cannot be divided over {mesh.size} devices.")
     constants, static = eqx.partition(rest, eqx.is_array)
     specs = jax.tree.map(lambda leaf: state_spec(leaf.shape, mesh), (parameters, constants))
     examples = PartitionSpec(AXES)
@@ -114,9 +114,9 @@ def _stand_in(batch: Batch) -> Batch:
 
     A filler may hold anything, such as what has an infinite derivative: zero times that is not zero.
     """
-    first = jnp.argmax(batch.valid)
+    first = jnp.argmax(batch.images.valid)
 
     def fill(x: Array) -> Array:
-        return jnp.where(batch.valid.reshape(-1, *[1] * (x.ndim - 1)), x, x[first][None])
+        return jnp.where(batch.images.valid.reshape(-1, *[1] * (x.ndim - 1)), x, x[first][None])
 
     return jax.tree.map(fill, batch)

@@ -80,7 +80,7 @@ def make_train_step(
       `(1 + step) / (10 + step)` as long as that is less, so that the first, random weights do not dominate the average.
 
     The step's randomness is `fold_in(state.key, state.step)`, split over the examples. An example that is not
-    `batch.valid` counts nothing; a batch without any has loss 0.
+    `batch.images.valid` counts nothing; a batch without any has loss 0.
 
     An update that is not finite (its loss, gradient or result) is not made: the state stays bit for bit what it was,
     but for `step` and `skipped`, each one more.
@@ -99,14 +99,14 @@ def make_train_step(
     a term has the name of a metric, or the examples cannot be divided over devices and parts.
 
     >>> import numpy as np
-    >>> from detectax_eqx import Targets, WeightedSum
+    >>> from detectax_eqx import Images, Targets, WeightedSum
     >>> def loss(model, example, *, key):
-    ...     error = model - example.image_sizes[0].astype(jnp.float32)
-    ...     return {"height": WeightedSum(error**2, jnp.ones(()))}
+    ...     return {"height": WeightedSum((model - jnp.float32(example.images.sizes[0])) ** 2, jnp.ones(()))}
     >>> targets = Targets(np.zeros((2, 1, 4), "f"), np.zeros((2, 1), "i"), np.zeros((2, 1), bool))
     >>> sizes = np.array([[4, 4], [6, 6]], "i")
-    >>> batch = Batch(np.zeros((2, 8, 8, 3), "u1"), sizes, sizes, targets, np.arange(2, dtype="i"),
-    ...               np.ones(2, bool), np.zeros(2, "i"), (8, 8))
+    >>> ones = np.ones(2, "i")
+    >>> images = Images(np.zeros((2, 8, 8, 3), "u1"), sizes, sizes, indices=ones, valid=ones > 0, canvas=(8, 8))
+    >>> batch = Batch(images, targets, overflow=ones)
     >>> from detectax_eqx.train import init_train_state
     >>> optimizer = optax.sgd(0.5)
     >>> state = init_train_state(jnp.array(0.0), optimizer, trainable=True, key=jr.key(0))
@@ -122,14 +122,15 @@ def make_train_step(
 
     def update(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
         parameters, rest = partition(state.model, trainable)
-        keys = jr.split(jr.fold_in(state.key, state.step), batch.valid.shape[0])
+        valid = batch.images.valid
+        keys = jr.split(jr.fold_in(state.key, state.step), valid.shape[0])
         terms, gradient = gradient_of(loss, parameters, rest, batch, keys, accumulate=accumulate)
         if taken := sorted(set(terms) & set(METRICS)):
             raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
         state, metrics = _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema_decay)
         left_out = {
-            "overflow": jnp.sum(jnp.where(batch.valid, batch.overflow, 0)).astype(jnp.float32),
-            "invalid": jnp.sum(~batch.valid).astype(jnp.float32),
+            "overflow": jnp.sum(jnp.where(valid, batch.overflow, 0)).astype(jnp.float32),
+            "invalid": jnp.sum(~valid).astype(jnp.float32),
         }
         return state, metrics | left_out
 

@@ -1,6 +1,7 @@
 """Weights from elsewhere, and to elsewhere: torchvision's names, `.pth` files read without torch, safetensors."""
 
 from ._describe import describe as describe
+from ._earlier import earlier_paths as earlier_paths
 from ._pth import read_pth as read_pth
 from ._safetensors import (
     load_safetensors as load_safetensors,

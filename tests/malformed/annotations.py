@@ -106,7 +106,7 @@ def check(result, untouched=()):
                 assert box.tolist() == [x, y, x + width, y + height] and image.id == known[id]["image_id"]
                 assert dataset.category_ids[label] == known[id]["category_id"]
     assert len(ids) == len(set(ids)) and set(untouched) <= set(ids)
-    assert batch.valid.all() and np.isfinite(batch.targets.boxes).all()
+    assert batch.images.valid.all() and np.isfinite(batch.targets.boxes).all()
     return "repaired" if dataset.report.counts else "harmless"
 
 

@@ -96,8 +96,8 @@ def with_statistics(body, images):
 def augmented(example, *, key, flip_probability=0.5):
     """An image of the batch on its canvas, its size and its targets."""
     return train.augment(
-        example.images,
-        example.image_sizes,
+        example.images.pixels,
+        example.images.sizes,
         example.targets,
         canvas=CANVAS,
         min_sizes=(MIN_SIZE,),
@@ -168,11 +168,11 @@ def measured(detect: Callable, setup: Setup) -> dict[str, float]:
     results, seconds, dataset = [], [], setup.test_set
     image_ids = [image.id for image in dataset.images]
     source = data.Bucket(setup.shape.canvas, setup.shape.source, tuple(range(len(dataset))))
-    for batch in data.eval_batches(dataset, batch_size=1, buckets=[source]):
+    for images in data.eval_batches(dataset, batch_size=1, buckets=[source]):
         began = time.perf_counter()
-        found = jax.tree.map(np.asarray, detect(batch.images, batch.image_sizes))
+        found = jax.tree.map(np.asarray, detect(images.pixels, images.sizes))
         seconds.append(time.perf_counter() - began)
-        results += evaluate.to_coco_results(found, batch, image_ids=image_ids, category_ids=dataset.category_ids)
+        results += evaluate.to_coco_results(found, images, image_ids=image_ids, category_ids=dataset.category_ids)
     numbers = evaluate.evaluate_coco(dataset, results).numbers
     return {"AP": numbers["AP"], "AP50": numbers["AP50"], "seconds": float(np.median(seconds))}
 

@@ -96,8 +96,8 @@ def train_ours(model, loader, schedule, options):
 
     def loss(model, example, *, key):
         image, size, targets = train.augment(
-            example.images,
-            example.image_sizes,
+            example.images.pixels,
+            example.images.sizes,
             example.targets,
             canvas=CANVAS,
             min_sizes=(MIN_SIZE,),
@@ -128,7 +128,8 @@ def train_torchvision(model, loader, schedule, options):
             {"boxes": torch.from_numpy(b[v].copy()), "labels": torch.from_numpy(l[v] + 1).long()}
             for b, l, v in zip(t.boxes, t.labels, t.valid, strict=True)
         ]
-        total = sum(reference(images_of(batch), targets).values())  # a tensor, though pyright sees the 0 it starts from
+        losses = reference(images_of(batch.images), targets)
+        total = sum(losses.values())  # a tensor, though pyright sees the 0 it starts from
         optimizer.zero_grad()
         total.backward()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
@@ -137,18 +138,18 @@ def train_torchvision(model, loader, schedule, options):
     return load_torchvision(model, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
 
 
-def images_of(batch):
-    """The images of a batch as torchvision takes them."""
+def images_of(images):
+    """A batch of images as torchvision takes them."""
     return [
         torch.from_numpy(image[:height, :width]).permute(2, 0, 1).float() / 255
-        for image, (height, width) in zip(batch.images, batch.image_sizes, strict=True)
+        for image, (height, width) in zip(images.pixels, images.sizes, strict=True)
     ]
 
 
-def detect_with_torchvision(reference, batch):
+def detect_with_torchvision(reference, images):
     """torchvision's detections, padded as ours are."""
     with torch.no_grad():
-        found = reference(images_of(batch))
+        found = reference(images_of(images))
     n = len(found)
     boxes, scores = np.zeros((n, 100, 4), np.float32), np.zeros((n, 100), np.float32)
     labels, valid = np.zeros((n, 100), np.int32), np.zeros((n, 100), bool)
@@ -160,12 +161,12 @@ def detect_with_torchvision(reference, batch):
 
 
 def evaluate_with(detect, dataset):
-    """COCO's numbers of a function from batches to detections."""
+    """COCO's numbers of a function from images to detections."""
     results, image_ids = [], [image.id for image in dataset.images]
     buckets = data.make_buckets(dataset.sizes, **SIZES)
-    for batch in data.eval_batches(dataset, batch_size=4, buckets=buckets):
+    for images in data.eval_batches(dataset, batch_size=4, buckets=buckets):
         results += evaluate.to_coco_results(
-            detect(batch), batch, image_ids=image_ids, category_ids=dataset.category_ids
+            detect(images), images, image_ids=image_ids, category_ids=dataset.category_ids
         )
     return evaluate.evaluate_coco(dataset, results)
 

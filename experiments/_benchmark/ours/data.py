@@ -28,14 +28,14 @@ def feed(arrays: Arrays, *, folder: str, masks: bool, batch_size: int, workers: 
         return (batch for _, batch in loader.iterate(first, first + loader.steps_per_epoch))
 
     def run() -> int:
-        return sum(len(batch.valid) for batch in one_pass())
+        return sum(len(batch.images.valid) for batch in one_pass())
 
     def sums(_: int) -> Arrays:
         images, pixels, objects, corners, area = 0, 0, 0, np.zeros(4), 0.0
         for batch in one_pass():
             targets = batch.targets
-            images += int(batch.valid.sum())
-            pixels += int(batch.images.sum(dtype=np.int64))
+            images += int(batch.images.valid.sum())
+            pixels += int(batch.images.pixels.sum(dtype=np.int64))
             objects += int(targets.valid.sum())
             corners += targets.boxes.sum(axis=(0, 1), dtype=np.float64)
             if targets.masks is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from detectax_eqx import Batch, Targets, models, nn, ops, train, zoo
+from detectax_eqx import Batch, Images, Targets, models, nn, ops, train, zoo
 
 from ..inputs import NUM_CLASSES
 from ..worker import Case
@@ -98,12 +98,12 @@ def make_step(
     def loss(model, example: Batch, *, key):
         augment_key, loss_key = jr.split(key)
         image, image_size, targets = train.augment(
-            example.images,
-            example.image_sizes,
+            example.images.pixels,
+            example.images.sizes,
             example.targets,
-            canvas=example.canvas,
-            min_sizes=(min(example.canvas),),
-            max_size=max(example.canvas),
+            canvas=example.images.canvas,
+            min_sizes=(min(example.images.canvas),),
+            max_size=max(example.images.canvas),
             flip_probability=0.0,
             key=augment_key,
         )
@@ -116,9 +116,9 @@ def make_step(
 
 def make_batch(arrays: Arrays, *, with_masks: bool, max_objects: int = 100, mask_size: int = 112) -> Batch:
     """Images and their objects, padded as `data.Loader` pads them."""
-    images, boxes, labels = arrays["images"], arrays["boxes"], arrays["labels"]
+    pixels, boxes, labels = arrays["images"], arrays["boxes"], arrays["labels"]
     count, objects = labels.shape
-    size = np.tile(np.array(images.shape[1:3], np.int32), (count, 1))
+    size = np.tile(np.array(pixels.shape[1:3], np.int32), (count, 1))
 
     def padded(array):
         return np.pad(array, [(0, 0), (0, max_objects - objects), *[(0, 0)] * (array.ndim - 2)])
@@ -131,9 +131,9 @@ def make_batch(arrays: Arrays, *, with_masks: bool, max_objects: int = 100, mask
         None if masks is None else padded(masks),
         None if masks is None else padded(boxes),
     )
-    everything = np.ones(count, bool), np.zeros(count, np.int32)
-    height, width = images.shape[1:3]
-    return Batch(images, size, size, targets, np.arange(count, dtype=np.int32), *everything, (height, width))
+    indices = np.arange(count, dtype=np.int32)
+    images = Images(pixels, size, size, indices, np.ones(count, bool), canvas=pixels.shape[1:3])
+    return Batch(images, targets, overflow=np.zeros(count, np.int32))
 
 
 def compiled_program(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:

@@ -1,0 +1,138 @@
+"""A batch as plain arrays, which threads fill, one place each, and which become `Images` or a `Batch` at the end."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from PIL import Image
+
+from .._types import Batch, Images, Targets
+from ._buckets import Bucket
+from ._cache import ImageCache
+from ._dataset import CocoDataset, ImageRecord
+from ._images import open_rgb
+from ._masks import mask_in_box
+from ._report import DatasetError
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The arrays of `Images`."""
+
+    pixels: UInt8[np.ndarray, "b h w 3"]
+    sizes: Int32[np.ndarray, "b 2"]
+    original_sizes: Int32[np.ndarray, "b 2"]
+    indices: Int32[np.ndarray, " b"]
+    valid: Bool[np.ndarray, " b"]
+    canvas: tuple[int, int]
+
+    def fill(self, slot: int, dataset: CocoDataset, cache: ImageCache | None = None) -> None:
+        """Decodes the image of one place. Raises a `DatasetError` that names it, or a store's `OSError`."""
+        record = dataset.images[self.indices[slot]]
+        canvas = self.pixels[slot]
+        draw = partial(_draw, record, canvas)
+        try:
+            self.sizes[slot] = draw() if cache is None else cache.fill(int(self.indices[slot]), canvas, draw)
+            self.original_sizes[slot] = record.height, record.width
+        except (DatasetError, OSError):
+            raise
+        except Exception as error:
+            raise _failed(record, error) from error
+
+    def done(self) -> Images:
+        return Images(self.pixels, self.sizes, self.original_sizes, self.indices, self.valid, self.canvas)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The arrays of a `Batch`; `present` are the valid rows of its targets."""
+
+    pictures: Pictures
+    boxes: Float32[np.ndarray, "b n 4"]
+    labels: Int32[np.ndarray, "b n"]
+    present: Bool[np.ndarray, "b n"]
+    masks: UInt8[np.ndarray, "b n s s"] | None
+    overflow: Int32[np.ndarray, " b"]
+
+    @property
+    def valid(self) -> Bool[np.ndarray, " b"]:
+        return self.pictures.valid
+
+    def fill(self, slot: int, dataset: CocoDataset, cache: ImageCache | None = None) -> None:
+        """Decodes the image of one place and writes its objects. Raises what `Pictures.fill` raises."""
+        self.pictures.fill(slot, dataset, cache)
+        index = int(self.pictures.indices[slot])
+        try:
+            self._write_objects(slot, dataset, index)
+        except Exception as error:
+            raise _failed(dataset.images[index], error) from error
+
+    def _write_objects(self, slot: int, dataset: CocoDataset, index: int) -> None:
+        record, objects = dataset.images[index], dataset.objects(index)
+        kept = np.flatnonzero(~objects.crowd)
+        self.overflow[slot] = max(0, len(kept) - self.present.shape[1])
+        kept = kept[: self.present.shape[1]]
+        height, width = self.pictures.sizes[slot].tolist()
+        ratio = np.array([width / record.width, height / record.height] * 2, np.float32)
+        self.boxes[slot, : len(kept)] = objects.boxes[kept] * ratio
+        self.labels[slot, : len(kept)] = objects.labels[kept]
+        self.present[slot, : len(kept)] = True
+        if self.masks is not None:
+            for row, i in enumerate(kept):
+                self.masks[slot, row] = mask_in_box(
+                    objects.segmentations[i], objects.boxes[i], size=self.masks.shape[-1]
+                )
+
+    def clear(self, slot: int) -> None:
+        """Leaves one place without picture and objects, not valid."""
+        self.pictures.pixels[slot] = 0
+        for array in (self.pictures.valid, self.present, self.overflow):
+            array[slot] = 0
+
+    def done(self) -> Batch:
+        frames = None if self.masks is None else self.boxes
+        targets = Targets(self.boxes, self.labels, self.present, self.masks, frames)
+        return Batch(self.pictures.done(), targets, self.overflow)
+
+
+def blank_pictures(indices: Int[np.ndarray, " n"], batch_size: int, bucket: Bucket) -> Pictures:
+    """Black pictures in the places of those images, and fillers up to the size of the batch."""
+    filler = batch_size - len(indices)
+    sizes = np.tile(np.array(bucket.source, np.int32), (batch_size, 1))
+    return Pictures(
+        pixels=np.zeros((batch_size, *bucket.source, 3), np.uint8),
+        sizes=sizes,
+        original_sizes=sizes.copy(),
+        indices=np.pad(indices, (0, filler)).astype(np.int32),
+        valid=np.arange(batch_size) < len(indices),
+        canvas=bucket.canvas,
+    )
+
+
+def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None) -> Examples:
+    """Those pictures without any object."""
+    shape = len(pictures.valid), max_objects
+    return Examples(
+        pictures=pictures,
+        boxes=np.zeros((*shape, 4), np.float32),
+        labels=np.zeros(shape, np.int32),
+        present=np.zeros(shape, bool),
+        masks=None if mask_size is None else np.zeros((*shape, mask_size, mask_size), np.uint8),
+        overflow=np.zeros(shape[0], np.int32),
+    )
+
+
+def _draw(record: ImageRecord, canvas: UInt8[np.ndarray, "h w 3"]) -> tuple[int, int]:
+    """Puts an image into the corner of a black canvas, shrunk if it is too large, and returns its height and width."""
+    image = open_rgb(record.path, (record.height, record.width))
+    scale = min(1.0, canvas.shape[0] / record.height, canvas.shape[1] / record.width)
+    if scale < 1:
+        width, height = max(1, int(record.width * scale)), max(1, int(record.height * scale))
+        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    canvas[: image.height, : image.width] = np.asarray(image)
+    return image.height, image.width
+
+
+def _failed(record: ImageRecord, error: Exception) -> DatasetError:
+    return DatasetError(f"{record.path}: image {record.id} cannot be made an example of: {error}")
