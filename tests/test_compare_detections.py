@@ -40,6 +40,11 @@ ACCEPTED = {
     ),
     "neighbours": (detections(NEXT, SURE), detections(SURE, NEXT), (2, 0)),
     "a box without area": (detections((1, 0.9, 5, 5, 5, 9)), detections((1, 0.9, 5, 5, 5, 9)), (1, 0)),
+    "a box without area, moved by rounding": (
+        detections((1, 0.9, 0, 171.8, 0, 193)),
+        detections((1, 0.9, 0, 171.8001, 0, 193)),
+        (1, 0),
+    ),
     "moved within the tolerance": (detections((1, 0.95, 10.04, 10, 50, 60)), detections(SURE), (1, 0)),
     "masks within the tolerance": (detections(SURE, masks=0.505), detections(SURE, masks=0.5), (1, 0)),
 }

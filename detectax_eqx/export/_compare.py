@@ -91,7 +91,8 @@ def check_counts(matched: int, unmatched: int, *, images: int) -> None:
 
 
 def match_detections(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Rows of `found` and of `expected` that are the same object: equal labels and an IoU of at least .5.
+    """Rows of `found` and of `expected` that are the same object: equal labels, and an IoU of at least .5 or boxes
+    within .05 pixels.
 
     The closest boxes are matched first, of equally close ones those of the closest scores.
 
@@ -118,10 +119,10 @@ def match_detections(found: Mapping[str, Any], expected: Mapping[str, Any]) -> t
 
 
 def _possible(found: Mapping[str, Any], expected: Mapping[str, Any], boxes: Any, other: Any) -> Bool[np.ndarray, "n m"]:
-    """Which rows may be matched. Equal boxes may: one without area has no IoU."""
+    """Which rows may be matched. Boxes within the tolerance may: one without area has no IoU."""
     same_label = np.asarray(found["labels"])[:, None] == np.asarray(expected["labels"])[None]
-    equal = (boxes[:, None] == other[None]).all(axis=2)
-    return same_label & ((_iou(boxes, other) >= MATCH_IOU) | equal)
+    close = (np.abs(boxes[:, None] - other[None]) <= BOX_TOLERANCE).all(axis=2)
+    return same_label & ((_iou(boxes, other) >= MATCH_IOU) | close)
 
 
 def _at_threshold(one: Mapping[str, Any], row: int, other: Mapping[str, Any], nms_threshold: float) -> bool:
