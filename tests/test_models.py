@@ -235,7 +235,7 @@ def test_overfits_a_handful_of_images(kind):
     model = made(kind)
     rng = np.random.default_rng(0)
     images, targets, truths = [], [], []
-    for _ in range(2):
+    for _ in range(4):
         image = rng.integers(0, 40, (*CANVAS, 3)).astype(np.uint8)
         boxes = np.array([[4, 6, 30, 40], [50, 20, 90, 60]], np.float32) + rng.integers(-3, 4, (2, 1))
         labels = rng.permutation(3)[:2]
@@ -253,7 +253,7 @@ def test_overfits_a_handful_of_images(kind):
     def step(model, state, key):
         def total(model):
             one = lambda image, target, key: model.loss(image, SIZE, target, key=key)  # noqa: E731
-            terms = jax.vmap(one)(images, targets, jr.split(key, 2))
+            terms = jax.vmap(one)(images, targets, jr.split(key, 4))
             return sum(jax.tree.map(lambda x: x.sum(), term).mean() for term in terms.values())
 
         value, grads = eqx.filter_value_and_grad(total)(model)

@@ -229,7 +229,7 @@ def use(annotations, images, folder):
 
 def cases(count):
     """The short form, and the long one."""
-    return [pytest.param(16, id="some"), pytest.param(count, id="all", marks=[pytest.mark.long])]
+    return [pytest.param(30, id="some"), pytest.param(count, id="all", marks=[pytest.mark.long])]
 
 
 @pytest.mark.timeout(7200)

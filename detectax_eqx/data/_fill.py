@@ -1,5 +1,7 @@
 """A batch as plain arrays, which threads fill, one place each, and which become `Images` or a `Batch` at the end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,13 +34,9 @@ class Pictures:
         record = dataset.images[self.indices[slot]]
         canvas = self.pixels[slot]
         draw = partial(_draw, record, canvas)
-        try:
+        with _named(record):
             self.sizes[slot] = draw() if cache is None else cache.fill(int(self.indices[slot]), canvas, draw)
             self.original_sizes[slot] = record.height, record.width
-        except (DatasetError, OSError):
-            raise
-        except Exception as error:
-            raise _failed(record, error) from error
 
     def done(self) -> Images:
         return Images(self.pixels, self.sizes, self.original_sizes, self.indices, self.valid, self.canvas)
@@ -63,10 +61,8 @@ class Examples:
         """Decodes the image of one place and writes its objects. Raises what `Pictures.fill` raises."""
         self.pictures.fill(slot, dataset, cache)
         index = int(self.pictures.indices[slot])
-        try:
+        with _named(dataset.images[index]):
             self._write_objects(slot, dataset, index)
-        except Exception as error:
-            raise _failed(dataset.images[index], error) from error
 
     def _write_objects(self, slot: int, dataset: CocoDataset, index: int) -> None:
         record, objects = dataset.images[index], dataset.objects(index)
@@ -134,5 +130,12 @@ def _draw(record: ImageRecord, canvas: UInt8[np.ndarray, "h w 3"]) -> tuple[int,
     return image.height, image.width
 
 
-def _failed(record: ImageRecord, error: Exception) -> DatasetError:
-    return DatasetError(f"{record.path}: image {record.id} cannot be made an example of: {error}")
+@contextmanager
+def _named(record: ImageRecord) -> Iterator[None]:
+    """Within it, an error that is not the image's, the store's or the cache's becomes one that names the image."""
+    try:
+        yield
+    except (DatasetError, OSError):
+        raise
+    except Exception as error:
+        raise DatasetError(f"{record.path}: image {record.id} cannot be made an example of: {error}") from error
