@@ -573,7 +573,10 @@ def test_tflite_is_integer_throughout(box_detector, images, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
     detector, shape = box_detector, export.Shape(1, SHAPE.source, SHAPE.canvas)
-    export.save_tflite(detector, tmp_path, shape=shape, images=images, class_names=NAMES, selection=SELECTION)
+    # Nothing is cut by rank or suppressed: which of two near-equal boxes stays is not a matter of precision.
+    everything = {"pre_nms_top_n": 2000, "post_nms_top_n": 2000, "rpn_nms_threshold": 1.0, "nms_threshold": 1.0}
+    selection = replace(SELECTION, max_detections=100, **everything)
+    export.save_tflite(detector, tmp_path, shape=shape, images=images, class_names=NAMES, selection=selection)
     for file in ("network.tflite", "box_head.tflite"):
         interpreter = Interpreter(str(tmp_path / file))
         details = interpreter.get_input_details() + interpreter.get_output_details()
@@ -583,11 +586,15 @@ def test_tflite_is_integer_throughout(box_detector, images, tmp_path):
         export.TFLiteDetector(other, tmp_path)
     run = export.TFLiteDetector(detector, tmp_path)
     operators = run.operators()
-    assert "CONV_2D" in operators
-    padded, sizes = export.pad_images(images[:1], shape)
-    wanted = jax.jit(export.detection_program(detector, shape, SELECTION))(padded, sizes)
-    found = run(images[0])
-    assert run.operators() == operators
-    # Integers move boxes. The surest detections are found all the same.
-    iou = ops.pairwise_iou(wanted.boxes[0, :3], found.boxes[found.valid])
-    assert float(iou.max(axis=1).min()) > 0.6
+    assert "CONV_2D" in operators and "TRANSPOSE" not in operators
+    program = jax.jit(export.detection_program(detector, shape, selection))
+    for image in images:
+        wanted = jax.tree.map(lambda x: x[0], program(*export.pad_images([image], shape)))
+        found = run(image)
+        assert run.operators() == operators
+        # Integers move boxes a little. The surest detections are found all the same.
+        iou = ops.pairwise_iou(wanted.boxes[:20], found.boxes[found.valid])
+        assert float(iou.max(axis=1).min()) > 0.95
+        nearest = iou.argmax(axis=1)
+        assert found.labels[nearest].tolist() == wanted.labels[:20].tolist()
+        np.testing.assert_allclose(found.scores[nearest], wanted.scores[:20], atol=0.02)

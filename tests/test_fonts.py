@@ -103,7 +103,7 @@ def test_an_installed_font_is_found_without_an_option(folder, dejavu):
 
 @pytest.mark.parametrize("name", ["кот", "猫狗", "cat"])
 def test_whatever_is_installed(name):
-    """As on this machine: with fonts of the script or without, the names are told apart."""
+    """As on this machine: with fonts of the script or without, one name differs from another."""
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

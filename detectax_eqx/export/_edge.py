@@ -248,7 +248,12 @@ def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: ja
         names[:] = outputs
         return list(outputs.values())
 
-    rewrites = {"convolve": _convolve, "reduce_window_max": _max_pool, "upsample_nearest": _upsample}
+    rewrites = {
+        "convolve": _convolve,
+        "reduce_window_max": _max_pool,
+        "slice": _slice,
+        "upsample_nearest": _upsample,
+    }
     jaxpr = fold_constants(trace(run, example), rewrites=rewrites)
     lowered = jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr)).lower(example).compiler_ir("stablehlo")
     assert lowered is not None
@@ -275,15 +280,15 @@ def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) 
 
 
 def _convolve(x, weight, *bias, stride, padding):
-    """Channels last, as TFLite has it; the transposes of neighbours cancel."""
+    """Of one map, channels last, as TFLite has it: the transposes of neighbours cancel, and the bias is the operator's."""
     y = lax.conv_general_dilated(
-        x.transpose(0, 2, 3, 1),
+        x[0].transpose(1, 2, 0)[None],
         weight.transpose(2, 3, 1, 0),
         (stride, stride),
         ((padding, padding),) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return (y + bias[0][None, None, None] if bias else y).transpose(0, 3, 1, 2)
+    return (y + bias[0][None, None, None] if bias else y)[0].transpose(2, 0, 1)[None]
 
 
 def _max_pool(x, *, window_dimensions, window_strides, padding, **_):
@@ -292,6 +297,13 @@ def _max_pool(x, *, window_dimensions, window_strides, padding, **_):
     x = jnp.pad(x.transpose(channels_last), [padding[i] for i in channels_last])[None]
     window, strides = ((1, *(sizes[i] for i in channels_last)) for sizes in (window_dimensions, window_strides))
     return lax.reduce_window(x, -np.inf, lax.max, window, strides, "VALID")[0].transpose(2, 0, 1)
+
+
+def _slice(x, *, start_indices, limit_indices, strides):
+    """Of a map `(c, h, w)`: what a convolution of 1x1 with a stride sees of it."""
+    channels_last = [1, 2, 0]
+    cuts = (sizes and [sizes[i] for i in channels_last] for sizes in (start_indices, limit_indices, strides))
+    return lax.slice(x.transpose(channels_last), *cuts).transpose(2, 0, 1)
 
 
 def _upsample(x):

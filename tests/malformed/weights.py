@@ -132,8 +132,15 @@ ran: list[str] | None = None
 
 
 def watch(event, arguments):
-    if ran is not None and event.startswith(HARMFUL):
+    if ran is not None and event.startswith(HARMFUL) and not of_type_checker(event, arguments):
         ran.append(event)
+
+
+def of_type_checker(event, arguments):
+    """Whether beartype is making the check of one of our functions, which it does at the first call."""
+    # compile(source, filename) and exec(code)
+    name = {"compile": lambda: arguments[1], "exec": lambda: arguments[0].co_filename}.get(event, str)()
+    return str(name).startswith("<@beartype(detectax_eqx.")
 
 
 sys.addaudithook(watch)
