@@ -107,7 +107,7 @@ def test_an_output_that_is_an_input_is_refused(file, tmp_path):
 
 
 def test_class_names_in_any_script(file, model, tmp_path):
-    """One warning for all pictures; names that no font has differ in what is drawn. A font that is none is refused at once."""
+    """One warning for all pictures; names that no font has still differ. A font that is none is refused at once."""
     image, outputs = write(tmp_path / "x.png"), []
     for number, names in enumerate((("猫狗", "кот"), ("鸟鱼", "кот"))):
         categories = tuple(data.Category(k, name) for k, name in zip((3, 7), names, strict=True))

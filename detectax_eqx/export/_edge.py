@@ -280,7 +280,7 @@ def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) 
 
 
 def _convolve(x, weight, *bias, stride, padding):
-    """Of one map, channels last, as TFLite has it: the transposes of neighbours cancel, and the bias is the operator's."""
+    """Of one map, channels last, as TFLite has it: transposes of neighbours cancel, and the bias is the operator's."""
     y = lax.conv_general_dilated(
         x[0].transpose(1, 2, 0)[None],
         weight.transpose(2, 3, 1, 0),
