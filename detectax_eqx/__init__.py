@@ -32,9 +32,11 @@ if _TYPE_CHECKING:
         draw as draw,
         evaluate as evaluate,
         export as export,
+        files as files,
         models as models,
         nn as nn,
         ops as ops,
+        report as report,
         train as train,
         weights as weights,
         zoo as zoo,
@@ -42,7 +44,7 @@ if _TYPE_CHECKING:
 
 
 __version__ = "0.1.0"
-_PACKAGES = ("data", "draw", "evaluate", "export", "models", "nn", "ops", "train", "weights", "zoo")
+_PACKAGES = ("data", "draw", "evaluate", "export", "files", "models", "nn", "ops", "report", "train", "weights", "zoo")
 
 
 def __getattr__(name: str) -> _Any:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _options import Options, total_steps
-from _report import inspection
-from _shared import console, detector_without
+from _shared import console
 
-from detectax_eqx import data, models
+from detectax_eqx import data, models, report, zoo
 
 
 # Of more classes than this, the most and the least frequent are listed.
@@ -52,9 +51,9 @@ def print_header(
     sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
     labels, tiny = _labels_and_tiny(dataset, **sizes)
     empty = sum(not (~dataset.objects(index).crowd).any() for index in range(len(dataset)))
-    uses = inspection.bucket_use(dataset.sizes, canvases=options.canvases, **sizes)
+    uses = report.bucket_use(dataset.sizes, canvases=options.canvases, **sizes)
     shrunk = sum(use.shrunk for use in uses)
-    padding = f"{inspection.padding_share(uses):.0%} padding" + (f", {shrunk:,} images shrunk to fit" if shrunk else "")
+    padding = f"{report.padding_share(uses):.0%} padding" + (f", {shrunk:,} images shrunk to fit" if shrunk else "")
     rate = float(jnp.max(jax.vmap(schedule)(jnp.arange(total))))
     plan = f"warm-up {options.warmup_steps}, " + (
         "then a cosine to 0"
@@ -82,9 +81,9 @@ def print_header(
 
 def _labels_and_tiny(dataset: data.CocoDataset, *, min_size: int, max_size: int) -> tuple[np.ndarray, int]:
     """The label of each object, and how many have a side of less than a pixel after resizing."""
-    boxes = inspection.resized_boxes(dataset, min_size=min_size, max_size=max_size)
+    boxes = report.resized_boxes(dataset, min_size=min_size, max_size=max_size)
     sides = boxes[:, 2:] - boxes[:, :2]
-    return inspection.labels_of(dataset), int((sides < 1).any(axis=1).sum())
+    return report.labels_of(dataset), int((sides < 1).any(axis=1).sum())
 
 
 def _per_class(labels: np.ndarray, categories: tuple[data.Category, ...]) -> str:
@@ -95,3 +94,9 @@ def _per_class(labels: np.ndarray, categories: tuple[data.Category, ...]) -> str
         half = MOST_CLASSES // 2
         words = [*words[:half], f"{len(words) - 2 * half} more", *words[-half:]]
     return ", ".join(words)
+
+
+def detector_without(target: str, *, like: str) -> str:
+    """The detector that does not need a kind of target, and whose name ends most like another's."""
+    names = [name for name in zoo.names() if target not in zoo.Architecture(name).shapes(1).needs]
+    return max(names, key=lambda name: max(i for i in range(len(like) + 1) if name.endswith(like[len(like) - i :])))

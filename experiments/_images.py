@@ -8,8 +8,9 @@ from pathlib import Path
 
 from _shared import console
 
+from detectax_eqx import data
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
 # What predict.py writes beside its pictures. A folder with both holds pictures of detections, not images.
 RESULTS = ("detections.json", "images.json")
 
@@ -47,7 +48,7 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
                 folders.remove(name)
                 if not is_output:
                     console.print(f"{here / name} is left out: predict.py wrote it.", highlight=False, soft_wrap=True)
-        yield from (here / name for name in files if Path(name).suffix.lower() in SUFFIXES)
+        yield from (here / name for name in files if Path(name).suffix.lower() in data.IMAGE_SUFFIXES)
 
 
 def unique_targets(images: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:

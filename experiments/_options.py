@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from _shared import Model, ModelName, NormName
+from _shared import ModelName
 
-from detectax_eqx import data
+from detectax_eqx import data, models, zoo
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class Options:
     """Accept other names for the same category ids in validation, or with --resume, where the new names then count."""
     model: ModelName = "mask_rcnn_resnet50_fpn"
     """Detector to train. One that learns masks needs a segmentation for every object."""
-    norm: NormName | None = None
+    norm: zoo.NormName | None = None
     """Backbone's norm: frozen_batch for imported weights (torchvision's COCO ones: frozen_batch_eps0), group otherwise.
     Default: frozen_batch with --init, else group."""
     init: Path | None = None
@@ -128,6 +128,11 @@ WARMUP_STEPS, WARMUP_SHARE = 500, 0.1
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-4}
 
 
+def architecture(options: "Options") -> zoo.Architecture:
+    """What the model is built from."""
+    return zoo.Architecture(options.model, options.norm or "group", options.anchor_sizes, options.aspect_ratios)
+
+
 def total_steps(options: Options, epoch_steps: int) -> int:
     """Steps of the whole run."""
     return options.steps or options.epochs * epoch_steps
@@ -158,7 +163,7 @@ def check_sense(options: Options) -> None:
         raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
 
 
-def check_model(options: Options, model: Model) -> None:
+def check_model(options: Options, model: models.AbstractDetector) -> None:
     """Refuses options that the detector has no place for. Its shapes are enough."""
     levels, divisor = len(model.backbone.strides), model.backbone.divisor
     if options.anchor_sizes is not None and len(options.anchor_sizes) != levels:

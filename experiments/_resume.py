@@ -4,16 +4,16 @@ import hashlib
 import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from _options import Options
-from _shared import console
+from _shared import console, write_json
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from detectax_eqx import data, train
+from detectax_eqx import data, train, zoo
 
 
 # They belong to the process, not to the run.
@@ -104,6 +104,43 @@ def check_options(options: Options, saved: Options, *, going_on: bool) -> Option
 
 def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def save_options(options: Options) -> None:
+    """Writes what `saved_options` reads."""
+    write_json(options.output / "options.json", asdict(options))
+
+
+def restore(
+    options: Options,
+    before: Options | None,
+    train_set: data.CocoDataset,
+    state: train.TrainState,
+    so_far: dict[str, Any],
+) -> tuple[train.TrainState, dict[str, Any]]:
+    """State and `so_far` of the last checkpoint, if there is one; data and classes must be those of `before`."""
+    last = options.output / "last"
+    check_version(last)
+    try:
+        restored = train.load_latest_checkpoint(last, state)
+    except FileNotFoundError:
+        console.print("Nothing was saved yet: starting at step 0")
+        return state, so_far
+    for error in restored.refused:
+        console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)
+    data.check_categories(
+        train_set.categories,
+        zoo.categories_of(restored.metadata),
+        found_in=str(options.train_annotations),
+        known_in=str(last),
+        allow_renamed=options.allow_renamed,
+    )
+    check_data(train_set, restored.metadata, options.train_annotations)
+    so_far = so_far | restored.metadata["so_far"]
+    if before is not None and before.val_annotations != options.val_annotations:
+        so_far["best"] = -1.0  # which was of other images
+    console.print(f"Going on at step {int(restored.tree.step)} from {last}", highlight=False)
+    return restored.tree, so_far
 
 
 def check_version(folder: Path) -> None:

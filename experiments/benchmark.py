@@ -1,34 +1,34 @@
-"""Measures this machine and writes the tables of BENCHMARKS.md.
+"""Measures this machine, adds to the measurements in docs/benchmarks, and renders the tables of the benchmark pages.
 
     python experiments/benchmark.py                       # everything, about 40 minutes on two CPU cores
     python experiments/benchmark.py --quick               # small sizes, and what is compiled anyway: two minutes
     python experiments/benchmark.py --tables ops --only nms
     python experiments/benchmark.py --check               # fails where a ratio fell by a fifth
+    python experiments/benchmark.py --render              # measures nothing
 
-torchvision runs beside this project, each in a process of its own, in turn (A B A B …) and after a check that both give
-the same result. It is looked for in this environment, or in that of `--peer-python`. A row whose sides disagree is not
-written. Rows of other hardware stay as they are.
+torchvision runs beside this project, each in a process of its own, in turn (A B A B …) and after a check that both
+compute the same. It is searched for in this environment, or in that of `--peer-python`. A row whose sides disagree is
+not written. Rows of other hardware stay as they are.
 """
 
 import re
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal, get_args
 
-import rich.table
 import tyro
-from _benchmark import rows_data, rows_detectors, rows_exports, rows_ops, rows_programs
 from _benchmark.agreement import Disagreement
-from _benchmark.bench import Bench, Row, Table
-from _benchmark.check import Verdict, committed_ratios, judge
-from _benchmark.process import WorkerError, own_python
-from _benchmark.tables import Run, commit, merge, read_table, register
-from _benchmark.targets import figure, write_targets
+from _benchmark.bench import Bench, Rows, WorkerError
+from _benchmark.pages import cells, render
+from _benchmark.rows_detectors import data, rows, techniques
+from _benchmark.rows_ops import ops
+from _benchmark.tables import FOLDER, TABLES, Measurements, Run, commit
 from _shared import check_ranges
 from rich.console import Console
 
@@ -36,23 +36,13 @@ from rich.console import Console
 TableName = Literal[
     "size", "compile", "ops", "inference", "export", "accuracy", "training", "memory", "techniques", "data"
 ]
-# In the order in which they are measured, whatever is asked for: later ones use what earlier ones found out, and what
-# is compiled for the first time has its time taken.
-TABLES: dict[TableName, Table] = {
-    "size": rows_programs.size_table(),
-    "compile": rows_programs.compile_table(),
-    "ops": rows_ops.table(),
-    "inference": rows_detectors.inference_table(),
-    "export": rows_exports.table(),
-    "accuracy": rows_detectors.accuracy_table(),
-    "training": rows_detectors.training_table(),
-    "memory": rows_detectors.memory_table(),
-    "techniques": rows_programs.techniques_table(),
-    "data": rows_data.table(),
-}
+# In the order in which they are measured, whatever is asked for: later ones use the results of earlier ones, and the
+# programs whose compile time is measured come first.
+NAMES: tuple[TableName, ...] = get_args(TableName)
 # Left out of a quick run, unless they are asked for: they build what no other table does.
 NOT_QUICK: tuple[TableName, ...] = ("export", "techniques")
 CHECKED: tuple[TableName, ...] = ("ops", "inference", "training")
+TOLERATED = 0.8  # with --check, a row fails if its ratio falls below this part of the committed one
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -71,10 +61,12 @@ class Options:
     """A regular expression: measure only rows in whose name it is found; the others stay. Default: all rows."""
     check: bool = False
     """Write nothing; measure this hardware's ratios again, and fail if one fell by over 20 %, twice in a row."""
+    render: bool = False
+    """Measure nothing; write the pages from the measurements."""
     peer_python: Path | None = None
     """The interpreter of an environment with torchvision. Default: this one, if it has it."""
-    file: Path = Path(__file__).parents[1] / "BENCHMARKS.md"
-    """The file whose tables are replaced."""
+    folder: Path = FOLDER
+    """The folder of the measurements and of the pages."""
 
 
 RANGES = {"positive": "seconds"}
@@ -83,11 +75,11 @@ RANGES = {"positive": "seconds"}
 def main(options: Options) -> None:
     """Measures table after table."""
     check_ranges(options, RANGES)
-    peer = options.peer_python or (own_python() if find_spec("torchvision") else None)
-    names = options.tables or default_tables(options)
-    tables = [table for name, table in TABLES.items() if name in names]
-    for table in tables:
-        read_table(options.file, table.name)  # missing markers are reported before anything is measured
+    if options.render:
+        return render(options.folder)
+    peer = options.peer_python or (Path(sys.executable) if find_spec("torchvision") else None)
+    chosen = options.tables or default_tables(options)
+    tables = [name for name in NAMES if name in chosen]
     failures: list[str] = []
     with TemporaryDirectory() as folder:
         bench = Bench(quick=options.quick, peer_python=peer, folder=Path(folder), seconds=options.seconds)
@@ -95,15 +87,13 @@ def main(options: Options) -> None:
             run = describe(bench)
             console.print(f"{run.hardware}; {run.versions}; commit {run.commit}")
             if options.check:
-                check(options, bench, tables, run.hardware)
-            else:
-                for table in tables:
-                    failures += measure(options, bench, table, run)
-                write_targets(options.file, run.hardware, on_host=bench.on_host)
+                return check(options, bench, {name: rows_of(bench, name) for name in tables}, run.hardware)
+            for name in tables:
+                failures += measure(options, bench, name, rows_of(bench, name), run)
         except WorkerError as error:
             raise SystemExit(str(error)) from None
         except KeyboardInterrupt:
-            console.print("Stopped; the tables that were finished are written.")
+            console.print("Stopped; the rows that were finished are written.")
             raise SystemExit(130) from None
         finally:
             bench.release()
@@ -113,7 +103,7 @@ def main(options: Options) -> None:
 
 def default_tables(options: Options) -> list[TableName]:
     """What is measured if nothing is asked for: what can be, in this environment."""
-    names: list[TableName] = list(CHECKED if options.check else TABLES)
+    names: list[TableName] = list(CHECKED if options.check else NAMES)
     names = [name for name in names if not (options.quick and name in NOT_QUICK)]
     if "export" in names and find_spec("onnxruntime") is None:
         names.remove("export")
@@ -121,22 +111,28 @@ def default_tables(options: Options) -> list[TableName]:
     return names
 
 
-def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]:
+def rows_of(bench: Bench, name: str) -> Rows:
+    """The rows of a table."""
+    own = {"ops": ops, "techniques": techniques, "data": data}
+    return own[name](bench) if name in own else rows(bench, name)
+
+
+def measure(options: Options, bench: Bench, name: str, table: Rows, run: Run) -> list[str]:
     """Measures the rows of a table, writes each as soon as it is there, and reports those that failed."""
-    rows = chosen(options, bench, table)
-    keys = [row.key for row in table.rows(bench)]
-    console.print(f"[bold]{table.name}[/bold]: " + ", ".join(table.header))
+    measurements, columns = Measurements(options.folder), [*TABLES[name].keys, *TABLES[name].columns]
+    console.print(f"[bold]{name}[/bold]: " + ", ".join(columns))
     failures = []
-    for i, row in enumerate(rows):
-        label = " | ".join(row.key)
+    for key in asked_for(options, table):
+        label, began = " | ".join(key), time.perf_counter()
         try:
-            began = time.perf_counter()
-            with console.status(f"{i + 1} of {len(rows)}: {label}"):
-                cells = (*row.key, *row.measure())
-            merge(options.file, table.name, (*table.header, "run"), [(*cells, register(options.file, run))], keys=keys)
-            console.print("  " + " | ".join(cells) + f" [dim]({time.perf_counter() - began:.0f} s)[/dim]")
+            with console.status(label):
+                row = dict(zip(columns, map(rounded, (*key, *table[key]())), strict=True))
+            measurements.add(name, row, run, keys=list(table))
+            render(options.folder)
+            line = " | ".join(cells(name, row).values())
+            console.print(f"  {line} [dim]({time.perf_counter() - began:.0f} s)[/dim]")
         except (Disagreement, WorkerError) as error:
-            failures.append(f"{table.name}: {label}: {error}")
+            failures.append(f"{name}: {label}: {error}")
             console.print(f"  {label}: [red]not written[/red]: {error}")
     # A quick run would rather not start others for the next table; of an accelerator's memory they hold half.
     if not (bench.quick and bench.on_host):
@@ -144,37 +140,42 @@ def measure(options: Options, bench: Bench, table: Table, run: Run) -> list[str]
     return failures
 
 
-def check(options: Options, bench: Bench, tables: list[Table], hardware: str) -> None:
-    """Measures what has a ratio in the file, and exits with status 1 if one regressed, or if there is none."""
+def check(options: Options, bench: Bench, tables: Mapping[str, Rows], hardware: str) -> None:
+    """Measures the rows that have a ratio again, and exits with status 1 if one regressed, or if there is none.
+
+    A row that fails is measured once more: another process may have been in the way.
+    """
     if bench.peer_python is None:
         raise SystemExit("--check compares with torchvision: name its interpreter with --peer-python.")
-    verdicts: list[Verdict] = []
-    for table in tables:
-        committed = committed_ratios(options.file, table, hardware)
-
-        def ratio_of(row: Row, table: Table = table) -> float:
-            return figure(row.measure()[table.columns.index("ratio")]) or 0.0
-
-        for row in chosen(options, bench, table):
-            if row.key in committed:
-                with console.status(" | ".join(row.key)):
-                    verdicts.append(judge(row, committed[row.key], ratio_of))
+    verdicts: list[bool] = []
+    for name, table in tables.items():
+        committed = Measurements(options.folder).of(name, hardware)
+        ratios = {TABLES[name].key(row): row["ratio"] for row in committed}
+        column = list(TABLES[name].columns).index("ratio")
+        for key in asked_for(options, table):
+            if isinstance(ratios.get(key), float):
+                now, least = table[key]()[column], TOLERATED * ratios[key]
+                now = now if now >= least else max(now, table[key]()[column])
+                verdicts.append(now >= least)
+                word = "" if verdicts[-1] else " [red]regressed[/red]"
+                console.print(f"{' | '.join(key)}: committed {ratios[key]:.2f}×, now {now:.2f}×{word}")
         bench.release()
     if not verdicts:
-        raise SystemExit(f"{options.file} has no ratios of {hardware}: run `make bench` on it first.")
-    shown = rich.table.Table("row", "committed", "now", "")
-    for verdict in verdicts:
-        word = "" if verdict.passes else "[red]regressed[/red]"
-        shown.add_row(verdict.row, f"{verdict.committed:.2f}×", f"{verdict.now:.2f}×", word)
-    console.print(shown)
-    if not all(verdict.passes for verdict in verdicts):
+        raise SystemExit(f"{options.folder} has no ratios of {hardware}: run `make bench` on it first.")
+    if not all(verdicts):
         raise SystemExit(1)
 
 
-def chosen(options: Options, bench: Bench, table: Table) -> list[Row]:
-    """The rows of a table that were asked for."""
-    rows = table.rows(bench)
-    return [row for row in rows if options.only is None or re.search(options.only, " ".join(row.key))]
+def asked_for(options: Options, table: Rows) -> Iterator[tuple[str, ...]]:
+    """The names of the rows of a table that were asked for."""
+    return (key for key in table if options.only is None or re.search(options.only, " ".join(key)))
+
+
+def rounded(value: Any) -> Any:
+    """A cell to six significant digits."""
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def describe(bench: Bench) -> Run:

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import train as script
 from _benchmark.tables import commit, read_table, write_table
-from _options import Options as TrainOptions, complete
-from _shared import ModelName, build, check_ranges, console, run
+from _options import Options as TrainOptions, architecture, complete
+from _shared import ModelName, check_ranges, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from detectax_eqx import Batch, Images, Targets, models, train
+from detectax_eqx import Batch, Images, Targets, models, train, zoo
 
 
 # Memory of a core in GiB: cloud.google.com/tpu/docs, "system architecture" of each.
@@ -117,7 +117,7 @@ def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> ja
     optimizer = script.make_optimizer(options, script.make_schedule(options, epoch_steps))
 
     def init():
-        model = build(options.model, 80, options.norm or "group", checkpoint=options.gradient_checkpointing)
+        model = architecture(options).build(80, key=jr.key(0), checkpoint=options.gradient_checkpointing)
         trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
         return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
 
@@ -132,7 +132,7 @@ def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> ja
 
 def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
     """Detection in one image, on one core."""
-    model = eqx.filter_eval_shape(build, name, 80, "frozen_batch")
+    model = zoo.Architecture(name).shapes(80)
     sizes = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
     image = eqx.filter_eval_shape(jnp.zeros, (SOURCE, SOURCE, 3), jnp.uint8)
 

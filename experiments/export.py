@@ -17,18 +17,14 @@ from tempfile import TemporaryDirectory
 
 from _images import find_images
 from _shared import (
-    Detector,
-    ModelName,
-    NormName,
+    DetectorOptions,
+    SelectionOptions,
     check_ranges,
     console,
-    load_detector,
     run,
-    save_detector,
-    selection_of,
 )
 
-from detectax_eqx import data, export, models
+from detectax_eqx import data, export, models, zoo
 
 
 @dataclass
@@ -37,14 +33,6 @@ class Options:
 
     output: Path
     """File to write, whose suffix says what: .onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
-    checkpoint: Path | None = None
-    """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
-    weights: Path | None = None
-    """Instead of --checkpoint: a torchvision .pth or a .safetensors file of --model."""
-    model: ModelName | None = None
-    """Which detector --weights are for."""
-    norm: NormName = "frozen_batch"
-    """Norm of the backbone for --weights; torchvision's published COCO detectors want frozen_batch_eps0."""
     images: Path | None = None
     """Folder of images to compare and to calibrate on, some dozens like those to come. A .npz needs none."""
     source: tuple[int, int] = (640, 640)
@@ -55,65 +43,43 @@ class Options:
     """Images that the file takes at a time."""
     any_batch: bool = False
     """Take any number of images at a time, instead of --batch-size: .npz alone can."""
-    min_size: int | None = None
-    """Short side in pixels that images are resized to; default the checkpoint's, or the detector's own."""
-    max_size: int | None = None
-    """Longest side in pixels after resizing; default the checkpoint's, or the detector's own."""
-    score_threshold: float | None = None
-    """Detections of a lower score (0..1) are dropped. Default: the detector's own, such as .05."""
-    nms_threshold: float | None = None
-    """IoU above which the lower of two detections of a class is dropped. Default: the detector's own, such as .5."""
-    max_detections: int | None = None
-    """Detections kept per image, those of the highest scores. Default: the detector's own, such as 100."""
-    selection: dict[str, float] = field(default_factory=dict)
-    """Other fields of the detector's selection, as NAME VALUE NAME VALUE: pre_nms_top_n 500, for instance."""
     max_images: int = 64
     """Images of --images to use, the first by name."""
     unmatched_score: float = 0.1
     """In the comparison, the score (0..1) up to which a detection may be the model's or the file's alone."""
+    detector: DetectorOptions = field(default_factory=DetectorOptions)
+    kept: SelectionOptions = field(default_factory=SelectionOptions)
 
 
-RANGES = {
-    "positive": "source canvas batch_size min_size max_size max_detections max_images",
-    "in 0..1": "score_threshold nms_threshold unmatched_score",
-}
+RANGES = {"positive": "source canvas batch_size max_images", "in 0..1": "unmatched_score"}
 
 
 def main(options: Options) -> None:
     """Exports, and says how large the file is."""
     check_ranges(options, RANGES)
     check_output(options)
-    detector = load_detector(
-        options.model, options.norm, options.weights, options.checkpoint, options.min_size, options.max_size
-    )
-    selection = selection_of(
-        detector.model,
-        options.selection,
-        score_threshold=options.score_threshold,
-        nms_threshold=options.nms_threshold,
-        max_detections=options.max_detections,
-    )
-    divisor = detector.model.backbone.divisor
+    predictor = options.detector.load()
+    selection = options.kept.of(predictor.model)
+    divisor = predictor.model.backbone.divisor
     if options.canvas is not None and any(side % divisor for side in options.canvas):
         raise SystemExit(f"--canvas is {options.canvas}: its sides must be multiples of {divisor}.")
-    canvases = detector.canvases if options.canvas is None else (options.canvas,)
+    canvases = predictor.canvases if options.canvas is None else (options.canvas,)
     shapes = [export.Shape(options.batch_size, options.source, canvas) for canvas in canvases]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         if options.output.suffix == ".npz":
-            names = class_names(detector)
             export.save_stablehlo(
-                detector.model,
+                predictor.model,
                 options.output,
                 shapes=shapes,
-                class_names=names,
+                class_names=predictor.class_names,
                 selection=selection,
                 any_batch=options.any_batch,
             )
         elif options.output.suffix == ".safetensors":
-            save_detector(detector, options.output)
+            predictor.save_weights(options.output)
         else:
-            save_onnx(detector, options, shapes[0], selection)
+            save_onnx(predictor, options, shapes[0], selection)
     except (ImportError, export.ExportError) as error:
         raise SystemExit(str(error)) from None
     console.print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB", highlight=False)
@@ -129,7 +95,9 @@ def check_output(options: Options) -> None:
         raise SystemExit(f"--images must be a folder of images to compare on, got {options.images}.")
 
 
-def save_onnx(detector: Detector, options: Options, shape: export.Shape, selection: models.Selection | None) -> None:
+def save_onnx(
+    predictor: zoo.Predictor, options: Options, shape: export.Shape, selection: models.Selection | None
+) -> None:
     """In floats, and from those in integers if the file's name says so."""
     images, names, larger = [], [], 0
     for path, _ in find_images([options.images] if options.images else []):
@@ -151,24 +119,17 @@ def save_onnx(detector: Detector, options: Options, shape: export.Shape, selecti
         integers = options.output.name.endswith(".int8.onnx")
         file = Path(folder) / "float.onnx" if integers else options.output
         export.save_onnx(
-            detector.model,
+            predictor.model,
             file,
             shape=shape,
             images=images,
-            class_names=class_names(detector),
+            class_names=predictor.class_names,
             selection=selection,
             unmatched_score=options.unmatched_score,
             image_names=names,
         )
         if integers:
             export.quantize_onnx(file, options.output, images=images)
-
-
-def class_names(detector: Detector) -> list[str]:
-    """Names from the checkpoint, or category ids where the weights came without."""
-    if detector.categories is None:
-        return [str(category_id) for category_id in detector.category_ids()]
-    return [category.name for category in detector.categories]
 
 
 if __name__ == "__main__":

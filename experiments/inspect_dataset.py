@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _report import inspection
-from _report.dataset import write_dataset_page
 from _shared import ANCHOR_SIZES, ASPECT_RATIOS, check_ranges, console, run
 from rich.table import Table
 
-from detectax_eqx import data
+from detectax_eqx import data, report
 
 
 @dataclass
@@ -56,13 +54,13 @@ RATIO_BORDERS = (0, 0.2, 0.33, 0.5, 0.75, 1.33, 2, 3, 5, np.inf)
 def main(options: Options) -> None:
     """Measures, prints, and writes the page."""
     check_ranges(options, RANGES)
-    if len(options.anchor_sizes) != len(inspection.STRIDES):
+    if len(options.anchor_sizes) != len(report.STRIDES):
         raise SystemExit(
-            f"--anchor-sizes wants {len(inspection.STRIDES)} numbers, one a level, got {len(options.anchor_sizes)}."
+            f"--anchor-sizes wants {len(report.STRIDES)} numbers, one a level, got {len(options.anchor_sizes)}."
         )
     dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     tables = [contents(dataset), classes(dataset), *boxes(dataset, options), canvases(dataset, options)]
-    suspicions = inspection.suspicions(dataset)
+    suspicions = report.find_suspicions(dataset)
     counts = Counter(suspicion.kind for suspicion in suspicions)
     rows = [[kind, f"{count:,}"] for kind, count in [*counts.most_common(), *dataset.report.counts.items()]]
     tables.append(
@@ -79,7 +77,7 @@ def main(options: Options) -> None:
         print_table(table)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        write_dataset_page(options.output / "dataset.html", dataset, tables, suspicions)
+        report.write_dataset_page(options.output / "dataset.html", dataset, tables, suspicions)
         console.print(f"{options.output / 'dataset.html'} opens in any browser", highlight=False, soft_wrap=True)
 
 
@@ -129,8 +127,8 @@ def classes(dataset: data.CocoDataset) -> dict[str, Any]:
 
 def boxes(dataset: data.CocoDataset, options: Options) -> list[dict[str, Any]]:
     """Sizes and shapes of the boxes after resizing, and how well anchors cover them."""
-    resized = inspection.resized_boxes(dataset, min_size=options.min_size, max_size=options.max_size)
-    best = inspection.best_anchor_iou(
+    resized = report.resized_boxes(dataset, min_size=options.min_size, max_size=options.max_size)
+    best = report.best_anchor_iou(
         resized, sizes=[(size,) for size in options.anchor_sizes], aspect_ratios=options.aspect_ratios
     )
     width, height = (resized[:, 2:] - resized[:, :2]).T
@@ -159,7 +157,7 @@ def boxes(dataset: data.CocoDataset, options: Options) -> list[dict[str, Any]]:
         found.append(
             {"title": title, "note": note if not found else "", "columns": [unit, *columns], "rows": rows, "bars": 2}
         )
-    labels = inspection.labels_of(dataset)
+    labels = report.labels_of(dataset)
     rows = []
     for k, category in enumerate(dataset.categories):
         of = best[labels == k]
@@ -182,10 +180,10 @@ def boxes(dataset: data.CocoDataset, options: Options) -> list[dict[str, Any]]:
 def canvases(dataset: data.CocoDataset, options: Options) -> dict[str, Any]:
     """How images fill the canvases, and canvases that would waste less."""
     resize = {"min_size": options.min_size, "max_size": options.max_size}
-    given = inspection.bucket_use(dataset.sizes, canvases=options.canvases, **resize)
-    proposed = inspection.propose_canvases(dataset.sizes, count=len(options.canvases), **resize)
-    better = inspection.bucket_use(dataset.sizes, canvases=proposed, **resize)
-    before, after = inspection.padding_share(given), inspection.padding_share(better)
+    given = report.bucket_use(dataset.sizes, canvases=options.canvases, **resize)
+    proposed = report.propose_canvases(dataset.sizes, count=len(options.canvases), **resize)
+    better = report.bucket_use(dataset.sizes, canvases=proposed, **resize)
+    before, after = report.padding_share(given), report.padding_share(better)
     words = " ".join(f"{height} {width}" for height, width in proposed)
     shrunk = sum(use.shrunk for use in given)
     note = f"{before:.1%} of what the network looks at is padding"

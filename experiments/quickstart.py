@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import jax.random as jr
 import numpy as np
-from _report.evaluation import write_report
-from _shared import Detector, check_ranges, console, evaluate_on, progress, run, save_detector
+from _shared import check_ranges, console, evaluate_on, progress, run
 from PIL import Image
 
-from detectax_eqx import Batch, data, draw, evaluate, models, nn, train
+from detectax_eqx import Batch, data, draw, evaluate, models, nn, report, train, zoo
 
 
 @dataclass
@@ -119,14 +117,14 @@ def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
                 bar.update(task, completed=k + 1, status=f"loss {float(metrics['loss']):.2f}")
         bar.update(task, completed=options.steps)
 
-    detector = Detector(state.model, train_set.categories, ((SIZE, SIZE),))
-    metrics = evaluate_on(detector, test_set, options.output, batch_size=10)
+    predictor = zoo.Predictor(state.model, train_set.categories, ((SIZE, SIZE),))
+    metrics = evaluate_on(predictor, test_set, options.output, batch_size=10)
     for kind in metrics.values():
         print(evaluate.format_metrics(kind))
     results = evaluate.read_results(options.output / "detections.json")
-    write_report(options.output / "report.html", test_set, results, metrics)
-    save_detector(detector, options.output / "model.safetensors")
-    picture = draw_sheet(detector, test_set, columns=4, rows=2)
+    report.write_report(options.output / "report.html", test_set, results, metrics)
+    predictor.save_weights(options.output / "model.safetensors")
+    picture = draw_sheet(predictor, test_set, columns=4, rows=2)
     picture.save(options.output / "demo.png")
     minutes = (time.perf_counter() - began) / 60
     console.print(
@@ -136,20 +134,16 @@ def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
     return metrics
 
 
-def draw_sheet(detector: Detector, dataset: data.CocoDataset, *, columns: int, rows: int) -> Image.Image:
+def draw_sheet(predictor: zoo.Predictor, dataset: data.CocoDataset, *, columns: int, rows: int) -> Image.Image:
     """The first images of a dataset, enlarged, with the detections drawn in."""
-    names = [category.name for category in dataset.categories]
-    buckets = data.make_buckets(dataset.sizes, canvases=detector.canvases, min_size=SIZE, max_size=SIZE)
-    images = next(data.eval_batches(dataset, batch_size=columns * rows, buckets=buckets))
-    found = models.detect_batch(detector.model, images)
     zoom, gap = 3, 6
     side = zoom * SIZE
     sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")
-    for i in range(columns * rows):
-        one = jax.tree.map(lambda x, i=i: np.asarray(x[i]), found)
-        one = eqx.tree_at(lambda d: d.boxes, one, one.boxes * zoom)
-        image = Image.fromarray(np.asarray(images.pixels[i])).resize((side, side), Image.Resampling.BICUBIC)
-        picture = draw.draw_detections(np.asarray(image), one, class_names=names)
+    for i, record in enumerate(dataset.images[: columns * rows]):
+        found = predictor(str(record.path))
+        image = Image.fromarray(found.image).resize((side, side), Image.Resampling.BICUBIC)
+        enlarged = replace(found.detections, boxes=found.detections.boxes * zoom)
+        picture = draw.draw_detections(np.asarray(image), enlarged, class_names=found.class_names)
         sheet.paste(picture, (i % columns * (side + gap), i // columns * (side + gap)))
     return sheet
 

@@ -31,11 +31,13 @@ MAY_IMPORT = {
     "models": {"_xla", "ops", "nn", "_types"},
     "data": {"_types"},
     "train": {"_xla", "ops", "_types"},
-    "evaluate": {"ops", "data", "_types"},
-    "weights": {"models", "nn"},
-    "zoo": {"models", "nn"},
-    "export": {"_xla", "ops", "nn", "models", "weights", "_types"},
+    "evaluate": {"ops", "models", "data", "train", "files", "_types"},
+    "weights": {"models", "nn", "files"},
+    "zoo": {"ops", "nn", "models", "weights", "data", "train", "draw", "evaluate", "_types"},
+    "export": {"_xla", "ops", "nn", "models", "weights", "files", "_types"},
     "draw": {"ops", "_types"},
+    "report": {"ops", "data", "draw", "evaluate"},
+    "files": set(),
 }
 # The public face, which imports the packages when they are used.
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)
@@ -47,7 +49,7 @@ BINDING_NAMES = {
     "nms_indices roi_align multilevel_roi_align match_boxes sample_balanced crop_masks paste_masks smooth_l1_loss "
     "sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss RoIFeatures",
     "detectax_eqx.models": "AbstractDetector FasterRCNN MaskRCNN RetinaNet FCOS detect detect_batch trainable",
-    "detectax_eqx.zoo": "names build",
+    "detectax_eqx.zoo": "names build pretrained published Predictor",
     "detectax_eqx.weights": "load_torchvision to_torchvision save_safetensors load_safetensors",
     "detectax_eqx": "Images Targets Detections Batch WeightedSum",
 }

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 
+from detectax_eqx import models, zoo
 from detectax_eqx.data import Category, DatasetError, check_categories, read_categories
 
 from . import tiny_train
@@ -106,15 +107,15 @@ def test_every_script_compares_them(renamed, trained, tmp_path, capsys):
 
 def test_labels_of_a_detector_without_names():
     """By their order where the numbers agree, else by id."""
-    detector = tiny_train._shared.Detector(mock.Mock(num_classes=3))
+    detector = zoo.Predictor(mock.Mock(spec=models.FasterRCNN, num_classes=3))
     assert detector.category_ids(_categories(_1="cat", _3="dog", _4="bird")) == (1, 3, 4)
     assert detector.category_ids(_categories(_1="cat", _3="dog")) == (1, 2, 3)
-    with pytest.raises(SystemExit, match=r"3 classes, but a\.json 2 categories with ids up to 7"):
+    with pytest.raises(ValueError, match=r"3 classes, but a\.json 2 categories with ids up to 7"):
         detector.category_ids(_categories(_1="cat", _7="dog"), file="a.json")
 
 
 def test_a_detector_compares_its_categories():
-    detector = tiny_train._shared.Detector(mock.Mock(num_classes=3), tuple(MODEL))
+    detector = zoo.Predictor(mock.Mock(spec=models.FasterRCNN, num_classes=3), tuple(MODEL))
     assert detector.category_ids() == detector.category_ids(MODEL[:2]) == (1, 3, 4)
     moved = _categories(_1="bird", _3="cat", _4="dog")
     with pytest.raises(DatasetError, match=r"a\.json and the model disagree"):

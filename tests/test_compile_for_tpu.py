@@ -90,7 +90,7 @@ def test_figures():
 @pytest.mark.timeout(1800)
 def test_a_small_detector_compiles(file, monkeypatch):
     pytest.importorskip("libtpu", reason="libtpu is in the extra `tpu`")
-    monkeypatch.setattr(script, "build", tiny_train.build)
+    tiny_train.shrink(monkeypatch)
     monkeypatch.setattr(script, "SOURCE", 64)
     script.main(script.Options(**FAKE | {"models": ("faster_rcnn_resnet18_fpn",)}, file=file))
     for row in tables.read_table(file, "tpu")[1]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detectax_eqx import Targets, models
+from detectax_eqx import Targets, models, ops
 from detectax_eqx.models import _dense as dense, _fcos as fcos
 
 
@@ -92,8 +92,9 @@ def iou(a, b):
     return shared / union if union > 0 else 0.0
 
 
+@pytest.mark.parametrize("anchors_per_cell", [1, 2])
 @pytest.mark.parametrize("top_n, max_detections", [(10, 100), (1000, 5), (7, 8)])
-def test_best_predictions_of_all_levels(top_n, max_detections):
+def test_best_predictions_of_all_levels(top_n, max_detections, anchors_per_cell):
     rng = np.random.default_rng(0)
     levels = [
         (
@@ -106,8 +107,13 @@ def test_best_predictions_of_all_levels(top_n, max_detections):
     ]
     size, selection = (48, 60), models.DenseSelection(top_n=top_n, max_detections=max_detections)
 
+    def as_maps(rows):
+        """Class logits of `(cells anchors)` as heads give them."""
+        return rows.reshape(-1, anchors_per_cell, rows.shape[1]).transpose(1, 2, 0)
+
     @jax.jit
     def run(levels):
+        levels = [(as_maps(logits), *others) for logits, *others in levels]
         decode = lambda deltas, anchors: anchors + deltas  # noqa: E731
         return dense.dense_detections(
             lambda logits, _: jax.nn.sigmoid(logits), decode, levels, jnp.array(size, jnp.int32), selection
@@ -119,3 +125,25 @@ def test_best_predictions_of_all_levels(top_n, max_detections):
     np.testing.assert_allclose(found.scores[:n], [score for score, _, _ in wanted], rtol=1e-5)
     np.testing.assert_array_equal(found.labels[:n], [label for _, label, _ in wanted])
     np.testing.assert_allclose(found.boxes[:n], [box for _, _, box in wanted], rtol=1e-5, atol=1e-5)
+
+
+def test_class_loss_is_that_of_rows():
+    """Labels go to the maps; a row per anchor, as the definition has it, gives the same sum and gradient."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3, 12), (2, 3, 4)]  # anchors of a cell, classes, cells
+    levels = [jnp.asarray(rng.normal(0, 2, shape), jnp.float32) for shape in shapes]
+    count = sum(anchors * cells for anchors, _, cells in shapes)
+    labels, counted = rng.integers(-1, 3, count).astype(np.int32), rng.random(count) < 0.7
+
+    def by_rows(levels):
+        rows = jnp.concatenate([x.transpose(2, 0, 1).reshape(-1, 3) for x in levels])  # (p a) k
+        losses = ops.sigmoid_focal_loss(rows, jax.nn.one_hot(labels, 3))
+        return jnp.where(counted, losses.sum(axis=1), 0.0).sum()
+
+    for counting in (counted, np.zeros(count, bool)):
+        counted = counting
+        loss = lambda x: dense.class_loss(x, jnp.asarray(labels), jnp.asarray(counted))  # noqa: B023, E731
+        (value, gradient), (wanted, wanted_gradient) = (jax.value_and_grad(f)(levels) for f in (loss, by_rows))
+        np.testing.assert_allclose(value, wanted, rtol=1e-5)
+        for one, other in zip(gradient, wanted_gradient, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

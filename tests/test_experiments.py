@@ -168,12 +168,14 @@ def test_training_refuses_bad_data(shapes, tmp_path):
 
 def test_a_detector_of_other_classes_gives_all_but_its_predictors(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    from _shared import build, initialize
+    from detectax_eqx import zoo
 
     name = "faster_rcnn_resnet18_fpn"
-    source, model = build(name, 90, "frozen_batch", 0), build(name, 3, "frozen_batch", 1)
+    parts = zoo.Architecture(name)
+    source, model = parts.build(90, key=jr.key(0)), parts.build(3, key=jr.key(1))
     weights.save_safetensors(source, tmp_path / "source.safetensors")
-    loaded = initialize(model, name, "frozen_batch", tmp_path / "source.safetensors")
+    loaded, notes = zoo.initialize(model, parts, tmp_path / "source.safetensors")
+    assert "knows 90 classes and this model 3" in notes[0] and len(notes) == 1
     theirs, before, after = map(weights.to_torchvision, (source, model, loaded))
     for key, array in after.items():
         expected = before if key.startswith("roi_heads.box_predictor.") else theirs

@@ -47,7 +47,7 @@ def write_dataset(folder, objects, *, sizes=((100, 200),), categories=("cat", "d
 
 
 def test_best_anchors_are_those_of_the_whole_grids():
-    from _report import inspection
+    from detectax_eqx import report
 
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 230, (300, 2))
@@ -56,53 +56,53 @@ def test_best_anchors_are_those_of_the_whole_grids():
     sizes, ratios = ((16.0,), (32.0, 40.0), (64.0,), (128.0,), (200.0,)), (0.5, 1.0, 2.0)
     grids = [
         ops.anchor_grid((-(-256 // stride), -(-320 // stride)), stride=stride, sizes=of_level, aspect_ratios=ratios)
-        for stride, of_level in zip(inspection.STRIDES, sizes, strict=True)
+        for stride, of_level in zip(report.STRIDES, sizes, strict=True)
     ]
     overlaps = ops.pairwise_iou(jnp.asarray(boxes, jnp.float32), jnp.concatenate(grids))
     expected = np.asarray(overlaps.max(axis=1))
-    best = inspection.best_anchor_iou(boxes, sizes=sizes, aspect_ratios=ratios)
+    best = report.best_anchor_iou(boxes, sizes=sizes, aspect_ratios=ratios)
     # A grid ends before the image's border does, where this one goes on.
     inside = (boxes[:, 0] + boxes[:, 2] < 500) & (boxes[:, 1] + boxes[:, 3] < 380)
     assert inside.sum() > 150
     np.testing.assert_allclose(best[inside], expected[inside], atol=1e-5)
     assert len(np.unique(best.round(3))) > 100
     with pytest.raises(ValueError, match="each of the 5 levels, got 1"):
-        inspection.best_anchor_iou(boxes, sizes=((32.0,),), aspect_ratios=ratios)
+        report.best_anchor_iou(boxes, sizes=((32.0,),), aspect_ratios=ratios)
 
 
 def test_padding_by_hand():
-    from _report import inspection
+    from detectax_eqx import report
 
     sizes = [(100, 200), (200, 100), (100, 100)]
-    uses = inspection.bucket_use(sizes, canvases=[(128, 256), (256, 128)], min_size=100, max_size=200)
+    uses = report.bucket_use(sizes, canvases=[(128, 256), (256, 128)], min_size=100, max_size=200)
     # (100, 100) goes to the first of equals.
     assert [(use.canvas, use.images, use.shrunk) for use in uses] == [((128, 256), 2, 0), ((256, 128), 1, 0)]
     assert uses[0].padding == pytest.approx(1 - 30_000 / (2 * 128 * 256))
-    assert inspection.padding_share(uses) == pytest.approx(1 - 50_000 / (3 * 128 * 256))
-    (small,) = inspection.bucket_use(sizes[:1], canvases=[(64, 64)], min_size=100, max_size=200)
+    assert report.padding_share(uses) == pytest.approx(1 - 50_000 / (3 * 128 * 256))
+    (small,) = report.bucket_use(sizes[:1], canvases=[(64, 64)], min_size=100, max_size=200)
     assert small.shrunk == 1 and small.padding == pytest.approx(1 - 32 * 64 / 64**2)
 
 
 def test_proposed_canvases_hold_all_and_waste_less():
-    from _report import inspection
+    from detectax_eqx import report
 
     resize = {"min_size": 100, "max_size": 200}
     sizes = [(100, 150)] * 50 + [(150, 100)] * 50 + [(100, 200)]
-    assert inspection.propose_canvases(sizes, count=3, **resize) == [(128, 160), (128, 224), (160, 128)]
+    assert report.propose_canvases(sizes, count=3, **resize) == [(128, 160), (128, 224), (160, 128)]
     # The one wide image joins the others of its kind, not the tall ones.
-    assert inspection.propose_canvases(sizes, count=2, **resize) == [(128, 224), (160, 128)]
-    assert inspection.propose_canvases(sizes, count=1, **resize) == [(160, 224)]
+    assert report.propose_canvases(sizes, count=2, **resize) == [(128, 224), (160, 128)]
+    assert report.propose_canvases(sizes, count=1, **resize) == [(160, 224)]
     rng = np.random.default_rng(0)
     sizes = [(int(height), int(width)) for height, width in rng.integers(300, 2000, (400, 2))]
     resize = {"min_size": 800, "max_size": 1333}
     for count in (1, 3, 6):
-        proposed = inspection.propose_canvases(sizes, count=count, **resize)
-        uses = inspection.bucket_use(sizes, canvases=proposed, **resize)
+        proposed = report.propose_canvases(sizes, count=count, **resize)
+        uses = report.bucket_use(sizes, canvases=proposed, **resize)
         assert len(proposed) <= count and sum(use.shrunk for use in uses) == 0
         assert all(side % 32 == 0 for canvas in proposed for side in canvas)
-    given = inspection.bucket_use(sizes, canvases=[(800, 1344), (1344, 800), (1088, 1088)], **resize)
-    better = inspection.bucket_use(sizes, canvases=inspection.propose_canvases(sizes, count=3, **resize), **resize)
-    assert inspection.padding_share(better) < inspection.padding_share(given)
+    given = report.bucket_use(sizes, canvases=[(800, 1344), (1344, 800), (1088, 1088)], **resize)
+    better = report.bucket_use(sizes, canvases=report.propose_canvases(sizes, count=3, **resize), **resize)
+    assert report.padding_share(better) < report.padding_share(given)
 
 
 def rectangle(x0, y0, x1, y1):
@@ -110,7 +110,7 @@ def rectangle(x0, y0, x1, y1):
 
 
 def test_planted_mistakes_are_found(tmp_path):
-    from _report import inspection
+    from detectax_eqx import report
 
     mask = np.zeros((100, 200), bool)
     mask[10:12, 10:12] = mask[48:50, 48:50] = True
@@ -127,7 +127,7 @@ def test_planted_mistakes_are_found(tmp_path):
         (2, 2, (100, 60, 101, 90), {"iscrowd": 1}),
     ]
     dataset = data.load_coco(*write_dataset(tmp_path, objects, sizes=((100, 200), (100, 200))))
-    found = {(one.kind, one.image, one.row) for one in inspection.suspicions(dataset)}
+    found = {(one.kind, one.image, one.row) for one in report.find_suspicions(dataset)}
     assert found == {
         ("same object twice", 0, 1),
         ("same box, two classes", 0, 2),

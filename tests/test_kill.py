@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import tensorstore as ts
 
-from detectax_eqx import data, train
+from detectax_eqx import data, train, zoo
 
 from . import tiny_train
 
@@ -82,9 +82,9 @@ def contents(folder):
 
 def assert_readable(folder, monkeypatch):
     """Whatever is there can be used: checkpoints by the scripts that detect, logs as JSON."""
-    monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
+    tiny_train.shrink(monkeypatch)
     if any(train.latest_checkpoint(folder / kind) for kind in ("last", "best")):
-        detector = tiny_train._shared.load_run(folder)
+        detector = zoo.Predictor.from_checkpoint(folder)
         assert detector.categories is not None
         assert [category.name for category in detector.categories] == ["circle", "square", "triangle", "star"]
     for path in (*folder.glob("*.json"), *folder.glob("evaluation/*.json")):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from detectax_eqx import data, train
+from detectax_eqx.zoo import _detectors
 
 from . import tiny_train
 
@@ -149,8 +150,7 @@ def tiny(most):
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(train_script, "train", fake))
         stack.enter_context(mock.patch.object(train_script, "Stop", _Stop))
-        for script in (_shared, train_script):
-            stack.enter_context(mock.patch.object(script, "build", tiny_train.build))
+        stack.enter_context(mock.patch.object(_detectors, "_DETECTORS", tiny_train.SMALL))
         yield
 
 
@@ -216,7 +216,8 @@ def use(annotations, images, folder):
         assert SharedStep.made == before, "refused after the first step"
         return True
     paths = {"annotations": str(annotations), "images": str(images)}
-    evaluation = evaluate_script.Options(**paths, output=folder / "test", report=True, checkpoint=folder / "run")
+    detector = _shared.DetectorOptions(checkpoint=folder / "run")
+    evaluation = evaluate_script.Options(**paths, output=folder / "test", report=True, detector=detector)
     inspection = inspect_script.Options(
         annotations=annotations, images=images, output=folder / "data", min_size=64, max_size=64, canvases=(CANVAS,)
     )

@@ -4,19 +4,21 @@ import json
 import sys
 import warnings
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import equinox as eqx
 import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import data, models, nn, weights
+from detectax_eqx import data, models, nn, weights, zoo
+from detectax_eqx.zoo import _predictor, _weights
 
 from .tiny_detector import random_arrays
-from .tiny_train import build
+from .tiny_train import build, shrink
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -39,17 +41,24 @@ def model():
 @pytest.fixture
 def file(model, tmp_path, monkeypatch):
     """Weights of a tiny detector, trained at 64 pixels."""
-    monkeypatch.setattr(_shared, "build", build)
+    shrink(monkeypatch)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.safetensors"
-    _shared.save_detector(_shared.Detector(model, CATEGORIES, ((64, 64),)), path)
+    zoo.Predictor(model, CATEGORIES, ((64, 64),)).save_weights(path)
     return path
 
 
 def options(file, output, *inputs, **others):
-    return predict.Options(
-        inputs, output, weights=file, model=NAME, norm="group", score_threshold=0.0, max_detections=3, **others
-    )
+    detector = _shared.DetectorOptions(weights=file, model=NAME, norm="group")
+    names = {field.name for field in fields(_shared.SelectionOptions)} & others.keys()
+    chosen = {name: others.pop(name) for name in names}
+    kept = _shared.SelectionOptions(**{"score_threshold": 0.0, "max_detections": 3} | chosen)
+    return predict.Options(inputs, output, detector=detector, kept=kept, **others)
+
+
+def loaded_from(file, **sizes):
+    """What the scripts make of `--weights`."""
+    return _shared.DetectorOptions(weights=file, model=NAME, norm="group", **sizes).load()
 
 
 def write(path, value=90):
@@ -111,7 +120,7 @@ def test_class_names_in_any_script(file, model, tmp_path):
     image, outputs = write(tmp_path / "x.png"), []
     for number, names in enumerate((("猫狗", "кот"), ("鸟鱼", "кот"))):
         categories = tuple(data.Category(k, name) for k, name in zip((3, 7), names, strict=True))
-        _shared.save_detector(_shared.Detector(model, categories, ((64, 64),)), file)
+        zoo.Predictor(model, categories, ((64, 64),)).save_weights(file)
         outputs.append(tmp_path / str(number) / "x.png.png")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -130,7 +139,7 @@ def test_images_of_export_leave_pictures_out(tmp_path, monkeypatch):
         (tmp_path / "photos" / "out" / name).write_text("[]")
     seen = []
     monkeypatch.setattr(export.export, "save_onnx", lambda *_, images, **__: seen.extend(images))
-    detector = _shared.Detector(None, CATEGORIES)  # pyright: ignore[reportArgumentType]
+    detector = zoo.Predictor(mock.Mock(spec=models.FasterRCNN), CATEGORIES)
     shape = export.export.Shape(1, (64, 64), (64, 64))
     export.save_onnx(detector, export.Options(tmp_path / "x.onnx", images=tmp_path / "photos"), shape, None)
     assert [int(np.median(image)) for image in seen] == [30]
@@ -176,57 +185,64 @@ def test_many_equal_names_are_quick(tmp_path):
 
 
 def test_sizes_and_classes_travel_with_safetensors(file, model, tmp_path, capsys):
-    detector = _shared.load_detector(NAME, "group", file, None, None, None)
+    detector = loaded_from(file)
     assert (detector.categories, detector.model.preprocessing.resize) == (CATEGORIES, models.ShortestEdge(64, 64))
     assert detector.canvases == ((64, 64),) and eqx.tree_equal(detector.model, model)
-    assert "does not say" not in capsys.readouterr().out
-    other = _shared.load_detector(NAME, "group", file, None, 96, None)
+    other = loaded_from(file, min_size=96)
     assert (other.model.preprocessing.resize, other.categories) == (models.ShortestEdge(96, 64), CATEGORIES)
     assert other.canvases == ((96, 96), (96, 96))
     # A file without them is read all the same, which is said.
     weights.save_safetensors(model, file)
-    plain = _shared.load_detector(NAME, "group", file, None, None, None)
+    with pytest.warns(UserWarning, match="does not say at which sizes"):
+        plain = loaded_from(file)
     resize = plain.model.preprocessing.resize
     assert isinstance(resize, models.ShortestEdge)
-    assert resize.min_size == 800 and "does not say at which sizes" in capsys.readouterr().out
+    assert resize.min_size == 800
     # A file from before there was a choice has two numbers.
     about = {"categories": None, "min_size": 64, "max_size": 96, "canvases": [[64, 96]]}
     weights.save_safetensors(model, file, metadata={"detector": json.dumps(about)})
-    before = _shared.load_detector(NAME, "group", file, None, None, None)
+    before = loaded_from(file)
     assert before.model.preprocessing.resize == models.ShortestEdge(64, 96) and before.canvases == ((64, 96),)
     for about in ("[]", "no JSON", json.dumps({"categories": [], "min_size": 1, "max_size": 1, "canvases": []})):
         weights.save_safetensors(model, file, metadata={"detector": about})
-        with pytest.raises(SystemExit, match=r"tiny\.safetensors: its metadata 'detector'"):
-            _shared.load_detector(NAME, "group", file, None, None, None)
+        with pytest.raises(ValueError, match=r"tiny\.safetensors: its metadata 'detector'"):
+            loaded_from(file)
 
 
 def test_weights_of_a_wrapper_in_the_scripts(file, model, tmp_path):
     """`module.` before every name: detectors, and backbones for --init."""
     arrays = {f"module.{name}": array for name, array in weights.to_torchvision(model).items()}
     weights.save_safetensors(arrays, tmp_path / "wrapped.safetensors")
-    loaded = _shared.load_weights(NAME, "group", tmp_path / "wrapped.safetensors").model
+    with pytest.warns(UserWarning, match="does not say at which sizes"):
+        loaded = zoo.Predictor.from_weights(NAME, tmp_path / "wrapped.safetensors", norm="group").model
     assert eqx.tree_equal(replace(loaded, preprocessing=model.preprocessing), model)
     body = {f"module.{name}": array * 2 for name, array in weights.to_torchvision(model.backbone.body).items()}
     weights.save_safetensors(body, tmp_path / "body.safetensors")
-    started = _shared.initialize(model, NAME, "group", tmp_path / "body.safetensors")
+    parts = zoo.Architecture(NAME, "group")
+    started, notes = zoo.initialize(model, parts, tmp_path / "body.safetensors")
+    assert notes == ()
     assert isinstance(started.backbone, nn.ResNetFPN)
     np.testing.assert_array_equal(started.backbone.body.conv1.weight, model.backbone.body.conv1.weight * 2)
-    with pytest.raises(SystemExit, match=r"body\.safetensors seems to be a ResNet-18 of width 8 with GroupNorm: "):
-        _shared.load_weights(NAME, "group", tmp_path / "body.safetensors")
+    with pytest.raises(
+        weights.WeightsError, match=r"body\.safetensors seems to be a ResNet-18 of width 8 with GroupNorm: "
+    ):
+        zoo.Predictor.from_weights(NAME, tmp_path / "body.safetensors", norm="group")
 
 
 def test_a_checkpoint_becomes_safetensors(model, file, tmp_path, monkeypatch):
-    detector = _shared.Detector(model, CATEGORIES, ((64, 64),))
-    monkeypatch.setattr(export, "load_detector", lambda *_: detector)
-    export.main(export.Options(tmp_path / "mine.safetensors", checkpoint=tmp_path))
-    assert _shared.load_weights(NAME, "group", tmp_path / "mine.safetensors").categories == CATEGORIES
+    predictor = zoo.Predictor(model, CATEGORIES, ((64, 64),))
+    monkeypatch.setattr(zoo.Predictor, "from_checkpoint", lambda path: predictor)
+    export.main(export.Options(tmp_path / "mine.safetensors", detector=_shared.DetectorOptions(checkpoint=tmp_path)))
+    assert loaded_from(tmp_path / "mine.safetensors").categories == CATEGORIES
 
 
 def test_the_selection_reaches_the_detector(file, model, tmp_path, monkeypatch, capsys):
     """Any of its fields from the command line; what is wrong is one line."""
     seen = []
     detect_batch = models.detect_batch
-    monkeypatch.setattr(models, "detect_batch", lambda *a, **o: seen.append(o["selection"]) or detect_batch(*a, **o))
+    monkeypatch.setattr(
+        _predictor, "detect_batch", lambda *a, **o: seen.append(o["selection"]) or detect_batch(*a, **o)
+    )
     image = write(tmp_path / "x.png")
     selection = {"post_nms_top_n": 7.0, "rpn_nms_threshold": 0.6}
     predict.main(options(file, tmp_path / "out", image, nms_threshold=0.4, selection=selection))
@@ -246,24 +262,24 @@ def test_the_selection_reaches_the_detector(file, model, tmp_path, monkeypatch, 
 
 def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
     """It is saved and read; --min-size and --max-size have no meaning for it."""
-    monkeypatch.setattr(_shared, "build", build)
+    shrink(monkeypatch)
     square = replace(model, preprocessing=models.Preprocessing(models.Square(64), std=(2.0, 3.0, 4.0)))
     path = tmp_path / "square.safetensors"
-    _shared.save_detector(_shared.Detector(square, CATEGORIES, ((64, 64),)), path)
-    loaded = _shared.load_detector(NAME, "group", path, None, None, None)
+    zoo.Predictor(square, CATEGORIES, ((64, 64),)).save_weights(path)
+    loaded = loaded_from(path)
     assert loaded.model.preprocessing == square.preprocessing
-    assert _shared.sizes_of(loaded.model) == {"min_size": 64, "max_size": 64}
+    assert loaded.model.preprocessing.limits == {"min_size": 64, "max_size": 64}
     with pytest.raises(SystemExit, match=r"--min-size and --max-size: .*Square\(size=64\)"):
-        _shared.load_detector(NAME, "group", path, None, 96, None)
+        loaded_from(path, min_size=96)
 
 
 @pytest.mark.parametrize("name", get_args(_shared.ModelName))
 def test_classes_are_counted_by_shapes(name, tmp_path):
     """Of any detector by name, whatever its layers are called."""
     for count in (3, 90):
-        model = eqx.filter_eval_shape(_shared.build, name, count, "frozen_batch")
-        shapes = _shared.array_shapes(model)
+        parts = zoo.Architecture(name)
+        shapes = _weights.array_shapes(parts.shapes(count))
         arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weights, "read_torchvision", lambda *_, arrays=arrays: arrays)
-            assert _shared.count_classes(name, "frozen_batch", tmp_path) == count
+            patch.setattr(_weights, "read_torchvision", lambda *_, arrays=arrays: arrays)
+            assert _weights.count_classes(parts, tmp_path) == count

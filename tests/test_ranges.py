@@ -1,19 +1,19 @@
 """Every number among the options of every script has a range, which is checked before anything is read."""
 
 import importlib
-import itertools
 import math
 import sys
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Has no options that are numbers, and none of the package's ways: it is made to be copied.
-WITHOUT_OPTIONS = {"run_stablehlo"}
+WITHOUT_OPTIONS = {"list_detectors", "run_stablehlo"}
 SCRIPTS = sorted({path.stem for path in EXPERIMENTS.glob("[!_]*.py")} - WITHOUT_OPTIONS)
 OUTSIDE = {
     "positive": (0, -1, math.nan, math.inf),
@@ -55,16 +55,29 @@ def shaped(hint, number):
     return shaped(inner[0], number)
 
 
+def groups_of(options) -> dict[str, Any]:
+    """The classes of options that stand as one field of others, by its name."""
+    return {field.name: field.type for field in fields(options) if is_dataclass(field.type)}
+
+
 def numbers_of(script):
+    """The type of each option that holds numbers, and the field of `Options` that holds it, if it is in a group."""
+    options = module_of(script).Options
+    owners = {None: options, **groups_of(options)}
+    hints = [(owner, typing.get_type_hints(one)) for owner, one in owners.items()]
+    return {name: (hint, owner) for owner, part in hints for name, hint in part.items() if is_number(hint)}
+
+
+def ranges_of(script):
+    """What the numbers of each option have to be: the script's own options, and those of its groups."""
     module = module_of(script)
-    hints = typing.get_type_hints(module.Options)
-    return {name: hint for name, hint in hints.items() if is_number(hint)}
+    several = [getattr(module, "RANGES", {}), *(group.RANGES for group in groups_of(module.Options).values())]
+    return [(what, name) for ranges in several for what, names in ranges.items() for name in names.split()]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_number_has_a_range(script):
-    module, numbers = module_of(script), numbers_of(script)
-    ranged = list(itertools.chain(*(names.split() for names in getattr(module, "RANGES", {}).values())))
+    numbers, ranged = numbers_of(script), [name for _, name in ranges_of(script)]
     assert len(ranged) == len(set(ranged))
     forgotten = numbers.keys() - set(ranged) - {name for of, name in CHECKED_ELSEWHERE if of == script}
     assert not forgotten, f"{script}.py checks no range of {sorted(forgotten)}: add them to its RANGES"
@@ -74,13 +87,16 @@ def test_every_number_has_a_range(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_number_out_of_range_is_refused_before_anything_is_read(script, tmp_path):
     module, numbers = module_of(script), numbers_of(script)
-    required = [field.name for field in fields(module.Options) if field.default is MISSING]
+    required = [f.name for f in fields(module.Options) if f.default is MISSING and f.default_factory is MISSING]
     paths = dict.fromkeys(required, tmp_path / "none")
     tuples = {name for name in required if "tuple" in str(typing.get_type_hints(module.Options)[name])}
     paths |= dict.fromkeys(tuples, (tmp_path / "none",))
-    for what, names in module.RANGES.items():
-        for name, number in itertools.product(names.split(), OUTSIDE[what]):
-            options = module.Options(**paths | {name: shaped(numbers[name], number)})
+    for what, name in ranges_of(script):
+        for number in OUTSIDE[what]:
+            hint, owner = numbers[name]
+            given = {name: shaped(hint, number)}
+            given = given if owner is None else {owner: groups_of(module.Options)[owner](**given)}
+            options = module.Options(**paths | given)
             with pytest.raises(SystemExit) as refused:
                 module.main(options)
             message = str(refused.value)

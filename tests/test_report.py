@@ -53,7 +53,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(scripts, shapes, tmp_path_factory):
-    from _report.evaluation import write_report
+    from detectax_eqx.report import write_report
 
     dataset, results = shapes
     metrics = {kind: evaluate.evaluate_coco(dataset, results, iou_type=kind) for kind in ("bbox", "segm")}
@@ -99,7 +99,7 @@ def test_the_report_holds_the_analysis(report, shapes):
 
 
 def test_the_report_is_kept_small(scripts, shapes, monkeypatch):
-    from _report import evaluation
+    from detectax_eqx.report import _evaluation as evaluation
 
     dataset, results = shapes
     analysis = evaluate.analyze_errors(dataset, results)
@@ -114,7 +114,7 @@ def test_the_report_is_kept_small(scripts, shapes, monkeypatch):
 
 
 def test_the_worst_come_first(scripts, shapes):
-    from _report import evaluation
+    from detectax_eqx.report import _evaluation as evaluation
 
     dataset, results = shapes
     analysis = evaluate.analyze_errors(dataset.annotations_path, results)
@@ -127,7 +127,7 @@ def test_the_worst_come_first(scripts, shapes):
 
 
 def test_shrunk_masks(scripts):
-    from _report.masks import mask_size, shrink_mask
+    from detectax_eqx.report._masks import mask_size, shrink_mask
 
     assert mask_size((100, 200)) == (100, 200) and mask_size((480, 960)) == (120, 240)
     mask = np.zeros((8, 12), bool)
@@ -235,8 +235,7 @@ def test_masks_are_drawn_where_they_are(browser, report):
 
 
 def test_a_dataset_page_in_a_browser(browser, scripts, shapes, tmp_path):
-    from _report.dataset import write_dataset_page
-    from _report.inspection import Suspicion
+    from detectax_eqx.report import Suspicion, write_dataset_page
 
     dataset, _ = shapes
     suspicions = [Suspicion("odd", 0, 0, NASTY), Suspicion("odd", 1, 0, "second"), Suspicion("rare", 2, 0, "third")]

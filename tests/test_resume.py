@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detectax_eqx import data, models, train
+from detectax_eqx import data, models, train, zoo
 
 from . import tiny_train
 from .tiny_train import script
@@ -76,8 +76,8 @@ def test_best_holds_what_inference_needs_once(done, monkeypatch):
     (best,) = (folder / "best").iterdir()
     names = json.loads((best / "index.json").read_text())["content"]["leaves"]
     assert {name.split("/")[0] for name in names} == {"ema"}
-    monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
-    detector = tiny_train._shared.load_run(folder)
+    tiny_train.shrink(monkeypatch)
+    detector = zoo.Predictor.from_checkpoint(folder)
     state = next(path for path in (folder / "last").iterdir() if path.name == best.name)
     like = {"ema": detector.model}
     expected, _ = train.load_checkpoint(state, like, partial=True)

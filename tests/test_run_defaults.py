@@ -5,12 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from detectax_eqx import data, models
+from detectax_eqx import data, models, zoo
 
 from . import tiny_train
 from .tiny_train import script
@@ -80,16 +80,14 @@ def test_runs_that_cannot_learn_are_refused(change, options, words, tmp_path):
 
 
 def test_anchors_reach_every_detector():
-    import equinox as eqx
-
     options = {"anchor_sizes": (8, 16, 32, 64, 128), "aspect_ratios": (0.25, 1.0, 2.0, 4.0)}
 
-    def shapes(name, **options):
-        return eqx.filter_eval_shape(lambda: _shared.build(name, 3, "group", **options))
+    def shapes(name, **options) -> Any:
+        return zoo.Architecture(name, "group", **options).shapes(3)
 
     for name in get_args(_shared.ModelName):
         if name.startswith("fcos"):  # its points have a size and no aspect
-            with pytest.raises(SystemExit, match=f"--aspect-ratios: {name} takes none. Leave it out."):
+            with pytest.raises(ValueError, match=f"aspect_ratios: {name} takes none. Leave it out."):
                 shapes(name, **options)
             assert shapes(name, anchor_sizes=(8, 16, 32, 64, 128)).anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
             continue
@@ -101,8 +99,6 @@ def test_anchors_reach_every_detector():
 
 
 def test_names_are_the_zoos():
-    from detectax_eqx import zoo
-
     assert get_args(_shared.ModelName) == zoo.names()
 
 
@@ -113,14 +109,14 @@ def test_anchors_travel_with_the_checkpoint(tmp_path, monkeypatch):
     """And a checkpoint from before there was a choice has the usual ones."""
     from detectax_eqx import train
 
-    monkeypatch.setattr(_shared, "build", tiny_train.build)
+    tiny_train.shrink(monkeypatch)
     anchors = {"anchor_sizes": (6.0, 12.0, 24.0, 40.0, 60.0), "aspect_ratios": (0.5, 1.0)}
     metadata = {"model": "faster_rcnn_resnet18_fpn", "norm": "group", "categories": [{"id": 1, "name": "a"}]}
     metadata |= {"preprocessing": PREPROCESSING, "canvases": [[64, 64]], "ema": False}
     for name, own in (("new", anchors), ("old", {})):
         model = tiny_train.build("", 1, "", **own)
         train.save_checkpoint(tmp_path / name / "last", {"model": model}, step=1, metadata=metadata | own)
-        loaded = _shared.load_run(tmp_path / name).model
+        loaded = zoo.Predictor.from_checkpoint(tmp_path / name).model
         assert loaded.preprocessing.resize((640, 640)) == (64, 64) and loaded.preprocessing.std == (4.0, 5.0, 6.0)
         assert isinstance(loaded, models.FasterRCNN)
         assert loaded.rpn.anchor_sizes == model.rpn.anchor_sizes and loaded.rpn.aspect_ratios == model.rpn.aspect_ratios
@@ -136,7 +132,7 @@ def test_checkpoints_of_before_preprocessing_still_load(name, tmp_path, monkeypa
 
     from detectax_eqx import train, weights
 
-    monkeypatch.setattr(_shared, "build", tiny_train.build)
+    tiny_train.shrink(monkeypatch)
     model = tiny_train.build(name, 1, "group")
     inside = "faster_rcnn/" if name.startswith("mask") else ""
     arrays = {
@@ -147,7 +143,7 @@ def test_checkpoints_of_before_preprocessing_still_load(name, tmp_path, monkeypa
     metadata = {"model": name, "norm": "group", "categories": [{"id": 1, "name": "a"}], "ema": False}
     metadata |= {"min_size": 64, "max_size": 96, "canvases": [[64, 64]]}
     train.save_checkpoint(tmp_path / "last", {"model": arrays}, step=1, metadata=metadata)
-    loaded = _shared.load_run(tmp_path).model
+    loaded = zoo.Predictor.from_checkpoint(tmp_path).model
     assert loaded.preprocessing.resize((640, 640)) == (64, 64)
     assert eqx.tree_equal(replace(loaded, preprocessing=model.preprocessing), model)
     with pytest.raises(SystemExit, match=r"--resume cannot go on with .*: write it by export\.py"):
@@ -178,6 +174,7 @@ def test_a_narrow_terminal_shows_count_and_speed(monkeypatch):
     """On 80 columns the end of the status gives way."""
     import io
 
+    from _record import describe_step
     from rich.console import Console
 
     file = io.StringIO()
@@ -186,7 +183,7 @@ def test_a_narrow_terminal_shows_count_and_speed(monkeypatch):
     values = {"loss": 1.234} | {f"loss_{name}": 0.5 for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")}
     with _shared.progress() as bar:
         task = bar.add_task("training", total=90_000, status="compiling")
-        status = script.describe_step(values, 0.02, 123.4, 17, "1 day, 3:04:05")
+        status = describe_step(values, 0.02, 123.4, 17, "1 day, 3:04:05")
         bar.update(task, completed=12_345, status=status)
     shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", file.getvalue()).splitlines()
     (last,) = [line for line in shown if "images/s" in line][-1:]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from detectax_eqx import data, models
+from detectax_eqx import data, models, zoo
 
 from . import tiny_train
 from .tiny_detector import random_arrays
@@ -64,8 +64,8 @@ def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     names = [name.removeprefix("ema/") for name in saved if name.startswith("ema/")]
     differs = [name for name in names if (saved[f"ema/{name}"] != saved[f"model/{name}"]).any()]
     assert len(differs) > len(names) / 2
-    monkeypatch.setattr(tiny_train._shared, "build", tiny_train.build)
-    detector = tiny_train._shared.load_run(tmp_path / "all")
+    tiny_train.shrink(monkeypatch)
+    detector = zoo.Predictor.from_checkpoint(tmp_path / "all")
     assert isinstance(detector.model, models.FasterRCNN)
     np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, saved["ema/rpn/convs/0/weight"])
 

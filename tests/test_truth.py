@@ -60,7 +60,7 @@ REPAIRS = {
 
 @pytest.mark.parametrize("kind", REPAIRS)
 def test_what_was_repaired_counts_as_repaired_everywhere(shapes, kind, tmp_path):
-    from _report.evaluation import write_report
+    from detectax_eqx.report import write_report
 
     content, images, results = shapes
     box, segmentation, repaired = REPAIRS[kind]

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +29,10 @@ import jax
 import jax.random as jr
 import train as script
 
-from detectax_eqx import evaluate, models, nn, train
+from detectax_eqx import models, nn, train, zoo
+from detectax_eqx.evaluate import _detect
 from detectax_eqx.train import _checkpoint
+from detectax_eqx.zoo import _detectors
 
 
 OPTIONS = {
@@ -63,6 +66,20 @@ def build(
     anchor_sizes = tuple((size,) for size in anchor_sizes or (8.0, 16.0, 32.0, 48.0, 64.0))
     with_masks = name.startswith("mask")
     return _build(with_masks, num_classes, jr.key(seed), checkpoint, anchor_sizes, aspect_ratios or (0.5, 1.0, 2.0))
+
+
+def _in_zoo(name, num_classes, *, key, norm, checkpoint, anchor_sizes=None, aspect_ratios=None):
+    sizes = anchor_sizes or ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
+    return _build(name.startswith("mask"), num_classes, key, checkpoint, sizes, aspect_ratios or (0.5, 1.0, 2.0))
+
+
+# In place of the zoo's detectors, tiny ones of the same names.
+SMALL = {name: partial(_in_zoo, name) for name in zoo.names()}
+
+
+def shrink(monkeypatch):
+    """Lets the zoo build tiny detectors."""
+    monkeypatch.setattr(_detectors, "_DETECTORS", SMALL)
 
 
 @eqx.filter_jit
@@ -143,7 +160,7 @@ PLACES = {
     "arrays": (_checkpoint, "write_arrays", ""),
     "replacing": (Path, "rename", ".replaced"),
     "stepping": (train, "shard_batch", ""),
-    "evaluating": (evaluate, "to_coco_results", ""),
+    "evaluating": (_detect, "to_coco_results", ""),
 }
 
 
@@ -169,5 +186,5 @@ if __name__ == "__main__":
         place, number = sys.argv[-1].split(":")
         signal_after(place, int(number), SIGNALS[sys.argv[-2]])
         del sys.argv[-2:]
-    _shared.build = script.build = build
+    _detectors._DETECTORS = SMALL
     _shared.run(script.main, script.Options, script.__doc__, defaults=script.options_to_resume)

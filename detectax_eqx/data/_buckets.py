@@ -31,8 +31,8 @@ def make_buckets(
     sizes: Sequence[tuple[int, int]],
     *,
     canvases: Sequence[tuple[int, int]] = CANVASES,
-    min_size: int = 800,
-    max_size: int = 1333,
+    min_size: float = 800,
+    max_size: float = 1333,
     max_source: int | None = None,
 ) -> tuple[Bucket, ...]:
     """Sorts images into buckets by their sizes alone.
@@ -52,7 +52,7 @@ def make_buckets(
     """
     if not canvases or min(min(canvas) for canvas in canvases) < 1:
         raise ValueError(f"canvases must hold one or more positive sizes, got {tuple(canvases)}.")
-    if min_size < 1 or max_size < 1:
+    if min_size <= 0 or max_size <= 0:
         raise ValueError(f"min_size and max_size must be positive, got {min_size} and {max_size}.")
     if max_source is not None and (max_source < STRIDE or max_source % STRIDE):
         raise ValueError(f"max_source must be a positive multiple of {STRIDE}, got {max_source}.")
@@ -75,7 +75,7 @@ def make_buckets(
 
 
 def _choose(
-    sizes: Int64[np.ndarray, "n 2"], canvases: Int64[np.ndarray, "b 2"], min_size: int, max_size: int
+    sizes: Int64[np.ndarray, "n 2"], canvases: Int64[np.ndarray, "b 2"], min_size: float, max_size: float
 ) -> Int64[np.ndarray, " n"]:
     """The canvas of each image. `canvases` are in ascending order of area."""
     scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))

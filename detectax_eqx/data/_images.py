@@ -1,5 +1,6 @@
 """Image files to RGB pixels, whatever their mode and orientation."""
 
+import os
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,6 +14,7 @@ from ._report import BadImageError
 from ._store import Location, read_bytes, to_location
 
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # What undoes each EXIF orientation (EXIF 2.32, section 4.6.4): a camera held sideways stores its rows as columns.
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,10 +33,16 @@ ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files of a folder, at any depth, by name: those with a suffix of `IMAGE_SUFFIXES`."""
+    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def read_image(
-    path: str | Path, *, size: tuple[int, int] | None = None, max_pixels: int | None = None
+    path: str | Path | Image.Image, *, size: tuple[int, int] | None = None, max_pixels: int | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file, or a URL of http, gs or s3, as RGB, as `(h, w, 3)` uint8.
+    """Reads an image file, a URL of http, gs or s3, or a Pillow image as RGB, as `(h, w, 3)` uint8.
 
     Gray, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped, the colours below it stay. 16-bit gray
     is scaled, 65535 becoming 255, not clipped. Of an animation, the first frame is read.
@@ -60,6 +68,8 @@ def read_image(
     """
     if max_pixels is not None and max_pixels < 1:
         raise ValueError(f"max_pixels must be positive, got {max_pixels}.")
+    if isinstance(path, Image.Image):
+        return np.array(_upright_rgb(path, size, "the Pillow image"))
     return np.array(open_rgb(to_location(path), size, max_pixels))
 
 
@@ -73,10 +83,7 @@ def open_rgb(location: Location, size: tuple[int, int] | None, max_pixels: int |
                 raise _wrong_size(location, (image.height, image.width), size)
             if allowed is not None and image.height * image.width > allowed:
                 raise _too_large(location, image.height * image.width, allowed)
-            image.load()
-            transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, location, size) else None
-            image = _to_rgb(image)
-            return image if transposition is None else image.transpose(transposition)
+            return _upright_rgb(image, size, location)
     except (BadImageError, ConnectionError):
         raise
     except FileNotFoundError:
@@ -85,6 +92,13 @@ def open_rgb(location: Location, size: tuple[int, int] | None, max_pixels: int |
         raise _bomb(location, size, error) from None
     except Exception as error:  # Pillow's readers raise errors of many types
         raise BadImageError(f"{location}: cannot be read as an image: {error}") from error
+
+
+def _upright_rgb(image: Image.Image, size: tuple[int, int] | None, location: Location) -> Image.Image:
+    image.load()
+    transposition = TRANSPOSITIONS.get(_orientation(image)) if _is_upright(image, location, size) else None
+    image = _to_rgb(image)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _open(location: Location) -> BufferedReader | BytesIO:

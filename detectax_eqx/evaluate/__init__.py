@@ -8,6 +8,7 @@ from ._coco_eval import (
     format_number as format_number,
     format_per_class as format_per_class,
 )
+from ._detect import detect_dataset as detect_dataset
 from ._errors import (
     ERROR_KINDS as ERROR_KINDS,
     IGNORED as IGNORED,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pycocotools import mask as rle
 
 from .._types import Detections, Images
+from ..files import whole_file
 from ..ops import paste_masks
 from ._checks import check_fields, check_masks
 
@@ -111,16 +112,8 @@ def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike)
     ...     Path(f"{folder}/detections.json").read_text()
     '[{"image_id": 1, "score": 0.5}]'
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(list(results), file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(list(results), file, allow_nan=False)
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from ..files import whole_file
 from ..models import AbstractDetector, Selection
 from ..weights import named_leaves
 from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
@@ -68,9 +68,7 @@ def save_onnx(
         raise ValueError("images must hold at least one image to compare on.")
     proto = to_proto(model, shape, selection)
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         onnx.save_model(proto, temporary)
         compare_onnx(
             model,
@@ -81,9 +79,6 @@ def save_onnx(
             unmatched_score=unmatched_score,
             image_names=image_names,
         )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:

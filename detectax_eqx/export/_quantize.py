@@ -3,12 +3,12 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from ..files import whole_file
 from ._extras import require
 from ._onnx import pad_images, read_onnx
 
@@ -63,9 +63,7 @@ def quantize_onnx(
         def get_next(self) -> Any:
             return next(self.feeds, None)
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         quantize_static(
             proto,
             os.fspath(temporary),
@@ -80,9 +78,6 @@ def quantize_onnx(
         quantized = onnx.load(temporary)
         onnx.helper.set_model_props(quantized, metadata)
         onnx.save_model(quantized, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _own_biases(proto: Any) -> None:

@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from jax import export
 
+from ..files import whole_file
 from ..models import AbstractDetector, Selection
 from ._program import Shape, about_model, detection_program
 
@@ -86,23 +86,12 @@ def save_stablehlo(
         "jax": jax.__version__,
         "calling_convention": max(program.calling_convention_version for program in programs.values()),
     }
-    arrays = {"about": _bytes(json.dumps(about).encode())}
+    arrays: dict[str, Any] = {"about": _bytes(json.dumps(about).encode())}
     arrays |= {f"weights/{i}": np.asarray(array) for i, array in enumerate(weights)}
     arrays |= {f"programs/{name}": _bytes(program.serialize()) for name, program in programs.items()}
-    _write(Path(path), arrays)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _bytes(data: bytes | bytearray) -> np.ndarray:
     return np.frombuffer(bytes(data), np.uint8)
-
-
-def _write(path: Path, arrays: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

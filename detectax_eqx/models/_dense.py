@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from .._types import Detections
 from ..nn import Conv2d, Initializer, Norm, relu
-from ..ops import anchor_grid, clip_boxes, nms_indices
+from ..ops import anchor_grid, clip_boxes, nms_indices, sigmoid_focal_loss
 
 
 # The rare foreground starts with this probability: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
@@ -57,6 +56,11 @@ def start_rare(class_logits: Conv2d) -> Conv2d:
 def by_anchor(x: Float[Array, "_ h w"], num_values: int) -> Float32[Array, "a {num_values}"]:
     """A head's map as a row per anchor: cells row by row, the anchors of a cell, then their values, in float32."""
     return rearrange(x, "(a v) h w -> (h w a) v", v=num_values).astype(jnp.float32)
+
+
+def maps_by_anchor(x: Float[Array, "_ h w"], num_classes: int) -> Float[Array, "a {num_classes} p"]:
+    """A head's map of class logits, for each of a cell's anchors and each class: the `p` cells, row by row."""
+    return rearrange(x, "(a k) h w -> a k (h w)", k=num_classes)
 
 
 def level_anchors(
@@ -102,7 +106,7 @@ class DenseSelection:
 def dense_detections(
     scores: Callable[[Float[Array, "a k"], Array], Float[Array, "a k"]],
     decode: Callable[[Float[Array, "a 4"], Float[Array, "a 4"]], Float[Array, "a 4"]],
-    levels: Sequence[tuple[Float[Array, "_ k"], Float[Array, "_ _"], Float[Array, "_ 4"], Float[Array, "_ 4"]]],
+    levels: Sequence[tuple[Float[Array, "_ k _"], Float[Array, "_ _"], Float[Array, "_ 4"], Float[Array, "_ 4"]]],
     canvas_size: Int32[Array, " 2"],
     selection: DenseSelection,
 ) -> Detections:
@@ -110,17 +114,22 @@ def dense_detections(
 
     - `scores`: of class logits and of what else is known of an anchor, 0..1; it must rise with each logit.
     - `decode`: deltas and anchors to boxes, which are clipped to the picture of `(height, width)` `canvas_size`.
-    - `levels`: class logits, anything else that `scores` needs with a row per anchor, deltas and anchors.
+    - `levels`: class logits of `maps_by_anchor`, and with a row per anchor, cells row by row: anything else that
+      `scores` needs, deltas and anchors.
 
     torchvision's rule: of each level the `top_n` best of all pairs of anchor and class above the threshold.
     """
     boxes, best, labels = [], [], []
     for logits, more, deltas, anchors in levels:
-        num_classes = logits.shape[1]
+        num_anchors, num_classes, num_cells = logits.shape
         # A pair among the best `top_n` is of an anchor whose best pair is: no more anchors need be looked at.
-        _, rows = lax.top_k(scores(logits.max(axis=1, keepdims=True), more)[:, 0], min(selection.top_n, len(logits)))
-        rows = jnp.sort(rows)  # (r,), r = min(top_n, a)
-        pairs = scores(logits[rows], more[rows]).reshape(-1)  # (rows k)
+        highest = rearrange(logits.max(axis=1), "a p -> (p a) 1").astype(jnp.float32)
+        _, rows = lax.top_k(scores(highest, more)[:, 0], min(selection.top_n, len(highest)))
+        rows = jnp.sort(rows)  # (r,), r = min(top_n, p a)
+        first = rows % num_anchors * num_classes * num_cells + rows // num_anchors  # row = cell * anchors + anchor
+        step = num_cells * jnp.arange(num_classes, dtype=rows.dtype)[None]
+        chosen = logits.reshape(-1)[first[:, None] + step].astype(jnp.float32)  # (r, k)
+        pairs = scores(chosen, more[rows]).reshape(-1)  # (r k)
         level_scores, pair = lax.top_k(pairs, min(selection.top_n, pairs.shape[0]))
         row = rows[pair // num_classes]  # pair = row * k + class
         boxes.append(clip_boxes(decode(deltas[row], anchors[row]), canvas_size.astype(jnp.float32)))
@@ -143,6 +152,23 @@ def dense_detections(
     )
 
 
-def one_hot(labels: Int32[Array, " a"], num_classes: int) -> Float[Array, "a {num_classes}"]:
-    """1 at each row's label, and a row of zeros for a label that is none of `0..num_classes - 1`."""
-    return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+def class_loss(
+    levels: Sequence[Float[Array, "_ k _"]], labels: Int32[Array, " n"], counted: Bool[Array, " n"]
+) -> Float32[Array, ""]:
+    """The focal loss of all classes and all anchors that are `counted`, added up.
+
+    - `levels`: class logits of `maps_by_anchor`. `labels`: of the `n` anchors of all levels, cells row by row; -1 for
+      an anchor without an object.
+
+    Large as they are, the logits stay where they lie: labels go to them.
+    """
+    total, first = jnp.zeros((), jnp.float32), 0
+    for logits in levels:
+        num_anchors, num_classes, num_cells = logits.shape
+        of_level = slice(first, first + num_anchors * num_cells)
+        own, used = (rearrange(x[of_level], "(p a) -> a 1 p", a=num_anchors) for x in (labels, counted))
+        wanted = own == jnp.arange(num_classes, dtype=own.dtype)[None, :, None]  # (a, k, p)
+        losses = sigmoid_focal_loss(logits.astype(jnp.float32), wanted.astype(jnp.float32))
+        total += jnp.where(used, losses, 0.0).sum()
+        first = of_level.stop
+    return total

@@ -12,8 +12,17 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, Conv2d, GroupNorm, Norm, relu
-from ..ops import box_area, giou_loss, sigmoid_focal_loss
-from ._dense import ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot, start_rare
+from ..ops import box_area, giou_loss
+from ._dense import (
+    ConvTower,
+    DenseSelection,
+    by_anchor,
+    class_loss,
+    dense_detections,
+    level_anchors,
+    maps_by_anchor,
+    start_rare,
+)
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 
@@ -67,14 +76,14 @@ class FCOS(AbstractDetector[DenseSelection]):
 
     def predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
-    ) -> list[tuple[Float[Array, "a k"], Float[Array, "a 1"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
+    ) -> list[tuple[Float[Array, "1 k a"], Float[Array, "a 1"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
         """Class logits, centreness logits, distances and anchors of each level."""
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
         canvas = (image.shape[0], image.shape[1])
         anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=(1.0,))
         levels = []
         for x, of_level in zip(features, anchors, strict=True):
-            logits = by_anchor(self.class_logits(self.class_tower(x)), self.num_classes)
+            logits = maps_by_anchor(self.class_logits(self.class_tower(x)), self.num_classes)
             x = self.box_tower(x)
             distances = by_anchor(relu(self.distances(x)), 4)
             levels.append((logits, by_anchor(self.centerness(x), 1), distances, of_level))
@@ -97,10 +106,10 @@ class FCOS(AbstractDetector[DenseSelection]):
         targets.check_labels(self.num_classes)
         levels = self.predict(image, canvas_size)
         counts = [len(anchors) for *_, anchors in levels]
-        logits, centerness, distances, anchors = map(jnp.concatenate, zip(*levels, strict=True))
+        logits, *others = zip(*levels, strict=True)
+        centerness, distances, anchors = map(jnp.concatenate, others)
         matched, positive = match_cells(anchors, targets, counts, self.matching)
         labels = jnp.where(positive, targets.labels[matched], -1)
-        class_losses = sigmoid_focal_loss(logits, one_hot(labels, self.num_classes)).sum(axis=1)
         # Of cells without an object, any box with an area will do: their loss is not used.
         boxes = jnp.where(positive[:, None], targets.boxes[matched], anchors)
         box_losses = giou_loss(decode_distances(distances, anchors).astype(boxes.dtype), boxes)
@@ -112,7 +121,7 @@ class FCOS(AbstractDetector[DenseSelection]):
             return WeightedSum(jnp.where(positive, losses, 0.0).sum().astype(jnp.float32), count)
 
         return {
-            "classification": WeightedSum(class_losses.sum(), count),
+            "classification": WeightedSum(class_loss(logits, labels, jnp.ones_like(positive)), count),
             "bbox_regression": over_positives(box_losses),
             "bbox_ctrness": over_positives(center_losses),
         }

@@ -1,6 +1,7 @@
 """How a detector wants its images: resized by a rule, then normalised by a mean and a standard deviation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
             raise ValueError(f"mean and std must be equally long and std positive, got {self.mean} and {self.std}.")
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """`min_size` and `max_size` of the resize, as `data.make_buckets` takes them.
+
+        >>> Preprocessing(Square(640)).limits
+        {'min_size': 640, 'max_size': 640}
+        """
+        if isinstance(self.resize, Square):
+            return {"min_size": self.resize.size, "max_size": self.resize.size}  # on its one canvas
+        return {"min_size": self.resize.min_size, "max_size": self.resize.max_size}
 
     @property
     def channels(self) -> int:

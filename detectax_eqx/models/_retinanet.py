@@ -13,8 +13,17 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, Conv2d, Norm
-from ..ops import decode_boxes, encode_boxes, giou_loss, match_boxes, pairwise_iou, sigmoid_focal_loss, smooth_l1_loss
-from ._dense import ConvTower, DenseSelection, by_anchor, dense_detections, level_anchors, one_hot, start_rare
+from ..ops import decode_boxes, encode_boxes, giou_loss, match_boxes, pairwise_iou, smooth_l1_loss
+from ._dense import (
+    ConvTower,
+    DenseSelection,
+    by_anchor,
+    class_loss,
+    dense_detections,
+    level_anchors,
+    maps_by_anchor,
+    start_rare,
+)
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 
@@ -80,12 +89,12 @@ class RetinaNet(AbstractDetector[DenseSelection]):
 
     def predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
-    ) -> list[tuple[Float[Array, "a k"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
-        """Class logits, deltas and anchors of each level."""
+    ) -> list[tuple[Float[Array, "r k p"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
+        """Class logits of the `r` anchors of each of `p` cells, deltas and anchors of each level; `a` is `p r`."""
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
         canvas = (image.shape[0], image.shape[1])
         anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios)
-        logits = [by_anchor(self.class_logits(self.class_tower(x)), self.num_classes) for x in features]
+        logits = [maps_by_anchor(self.class_logits(self.class_tower(x)), self.num_classes) for x in features]
         deltas = [by_anchor(self.deltas(self.box_tower(x)), 4) for x in features]
         return list(zip(logits, deltas, anchors, strict=True))
 
@@ -93,7 +102,7 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, selection: DenseSelection | None = None
     ) -> Detections:
         """Detections in canvas pixels; see `AbstractDetector`."""
-        levels = [(logits, logits[:, :0], deltas, a) for logits, deltas, a in self.predict(image, canvas_size)]
+        levels = [(logits, deltas[:, :0], deltas, a) for logits, deltas, a in self.predict(image, canvas_size)]
         return dense_detections(_sigmoid, decode_boxes, levels, canvas_size, selection or self.selection)
 
     def loss(
@@ -105,7 +114,8 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         Nothing is drawn at random.
         """
         targets.check_labels(self.num_classes)
-        logits, deltas, anchors = map(jnp.concatenate, zip(*self.predict(image, canvas_size), strict=True))
+        logits, *others = zip(*self.predict(image, canvas_size), strict=True)
+        deltas, anchors = map(jnp.concatenate, others)
         matches = match_boxes(
             pairwise_iou(targets.boxes, anchors.astype(targets.boxes.dtype)),
             targets.valid,
@@ -114,7 +124,6 @@ class RetinaNet(AbstractDetector[DenseSelection]):
             allow_low_quality=True,
         )
         labels = jnp.where(matches.positive, targets.labels[matches.indices], -1)  # (a,)
-        class_losses = sigmoid_focal_loss(logits, one_hot(labels, self.num_classes)).sum(axis=1)  # (a, k) -> (a,)
         counted = matches.positive | matches.negative
         # Of rows without an object, any box with an area will do: their loss is not used.
         boxes = jnp.where(matches.positive[:, None], targets.boxes[matches.indices], anchors)
@@ -122,7 +131,7 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         positives = jnp.maximum(matches.positive.sum(), 1).astype(jnp.float32)
         one = jnp.ones((), jnp.float32)
         return {
-            "classification": WeightedSum(jnp.where(counted, class_losses, 0.0).sum() / positives, one),
+            "classification": WeightedSum(class_loss(logits, labels, counted) / positives, one),
             "bbox_regression": WeightedSum(jnp.where(matches.positive, box_losses, 0.0).sum() / positives, one),
         }
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import PyTree, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..files import whole_file
 from ._describe import explain
 from ._names import current_own_name
 from ._published import check_exists
@@ -35,7 +35,7 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_safetensors({"w": jnp.ones(2)}, f"{folder}/model.safetensors", metadata={"classes": "cat dog"})
-    ...     sorted(path.name for path in Path(folder).iterdir())
+    ...     os.listdir(folder)
     ['model.safetensors']
     """
     arrays = {}
@@ -43,15 +43,8 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(f"{name} is a PRNG key, which safetensors cannot hold. Store jax.random.key_data of it.")
         arrays[name] = np.ascontiguousarray(leaf).reshape(leaf.shape)  # NumPy makes scalars one-dimensional
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         save_file(arrays, temporary, metadata=None if metadata is None else dict(metadata))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_safetensors(model: Model, path: str | os.PathLike) -> Model:

@@ -1,3 +1,15 @@
-"""Detectors by name."""
+"""Detectors by name, their published weights, and `Predictor`: a model with its categories and image sizes."""
 
+from ._about import categories_of as categories_of
+from ._architecture import NORMS as NORMS, Architecture as Architecture, NormName as NormName
 from ._detectors import build as build, names as names
+from ._prediction import Prediction as Prediction
+from ._predictor import Predictor as Predictor
+from ._published import (
+    Published as Published,
+    pretrained as pretrained,
+    published as published,
+    published_names as published_names,
+)
+from ._run import run_metadata as run_metadata
+from ._weights import initialize as initialize

@@ -48,7 +48,7 @@ def build(
     - `checkpoint`: gradient checkpointing in the backbone, see `nn.ResNet`.
     - `parts`: what the detector's own function in `models` takes besides, such as `anchor_sizes` of `faster_rcnn`.
 
-    Raises a `ValueError` that lists all names if there is no such one.
+    Raises a `ValueError` that lists all names if there is no such one, and for a part that the detector does not take.
 
     >>> import equinox as eqx
     >>> # Its shapes alone: the parameters themselves are not made.
@@ -58,7 +58,13 @@ def build(
     """
     if name not in _DETECTORS:
         raise ValueError(f"There is no detector {name!r}; there are {', '.join(names())}.")
-    return _DETECTORS[name](num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
+    try:
+        return _DETECTORS[name](num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
+    except TypeError as error:
+        unknown = [part for part in parts if f"unexpected keyword argument '{part}'" in str(error)]
+        if not unknown:
+            raise
+        raise ValueError(f"{unknown[0]}: {name} takes none. Leave it out.") from None
 
 
 def _two_stage(

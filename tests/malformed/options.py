@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from detectax_eqx import data, train, weights
+from detectax_eqx.zoo import _detectors
 
 from .. import tiny_train
 from . import Case
@@ -146,11 +147,8 @@ def make(script, options, folder):
     module = {"train": tiny_train.script}.get(script) or __import__(script)
 
     def call():
-        builds = [mock.patch.object(owner, "build", tiny_train.build) for owner in (tiny_train._shared, module)]
-        with mock.patch.object(sys, "argv", [f"{script}.py", *words]), builds[0]:
-            if script == "train":
-                with builds[1]:
-                    return tiny_train._shared.run(module.main, module.Options, None)
+        small = mock.patch.object(_detectors, "_DETECTORS", tiny_train.SMALL)
+        with mock.patch.object(sys, "argv", [f"{script}.py", *words]), small:
             return tiny_train._shared.run(module.main, module.Options, None)
 
     return call

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detectax_eqx import data, evaluate
+from .. import data, evaluate
 
 
 # A mask has this many pixels along the thumbnail's longest side, at most.

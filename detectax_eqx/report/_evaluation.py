@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
-from detectax_eqx import data, draw, evaluate
-
-from .masks import mask_size, shrink_mask
-from .page import file_name, thumbnail, write_page
+from .. import data, draw, evaluate
+from ._masks import mask_size, shrink_mask
+from ._page import file_name, thumbnail, write_page
 
 
 # The images that are kept: the worst of all, and the worst for each class and each kind of error.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from detectax_eqx import data, ops
+from .. import data, ops
 
 
 # Strides of the levels of a ResNet-FPN, and torchvision's anchors on them.
@@ -143,7 +143,7 @@ def propose_canvases(
     return [(int(height), int(width)) for height, width in np.unique(canvases, axis=0)]
 
 
-def suspicions(dataset: data.CocoDataset) -> list[Suspicion]:
+def find_suspicions(dataset: data.CocoDataset) -> list[Suspicion]:
     """Annotations that are likely mistakes. None need be: a person has to look at them."""
     found = []
     for index, image in enumerate(dataset.images):

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from detectax_eqx import data, draw
-
-from .inspection import Suspicion
-from .masks import mask_size, shrink_mask
-from .page import file_name, thumbnail, write_page
+from .. import data, draw
+from ._inspection import Suspicion
+from ._masks import mask_size, shrink_mask
+from ._page import file_name, thumbnail, write_page
 
 
 # Pictures of suspicious annotations: this many of each kind, and no more than this size in bytes of the page.

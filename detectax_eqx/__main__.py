@@ -1,0 +1,60 @@
+"""The command `detectax`: the scripts of `experiments/`, by name."""
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import detectax_eqx
+
+
+# Each command, its script, and what it does.
+COMMANDS = {
+    "train": ("train", "train a detector on a dataset in COCO format"),
+    "predict": ("predict", "detect objects in image files and draw them"),
+    "evaluate": ("evaluate", "score a detector, or a file of results, on a dataset in COCO format"),
+    "export": ("export", "write a detector as ONNX, StableHLO or safetensors"),
+    "inspect": ("inspect_dataset", "look at a dataset before anything is trained on it"),
+    "convert": ("convert", "read weights of one form and write them in another"),
+    "list": ("list_detectors", "list detectors and their published weights"),
+}
+
+
+def usage() -> str:
+    """What `detectax --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    commands = "\n".join(lines)
+    return (
+        f"usage: detectax COMMAND ...\n\n{commands}\n\n"
+        f"`detectax COMMAND --help` lists the options. Version {detectax_eqx.__version__}."
+    )
+
+
+def scripts() -> Path:
+    """The folder of the scripts: within an installed package, or `experiments/` of a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_scripts"
+    return installed if installed.is_dir() else package.parent / "experiments"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command as its script would run."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if given[0] == "--version":
+        print(detectax_eqx.__version__)
+        return
+    name, *rest = given
+    if name not in COMMANDS:
+        raise SystemExit(f"There is no command {name!r}.\n\n{usage()}")
+    folder = scripts()
+    sys.argv = [f"detectax {name}", *rest]
+    sys.path.insert(0, str(folder))  # scripts import what they share from beside them
+    runpy.run_path(str(folder / f"{COMMANDS[name][0]}.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a file of weights says beside them: categories, preprocessing, canvases."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import Category
+from ..models import AbstractDetector, Preprocessing, ShortestEdge, Square
+
+
+ABOUT = "detector"  # its key in the metadata of a safetensors file
+
+Canvases = tuple[tuple[int, int], ...]
+
+
+def about(
+    model: AbstractDetector, categories: Sequence[Category] | None, canvases: Sequence[tuple[int, int]]
+) -> dict[str, str]:
+    """The metadata that `with_about` reads."""
+    content = {
+        "categories": None if categories is None else [asdict(category) for category in categories],
+        "preprocessing": asdict(model.preprocessing),
+        "canvases": canvases,
+    }
+    return {ABOUT: json.dumps(content)}
+
+
+def with_about(
+    model: AbstractDetector, metadata: Mapping[str, str], path: Path
+) -> tuple[AbstractDetector, tuple[Category, ...] | None, Canvases | None]:
+    """The model with its preprocessing, the categories, and the canvases of a file's metadata.
+
+    Canvases are `None` if the metadata say nothing. Raises a `ValueError` that names the file if they are damaged.
+    """
+    if ABOUT not in metadata:
+        return model, None, None
+    try:
+        content = json.loads(metadata[ABOUT])
+        categories = None if content["categories"] is None else categories_of(content)
+        if categories is not None and len(categories) != model.num_classes:
+            raise ValueError(f"{len(categories)} categories for {model.num_classes} classes")
+        canvases = tuple((int(height), int(width)) for height, width in content["canvases"])
+        return replace(model, preprocessing=preprocessing_of(content)), categories, canvases
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata {ABOUT!r} is not what save_weights writes ({error!r}).") from None
+
+
+def categories_of(content: Mapping[str, Any]) -> tuple[Category, ...]:
+    """The categories that a checkpoint or a file knows."""
+    return tuple(Category(entry["id"], entry["name"]) for entry in content["categories"])
+
+
+def preprocessing_of(content: Mapping[str, Any]) -> Preprocessing:
+    """A model's preprocessing from what checkpoints and exports hold of it, `dataclasses.asdict` in JSON.
+
+    Files from before there was a choice have `min_size` and `max_size` alone.
+    """
+    if "preprocessing" not in content:
+        return Preprocessing(ShortestEdge(content["min_size"], content["max_size"]))
+    fields = content["preprocessing"]
+    resize = (Square if "size" in fields["resize"] else ShortestEdge)(**fields["resize"])
+    return Preprocessing(resize, tuple(fields["mean"]), tuple(fields["std"]))

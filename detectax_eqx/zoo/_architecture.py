@@ -1,0 +1,60 @@
+"""What it takes to build a detector again: its name and the options that change its arrays."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from ..models import AbstractDetector
+from ..nn import FrozenBatchNorm, GroupNorm, Norm
+from ._detectors import build
+
+
+NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
+NORMS: dict[NormName, Norm] = {
+    "frozen_batch": FrozenBatchNorm,
+    # torchvision's first COCO detectors were trained with it.
+    "frozen_batch_eps0": partial(FrozenBatchNorm, eps=0.0),
+    "group": GroupNorm,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A detector's name and options, as checkpoints and saved predictors hold them.
+
+    - `name`: one of `zoo.names()`. `norm`: of the backbone, one of `zoo.NORMS`.
+    - `anchor_sizes`: side in pixels of the square anchor on each level. `aspect_ratios`: height / width of anchors.
+      `None`: the detector's own.
+
+    >>> Architecture("fcos_resnet50_fpn").shapes(3).num_classes
+    3
+    """
+
+    name: str
+    norm: NormName = "frozen_batch"
+    anchor_sizes: tuple[float, ...] | None = None
+    aspect_ratios: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"There is no norm {self.norm!r}; there are {', '.join(NORMS)}.")
+
+    def build(self, num_classes: int, *, key: PRNGKeyArray, checkpoint: bool = False) -> AbstractDetector:
+        """The detector with random parameters. `checkpoint`: gradient checkpointing in the backbone.
+
+        Raises a `ValueError` for an unknown name, and for anchors where the detector has none.
+        """
+        parts: dict[str, Any] = {}
+        if self.anchor_sizes is not None:
+            parts["anchor_sizes"] = tuple((size,) for size in self.anchor_sizes)
+        if self.aspect_ratios is not None:
+            parts["aspect_ratios"] = self.aspect_ratios
+        return build(self.name, num_classes, key=key, norm=NORMS[self.norm], checkpoint=checkpoint, **parts)
+
+    def shapes(self, num_classes: int) -> AbstractDetector:
+        """The detector with shapes in place of arrays, which takes no memory."""
+        return eqx.filter_eval_shape(partial(self.build, num_classes), key=jr.key(0))

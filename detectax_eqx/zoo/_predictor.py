@@ -1,0 +1,276 @@
+"""A detector with its classes and image sizes: from a picture to what is in it, in one call."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._types import Detections
+from ..data import CANVASES, Category, check_categories, list_images, make_buckets
+from ..models import AbstractDetector, Selection, detect_batch
+from ..weights import read_safetensors, replace_leaves, save_safetensors
+from ._about import about, with_about
+from ._architecture import Architecture, NormName
+from ._inputs import is_folder, padded_images, pixels_of
+from ._prediction import Prediction
+from ._published import pretrained, published, published_names
+from ._run import load_run
+from ._weights import load_weights
+
+
+# Images are padded to multiples of this, so that few programs serve pictures of many sizes.
+SOURCE_STEP = 256
+# Images per program on an accelerator. A CPU is no faster with several.
+BATCH_SIZE = 8
+# The one file of a saved predictor.
+FILE = "predictor.safetensors"
+
+# The canvas and the source of a program, `(height, width)` each.
+_Shape = tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A model, what its labels mean, and the canvases that images are laid on.
+
+    - `categories`: id and name of each label, or `None` if the weights came without.
+    - `canvases`: `(height, width)` of each, see `data.make_buckets`. A program is compiled for each that is needed.
+    - `architecture`: how to build the model again; what `save` needs. `None` for a detector of one's own.
+
+    >>> import equinox as eqx, jax.random as jr
+    >>> from detectax_eqx import models, nn
+    >>> backbone = nn.ResNetFPN(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = models.faster_rcnn(backbone, 2, key=jr.key(2), hidden_size=32)
+    >>> model = replace(model, preprocessing=models.Preprocessing(models.ShortestEdge(64, 96)))
+    >>> predictor = Predictor(model, (Category(1, "cat"), Category(2, "dog")), canvases=((64, 96),))
+    >>> prediction = predictor(np.zeros((50, 70, 3), np.uint8), score_threshold=0.9)
+    >>> prediction
+    Prediction(array, 50×70: nothing)
+    """
+
+    model: AbstractDetector
+    categories: tuple[Category, ...] | None = None
+    canvases: tuple[tuple[int, int], ...] = CANVASES
+    architecture: Architecture | None = None
+
+    @classmethod
+    def pretrained(cls, name: str) -> "Predictor":
+        """A detector with its published weights, see `zoo.pretrained`."""
+        weights = published(name)
+        return cls(pretrained(name), weights.categories, architecture=weights.architecture)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike) -> "Predictor":
+        """The best detector of a run of `train.py`, or that of one of its checkpoints; the average, if one was kept.
+
+        A damaged checkpoint of a run is reported by a warning, and the one before it used. One that was asked for by
+        its own path is not replaced by another. Raises a `ValueError` if `train.py` did not write it.
+        """
+        return cls(*load_run(Path(path)))
+
+    @classmethod
+    def from_weights(cls, name: str, file: str | os.PathLike, *, norm: NormName | None = None) -> "Predictor":
+        """The named detector with the weights of a torchvision `.pth` or a `.safetensors` file.
+
+        A file with the name of published weights is taken for these: their norm and their categories. Otherwise the
+        norm is `frozen_batch` unless given, and categories and image sizes are those that `save_weights` put into the
+        file; a warning says so if there are none in a `.safetensors` file.
+        """
+        path = Path(file)
+        known = published(name) if name in published_names() and published(name).file == path.name else None
+        architecture = Architecture(name, norm or (known.architecture.norm if known else "frozen_batch"))
+        predictor = cls(load_weights(architecture, path), architecture=architecture)
+        if known is not None and len(known.categories) == predictor.model.num_classes:
+            return replace(predictor, categories=known.categories)
+        if path.suffix != ".safetensors":
+            return predictor
+        model, categories, canvases = with_about(predictor.model, read_safetensors(path)[1], path)
+        if canvases is None:
+            warnings.warn(
+                f"{path} does not say at which sizes it was trained: images are resized by "
+                f"{model.preprocessing.resize}, unless told otherwise (--min-size, --max-size).",
+                stacklevel=2,
+            )
+            return predictor
+        return replace(predictor, model=model, categories=categories, canvases=canvases)
+
+    def save_weights(self, path: str | os.PathLike) -> None:
+        """Writes a `.safetensors` file of the weights, with the categories and sizes that `from_weights` reads."""
+        save_safetensors(self.model, path, metadata=about(self.model, self.categories, self.canvases))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Predictor":
+        """The predictor that `save` wrote to a folder. Raises a `FileNotFoundError` or a `ValueError` that names it."""
+        path = Path(folder) / FILE
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} holds no {FILE}: Predictor.save writes one.")
+        arrays, metadata = read_safetensors(path)
+        try:
+            fields = json.loads(metadata["architecture"])
+            anchors = {key: fields[key] and tuple(fields[key]) for key in ("anchor_sizes", "aspect_ratios")}
+            architecture = Architecture(fields["name"], fields["norm"], **anchors)
+            shapes = architecture.shapes(int(metadata["num_classes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its metadata is not what Predictor.save writes ({error!r}).") from None
+        model = replace_leaves(shapes, arrays, source=str(path))
+        model, categories, canvases = with_about(model, metadata, path)
+        return cls(model, categories, canvases or CANVASES, architecture)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes all of it to a folder, which `load` reads without further arguments.
+
+        Raises a `ValueError` for a detector without an `architecture`.
+        """
+        if self.architecture is None:
+            raise ValueError(
+                "The predictor has no architecture, so that load could not build its model. Give one of the zoo's, or "
+                "use save_weights and build the model yourself."
+            )
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        metadata = about(self.model, self.categories, self.canvases)
+        metadata["architecture"] = json.dumps(asdict(self.architecture))
+        metadata["num_classes"] = str(self.model.num_classes)
+        save_safetensors(self.model, Path(folder) / FILE, metadata=metadata)
+
+    def category_ids(
+        self,
+        categories: Sequence[Category] | None = None,
+        *,
+        file: str | Path = "the annotations",
+        allow_renamed: bool = False,
+    ) -> tuple[int, ...]:
+        """The category id of each label, checked against the `categories` of an annotation file, if there is one.
+
+        A model without categories of its own that has as many classes as the file knows them in the order of their
+        ids. One with more, such as torchvision's 90 for COCO's 80, knows ids themselves: label + 1.
+
+        - `file`: what messages call it. `allow_renamed`: its names may differ from the model's.
+        """
+        if self.categories is not None:
+            if categories is not None:
+                check_categories(
+                    categories,
+                    self.categories,
+                    found_in=str(file),
+                    known_in="the model",
+                    same_ids=False,
+                    allow_renamed=allow_renamed,
+                )
+            return tuple(category.id for category in self.categories)
+        num_classes = self.model.num_classes
+        ids = None if categories is None else tuple(category.id for category in categories)
+        if ids is not None and num_classes == len(ids):
+            return ids
+        if ids is None or num_classes >= max(ids):
+            return tuple(range(1, num_classes + 1))
+        raise ValueError(
+            f"The model has {num_classes} classes, but {file} {len(ids)} categories with ids up to {max(ids)}: its "
+            "labels is unknown. Use the annotations that it was trained for."
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label, or its category id where the weights came without names."""
+        if self.categories is None:
+            return tuple(map(str, self.category_ids()))
+        return tuple(category.name for category in self.categories)
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        selection: Selection | None = None,
+        score_threshold: float | None = None,
+        max_detections: int | None = None,
+        batch_size: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Any:
+        """The objects in an image, a `Prediction`; of a folder or a sequence of images, a list of them.
+
+        - `images`: a path or URL, a folder (all image files in it, by name), a Pillow image, or a uint8 array
+          `(h, w, 3)`, RGB; or a sequence of these. The order of colours cannot be seen: OpenCV's BGR is not refused.
+        - `selection`, `score_threshold`, `max_detections`: which detections are kept, as for `models.detect`.
+        - `batch_size`: images that go through the network together, by default 8 on an accelerator and 1 on a CPU.
+        - `max_pixels`: as for `data.read_image`.
+
+        Raises a `BadImageError` for a file that is no image, and a `TypeError` or `ValueError` that says what an array
+        seems to be instead: fractions, channels first, gray, a batch.
+        """
+        single = not isinstance(images, list | tuple) and not is_folder(images)
+        pictures: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+        predictions = list(
+            self.iterate(
+                pictures,
+                selection=selection,
+                score_threshold=score_threshold,
+                max_detections=max_detections,
+                batch_size=batch_size,
+                max_pixels=max_pixels,
+            )
+        )
+        return predictions[0] if single else predictions
+
+    def iterate(
+        self,
+        images: Iterable[Any],
+        *,
+        selection: Selection | None = None,
+        score_threshold: float | None = None,
+        max_detections: int | None = None,
+        batch_size: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Iterator[Prediction]:
+        """A `Prediction` for each image, in order, holding few images in memory; otherwise as a call."""
+        if batch_size is None:
+            batch_size = 1 if jax.default_backend() == "cpu" else BATCH_SIZE
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}.")
+        options = {"selection": selection, "score_threshold": score_threshold, "max_detections": max_detections}
+        pictures = iter(
+            picture for image in images for picture in (list_images(image) if is_folder(image) else [image])
+        )
+        while window := list(islice(pictures, 4 * batch_size)):
+            arrays = [pixels_of(picture, self.model.preprocessing.channels, max_pixels) for picture in window]
+            found: dict[int, Detections] = {}
+            for group in self._groups(arrays, batch_size):
+                found |= self._detect(group, arrays, options)
+            for index, picture in enumerate(window):
+                on_disk = isinstance(picture, str | os.PathLike)
+                yield Prediction(
+                    found[index],
+                    (arrays[index].shape[0], arrays[index].shape[1]),
+                    str(picture) if on_disk else None,
+                    self.class_names,
+                    self.category_ids(),
+                    None if on_disk else arrays[index],
+                )
+
+    def _groups(self, arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[_Shape, list[int]]]:
+        """Positions of images that share a program, at most `batch_size` at a time."""
+        groups: dict[_Shape, list[int]] = {}
+        for index, array in enumerate(arrays):
+            size = array.shape[0], array.shape[1]
+            (bucket,) = make_buckets([size], canvases=self.canvases, **self.model.preprocessing.limits)
+            source = tuple(-(-side // SOURCE_STEP) * SOURCE_STEP for side in size)
+            groups.setdefault((bucket.canvas, (source[0], source[1])), []).append(index)
+        for shape, indices in groups.items():
+            for start in range(0, len(indices), batch_size):
+                yield shape, indices[start : start + batch_size]
+
+    def _detect(
+        self, group: tuple[_Shape, list[int]], arrays: Sequence[np.ndarray], options: dict[str, Any]
+    ) -> dict[int, Detections]:
+        """The valid detections of each image of a group, by its position."""
+        (canvas, source), indices = group
+        count = 1 << (len(indices) - 1).bit_length()  # a power of two, so that few programs serve all lengths
+        images = padded_images([arrays[index] for index in indices], source, canvas, count=count)
+        batch = jax.tree.map(np.asarray, detect_batch(self.model, images, **options))
+        rows = (jax.tree.map(lambda x, row=row: x[row], batch) for row in range(len(indices)))
+        return {i: jax.tree.map(lambda x, keep=row.valid: x[keep], row) for i, row in zip(indices, rows, strict=True)}

@@ -1,0 +1,135 @@
+"""Published weights by the name of their detector."""
+
+from dataclasses import dataclass
+
+from ..data import Category
+from ..models import AbstractDetector
+from ..weights import load_torchvision
+from ._architecture import Architecture, NormName
+from ._coco import COCO_IDS
+from ._download import download
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of weights that a library published, and what its authors say of it.
+
+    - `name`: our detector. `source`: the library, its licence in `licence`. `url`: of the file.
+    - `sha256`: the beginning of the file's checksum, as its name carries it. `megabytes`: its size.
+    - `box_ap`, `mask_ap`: AP@[.5:.95] on COCO val2017 as published; `mask_ap` is `None` without masks.
+    - `architecture`, `categories`: what the weights were trained as. Ids without a class in COCO are named `N/A`.
+    """
+
+    name: str
+    source: str
+    licence: str
+    url: str
+    sha256: str
+    megabytes: float
+    box_ap: float
+    mask_ap: float | None
+    architecture: Architecture
+    categories: tuple[Category, ...]
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.url.rpartition("/")[2]
+
+
+def published_names() -> tuple[str, ...]:
+    """The detectors with published weights.
+
+    >>> published_names()[:2]
+    ('faster_rcnn_resnet50_fpn', 'mask_rcnn_resnet50_fpn')
+    """
+    return tuple(_PUBLISHED)
+
+
+def published(name: str) -> Published:
+    """The published weights of a detector.
+
+    Raises a `ValueError` that lists the detectors with published weights if this one has none.
+
+    >>> weights = published("mask_rcnn_resnet50_fpn")
+    >>> weights.file, weights.box_ap, weights.mask_ap
+    ('maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth', 37.9, 34.6)
+    """
+    if name not in _PUBLISHED:
+        raise ValueError(f"There are no published weights for {name!r}; there are for {', '.join(_PUBLISHED)}.")
+    return _PUBLISHED[name]
+
+
+def pretrained(name: str) -> AbstractDetector:
+    """The detector with its published weights, downloaded once to a cache folder and checked.
+
+    The folder is `weights` in `DETECTAX_HOME`, by default `~/.cache/detectax_eqx`. `DETECTAX_MIRRORS` holds URLs of
+    folders, separated by spaces, that are asked first.
+
+    Raises a `ValueError` for a detector without published weights, and a `ConnectionError` that says which file to put
+    where if it cannot be downloaded.
+    """
+    weights = published(name)
+    path = download(weights.url, sha256=weights.sha256)
+    return load_torchvision(weights.architecture.shapes(len(weights.categories)), path)
+
+
+def _torchvision(
+    name: str,
+    file: str,
+    megabytes: float,
+    box_ap: float,
+    mask_ap: float | None = None,
+    *,
+    norm: NormName = "frozen_batch",
+    background: bool = True,
+) -> Published:
+    """From the metadata of torchvision 0.27.1's weights. `background`: whether label 0 is category id 1, or id 0."""
+    first = 1 if background else 0  # torchvision's dense detectors have an output for the background and never use it
+    categories = tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(first, 91))
+    return Published(
+        name=name,
+        source="torchvision",
+        licence="BSD-3-Clause",
+        url=f"https://download.pytorch.org/models/{file}.pth",
+        sha256=file.rpartition("-")[2],
+        megabytes=megabytes,
+        box_ap=box_ap,
+        mask_ap=mask_ap,
+        architecture=Architecture(name, norm),
+        categories=categories,
+    )
+
+
+_PUBLISHED: dict[str, Published] = {
+    weights.name: weights
+    for weights in (
+        _torchvision(
+            "faster_rcnn_resnet50_fpn",
+            "fasterrcnn_resnet50_fpn_coco-258fb6c6",
+            159.743,
+            37.0,
+            norm="frozen_batch_eps0",
+        ),
+        _torchvision(
+            "mask_rcnn_resnet50_fpn",
+            "maskrcnn_resnet50_fpn_coco-bf2d0c1e",
+            169.84,
+            37.9,
+            34.6,
+            norm="frozen_batch_eps0",
+        ),
+        _torchvision(
+            "retinanet_resnet50_fpn",
+            "retinanet_resnet50_fpn_coco-eeacb38b",
+            130.267,
+            36.4,
+            norm="frozen_batch_eps0",
+            background=False,
+        ),
+        _torchvision(
+            "retinanet_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2_coco-5905b1c5", 146.037, 41.5, background=False
+        ),
+        _torchvision("fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7", 123.608, 39.2, background=False),
+    )
+}

@@ -1,0 +1,80 @@
+"""Detectors from the checkpoints of `experiments/train.py`."""
+
+import warnings
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..data import Category
+from ..models import AbstractDetector
+from ..train import Restored, latest_checkpoint, load_checkpoint, load_latest_checkpoint
+from ..weights import earlier_paths, named_leaves, replace_leaves
+from ._about import Canvases, categories_of, preprocessing_of
+from ._architecture import Architecture
+
+
+def run_metadata(
+    architecture: Architecture,
+    model: AbstractDetector,
+    categories: tuple[Category, ...],
+    canvases: Canvases,
+    *,
+    ema: bool,
+) -> dict[str, Any]:
+    """What a checkpoint of a run says beside its state, for `load_run`. `ema`: whether an average is kept."""
+    return {
+        "model": architecture.name,
+        "norm": architecture.norm,
+        "anchor_sizes": architecture.anchor_sizes,
+        "aspect_ratios": architecture.aspect_ratios,
+        "categories": [asdict(category) for category in categories],
+        "preprocessing": asdict(model.preprocessing),
+        "canvases": canvases,
+        "ema": ema,
+    }
+
+
+def load_run(path: Path) -> tuple[AbstractDetector, tuple[Category, ...], Canvases, Architecture]:
+    """Model, categories, canvases and architecture of a run's best detector, or of one checkpoint."""
+    folder = next(filter(latest_checkpoint, (path / "best", path / "last", path)), None)
+    if folder is None:
+        _, metadata = load_checkpoint(path, {}, partial=True)
+    else:
+        metadata = load_latest_checkpoint(folder, {}, partial=True).metadata
+    try:
+        categories = categories_of(metadata)
+        canvases = tuple((height, width) for height, width in metadata["canvases"])
+        preprocessing = preprocessing_of(metadata)
+        part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
+        # Checkpoints from before there was a choice do not say.
+        names = [key for key in ("anchor_sizes", "aspect_ratios") if metadata.get(key) is not None]
+        anchors = {key: tuple(map(float, metadata[key])) for key in names}
+        architecture = Architecture(metadata["model"], metadata["norm"], **anchors)
+        like = replace(architecture.shapes(len(categories)), preprocessing=preprocessing)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
+    load = partial(_newest, folder) if folder else partial(_one, path)
+    if "preprocessing" in metadata:
+        return load({part: like})[part], categories, canvases, architecture
+    paths = {name: f"{part}/{before}" for name, before in earlier_paths(like).items()}
+    leaves = named_leaves(like)
+    saved = load({before: leaves[name] for name, before in paths.items()})
+    model = replace_leaves(like, {name: saved[before] for name, before in paths.items()}, source=str(path))
+    return model, categories, canvases, architecture
+
+
+def _one(path: Path, like: Any) -> Any:
+    return load_checkpoint(path, like, partial=True)[0]
+
+
+def _newest(folder: Path, like: Any) -> Any:
+    restored = load_latest_checkpoint(folder, like, partial=True)
+    warn_of_damage(restored)
+    return restored.tree
+
+
+def warn_of_damage(restored: Restored) -> None:
+    """A warning for each damaged checkpoint in whose place an earlier one was restored."""
+    for error in restored.refused:
+        warnings.warn(f"{error} {restored.path} is used instead.", stacklevel=4)

@@ -1,1 +1,0 @@
-"""This project's side of the benchmark."""

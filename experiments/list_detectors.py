@@ -1,0 +1,27 @@
+"""Lists the detectors by name, and the published weights that there are for them.
+
+    python experiments/list_detectors.py
+
+A detector with published weights needs no file: `predict.py --model NAME street.jpg` downloads them once.
+"""
+
+import tyro
+
+from detectax_eqx import zoo
+
+
+def main() -> None:
+    """Prints a line per detector."""
+    print(f"{'detector':<28}{'box AP':>8}{'mask AP':>9}{'MB':>6}  published by")
+    for name in zoo.names():
+        if name not in zoo.published_names():
+            print(name)
+            continue
+        weights = zoo.published(name)
+        mask_ap = "" if weights.mask_ap is None else f"{weights.mask_ap:.1f}"
+        source = f"{weights.source} ({weights.licence}), {weights.file}"
+        print(f"{name:<28}{weights.box_ap:>8.1f}{mask_ap:>9}{weights.megabytes:>6.0f}  {source}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,0 +1,29 @@
+"""The table of published weights beside torchvision's own metadata."""
+
+import pytest
+
+
+torchvision = pytest.importorskip("torchvision")
+
+import torchvision.models.detection as detection  # pyright: ignore[reportMissingImports]
+
+from detectax_eqx import zoo
+
+
+def theirs():
+    for name in dir(detection):
+        if name.endswith("_Weights"):
+            yield from getattr(detection, name)
+
+
+@pytest.mark.parametrize("name", zoo.published_names())
+def test_files_figures_and_classes(name):
+    ours = zoo.published(name)
+    (weights,) = (one for one in theirs() if one.url == ours.url)
+    metrics = weights.meta["_metrics"]["COCO-val2017"]
+    assert (ours.box_ap, ours.mask_ap) == (metrics["box_map"], metrics.get("mask_map"))
+    assert ours.megabytes == weights.meta["_file_size"]
+    names = weights.meta["categories"]
+    for category in ours.categories:
+        assert category.name == names[category.id].replace("__background__", "N/A")
+    assert ours.categories[-1].id == len(names) - 1
