@@ -16,15 +16,15 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
-	@echo "make test-all     run the long ones too, and write the table of faults in BENCHMARKS.md"
+	@echo "make test-all     run the long ones too, and write the table of faults in docs/benchmarks/reliability.md"
 	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       fix style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
 	@echo "make exports      run the tests of exports with the extras onnx and edge, in environments of their own"
-	@echo "make bench        measure beside torchvision, if make parity was run, and write the tables of BENCHMARKS.md"
+	@echo "make bench        measure beside torchvision, if make parity was run, and write the pages of benchmarks"
 	@echo "make bench-quick  the same at small sizes, in two minutes"
-	@echo "make bench-check  fail if a ratio to torchvision fell by over 20 % from what BENCHMARKS.md says"
+	@echo "make bench-check  fail if a ratio to torchvision fell by over 20 % from the committed one"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,8 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 test-all: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m "long or not long" --tally=BENCHMARKS.md
+	$(VENV)/bin/python -m pytest -m "long or not long" --tally=docs/benchmarks/reliability.md
+	$(VENV)/bin/python experiments/benchmark.py --render
 
 notebooks: $(VENV)/.installed
 	$(VENV)/bin/python experiments/run_notebooks.py

@@ -1,5 +1,7 @@
-"""The benchmark: its tables in a file, its verdicts, its workers, and what it does where the sides disagree."""
+"""The benchmark: its measurements and pages, its verdicts, its workers, and what it does where the sides disagree."""
 
+import json
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -8,21 +10,25 @@ import numpy as np
 import pytest
 
 
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "experiments"))
 benchmark = import_module("benchmark")
-agreement, bench, check, process, tables, targets = (
-    import_module(f"_benchmark.{name}") for name in ("agreement", "bench", "check", "process", "tables", "targets")
+agreement, bench, pages, tables = (
+    import_module(f"_benchmark.{name}") for name in ("agreement", "bench", "pages", "tables")
 )
 
 CPU, GPU = "2 CPU cores (Test)", "1 × Test GPU"
-HEADER = ("operator", "ratio", "run")
+PAGES = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 
 
 @pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "BENCHMARKS.md"
+def folder(tmp_path):
+    """A folder for measurements, with a page of operators and runs."""
+    path = tmp_path / "docs" / "benchmarks"
+    path.mkdir(parents=True)
     names = ("targets", "ops", "size", "runs")
-    path.write_text("# Title\n\n" + "\n".join(f"## {n}\n\n<!-- {n} -->\n<!-- /{n} -->\n\nAfter {n}.\n" for n in names))
+    text = "\n".join(f"## {n}\n\n<!-- {n} -->\n<!-- /{n} -->\n\nAfter {n}.\n" for n in names)
+    (path / "ops.md").write_text("# Title\n\n" + text)
     return path
 
 
@@ -30,148 +36,216 @@ def run_on(hardware, commit="abc"):
     return tables.Run(hardware, "jax 1", commit, "2026-01-01", "`make bench`")
 
 
-def put(file, run, rows, keys=None):
-    name = tables.register(file, run)
-    keys = [row[:1] for row in rows] if keys is None else keys
-    tables.merge(file, "ops", HEADER, [(*row, name) for row in rows], keys=keys)
+def put(folder, run, ratios, keys=None):
+    """Adds rows of operators, each after the measurements were read again."""
+    keys = [(name,) for name in ratios] if keys is None else keys
+    for name, ratio in ratios.items():
+        tables.Measurements(folder).add("ops", {"operator": name, "ratio": ratio}, run, keys=keys)
 
 
-def test_a_run_replaces_its_own_rows_and_leaves_those_of_other_hardware(file):
-    put(file, run_on(CPU), [("nms", "1.00×"), ("paste", "2.00×")])
-    put(file, run_on(GPU), [("nms", "9.00×")])
-    put(file, run_on(CPU, commit="def"), [("nms", "3.00×")])
-    assert tables.read_table(file, "ops") == (HEADER, [("nms", "9.00×", "2"), ("nms", "3.00×", "3")])
+def kept(folder):
+    return [(row["operator"], row["ratio"], row["run"]) for row in tables.Measurements(folder).of("ops")]
+
+
+def test_a_run_replaces_its_own_rows_and_leaves_those_of_other_hardware(folder):
+    put(folder, run_on(CPU), {"nms": 1.0, "paste": 2.0})
+    put(folder, run_on(GPU), {"nms": 9.0})
+    put(folder, run_on(CPU, commit="def"), {"nms": 3.0})
+    assert kept(folder) == [("nms", 9.0, 2), ("nms", 3.0, 3)]
     # The first run has no rows left; the text around the tables is as it was.
-    header, runs = tables.read_table(file, "runs")
+    pages.render(folder)
+    header, runs = tables.read_table(folder / "ops.md", "runs")
     assert header == ("run", "hardware", "versions", "commit", "date", "command")
     assert [(row[0], row[1], row[3]) for row in runs] == [("2", GPU, "abc"), ("3", CPU, "def")]
-    assert "After ops.\n\n## size" in file.read_text() and file.read_text().endswith("After runs.\n")
-    assert list(file.parent.iterdir()) == [file]
+    text = (folder / "ops.md").read_text()
+    assert "After ops.\n\n## size" in text and text.endswith("After runs.\n")
+    assert sorted(file.name for file in folder.iterdir()) == ["measurements.jsonl", "ops.md", "runs.jsonl"]
 
 
-def test_rows_that_were_not_measured_stay_with_their_run(file):
-    put(file, run_on(CPU), [("nms", "1.00×"), ("paste", "2.00×"), ("renamed since", "1.00×")])
-    put(file, run_on(CPU, commit="def"), [("nms", "3.00×")], keys=[("nms",), ("paste",)])
-    assert tables.read_table(file, "ops")[1] == [("nms", "3.00×", "2"), ("paste", "2.00×", "1")]
-    assert [row[0] for row in tables.read_table(file, "runs")[1]] == ["1", "2"]
+def test_rows_that_were_not_measured_stay_with_their_run(folder):
+    put(folder, run_on(CPU), {"nms": 1.0, "paste": 2.0, "renamed since": 1.0})
+    put(folder, run_on(CPU, commit="def"), {"nms": 3.0}, keys=[("nms",), ("paste",)])
+    assert kept(folder) == [("nms", 3.0, 2), ("paste", 2.0, 1)]
+    assert list(tables.Measurements(folder).runs) == [1, 2]
 
 
-def test_the_same_run_is_entered_once_and_columns_may_change(file):
-    put(file, run_on(GPU), [("nms", "1.00×")])
-    assert tables.register(file, run_on(GPU)) == "1"
-    name = tables.register(file, run_on(CPU))
-    tables.merge(file, "ops", ("operator", "ms", "run"), [("a|b", "5", name)], keys=[("a|b",)])
-    assert tables.read_table(file, "ops")[1] == [("nms", "", "1"), ("a|b", "5", "2")]
+def test_the_same_run_is_entered_once_and_columns_may_change(folder):
+    put(folder, run_on(GPU), {"nms": 1.0})
+    put(folder, run_on(GPU), {"nms": 2.0})
+    assert list(tables.Measurements(folder).runs) == [1]
+    tables.Measurements(folder).add("ops", {"operator": "a|b", "ours ms": 5}, run_on(CPU), keys=[("a|b",)])
+    pages.render(folder)
+    header, rows = tables.read_table(folder / "ops.md", "ops")
+    assert header == ("operator", "ours ms", "torchvision ms", "ratio", "spread", "run")
+    assert rows == [("nms", "", "", "2.00×", "", "1"), ("a|b", "5.00", "", "", "", "2")]
 
 
-def test_missing_markers_are_told_by_file_and_name(file):
-    with pytest.raises(tables.MarkerError, match=r"BENCHMARKS\.md lacks the markers <!-- data -->"):
-        tables.read_table(file, "data")
-
-
-def test_targets_are_read_off_the_tables(file):
-    header = ("operator", "ours ms", "ratio", "run")
-    name = tables.register(file, run_on(CPU))
-    rows = [
-        ("nms, 1,000 boxes, spread", "1", "7.00×", name),
-        ("nms, 10,000 boxes, spread", "1", "4.49×", name),
-        ("mask paste, 100 onto 800×1216", "1", bench.NO_PEER, name),
+def test_cells_are_formatted_by_their_column():
+    ratio = {"ours s": 0.01234, "torchvision s": 1234.5, "ratio": None, "spread": None, "ours images/s": None}
+    row = {"model": "m", "images": "1 × 2×3", "precision": "float32", **ratio, "run": 3}
+    assert list(pages.cells("inference", row).values()) == [
+        *("m", "1 × 2×3", "float32", "0.0123", "1,234.50", bench.NO_PEER, "", "—", "", "3")
     ]
-    tables.merge(file, "ops", header, rows, keys=[row[:1] for row in rows])
-    for other in ("inference", "training", "data", "compile", "export"):
-        file.write_text(file.read_text() + f"<!-- {other} -->\n<!-- /{other} -->\n")
-    targets.write_targets(file, CPU, on_host=True)
-    assert tables.read_table(file, "targets")[1] == [
+    assert pages.shown("refused by this version", "ratio") == "refused by this version"
+    assert pages.shown([1.234, 5.678], "spread") == "1.23–5.68"
+
+
+def test_missing_markers_are_reported_by_file_and_name(folder):
+    with pytest.raises(tables.MarkerError, match=r"ops\.md lacks the markers <!-- data -->"):
+        tables.read_table(folder / "ops.md", "data")
+
+
+def test_targets_are_read_off_the_tables(folder):
+    ratios = {
+        "nms, 1,000 boxes, spread": 7.0,
+        "nms, 10,000 boxes, spread": 4.49,
+        "mask paste, 100 onto 800×1216": None,  # no peer
+    }
+    put(folder, run_on(CPU), ratios)
+    pages.render(folder)
+    assert tables.read_table(folder / "ops.md", "targets")[1] == [
         ("nms, 1,000 boxes, spread", "≥ 7×", "7.00×", "yes", "1"),
         ("nms, 10,000 boxes, spread", "≥ 4.5×", "4.49×", "no", "1"),
     ]
 
 
-@pytest.mark.parametrize(("platform", "wanted"), [("cpu", targets.CPU_TARGETS), ("gpu", targets.GPU_TARGETS)])
-def test_every_target_names_a_row_that_is_measured(tmp_path, platform, wanted):
-    device = bench.Bench(quick=False, peer_python=None, folder=tmp_path)
-    device.abouts = [{"platform": platform}]
-    assert len({target.work for target in wanted}) == len(wanted)
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request, tmp_path):
+    sides = bench.Bench(quick=False, peer_python=None, folder=tmp_path)
+    sides.abouts = [{"platform": request.param}]
+    return sides
+
+
+def test_every_target_names_a_row_that_is_measured(device):
+    wanted = pages.TARGETS[device.abouts[0]["platform"]]
+    assert len({target["work"] for target in wanted}) == len(wanted)
     for target in wanted:
-        table = benchmark.TABLES[target.table]
-        assert target.column in table.columns
-        assert [row for row in table.rows(device) if row.key[: len(target.key)] == target.key], target.work
+        key = tuple(target["key"])
+        assert target["column"] in tables.TABLES[target["table"]].columns
+        rows = benchmark.rows_of(device, target["table"])
+        assert [row for row in rows if row[: len(key)] == key], target["work"]
 
 
-def table_of(*rows):
-    return bench.Table("ops", ("operator",), ("ratio",), lambda _: list(rows))
+def test_every_table_has_a_description_and_rows_with_its_keys(device):
+    for name in benchmark.NAMES:
+        keys = tables.TABLES[name].keys
+        assert all(len(row) == len(keys) for row in benchmark.rows_of(device, name)) and keys
+        device.quick = True
+        assert benchmark.rows_of(device, name)
+        device.quick = False
+
+
+def test_every_row_of_a_view_is_measured_on_some_device(tmp_path):
+    measured = set()
+    for platform in ("cpu", "gpu"):
+        sides = bench.Bench(quick=False, peer_python=None, folder=tmp_path)
+        sides.abouts = [{"platform": platform}]
+        measured |= {(name, key) for name in benchmark.NAMES for key in benchmark.rows_of(sides, name)}
+    for view in pages.VIEWS.values():
+        for label, table, key, _ in view.get("rows", ()):
+            assert (table, tuple(key)) in measured, label
+
+
+def test_the_committed_pages_are_rendered_from_the_committed_measurements(tmp_path):
+    shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "docs" / "benchmarks")
+    shutil.copy(ROOT / "BENCHMARKS.md", tmp_path)
+    for page in [tmp_path / "BENCHMARKS.md", *(tmp_path / "docs" / "benchmarks").glob("*.md")]:
+        if page.name != "reliability.md":  # tests write that one
+            lines = page.read_text().splitlines(keepends=True)
+            marked = [i for i, line in enumerate(lines) if line.startswith("<!-- /")]
+            begins = {i: next(k for k in range(i, -1, -1) if lines[k] == lines[i].replace("/", "", 1)) for i in marked}
+            dropped = {k for end, begin in begins.items() for k in range(begin + 1, end)}
+            page.write_text("".join(line for i, line in enumerate(lines) if i not in dropped))
+    pages.render(tmp_path / "docs" / "benchmarks")
+    for page in [ROOT / "BENCHMARKS.md", *PAGES]:
+        assert (tmp_path / page.relative_to(ROOT)).read_bytes() == page.read_bytes(), page.name
+    rows = json.loads("[" + ",".join((ROOT / "docs/benchmarks/measurements.jsonl").read_text().splitlines()) + "]")
+    text = "".join(page.read_text() for page in PAGES)
+    assert all(
+        pages.markdown([], [list(pages.cells(row["table"], row).values())]).splitlines()[-1] in text for row in rows
+    )
+
+
+def test_the_summary_and_the_harness_stay_small():
+    assert len((ROOT / "BENCHMARKS.md").read_bytes()) <= 15_000
+    harness = [ROOT / "experiments" / "benchmark.py", *(ROOT / "experiments" / "_benchmark").rglob("*.py")]
+    assert sum(len(file.read_text().splitlines()) for file in harness) < 1500
 
 
 def row_of(name, *ratios):
-    """A row that measures one ratio after the other."""
+    """A row of operators that measures one ratio after the other."""
     left = list(ratios)
-    return bench.Row((name,), lambda: (f"{left.pop(0):.2f}×",))
+    return {(name,): lambda: (1.0, 1.0, left.pop(0), None)}
 
 
-def judged(file, *rows):
-    options = benchmark.Options(file=file, check=True)
-    sides = bench.Bench(quick=False, peer_python=Path("python"), folder=file.parent)
-    benchmark.check(options, sides, [table_of(*rows)], CPU)
+def judged(folder, *rows):
+    options = benchmark.Options(folder=folder, check=True)
+    sides = bench.Bench(quick=False, peer_python=Path("python"), folder=folder)
+    benchmark.check(options, sides, {"ops": {key: row[key] for row in rows for key in row}}, CPU)
 
 
-def test_check_tolerates_a_fifth(file, capsys):
-    put(file, run_on(CPU), [("a", "1.00×"), ("b", "2.00×")])
-    put(file, run_on(GPU), [("c", "50.00×")])
-    judged(file, row_of("a", 0.81), row_of("b", 1.62), row_of("c", 0.1))
-    judged(file, row_of("a", 0.79, 0.81), row_of("b", 9.0))  # once slow is not twice slow
+def test_check_tolerates_a_fifth(folder, capsys):
+    put(folder, run_on(CPU), {"a": 1.0, "b": 2.0})
+    put(folder, run_on(GPU), {"c": 50.0})
+    judged(folder, row_of("a", 0.81), row_of("b", 1.62), row_of("c", 0.1))
+    judged(folder, row_of("a", 0.79, 0.81), row_of("b", 9.0))  # once slow is not twice slow
     assert "regressed" not in capsys.readouterr().out
     with pytest.raises(SystemExit) as failed:
-        judged(file, row_of("a", 0.9), row_of("b", 1.58, 1.57))
+        judged(folder, row_of("a", 0.9), row_of("b", 1.58, 1.57))
     assert failed.value.code == 1
     assert "regressed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no ratios of"):
-        judged(file, row_of("new", 1.0))
+        judged(folder, row_of("new", 1.0))
 
 
-def test_a_disagreement_is_reported_and_its_row_not_written(file):
-    put(file, run_on(CPU), [("old", "1.00×"), ("renamed", "1.00×")])
+def test_a_disagreement_is_reported_and_its_row_not_written(folder):
+    put(folder, run_on(CPU), {"old": 1.0, "renamed": 1.0})
 
     def disagree():
         agreement.require_close({"x": np.ones(3)}, {"x": np.array([1, 1, 1.1])}, atol=1e-3)
-        return ("1.00×",)
+        return 1.0, 1.0, 1.0, None
 
-    table = table_of(row_of("good", 2.0), bench.Row(("old",), disagree))
-    sides = bench.Bench(quick=False, peer_python=None, folder=file.parent)
-    failures = benchmark.measure(benchmark.Options(file=file), sides, table, run_on(CPU, commit="def"))
+    sides = bench.Bench(quick=False, peer_python=None, folder=folder)
+    rows = row_of("good", 2.0) | {("old",): disagree}
+    failures = benchmark.measure(benchmark.Options(folder=folder), sides, "ops", rows, run_on(CPU, commit="def"))
     assert len(failures) == 1 and "old: x: differs from torchvision's by 0.091" in failures[0]
-    assert tables.read_table(file, "ops")[1] == [("good", "2.00×", "2"), ("old", "1.00×", "1")]
+    assert kept(folder) == [("good", 2.0, 2), ("old", 1.0, 1)]
+    rendered = tables.read_table(folder / "ops.md", "ops")[1]
+    assert [row[:4] for row in rendered] == [("good", "1.00", "1.00", "2.00×"), ("old", "", "", "1.00×")]
 
 
 def detections(**changes):
+    """The detections in a batch of one image."""
     arrays = {
-        "boxes": np.array([[[0, 0, 10, 10], [5, 5, 30, 20], [0, 0, 0, 0]]], np.float32),
-        "scores": np.array([[0.9, 0.8, 0]], np.float32),
-        "labels": np.array([[3, 4, 0]], np.int32),
-        "valid": np.array([[True, True, False]]),
-        "masks": np.array([[[[255]], [[128]], [[0]]]], np.uint8),
+        "boxes": np.array([[0, 0, 10, 10], [5, 5, 30, 20]], np.float32),
+        "scores": np.array([0.9, 0.8], np.float32),
+        "labels": np.array([3, 4], np.int32),
+        "masks": np.array([[[255]], [[128]]], np.uint8),
     }
-    return {**arrays, **changes}
+    return [{**arrays, **changes}]
 
 
 def test_detections_agree_in_any_order_and_to_the_tolerances():
     theirs = detections()
-    rows = [1, 0, 2]
-    swapped = {name: array[:, rows] for name, array in detections(boxes=theirs["boxes"] + 0.02).items()}
+    boxes = theirs[0]["boxes"]
+    swapped = [{name: array[[1, 0]] for name, array in detections(boxes=boxes + 0.02)[0].items()}]
     agreed = agreement.compare_detections(swapped, theirs)
     assert agreed.detections == 2 and agreed.mask_iou == 1.0
     assert agreed.box == pytest.approx(0.02, abs=1e-5)
     wrong = {
-        "another label": detections(labels=np.array([[3, 5, 0]], np.int32)),
-        "boxes differ": detections(boxes=theirs["boxes"] + 0.1),
-        "scores by 0.0002": detections(scores=theirs["scores"] + np.float32(2e-4)),
-        "least mask IoU 0.5": detections(masks=np.array([[[[255]], [[192]], [[0]]]], np.uint8)),
-        "1 detections, torchvision's 2": detections(valid=np.array([[True, False, False]])),
+        "another label": detections(labels=np.array([3, 5], np.int32)),
+        "boxes differ": detections(boxes=boxes + 0.1),
+        "boxes differ by nan": detections(boxes=boxes * np.float32("nan")),
+        "scores by 0.0002": detections(scores=theirs[0]["scores"] + np.float32(2e-4)),
+        "least mask IoU 0.5": detections(masks=np.array([[[255]], [[192]]], np.uint8)),
+        "1 detections, torchvision's 2": [{name: array[:1] for name, array in theirs[0].items()}],
     }
     for message, ours in wrong.items():
         with pytest.raises(agreement.Disagreement, match=message):
             agreement.compare_detections(ours, theirs)
+    none = [{name: array[:0] for name, array in theirs[0].items()}]
     with pytest.raises(agreement.Disagreement, match="neither"):
-        agreement.compare_detections(*[detections(valid=np.zeros((1, 3), bool))] * 2)
+        agreement.compare_detections(none, none)
 
 
 def test_losses_agree_on_average():
@@ -192,7 +266,7 @@ def test_losses_agree_on_average():
 def worker():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)
-        with process.Worker(sys.executable, "_benchmark.ours") as started:
+        with bench.Worker(sys.executable, "_cases.ours") as started:
             yield started
 
 
@@ -205,30 +279,31 @@ def test_a_worker_builds_runs_and_times_a_case(worker):
     np.testing.assert_allclose(worker.result()["iou"], [[1, 1 / 3]], rtol=1e-6)
     assert 0 < worker.time(3) < 1
     assert worker.memory() >= 0
-    compared = process.side_by_side(worker, worker, budget=0.1)
-    assert len(compared.ratios) >= 5 and compared.ratio > 0
+    compared = bench.side_by_side(worker, worker, budget=0.1)
+    assert len(compared.ratios) >= 5 and compared.cells[0] > 0
 
 
-def test_a_worker_tells_what_failed_and_goes_on(worker):
+def test_a_worker_reports_what_failed_and_goes_on(worker):
     boxes = np.zeros((2, 4), np.float32)
-    with pytest.raises(process.WorkerError, match="iou_threshold must lie between 0 and 1, got 2"):
+    with pytest.raises(bench.WorkerError, match="iou_threshold must lie between 0 and 1, got 2"):
         worker.build("nms", {"boxes": boxes, "scores": boxes[:, 0]}, iou_threshold=2.0)
         worker.result()
     assert worker.about()
-    absent = process.Worker(sys.executable, "_benchmark.absent")
-    with absent, pytest.raises(process.WorkerError, match="ended with status 1"):
+    absent = bench.Worker(sys.executable, "_cases.absent")
+    with absent, pytest.raises(bench.WorkerError, match="ended with status 1"):
         absent.about()
 
 
-def test_without_a_peer_ours_is_measured_and_the_ratio_says_what_fills_it(file, monkeypatch):
+def test_without_a_peer_ours_is_measured_and_the_ratio_says_what_fills_it(folder, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    sides = bench.Bench(quick=True, peer_python=None, folder=file.parent)
-    options = benchmark.Options(quick=True, only="decode", file=file)
+    sides = bench.Bench(quick=True, peer_python=None, folder=folder)
+    options = benchmark.Options(quick=True, only="decode", folder=folder)
     try:
-        assert benchmark.measure(options, sides, benchmark.TABLES["ops"], benchmark.describe(sides)) == []
+        rows, run = benchmark.rows_of(sides, "ops"), benchmark.describe(sides)
+        assert benchmark.measure(options, sides, "ops", rows, run) == []
     finally:
         sides.release()
-    header, rows = tables.read_table(file, "ops")
+    header, rows = tables.read_table(folder / "ops.md", "ops")
     row = dict(zip(header, *rows, strict=True))
     assert float(row["ours ms"]) > 0 and row["ratio"] == bench.NO_PEER
-    assert tables.read_table(file, "runs")[1][0][1].endswith(", quick")
+    assert tables.read_table(folder / "ops.md", "runs")[1][0][1].endswith(", quick")

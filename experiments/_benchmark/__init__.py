@@ -1,6 +1,6 @@
-"""What `benchmark.py` is made of.
+"""The harness of `benchmark.py`.
 
-`ours` and `theirs` are programs that the benchmark starts as processes of their own, each in its own interpreter: the
-same cases, here and in torchvision. `worker` is their end of the conversation and `process` the benchmark's. `rows_*`
-say what is measured, `tables` writes it.
+`bench` starts a process for each side (`worker` is that process's end; its cases are in `_cases`), `agreement` compares
+their results, and times them in turn. `rows_*` list the measured rows, `inputs` draws what they work on. `tables`
+keeps measurements as JSON lines, and `pages` renders them.
 """

@@ -1,48 +1,41 @@
-"""Whether both sides found the same: nothing is timed before."""
+"""Whether both sides computed the same: nothing is timed before that."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from .worker import Arrays
 
-Arrays = Mapping[str, np.ndarray]
-# What `make parity` asks of detectors.
-MAX_BOX_DIFFERENCE = 0.05  # pixels
-MAX_SCORE_DIFFERENCE = 1e-4
-MIN_MASK_IOU = 0.99
+
+# The tolerances of `make parity` for detectors, boxes in pixels.
+MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, MIN_MASK_IOU = 0.05, 1e-4, 0.99
 
 
 class Disagreement(RuntimeError):
-    """The two sides gave different results, so their times do not compare."""
+    """The two sides computed different results, so their times do not compare."""
 
 
-def require_close(ours: Arrays, theirs: Arrays, *, atol: float = 1e-4) -> None:
-    """Raises a `Disagreement` unless the arrays are equal to `atol`, relative to the largest value beyond 1."""
+def require_close(ours: Arrays, theirs: Arrays, *, atol: float = 1e-4, in_norm: bool = False) -> None:
+    """Raises a `Disagreement` unless the arrays are equal to `atol`, relative to the largest value beyond 1.
+
+    - `in_norm`: each array may differ by `atol` of its norm instead: for gradients of whole nets.
+    """
     if ours.keys() != theirs.keys():
-        raise Disagreement(f"ours gave {sorted(ours)}, torchvision {sorted(theirs)}")
+        raise Disagreement(f"ours has {sorted(ours)}, torchvision {sorted(theirs)}")
     for name, expected in theirs.items():
         if ours[name].shape != expected.shape:
             raise Disagreement(f"{name}: shape {ours[name].shape}, torchvision's {expected.shape}")
-        if expected.size == 0:
-            continue
         a, b = ours[name].astype(np.float64), expected.astype(np.float64)
-        worst = np.abs(a - b).max() / max(1.0, np.abs(b).max())
+        worst = np.abs(a - b).max(initial=0) / np.abs(b).max(initial=1)
+        if in_norm:
+            worst = np.linalg.norm(a - b) / np.linalg.norm(b)
         if not worst <= atol:  # NaN disagrees
             raise Disagreement(f"{name}: differs from torchvision's by {worst:.2g}, more than {atol:g}")
 
 
-def require_close_in_norm(ours: Arrays, theirs: Arrays, *, rtol: float = 5e-3) -> None:
-    """Raises a `Disagreement` unless each array differs by at most `rtol` of its norm: for gradients of whole nets."""
-    for name, expected in theirs.items():
-        worst = np.linalg.norm(ours[name] - expected) / np.linalg.norm(expected)
-        if not worst <= rtol:
-            raise Disagreement(f"{name}: differs from torchvision's by {worst:.2g} of its norm, more than {rtol:g}")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How closely detections agreed: their number, and the worst differences among them."""
+class Agreement(NamedTuple):
+    """How closely detections agree: their number, and the worst differences among them."""
 
     detections: int
     box: float
@@ -50,36 +43,34 @@ class Agreement:
     mask_iou: float | None
 
 
-def compare_detections(ours: Arrays, theirs: Arrays) -> Agreement:
-    """Pairs the detections of a batch of images; raises a `Disagreement` unless they are the same.
+def compare_detections(ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> Agreement:
+    """Pairs the detections in each image; raises a `Disagreement` unless they are the same.
 
-    Arrays have a leading batch axis and a `valid` mask; `masks` are bits of masks on their image.
+    `masks` are bits of masks on their image.
     """
-    total, boxes, scores, ious = 0, [0.0], [0.0], [1.0]
-    for image in range(len(theirs["valid"])):
-        a, b = (_valid(side, image) for side in (ours, theirs))
+    total, box, score, ious = 0, 0.0, 0.0, [1.0]
+    for image, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if len(a["scores"]) != len(b["scores"]):
             raise Disagreement(f"image {image}: {len(a['scores'])} detections, torchvision's {len(b['scores'])}")
         order = _order(a, b)
-        b = {name: array[order] for name, array in b.items()}
-        wrong = int((a["labels"] != b["labels"]).sum())
-        total += len(order)
-        boxes.append(np.abs(a["boxes"] - b["boxes"]).max(initial=0))
-        scores.append(np.abs(a["scores"] - b["scores"]).max(initial=0))
+        wrong, total = int((a["labels"] != b["labels"][order]).sum()), total + len(order)
+        box = float(np.maximum(box, np.abs(a["boxes"] - b["boxes"][order]).max(initial=0)))
+        score = float(np.maximum(score, np.abs(a["scores"] - b["scores"][order]).max(initial=0)))
         if "masks" in b:
-            ious += [_mask_iou(x, y) for x, y in zip(a["masks"], b["masks"], strict=True)]
-        if wrong or boxes[-1] > MAX_BOX_DIFFERENCE or scores[-1] > MAX_SCORE_DIFFERENCE or min(ious) < MIN_MASK_IOU:
+            ious += [_mask_iou(x, y) for x, y in zip(a["masks"], b["masks"][order], strict=True)]
+        close = box <= MAX_BOX_DIFFERENCE and score <= MAX_SCORE_DIFFERENCE and min(ious) >= MIN_MASK_IOU
+        if wrong or not close:
             raise Disagreement(
                 f"image {image}: {wrong} of {len(order)} detections have another label, boxes differ by "
-                f"{boxes[-1]:.2g} px, scores by {scores[-1]:.2g}, least mask IoU {min(ious):.4f}"
+                f"{box:.2g} px, scores by {score:.2g}, least mask IoU {min(ious):.4f}"
             )
     if total == 0:
         raise Disagreement("neither side detected anything: the comparison shows nothing")
-    return Agreement(total, float(max(boxes)), float(max(scores)), min(ious) if "masks" in theirs else None)
+    return Agreement(total, box, score, min(ious) if "masks" in theirs[0] else None)
 
 
 def compare_losses(ours: Sequence[Arrays], theirs: Sequence[Arrays], *, rtol: float) -> None:
-    """Raises a `Disagreement` unless every loss is the other's on average over some steps, at least two a side.
+    """Raises a `Disagreement` unless every loss equals the other side's on average over at least two steps.
 
     Each side samples anchors and proposals at random: averages may differ by four standard errors, and by `rtol`.
     """
@@ -94,13 +85,8 @@ def compare_losses(ours: Sequence[Arrays], theirs: Sequence[Arrays], *, rtol: fl
             )
 
 
-def _valid(arrays: Arrays, image: int) -> dict[str, np.ndarray]:
-    rows = arrays["valid"][image]
-    return {name: array[image][rows] for name, array in arrays.items() if name != "valid"}
-
-
 def _order(a: Arrays, b: Arrays) -> list[int]:
-    """Which of `b` is each of `a`: two whose scores differ by rounding may have changed places."""
+    """The row of `b` for each row of `a`: two whose scores differ by rounding may have changed places."""
     free, order = set(range(len(b["scores"]))), []
     for box, label in zip(a["boxes"], a["labels"], strict=True):
         distances = np.abs(b["boxes"] - box).max(axis=1) + 1e6 * (b["labels"] != label)

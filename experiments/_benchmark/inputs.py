@@ -1,25 +1,21 @@
-"""What both sides get: boxes, scores, maps, masks and pictures, drawn from a seed."""
+"""The inputs of both sides: boxes, scores, maps, masks and pictures, drawn from a seed."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-# The image that operators work on: a COCO picture of 640×427 at its usual short side of 800, on a canvas.
-IMAGE_SIZE = (800, 1216)
+IMAGE_SIZE = (800, 1216)  # of operators: a COCO picture of 640×427 at its usual short side of 800, on a canvas
 STRIDES = (4, 8, 16, 32)
 NUM_CLASSES = 90  # torchvision's COCO detectors have 91 outputs, background included
+Rng = np.random.Generator
 
 
-def random_boxes(
-    rng: np.random.Generator,
-    n: int,
-    *,
-    image_size: tuple[int, int] = IMAGE_SIZE,
-    sides: tuple[float, float] = (16.0, 400.0),
-) -> np.ndarray:
+def random_boxes(rng: Rng, n: int, *, image_size=IMAGE_SIZE, sides=(16.0, 400.0)) -> np.ndarray:
     """Boxes within an image, sides log-uniform."""
     height, width = image_size
     size = np.exp(rng.uniform(np.log(sides[0]), np.log(np.minimum(sides[1], [width, height])), (n, 2)))
@@ -27,40 +23,54 @@ def random_boxes(
     return np.concatenate([corner, corner + size], axis=1).astype(np.float32)
 
 
-def clustered_boxes(rng: np.random.Generator, n: int, *, objects: int, image_size=IMAGE_SIZE) -> np.ndarray:
-    """Boxes around objects, as proposals and detections are before suppression."""
+def clustered_boxes(rng: Rng, n: int, *, objects: int, image_size=IMAGE_SIZE) -> np.ndarray:
+    """Boxes around objects, like proposals and detections before suppression."""
     centres = random_boxes(rng, objects, image_size=image_size)[rng.integers(0, objects, n)]
-    sides = np.tile(centres[:, 2:] - centres[:, :2], 2)
-    boxes = centres + rng.normal(0, 0.15, (n, 4)) * sides
+    boxes = centres + rng.normal(0, 0.15, (n, 4)) * np.tile(centres[:, 2:] - centres[:, :2], 2)
     boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
     return np.clip(boxes, 0, [image_size[1], image_size[0]] * 2).astype(np.float32)
 
 
-def distinct_scores(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Scores 0..1 without ties, whose order would be anybody's choice."""
-    return ((rng.permutation(n) + 0.5) / n).astype(np.float32)
+def scored(rng: Rng, boxes: np.ndarray) -> dict[str, np.ndarray]:
+    """Boxes with scores 0..1 that have no ties, whose order would be arbitrary."""
+    return {"boxes": boxes, "scores": ((rng.permutation(len(boxes)) + 0.5) / len(boxes)).astype(np.float32)}
 
 
-def class_scores(rng: np.random.Generator, proposals: int, classes: int) -> np.ndarray:
-    """Softmax scores `(proposals, classes)` of a trained head: one to three classes above .05 for half the proposals,
+def class_boxes(rng: Rng, proposals: int) -> dict[str, np.ndarray]:
+    """Boxes and softmax scores by class of a trained head: one to three classes above .05 for half the proposals,
     the rest background."""
-    logits = rng.normal(0, 1, (proposals, classes + 1))
+    boxes = clustered_boxes(rng, proposals, objects=40)[:, None] + rng.normal(0, 3, (proposals, NUM_CLASSES, 4))
+    logits = rng.normal(0, 1, (proposals, NUM_CLASSES + 1))
     logits[:, 0] += 4
     objects = rng.random(proposals) < 0.5
     for rank in range(3):
-        likely = rng.integers(1, classes + 1, proposals)
+        likely = rng.integers(1, NUM_CLASSES + 1, proposals)
         logits[np.arange(proposals), likely] += objects * rng.uniform(5 - 1.5 * rank, 9 - 1.5 * rank, proposals)
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (scores / scores.sum(axis=1, keepdims=True))[:, 1:].astype(np.float32)
+    scores = (scores / scores.sum(axis=1, keepdims=True))[:, 1:]
+    return {"boxes": boxes.astype(np.float32), "scores": scores.astype(np.float32)}
 
 
-def pyramid(rng: np.random.Generator, channels: int, *, image_size=IMAGE_SIZE, strides=STRIDES) -> list[np.ndarray]:
+def objects_and_anchors(rng: Rng, anchors: int) -> dict[str, np.ndarray]:
+    """100 boxes of objects, and those of anchors."""
+    return {"boxes": random_boxes(rng, 100), "anchors": random_boxes(rng, anchors, sides=(32, 512))}
+
+
+def overlaps(boxes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+    """Their IoU `(objects, anchors)`."""
+    a, b = boxes.T[:, :, None], anchors.T[:, None, :]
+    overlap = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod(axis=0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return (overlap / (areas[0] + areas[1] - overlap)).astype(np.float32)
+
+
+def pyramid(rng: Rng, channels: int) -> list[np.ndarray]:
     """Feature maps `(c, h, w)` of the levels that boxes are pooled from."""
-    height, width = image_size
-    return [rng.standard_normal((channels, height // s, width // s), np.float32) for s in strides]
+    height, width = IMAGE_SIZE
+    return [rng.standard_normal((channels, height // s, width // s), np.float32) for s in STRIDES]
 
 
-def photograph(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+def photograph(rng: Rng, size: tuple[int, int]) -> np.ndarray:
     """A uint8 picture `(h, w, 3)` with structure at all scales, as photographs have, and a little grain."""
     height, width = size
     picture = np.zeros((height, width, 3), np.float32)
@@ -73,17 +83,34 @@ def photograph(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 
 
 def ellipses(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Full-size uint8 masks `(n, h, w)`: of each box the ellipse that it holds, by pixel centres."""
+    """Full-size uint8 masks `(n, h, w)`: the ellipse within each box, by pixel centres."""
     y, x = np.arange(size[0])[None, :, None] + 0.5, np.arange(size[1])[None, None, :] + 0.5
     x0, y0, x1, y1 = boxes.T[..., None, None]
     return ((((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2) <= 1).astype(np.uint8)
 
 
 def ellipse_in_box(side: int) -> np.ndarray:
-    """The same ellipse in the frame of its box: how much of each cell it covers, 0..255."""
+    """The same ellipse in the frame of its box: the part of each cell it covers, 0..255."""
     fine = (np.arange(side * 8) + 0.5) / (side * 4) - 1
     inside = (fine[:, None] ** 2 + fine[None] ** 2 <= 1).astype(np.float32)
     return np.rint(inside.reshape(side, 8, side, 8).mean(axis=(1, 3)) * 255).astype(np.uint8)
+
+
+def mask_targets(rng: Rng) -> dict[str, np.ndarray]:
+    """128 proposals matched with seven objects, whose masks are given on the image and in the frame of their box."""
+    boxes, matched = random_boxes(rng, 7, sides=(64, 400)), rng.integers(0, 7, 128)
+    shifts = rng.uniform(-0.1, 0.1, (128, 4)) * np.tile(boxes[:, 2:] - boxes[:, :2], 2)[matched]
+    rois = (boxes[matched] + shifts).astype(np.float32)
+    masks = {"masks": ellipses(boxes, IMAGE_SIZE), "masks_in_box": np.tile(ellipse_in_box(112), (7, 1, 1))}
+    return {"boxes": boxes, "matched": matched, "rois": rois, **masks}
+
+
+def objects(batch: int, size: tuple[int, int], count: int = 7) -> dict[str, np.ndarray]:
+    """Boxes and labels of objects in a batch of images, and the one mask of all; an image of COCO has 7.3."""
+    rng = np.random.default_rng(0)
+    boxes = np.stack([random_boxes(rng, count, image_size=size, sides=(24, 250)) for _ in range(batch)])
+    labels = rng.integers(0, NUM_CLASSES, (batch, count)).astype(np.int32)
+    return {"boxes": boxes, "labels": labels, "mask_in_box": ellipse_in_box(112)}
 
 
 def write_coco_folder(folder: Path, *, images: int, objects: int = 7) -> None:
@@ -102,30 +129,28 @@ def write_coco_folder(folder: Path, *, images: int, objects: int = 7) -> None:
         for box in random_boxes(rng, objects, image_size=(height, width), sides=(16, 300)):
             polygon = _blob(rng, box)
             low, high = polygon.min(axis=0), polygon.max(axis=0)
-            content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1,
-                    "image_id": i + 1,
-                    "category_id": 1,
-                    "iscrowd": 0,
-                    "bbox": [*low.tolist(), *(high - low).tolist()],
-                    "area": float(np.prod(high - low)),
-                    "segmentation": [polygon.reshape(-1).tolist()],
-                }
-            )
+            shape = {"bbox": [*low.tolist(), *(high - low).tolist()], "segmentation": [polygon.reshape(-1).tolist()]}
+            ids = {"id": len(content["annotations"]) + 1, "image_id": i + 1, "category_id": 1, "iscrowd": 0}
+            content["annotations"].append(ids | shape | {"area": float(np.prod(high - low))})
     (folder / "annotations.json").write_text(json.dumps(content))
 
 
-def _blob(rng: np.random.Generator, box: np.ndarray) -> np.ndarray:
+def _blob(rng: Rng, box: np.ndarray) -> np.ndarray:
     """A star-shaped polygon `(points, 2)` within a box."""
-    angles = np.sort(rng.uniform(0, 2 * np.pi, 25))
-    radii = rng.uniform(0.6, 1.0, 25)
+    angles, radii = np.sort(rng.uniform(0, 2 * np.pi, 25)), rng.uniform(0.6, 1.0, 25)
     centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return np.round(centre + half * radii[:, None] * directions, 2).astype(np.float64)
 
 
-def coco_sizes(rng: np.random.Generator, images: int) -> list[tuple[int, int]]:
+def totals(batches: Iterable[tuple[Any, ...]]) -> dict[str, np.ndarray]:
+    """The sums over an epoch of the figures of each batch, by which the data pipelines of both sides are compared."""
+    names = ("images", "pixels", "objects", "corners", "area")
+    sums = [np.sum(np.array(column, np.float64), axis=0) for column in zip(*batches, strict=True)]
+    return dict(zip(names, sums, strict=True))
+
+
+def coco_sizes(rng: Rng, images: int) -> list[tuple[int, int]]:
     """`(height, width)` of images as COCO has them: long side 640, three of four landscape, the usual formats."""
     shorts = rng.choice(
         [480, 427, 426, 425, 428, 640, 361, 512], images, p=[0.34, 0.3, 0.1, 0.08, 0.05, 0.03, 0.05, 0.05]

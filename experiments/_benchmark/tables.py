@@ -1,22 +1,42 @@
-"""The tables of BENCHMARKS.md: read, and written between their markers.
+"""Measurements, kept as JSON lines, and the tables of Markdown files.
 
-The last column of a measured table, `run`, names a row of the table `runs`, which says on what, with what and when it
-was measured. Rows of other hardware stay.
+A line of `measurements.jsonl` is a row of a table: the table's name, the cells that name the row, the measured cells,
+and the number of its run. A line of `runs.jsonl` holds a run's hardware, versions, commit, date and command.
+`tables.json` lists the columns of every table, with the format of each measured one.
 """
 
+import json
 import os
 import re
 import subprocess
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import which
+from typing import Any, NamedTuple
 
 
+FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 Cells = tuple[str, ...]
+Line = dict[str, Any]
 
 
 class MarkerError(ValueError):
     """The file lacks a table's markers."""
+
+
+class Table(NamedTuple):
+    """A table: the columns that name a row, and the format of each measured column."""
+
+    keys: list[str]
+    columns: dict[str, str]
+
+    def key(self, row: Line) -> tuple[str, ...]:
+        """The cells that name a row."""
+        return tuple(row[column] for column in self.keys)
+
+
+TABLES = {name: Table(**table) for name, table in json.loads((FOLDER / "tables.json").read_text()).items()}
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,62 @@ class Run:
     command: str
 
 
-RUN_COLUMNS = ("run", *(field.name for field in fields(Run)))
+class Measurements:
+    """The JSON lines in a folder."""
+
+    def __init__(self, folder: Path = FOLDER):
+        self._files = folder / "measurements.jsonl", folder / "runs.jsonl"
+        self.rows = _read(self._files[0])
+        self.runs: dict[int, Run] = {run.pop("run"): Run(**run) for run in _read(self._files[1])}
+
+    def of(self, table: str, hardware: str | None = None) -> list[Line]:
+        """The rows of a table, or those of some hardware."""
+        rows = [row for row in self.rows if row["table"] == table]
+        return [row for row in rows if hardware is None or self.runs[row["run"]].hardware == hardware]
+
+    def add(self, table: str, row: Line, run: Run | None, *, keys: Sequence[tuple[str, ...]]) -> None:
+        """Puts a row into a table, with its run, and drops runs that no row refers to any more. Both files are written.
+
+        - `keys`: the names of all rows that the table has on this hardware, in order. Rows of this hardware stay if
+          they are among those and not measured again; rows of other hardware stay, whatever their names.
+        - `run`: `None` for a table without hardware.
+        """
+        key, runs = TABLES[table].key, self.runs
+        row = {"table": table, **row}
+        if run is not None:
+            row["run"] = next((n for n, old in runs.items() if old == run), 1 + max(runs, default=0))
+            runs[row["run"]] = run
+
+        def hardware(line: Line) -> str:
+            return runs[line["run"]].hardware if "run" in line else ""
+
+        def stays(old: Line) -> bool:
+            return hardware(old) != hardware(row) or (key(old) in keys and key(old) != key(row))
+
+        here = [old for old in self.of(table) if stays(old)] + [row]
+        places = list(dict.fromkeys(map(hardware, here)))
+        here.sort(key=lambda old: (places.index(hardware(old)), keys.index(key(old)) if key(old) in keys else 0))
+        rows, names = [old for old in self.rows if old["table"] != table] + here, list(TABLES)
+        self.rows = sorted(rows, key=lambda old: names.index(old["table"]))
+        used = {old["run"] for old in rows if "run" in old}
+        self.runs = {number: run for number, run in sorted(runs.items()) if number in used}
+        _write(self._files[0], self.rows)
+        _write(self._files[1], [{"run": number, **asdict(run)} for number, run in self.runs.items()])
+
+
+def _read(file: Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _write(file: Path, lines: Iterable[Line]) -> None:
+    replace(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes a file that is whole at every moment."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 def commit() -> str:
@@ -42,77 +117,29 @@ def commit() -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/BENCHMARKS.md")
+    written = (":!/BENCHMARKS.md", ":!/docs/benchmarks")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (", changed" if changed else "")
 
 
 def read_table(file: Path, name: str) -> tuple[Cells, list[Cells]]:
-    """Header and rows of a table; both empty if nothing lies between its markers."""
+    """Header and rows of a table between its markers; both empty if it has none."""
     lines = [line.strip() for line in _parts(file, name)[1].splitlines() if line.startswith("|")]
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
     cells = [tuple(cell.strip().replace(r"\|", "|") for cell in row) for row in rows]
     return (cells[0], cells[2:]) if cells else ((), [])
 
 
-def write_table(file: Path, name: str, header: Cells, rows: list[Cells]) -> None:
-    """Replaces a table. The file is whole at every moment."""
+def write_table(file: Path, name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Replaces a table between its markers."""
     before, _, after = _parts(file, name)
+    replace(file, before + markdown(header, rows) + after)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines of a table in Markdown."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in (header, ("---",) * len(header), *rows)]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(before + "".join(f"| {' | '.join(line)} |\n" for line in lines) + after)
-    temporary.replace(file)
-
-
-def runs_on(file: Path, hardware: str) -> set[str]:
-    """The names of the runs on some hardware."""
-    return {row[0] for row in read_table(file, "runs")[1] if row[1] == hardware}
-
-
-def register(file: Path, run: Run) -> str:
-    """The name of a run in the table of runs, where it is entered if it is new."""
-    _, runs = read_table(file, "runs")
-    cells = astuple(run)
-    for row in runs:
-        if row[1:] == cells:
-            return row[0]
-    name = str(1 + max((int(row[0]) for row in runs), default=0))
-    write_table(file, "runs", RUN_COLUMNS, [*runs, (name, *cells)])
-    return name
-
-
-def merge(file: Path, name: str, header: Cells, rows: list[Cells], *, keys: list[Cells]) -> None:
-    """Puts rows, the name of their run last, into a table, and drops runs that are not referred to any more.
-
-    - `keys`: the first cells of every row that the table has on this hardware, in order. Rows of this hardware stay if
-      they are among those and not measured again.
-
-    Rows of other hardware stay, whatever their names. Columns may change: what an old row has not measured is empty. A
-    row that names no run goes.
-    """
-    hardware = {run[0]: run[1] for run in read_table(file, "runs")[1]}
-    size, here = len(keys[0]), {hardware[row[-1]] for row in rows}
-    unchanged = set(keys) - {row[:size] for row in rows}
-    old_header, old = read_table(file, name)
-    kept = [tuple(dict(zip(old_header, row, strict=True)).get(column, "") for column in header) for row in old]
-    kept = [row for row in kept if row[-1] in hardware and (hardware[row[-1]] not in here or row[:size] in unchanged)]
-    places = list(dict.fromkeys(hardware[row[-1]] for row in [*kept, *rows]))
-
-    def place(row: Cells) -> tuple[int, int]:
-        return places.index(hardware[row[-1]]), keys.index(row[:size]) if row[:size] in keys else 0
-
-    write_table(file, name, header, sorted([*kept, *rows], key=place))
-    _prune(file)
-
-
-def _prune(file: Path) -> None:
-    tables = [read_table(file, name) for name in _names(file) if name != "runs"]
-    used = {row[-1] for header, rows in tables if header[-1:] == ("run",) for row in rows}
-    write_table(file, "runs", RUN_COLUMNS, [row for row in read_table(file, "runs")[1] if row[0] in used])
-
-
-def _names(file: Path) -> list[str]:
-    lines = file.read_text().splitlines()
-    return [line[5:-4] for line in lines if line.startswith("<!-- ") and line.endswith(" -->") and line[5] != "/"]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _parts(file: Path, name: str) -> tuple[str, str, str]:

@@ -1,12 +1,7 @@
-"""The worker's end: a process that builds a case, runs it, times it and reports its memory, on request.
-
-Requests and replies are lines of JSON on stdin and stdout, arrays travel in .npz files. One case is held at a time.
-"""
+"""The worker's end: a process that builds a case, runs it, times it and reports its memory, on request."""
 
 import ctypes
 import gc
-import json
-import os
 import signal
 import sys
 import time
@@ -14,114 +9,102 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+
+Arrays = Mapping[str, Any]
 
 
 @dataclass
 class Case:
     """Something to measure.
 
-    - `run`: does it, and returns when the result is there.
-    - `arrays`: the result as arrays by name, for a comparison; what it costs is not timed.
-    - `facts`: what was learned while it was built.
+    - `run`: runs it, and returns when the result is there.
+    - `arrays`: the result as NumPy arrays by name, for a comparison. This is not timed.
+    - `facts`: figures that building it produced.
     """
 
     run: Callable[[], Any]
-    arrays: Callable[[Any], Mapping[str, np.ndarray]] = lambda result: {}
+    arrays: Callable[[Any], Any] = lambda result: {}
     facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
-class Device:
-    """What differs between the two libraries: which versions, what it runs on, and its memory.
+class Side:
+    """One library in this process: its cases, of which one is held at a time, and the requests that it answers.
 
-    - `peak_bytes`: the most memory that the accelerator had in use, or `None` where the host's is what counts.
-    - `reset_peak`: restarts that count, where it can be.
+    - `versions`: what `about` reports, with the device. `peak_bytes`: the largest memory in use on the accelerator, or
+      `None` where the host's memory counts. `reset_peak`: resets that figure, where this is possible.
     """
 
-    about: dict[str, Any]
+    cases: dict[str, Callable[..., Case]]
+    versions: dict[str, Any]
     peak_bytes: Callable[[], int] | None = None
     reset_peak: Callable[[], None] = lambda: None
+    case: Case = field(default_factory=lambda: Case(lambda: None))
 
-
-def serve(cases: Mapping[str, Callable[..., Case]], device: Device) -> None:
-    """Answers requests until there are no more."""
-    # Libraries print what they like to stdout; replies have a channel of their own.
-    with os.fdopen(os.dup(1), "w") as channel:
-        os.dup2(2, 1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's to handle: it ends its workers
-        worker = _Worker(cases, device)
-        requests = {name: getattr(worker, name) for name in ("about", "build", "time", "save", "memory")}
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                reply = requests[request.pop("do")](**request)
-            except Exception as error:
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                first = str(error).partition("\n")[0]
-                traceback.print_exc()
-                reply = {"error": f"{type(error).__name__}: {first} ({Path(where.filename).name}:{where.lineno})"}
-            channel.write(json.dumps(reply) + "\n")
-            channel.flush()
-
-
-class _Worker:
-    def __init__(self, cases: Mapping[str, Callable[..., Case]], device: Device):
-        self._cases = cases
-        self._device = device
-        self._case: Case | None = None
-        self._resident = _status("VmRSS")
+    def serve(self) -> None:
+        """Answers requests from the pipe that the last argument names, until it is closed."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark handles Ctrl-C and ends its workers
+        pipe, self._resident = Connection(int(sys.argv[-1])), _status("VmRSS")
+        with suppress(EOFError):
+            while True:
+                request, options = pipe.recv()
+                try:
+                    reply, error = getattr(self, request)(**options), None
+                except Exception as caught:
+                    traceback.print_exc()
+                    place, first = traceback.extract_tb(caught.__traceback__)[-1], str(caught).partition("\n")[0]
+                    where = f"{Path(place.filename).name}:{place.lineno}"
+                    reply, error = None, f"{type(caught).__name__}: {first} ({where})"
+                pipe.send((reply, error))
 
     def about(self) -> dict[str, Any]:
-        return self._device.about
+        """Versions and device."""
+        return self.versions
 
-    def build(self, case: str, arrays: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        self._case = None
+    def build(self, case: str, arrays: Arrays, options: dict[str, Any]) -> dict[str, float]:
+        """Makes a case the current one. Returns its facts, and the seconds and host memory that building it took."""
+        self.case = Case(lambda: None)
         gc.collect()
-        loaded = {} if arrays is None else dict(np.load(arrays))
         began = time.perf_counter()
-        self._case = self._cases[case](loaded, **options)
+        self.case = self.cases[case](arrays, **options)
         seconds, peak = time.perf_counter() - began, _status("VmHWM") - self._resident
-        return {"facts": {"seconds": seconds, "building MB": peak / 1e6, **self._case.facts}}
+        return {"seconds": seconds, "building MB": peak / 1e6, **self.case.facts}
 
-    def time(self, runs: int) -> dict[str, Any]:
-        run = self._current().run
+    def time(self, runs: int) -> float:
+        """Seconds per run."""
         if runs > 1:
-            run()  # the other process had the caches
+            self.case.run()  # the other process had the caches
         began = time.perf_counter()
         for _ in range(runs):
-            run()
-        return {"seconds": (time.perf_counter() - began) / runs}
+            self.case.run()
+        return (time.perf_counter() - began) / runs
 
-    def save(self, path: str) -> dict[str, Any]:
-        case = self._current()
+    def result(self) -> tuple[Any, float]:
+        """The arrays of a run, and its seconds."""
         began = time.perf_counter()
-        result = case.run()
+        result = self.case.run()
         seconds = time.perf_counter() - began
-        np.savez(path, **case.arrays(result))  # type: ignore[arg-type]
-        return {"seconds": seconds}
+        return self.case.arrays(result), seconds
 
-    def memory(self, runs: int) -> dict[str, Any]:
-        """The peak of some runs in MB: on the accelerator, or of what the process holds beyond its libraries."""
-        case = self._current()
-        _release_heap()  # compiling leaves much of it behind
-        self._device.reset_peak()
-        _reset_resident_peak()
+    def memory(self, runs: int) -> float:
+        """The peak of some runs in MB: on the accelerator, or what the process holds beyond its libraries."""
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # compiling leaves much free heap behind (malloc_trim(3))
+        self.reset_peak()
+        with suppress(OSError):  # resets VmHWM (proc(5)); where refused, it is the peak since the process began
+            Path("/proc/self/clear_refs").write_text("5")
         for _ in range(runs):
-            case.run()
-        peak = self._device.peak_bytes() if self._device.peak_bytes else _status("VmHWM") - self._resident
-        return {"megabytes": peak / 1e6}
-
-    def _current(self) -> Case:
-        assert self._case is not None, "build comes first"
-        return self._case
+            self.case.run()
+        return (self.peak_bytes() if self.peak_bytes else _status("VmHWM") - self._resident) / 1e6
 
 
 def _status(key: str) -> int:
-    """Bytes of the process's resident memory: `VmRSS` now, `VmHWM` at the most. Elsewhere than on Linux, the latter."""
+    """Bytes of the process's resident memory: `VmRSS` now, `VmHWM` at most. Outside Linux always the latter."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
@@ -129,16 +112,3 @@ def _status(key: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _release_heap() -> None:
-    """Gives freed memory back to the system, where the C library can (malloc_trim(3))."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_resident_peak() -> None:
-    """Resets `VmHWM` (proc(5), clear_refs). Where that is refused, it is the peak since the process began."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
