@@ -1,5 +1,6 @@
 """The command `detectax`: the scripts of `experiments/`, by name."""
 
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ COMMANDS = {
     "convert": ("convert", "read weights of one form and write them in another"),
     "list": ("list_detectors", "list detectors and their published weights"),
 }
+
+
+# The environment variable by which a script learns what it was called as, for its help.
+PROGRAM = "DETECTAX_PROGRAM"
 
 
 def usage() -> str:
@@ -51,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         raise SystemExit(f"There is no command {name!r}.\n\n{usage()}")
     folder = scripts()
+    os.environ[PROGRAM] = f"detectax {name}"
     sys.argv = [f"detectax {name}", *rest]
     sys.path.insert(0, str(folder))  # scripts import what they share from beside them
     runpy.run_path(str(folder / f"{COMMANDS[name][0]}.py"), run_name="__main__")

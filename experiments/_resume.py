@@ -13,7 +13,7 @@ from _shared import console, write_json
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from detectax_eqx import data, train, zoo
+from detectax_eqx import data, train
 
 
 # They belong to the process, not to the run.
@@ -130,7 +130,7 @@ def restore(
         console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)
     data.check_categories(
         train_set.categories,
-        zoo.categories_of(restored.metadata),
+        [data.Category(entry["id"], entry["name"]) for entry in restored.metadata["categories"]],
         found_in=str(options.train_annotations),
         known_in=str(last),
         allow_renamed=options.allow_renamed,

@@ -1,6 +1,7 @@
 """What the scripts share: the options that name a detector, evaluation on a dataset, and how a script is run."""
 
 import math
+import os
 import sys
 import traceback
 import warnings
@@ -251,7 +252,11 @@ def run(
         default = defaults(sys.argv[1:])
         nested = (tyro.conf.OmitArgPrefixes,)  # groups of options, whose names stand alone
         given = tyro.cli(
-            options, description=description, config=nested, **({} if default is None else {"default": default})
+            options,
+            prog=os.environ.get("DETECTAX_PROGRAM"),
+            description=description,
+            config=nested,
+            **({} if default is None else {"default": default}),
         )
         if (problem := keep_programs()) is not None:
             console.print(problem, highlight=False, soft_wrap=True)

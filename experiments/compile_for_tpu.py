@@ -1,4 +1,4 @@
-"""Compiles training and detection for TPUs, on a machine that has none, and writes what they need to BENCHMARKS.md.
+"""Compiles training and detection for TPUs, on a machine that has none, and measures what they need.
 
     pip install -e '.[tpu]'
     python experiments/compile_for_tpu.py
@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import train as script
-from _benchmark.tables import commit, read_table, write_table
+from _benchmark.pages import cells, render
+from _benchmark.tables import FOLDER, TABLES, Measurements, commit
 from _options import Options as TrainOptions, architecture, complete
 from _shared import ModelName, check_ranges, console, run
 from jax.experimental import topologies
@@ -37,7 +38,6 @@ from detectax_eqx import Batch, Images, Targets, models, train, zoo
 GIB = {"v3": 16, "v5e": 16, "v6e": 32}
 # Side of a decoded COCO image, side of a mask in its box's frame, images of COCO's training set.
 SOURCE, MASK, COCO = 640, 112, 118_287
-HEADER = ("topology", "detector", "program", "memory a core", "GFLOPs a core", "compiled with")
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Options:
     """Height and width that the network sees."""
     programs: tuple[Literal["training", "detection"], ...] = ("training", "detection")
     """What is compiled."""
-    file: Path = Path("BENCHMARKS.md")
-    """File with the markers between which the table goes."""
+    folder: Path = FOLDER
+    """The folder of the measurements, to which rows of the table `tpu` are added, and of the pages."""
 
 
 RANGES = {"positive": "batch_size", "a positive multiple of 32": "canvases"}
@@ -87,27 +87,31 @@ def main(options: Options) -> None:
         }
         for what, lower_one in (programs[program] for program in options.programs):
             key = topology, f"{name}, {canvas[0]}×{canvas[1]}", what
-            cells = measure(lower_one, limit)
-            fits &= cells[1] != ""
-            console.print(" | ".join([*key, *cells]), highlight=False, soft_wrap=True)
-            rows = {row[:3]: row for row in read_table(options.file, "tpu")[1]} | {key: (*key, *cells, versions)}
-            write_table(options.file, "tpu", HEADER, sorted(rows.values()))
+            memory, flops = measure(lower_one, limit)
+            fits &= flops is not None
+            columns = (*TABLES["tpu"].keys, *TABLES["tpu"].columns)
+            row = dict(zip(columns, (*key, memory, flops, versions), strict=True))
+            console.print(" | ".join(cells("tpu", row).values()), highlight=False, soft_wrap=True)
+            measurements = Measurements(options.folder)
+            keys = sorted({key, *map(TABLES["tpu"].key, measurements.of("tpu"))})
+            measurements.add("tpu", row, None, keys=keys)
+            render(options.folder)
     if not fits:
         raise SystemExit("Not every program fits its cores: see the table.")
 
 
-def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[str, str]:
-    """Memory and FLOPs of a core. No FLOPs if the program does not fit."""
+def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[str, int | None]:
+    """Memory and GFLOPs of a core. No FLOPs if the program does not fit."""
     try:
         program: Any = lower_one().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return f"does not fit {limit} GiB", ""
+        return f"does not fit {limit} GiB", None
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    return f"{used / 2**30:.2f} of {limit} GiB", f"{program.cost_analysis()['flops'] / 1e9:,.0f}"
+    return f"{used / 2**30:.2f} of {limit} GiB", round(program.cost_analysis()["flops"] / 1e9)
 
 
 def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:

@@ -18,6 +18,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 BEGIN, END = "<!-- reliability -->", "<!-- /reliability -->"
 
 
+# Files that train, or start scripts, take minutes each. They are handed out first, so that the end of a run is made of
+# short ones, which spread evenly.
+LONGEST = (
+    *("experiments", "mutations", "kill", "truth", "resume", "models", "malformed", "train_options", "scaling"),
+    *(
+        "export",
+        "saver",
+        "train_step",
+        "strict",
+        "misuse",
+        "predictor",
+        "predict",
+        "plain",
+        "categories",
+        "run_defaults",
+    ),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The order in which files are handed to processes, see `LONGEST`."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Lets go of a file's compiled programs at its end: those of all files are many gigabytes."""

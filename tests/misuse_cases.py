@@ -131,7 +131,7 @@ WITH_MODEL = {
 # No array to get wrong, and no range to leave, but what has a test of its own.
 ELSEWHERE = {
     data: {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
-    | {"decode_counts", "encode_segmentation", "load_annotations", "parse_segmentation"},
+    | {"decode_counts", "encode_segmentation", "list_images", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # test_export.py: they write files, or need an extra.
     export: {
@@ -146,6 +146,7 @@ ELSEWHERE = {
     | {"save_onnx_parts", "host_detections", "host_nms", "save_tflite", "require"}
     | {"detection_program", "pad_images"},
     evaluate: {
+        "detect_dataset",
         "format_metrics",
         "format_number",
         "format_per_class",
@@ -158,7 +159,8 @@ ELSEWHERE = {
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
     | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos"},
-    zoo: {"names", "build"},
+    # test_predictor.py, test_download.py
+    zoo: {"names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
     train: {
         "latest_checkpoint",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectax_eqx import data, models, zoo
+from detectax_eqx import data, evaluate, models, zoo
 from detectax_eqx.data import BadImageError
 
 from . import tiny_train
@@ -184,3 +184,24 @@ def test_a_saved_predictor_is_the_same(predictor, images, tmp_path, monkeypatch)
 def test_batch_size_must_be_positive(predictor, images):
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         predictor(images[0], batch_size=0)
+
+
+def test_detection_over_a_dataset(predictor, files, images, tmp_path):
+    """The same as one by one; a model whose classes are not the dataset's is refused."""
+    entries = [
+        {"id": 10 + i, "file_name": str(path.relative_to(files[0].parent)), "height": x.shape[0], "width": x.shape[1]}
+        for i, (path, x) in enumerate(zip(files, images, strict=True))
+    ]
+    content = {"images": entries, "annotations": [], "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset, done = data.load_coco(tmp_path / "a.json", files[0].parent), []
+    options = {"canvases": predictor.canvases, "on_images": done.append}
+    results = evaluate.detect_dataset(predictor.model, dataset, **options)
+    assert sum(done) == 4
+    for i, path in enumerate(files):
+        own = [one for one in results if one["image_id"] == 10 + i]
+        for one, other in zip(own, predictor(path).to_coco(image_id=10 + i), strict=True):
+            assert one["category_id"] == other["category_id"]
+            np.testing.assert_allclose(one["bbox"], other["bbox"], atol=1e-2)
+    with pytest.raises(ValueError, match="category_ids must be 2, one per class of the model: 1"):
+        evaluate.detect_dataset(predictor.model, dataset, category_ids=[3])

@@ -1,6 +1,5 @@
 """Detectors by name, their published weights, and `Predictor`: a model with its categories and image sizes."""
 
-from ._about import categories_of as categories_of
 from ._architecture import NORMS as NORMS, Architecture as Architecture, NormName as NormName
 from ._detectors import build as build, names as names
 from ._prediction import Prediction as Prediction

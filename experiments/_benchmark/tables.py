@@ -130,12 +130,6 @@ def read_table(file: Path, name: str) -> tuple[Cells, list[Cells]]:
     return (cells[0], cells[2:]) if cells else ((), [])
 
 
-def write_table(file: Path, name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Replaces a table between its markers."""
-    before, _, after = _parts(file, name)
-    replace(file, before + markdown(header, rows) + after)
-
-
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Lines of a table in Markdown."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in (header, ("---",) * len(header), *rows)]
