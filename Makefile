@@ -4,6 +4,7 @@ VENV := .venv
 PARITY := .venv-parity
 EXPORT := .venv-export
 EDGE := .venv-edge
+DOCS := .venv-docs
 PIP_FLAGS := --disable-pip-version-check --quiet
 # Compiled programs are kept between runs: the second `make test` is several times quicker. Scripts that are started by
 # hand keep theirs in the user's cache folder (experiments/_programs.py); here they go where `make clean` finds them.
@@ -11,7 +12,7 @@ export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 # Small programs too: the tests compile thousands of them.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 
-.PHONY: help demo test test-all notebooks lint format parity exports bench bench-quick bench-check clean
+.PHONY: help demo test test-all notebooks lint format parity exports docs bench bench-quick bench-check clean
 
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
@@ -22,6 +23,7 @@ help:
 	@echo "make format       fix style"
 	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
 	@echo "make exports      run the tests of exports with the extras onnx and edge, in environments of their own"
+	@echo "make docs         build the documentation site in .cache/site, in an environment of its own"
 	@echo "make bench        measure beside torchvision, if make parity was run, and write the pages of benchmarks"
 	@echo "make bench-quick  the same at small sizes, in two minutes"
 	@echo "make bench-check  fail if a ratio to torchvision fell by over 20 % from the committed one"
@@ -46,6 +48,12 @@ $(EXPORT)/.installed: pyproject.toml constraints.txt
 $(EDGE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(EDGE)
 	$(EDGE)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,edge]'
+	touch $@
+
+# ruff lays out the signatures of the API pages.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[docs]' ruff
 	touch $@
 
 demo: $(VENV)/.installed
@@ -77,6 +85,9 @@ exports: $(EXPORT)/.installed $(EDGE)/.installed
 	$(EXPORT)/bin/python -m pytest tests/test_export.py -m "long or not long"
 	$(EDGE)/bin/python -m pytest tests/test_export.py -k tflite
 
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 BENCHMARK = $(VENV)/bin/python experiments/benchmark.py $(addprefix --peer-python ,$(wildcard $(PARITY)/bin/python))
 
 bench: $(VENV)/.installed
@@ -89,4 +100,4 @@ bench-check: $(VENV)/.installed
 	$(BENCHMARK) --check
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(EXPORT) $(EDGE) .cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) $(PARITY) $(EXPORT) $(EDGE) $(DOCS) .cache .pytest_cache .ruff_cache runs

@@ -283,3 +283,32 @@ def test_classes_are_counted_by_shapes(name, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_weights, "read_torchvision", lambda *_, arrays=arrays: arrays)
             assert _weights.count_classes(parts, tmp_path) == count
+
+
+def test_precision(file, tmp_path):
+    """The network in bfloat16 gives scores near those of float32."""
+    model = replace(build(NAME, 2, "group"), preprocessing=models.Preprocessing(models.ShortestEdge(64, 64)))
+    zoo.Predictor(model, CATEGORIES, ((64, 64),)).save_weights(file)
+    image = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(image)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        predict.main(options(file, tmp_path / precision, image, precision=precision))
+        found.append(json.loads((tmp_path / precision / "detections.json").read_text()))
+    scores = [[one["score"] for one in results] for results in found]
+    assert len(scores[0]) == len(scores[1]) == 3 and found[0] != found[1]
+    np.testing.assert_allclose(scores[0], scores[1], atol=0.05)
+
+
+def test_published_weights_need_no_file(monkeypatch, capsys):
+    """`--model` alone; what contradicts itself is one line."""
+    monkeypatch.setattr(zoo.Predictor, "pretrained", lambda name: f"published {name}")
+    monkeypatch.setattr(_shared, "with_sizes", lambda predictor, *sizes: predictor)
+    assert _shared.DetectorOptions(model=NAME).load() == f"published {NAME}"
+    for given, words in (
+        ({}, "Give either --checkpoint or --model"),
+        ({"weights": Path("x.pth")}, "--weights needs --model"),
+        ({"checkpoint": Path("runs"), "model": NAME}, "not both"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            _shared.DetectorOptions(**given).load()  # pyright: ignore[reportArgumentType]
