@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from detectax_eqx import data, train, weights
+from detectax_eqx import data, train, weights, zoo
 from detectax_eqx.zoo import _detectors
 
 from .. import tiny_train
@@ -283,5 +283,5 @@ def contradictions():
 def detector_weights():
     """A detector's weights that load, made once."""
     path = Path(mkdtemp()) / "detector.safetensors"
-    weights.save_safetensors(tiny_train.build("faster_rcnn_resnet18_fpn", 4, "group"), path)
+    zoo.Predictor(tiny_train.build("faster_rcnn_resnet18_fpn", 4, "group")).save_weights(path)
     return {"weights": path, "model": "faster_rcnn_resnet18_fpn", "norm": "group"}
