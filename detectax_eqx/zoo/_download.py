@@ -50,9 +50,9 @@ def download(url: str, *, sha256: str) -> Path:
                 part = path.with_name(f".{name}.part")
                 _fetch(_sources(url), part, sha256=sha256, path=path)
                 part.replace(path)
-            elif not _checksum(path).startswith(sha256):
+            elif not (found := _checksum(path)).startswith(sha256):
                 raise ValueError(
-                    f"{path} is damaged or another file: its SHA-256 is {_checksum(path)[: len(sha256)]}…, not "
+                    f"{path} is damaged or another file: its SHA-256 is {found[: len(sha256)]}…, not "
                     f"{sha256}…. Delete it, and it is downloaded again from {url}."
                 )
     except OSError as error:

@@ -64,7 +64,6 @@ def padded_images(
     canvas: tuple[int, int],
     *,
     count: int | None = None,
-    first_index: int = 0,
 ) -> Images:
     """Images padded bottom and right to `source`, as a batch of `count`, of which the last may be blank."""
     count = len(arrays) if count is None else count
@@ -73,5 +72,5 @@ def padded_images(
     for row, array in enumerate(arrays):
         height, width = array.shape[:2]
         pixels[row, :height, :width], sizes[row] = array, (height, width)
-    indices = first_index + np.arange(count, dtype=np.int32)
+    indices = np.arange(count, dtype=np.int32)
     return Images(pixels, sizes, sizes, indices, np.arange(count) < len(arrays), canvas=canvas)

@@ -233,14 +233,12 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
         options = {"selection": selection, "score_threshold": score_threshold, "max_detections": max_detections}
-        pictures = iter(
-            picture for image in images for picture in (list_images(image) if is_folder(image) else [image])
-        )
+        pictures = (picture for image in images for picture in (list_images(image) if is_folder(image) else [image]))
         while window := list(islice(pictures, 4 * batch_size)):
             arrays = [pixels_of(picture, self.model.preprocessing.channels, max_pixels) for picture in window]
             found: dict[int, Detections] = {}
             for group in self._groups(arrays, batch_size):
-                found |= self._detect(group, arrays, options)
+                found |= self._detect(group, arrays, batch_size, options)
             for index, picture in enumerate(window):
                 on_disk = isinstance(picture, str | os.PathLike)
                 yield Prediction(
@@ -265,11 +263,12 @@ class Predictor:
                 yield shape, indices[start : start + batch_size]
 
     def _detect(
-        self, group: tuple[_Shape, list[int]], arrays: Sequence[np.ndarray], options: dict[str, Any]
+        self, group: tuple[_Shape, list[int]], arrays: Sequence[np.ndarray], batch_size: int, options: dict[str, Any]
     ) -> dict[int, Detections]:
         """The valid detections of each image of a group, by its position."""
         (canvas, source), indices = group
-        count = 1 << (len(indices) - 1).bit_length()  # a power of two, so that few programs serve all lengths
+        # A power of two or a whole batch, so that few programs serve all lengths.
+        count = min(batch_size, 1 << (len(indices) - 1).bit_length())
         images = padded_images([arrays[index] for index in indices], source, canvas, count=count)
         batch = jax.tree.map(np.asarray, detect_batch(self.model, images, **options))
         rows = (jax.tree.map(lambda x, row=row: x[row], batch) for row in range(len(indices)))
