@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a newcomer needs. Each makes the virtual environment if it is missing.
+# Start with `make demo` and `make test`. Each creates the virtual environment if it is missing.
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
@@ -6,10 +6,10 @@ EXPORT := .venv-export
 EDGE := .venv-edge
 DOCS := .venv-docs
 PIP_FLAGS := --disable-pip-version-check --quiet
-# Compiled programs are kept between runs: the second `make test` is several times quicker. Scripts that are started by
-# hand keep theirs in the user's cache folder (experiments/_programs.py); here they go where `make clean` finds them.
+# Caches compiled programs between runs: the second `make test` is several times faster. Scripts started by hand use the
+# user's cache folder (experiments/_programs.py); this one is removed by `make clean`.
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
-# Small programs too: the tests compile thousands of them.
+# Caches small programs too: the tests compile thousands of them.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 
 .PHONY: help demo test test-all notebooks lint format parity exports docs bench bench-quick bench-check clean
@@ -17,16 +17,16 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
-	@echo "make test-all     run the long ones too, and write the table of faults in docs/benchmarks/reliability.md"
+	@echo "make test-all     run the long tests too, and write the fault table in docs/benchmarks/reliability.md"
 	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       fix style"
-	@echo "make parity       compare with torchvision, in an environment of its own (5 GB)"
-	@echo "make exports      run the tests of exports with the extras onnx and edge, in environments of their own"
-	@echo "make docs         build the documentation site in .cache/site, in an environment of its own"
-	@echo "make bench        measure beside torchvision, if make parity was run, and write the pages of benchmarks"
+	@echo "make parity       compare with torchvision, in a separate environment (5 GB)"
+	@echo "make exports      run the export tests with the extras onnx and edge, in separate environments"
+	@echo "make docs         build the documentation site in .cache/site, in a separate environment"
+	@echo "make bench        measure beside torchvision, if make parity was run, and write the benchmark pages"
 	@echo "make bench-quick  the same at small sizes, in two minutes"
-	@echo "make bench-check  fail if a ratio to torchvision fell by over 20 % from the committed one"
+	@echo "make bench-check  fail if a ratio to torchvision fell by more than 20 % from the committed one"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,13 +44,13 @@ $(EXPORT)/.installed: pyproject.toml constraints.txt
 	$(EXPORT)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,onnx]'
 	touch $@
 
-# Without the constraints: litert-converter wants an older typing_extensions.
+# Without the constraints: litert-converter requires an older typing_extensions.
 $(EDGE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(EDGE)
 	$(EDGE)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,edge]'
 	touch $@
 
-# ruff lays out the signatures of the API pages.
+# ruff formats the signatures on the API pages.
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[docs]' ruff

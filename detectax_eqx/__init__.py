@@ -1,8 +1,8 @@
 """Object detection and instance segmentation in JAX and Equinox.
 
-Importing the package installs a jaxtyping + beartype import hook, so that every public function and module checks the
-shapes and dtypes of its arguments when it is called. Under `jax.jit` that costs trace time only. Set the environment
-variable `DETECTAX_TYPECHECK=0` before importing to turn it off.
+Importing the package installs a jaxtyping and beartype import hook, so that every public function and module checks the
+shapes and dtypes of its arguments when it is called. Under `jax.jit` the checks run at trace time only. To turn them
+off, set the environment variable `DETECTAX_TYPECHECK=0` before importing.
 """
 
 import importlib as _importlib
@@ -48,7 +48,7 @@ _PACKAGES = ("data", "draw", "evaluate", "export", "files", "models", "nn", "ops
 
 
 def __getattr__(name: str) -> _Any:
-    """Packages are imported when they are first used: `import detectax_eqx as dx; dx.ops.nms`."""
+    """Imports a subpackage when it is first used: `import detectax_eqx as dx; dx.ops.nms`."""
     if name in _PACKAGES:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

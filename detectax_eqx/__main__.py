@@ -1,4 +1,4 @@
-"""The command `detectax`: the scripts of `experiments/`, by name."""
+"""The `detectax` command, which runs the scripts of `experiments/` by name."""
 
 import os
 import runpy
@@ -9,24 +9,24 @@ from pathlib import Path
 import detectax_eqx
 
 
-# Each command, its script, and what it does.
+# For each command: its script and its description.
 COMMANDS = {
     "train": ("train", "train a detector on a dataset in COCO format"),
     "predict": ("predict", "detect objects in image files and draw them"),
     "evaluate": ("evaluate", "score a detector, or a file of results, on a dataset in COCO format"),
     "export": ("export", "write a detector as ONNX, StableHLO or safetensors"),
-    "inspect": ("inspect_dataset", "look at a dataset before anything is trained on it"),
-    "convert": ("convert", "read weights of one form and write them in another"),
+    "inspect": ("inspect_dataset", "inspect a dataset before training on it"),
+    "convert": ("convert", "convert weights from one format to another"),
     "list": ("list_detectors", "list detectors and their published weights"),
 }
 
 
-# The environment variable by which a script learns what it was called as, for its help.
+# The environment variable that passes the program name to a script, for its help text.
 PROGRAM = "DETECTAX_PROGRAM"
 
 
 def usage() -> str:
-    """What `detectax --help` prints."""
+    """The text that `detectax --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     commands = "\n".join(lines)
@@ -37,14 +37,14 @@ def usage() -> str:
 
 
 def scripts() -> Path:
-    """The folder of the scripts: within an installed package, or `experiments/` of a checkout."""
+    """The folder of the scripts: inside the installed package, or `experiments/` in a checkout."""
     package = Path(__file__).parent
     installed = package / "_scripts"
     return installed if installed.is_dir() else package.parent / "experiments"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command as its script would run."""
+    """Runs the script of a command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(usage())
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = scripts()
     os.environ[PROGRAM] = f"detectax {name}"
     sys.argv = [f"detectax {name}", *rest]
-    sys.path.insert(0, str(folder))  # scripts import what they share from beside them
+    sys.path.insert(0, str(folder))  # scripts import shared modules from their own folder
     runpy.run_path(str(folder / f"{COMMANDS[name][0]}.py"), run_name="__main__")
 
 

@@ -1,7 +1,7 @@
 """The type checker that the import hook applies to every function and module of the package.
 
-Beartype finds what is wrong; the message is written here. The usual one prints every argument, a whole detector
-included, and puts hundreds of lines between the cause and the prompt.
+Beartype detects the violation, and this module writes the error message. The default message prints every argument,
+such as a whole detector, which takes hundreds of lines.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintViolat
 from jaxtyping import AnnotationError, TypeCheckError, print_bindings
 
 
-# `is_pep484_tower`: an `int` passes where a `float` is asked for, so that `spatial_scale=1` works.
+# `is_pep484_tower`: an `int` is accepted as a `float`, so that `spatial_scale=1` works.
 CONF = BeartypeConf(is_pep484_tower=True)
-# Characters that a message shows of a value or a type.
+# The maximum number of characters of a value or a type in a message.
 WIDTH = 160
 
 
 class CallTypeError(TypeCheckError, AnnotationError):
-    """A value of a wrong type, in a few lines: the function, what is expected, what came, and the remedy.
+    """A value has the wrong type. The message names the function, the expected type, the value and a remedy.
 
-    It is a `jaxtyping.TypeCheckError`, and so a `TypeError`. It is also an `AnnotationError` because jaxtyping lets
-    those through, while it replaces the message of any other exception.
+    It is a `jaxtyping.TypeCheckError`, and therefore a `TypeError`. It is also an `AnnotationError`, because jaxtyping
+    passes those on unchanged and replaces the message of any other exception.
     """
 
 
 def check(function: Callable) -> Callable:
-    """`function`, with its arguments and its result checked against their annotations in each call.
+    """Wraps `function` so that each call checks the arguments and the result against their annotations.
 
-    The check is made at the first call: for all functions of the package it takes seconds.
+    The checking code is generated at the first call: to generate it for all functions of the package takes seconds.
     """
 
     @cache
@@ -53,7 +53,7 @@ def check(function: Callable) -> Callable:
             return checked()(*args, **kwargs)
         except BeartypeCallHintViolation as error:
             message = _message(function, args, kwargs, error)
-        # After the clause, so that beartype's exception, which shows whole arrays, is not printed as its context.
+        # Outside the `except` clause, so that beartype's exception, which prints whole arrays, is not its context.
         raise CallTypeError(message)
 
     return call
@@ -63,13 +63,13 @@ def _message(function: Callable, args: tuple, kwargs: dict[str, Any], error: Bea
     name, hints = f"{function.__module__}.{function.__qualname__}", function.__annotations__
     if isinstance(error, BeartypeCallHintParamViolation):
         arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-        # In order, as beartype went: an axis that one argument names binds those after it.
+        # In beartype's order: the first argument that names an axis sets its length for those after it.
         wrong = [key for key, value in arguments.items() if key in hints and not _fits(value, hints[key])]
-        if not wrong:  # such as one of `*args`
+        if not wrong:  # for example, one of `*args`
             return f"{name}: {_one_line(str(error))}"
         what, hint, value, subject = f"parameter '{wrong[0]}'", hints[wrong[0]], arguments[wrong[0]], wrong[0]
     else:
-        # jaxtyping has the checker check a function that returns its last argument, the result.
+        # jaxtyping checks the result by calling a function that takes it as its last argument and returns it.
         what, hint, value, subject = "the result", hints["return"], list(kwargs.values())[-1], "it"
     axes = _axes()
     lines = [f"{name}: {what} has a wrong type.", f"  expected: {_written(hint)}" + (f" with {axes}" if axes else "")]
@@ -81,7 +81,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _axes() -> str:
-    """The lengths of axes that arguments have named so far, such as `n=3`."""
+    """The axis lengths that the arguments have bound so far, such as `n=3`."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         print_bindings()
     arrays = printed.getvalue().split("PyTree structure")[0]
@@ -89,7 +89,7 @@ def _axes() -> str:
 
 
 def _described(value: Any) -> str:
-    """A value in one line: arrays by dtype and shape, modules by name, and what may not be recognised with its type."""
+    """Describes a value in one line: arrays by dtype and shape, modules by name, other objects with their type."""
     if isinstance(value, str):
         return _one_line(repr(value))
     text = eqx.tree_pformat(value, width=10**6, truncate_leaf=lambda node: isinstance(node, eqx.Module))
@@ -103,7 +103,7 @@ def _one_line(text: str) -> str:
 
 
 def _members(hint: Any) -> list[Any]:
-    """The types that a type allows: those of a union, or the type itself."""
+    """The members of a union, or the type itself."""
     if get_origin(hint) is Annotated:
         return _members(get_args(hint)[0])
     if isinstance(hint, UnionType) or get_origin(hint) is Union:
@@ -112,7 +112,7 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _written(hint: Any) -> str:
-    """A type as one writes it."""
+    """A type as it is written in source code."""
     names = []
     for member in _members(hint):
         if hasattr(member, "dim_str"):
@@ -126,15 +126,15 @@ def _written(hint: Any) -> str:
 
 
 def _remedy(value: Any, hint: Any, name: str) -> str:
-    """How to get a value of the type, in one line."""
-    # A type may bring its own: `Annotated[type, function]`, a function of the value and its name.
+    """How to get a value of the expected type, in one line."""
+    # A type may define its own remedy: `Annotated[type, function]`, where the function takes the value and its name.
     for part in [hint, *get_args(hint)]:
         if get_origin(part) is Annotated and (special := get_args(part)[1](value, name)):
             return special
     arrays = [member for member in _members(hint) if hasattr(member, "dim_str")]
     is_array = isinstance(value, jax.Array | np.ndarray)
     if not arrays:
-        static = " It is static, so it cannot be an array or traced." if is_array else ""
+        static = " It is static, so it cannot be an array or a traced value." if is_array else ""
         return f"Pass {_written(hint)} for {name}.{static}"
     if any(member.__name__.startswith("Key[") for member in arrays):
         return f"Pass a key for {name}: jax.random.key(0)."
@@ -146,7 +146,7 @@ def _remedy(value: Any, hint: Any, name: str) -> str:
     if value.dtype.name not in wanted.dtypes:
         steps.append(f"Cast it: {name}{'.real' if value.dtype.kind == 'c' else ''}.astype(jnp.{dtype}).")
     if not isinstance(value, wanted.array_type):
-        steps.append(f"Make it an array of JAX: jnp.asarray({name}).")
+        steps.append(f"Convert it to a JAX array: jnp.asarray({name}).")
     return " ".join(steps) or _shape_remedy(value, wanted, name)
 
 

@@ -1,7 +1,7 @@
-"""The PyTrees that travel between data, models, training and evaluation.
+"""The PyTrees that data, models, training and evaluation exchange.
 
-Every field may carry leading batch axes (`*b`), so that one type holds a single example and a batch of them. Everything
-variable is padded to a capacity; `valid` alone says which rows are real.
+Every field may have leading batch axes (`*b`), so that one type holds a single example or a batch. Everything of
+variable length is padded to a fixed capacity, and `valid` marks the real rows.
 """
 
 import os
@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int32, Real, UInt8
 
 
-# The host fills these with NumPy arrays, which JAX takes wherever it takes its own.
+# On the host, the fields are NumPy arrays, which JAX functions also accept.
 if TYPE_CHECKING:
     AnyArray = Any
 else:
@@ -24,7 +24,7 @@ else:
 
 
 def _image_remedy(image: Any, name: str) -> str:
-    """How to make a uint8 `(h, w, c)` of what came instead; an empty string where that is not known."""
+    """How to convert `image` to a uint8 `(h, w, c)` array, or an empty string if that is not known."""
     if isinstance(image, str | os.PathLike):
         return f"Read the file: detectax_eqx.data.read_image({name})."
     if hasattr(image, "convert"):
@@ -34,7 +34,7 @@ def _image_remedy(image: Any, name: str) -> str:
     if "float" in str(image.dtype):
         return (
             f"Pixels are 0..255: {name}.astype(np.uint8), or (255 * {name}).astype(np.uint8) if they lie in 0..1. "
-            f"A model normalizes by itself."
+            f"The model itself normalises them."
         )
     if str(image.dtype) == "uint16":
         return f"Scale to 8 bits: ({name} // 257).astype(np.uint8)."
@@ -47,20 +47,21 @@ def _image_remedy(image: Any, name: str) -> str:
     return ""
 
 
-# One image as decoded, with the remedy that an error names.
+# One decoded image, with the function that writes the remedy in a type error.
 Image = Annotated[UInt8[AnyArray, "h w c"], _image_remedy]
 
 
 class Targets(eqx.Module):
-    """Ground truth of an image, padded to `n` rows.
+    """The ground truth of an image, padded to `n` rows.
 
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image they belong to.
     - `labels`: `0..K-1`, foreground classes only.
-    - `valid`: which rows are objects.
+    - `valid`: which rows hold an object.
     - `masks`: coverage of each object in its own frame, 0..255 for uint8 and 0..1 otherwise, or `None`.
-    - `mask_boxes`: the frame that each mask fills. It is the object's whole box: cropping an image clips `boxes`, while
-      `mask_boxes` keeps reaching past the border, so that a mask never has to be resampled. `None` if `masks` is.
-    - `keypoints`: `(x, y, visibility)` of the `k` points of each object, in the pixels of `boxes`, or `None`. The
+    - `mask_boxes`: the frame that each mask fills, which is the object's whole box. Cropping an image clips `boxes` but
+      not `mask_boxes`, which may extend past the border, so that a mask never has to be resampled. `None` if `masks` is
+      `None`.
+    - `keypoints`: `(x, y, visibility)` of the `k` points of each object, in the same pixels as `boxes`, or `None`. The
       visibility is COCO's: 0 not labelled, 1 labelled but hidden, 2 visible.
     """
 
@@ -72,10 +73,10 @@ class Targets(eqx.Module):
     keypoints: Float[AnyArray, "*b n k 3"] | None = None
 
     def check_labels(self, num_classes: int) -> None:
-        """Raises a `ValueError` that names label and image if the label of a valid row is not in `0..num_classes - 1`.
+        """Raises a `ValueError` that names label and image if a valid row's label is not in `0..num_classes - 1`.
 
-        The losses cannot raise one in a compiled program: there, such a label makes them NaN. This looks at the
-        numbers, so it is for use outside of one; while tracing it does nothing. A step of `train.make_train_step`
+        The losses cannot raise an error in a compiled program: there, such a label makes them NaN. This method needs
+        concrete values, so call it outside `jax.jit`; during tracing it does nothing. A step of `train.make_train_step`
         calls it for each batch.
 
         >>> targets = Targets(np.ones((2, 1, 4), "f"), np.array([[0], [3]], "i"), np.ones((2, 1), bool))
@@ -87,12 +88,12 @@ class Targets(eqx.Module):
 
 
 class Detections(eqx.Module):
-    """What a detector found, best score first, padded to `n` rows.
+    """The detections in an image, sorted by descending score and padded to `n` rows.
 
-    - `boxes`: `(x0, y0, x1, y1)` in pixels of the image that was given.
-    - `scores`: 0..1. `labels`: `0..K-1`. `valid`: which rows are detections.
-    - `masks`: probabilities 0..1, each filling its box, or `None`. `ops.paste_masks` puts them on a canvas.
-    - `keypoints`: `(x, y, score)` of each object's `k` points, in the pixels of `boxes`, or `None`.
+    - `boxes`: `(x0, y0, x1, y1)` in pixels of the input image.
+    - `scores`: 0..1. `labels`: `0..K-1`. `valid`: which rows hold a detection.
+    - `masks`: probabilities 0..1, each filling its box, or `None`. `ops.paste_masks` pastes them onto a canvas.
+    - `keypoints`: `(x, y, score)` of each object's `k` points, in the same pixels as `boxes`, or `None`.
     """
 
     boxes: Float[AnyArray, "*b n 4"]
@@ -104,12 +105,13 @@ class Detections(eqx.Module):
 
 
 class Images(eqx.Module):
-    """Pictures as decoded, padded bottom and right to a common shape: what detection needs of a dataset.
+    """Decoded images, padded at the bottom and right to a common shape: the input of a detector.
 
-    - `pixels`: uint8, usually RGB. `sizes`: `(height, width)` of each picture within them.
-    - `original_sizes`: `(height, width)` as on disk; it differs only if an oversized picture was shrunk while decoding.
-    - `indices`: position of each picture in its dataset. `valid`: false for one that only fills up a batch.
-    - `canvas`: `(height, width)` that the network is to see, static: a program is compiled for each.
+    - `pixels`: uint8, usually RGB. `sizes`: `(height, width)` of each image within `pixels`.
+    - `original_sizes`: `(height, width)` on disk; it differs from `sizes` only if an oversized image was shrunk while
+      decoding.
+    - `indices`: position of each image in its dataset. `valid`: false for padding that fills up a batch.
+    - `canvas`: `(height, width)` of the network's input. It is static: a program is compiled for each canvas.
     """
 
     pixels: UInt8[AnyArray, "*b h w c"]
@@ -121,10 +123,10 @@ class Images(eqx.Module):
 
 
 class Batch(eqx.Module):
-    """Images with their ground truth: what training needs.
+    """Images with their ground truth: the input of training.
 
-    - `targets`: in pixels of the images as they lie in `images.pixels`.
-    - `overflow`: number of objects that were dropped because an image holds more than the capacity.
+    - `targets`: in pixels of `images.pixels`.
+    - `overflow`: number of objects that were dropped because an image has more than the capacity.
     """
 
     images: Images
@@ -138,22 +140,22 @@ class Batch(eqx.Module):
             raise ValueError(f"images, targets and overflow must have the same batch axes, got {shapes}.")
 
     def check_labels(self, num_classes: int) -> None:
-        """`Targets.check_labels`, for those images that are `valid`. It names their `indices` too."""
+        """`Targets.check_labels` for the images that are `valid`. The error also names its `indices` entry."""
         _check_labels(self.targets, num_classes, self.images.valid, self.images.indices)
 
 
 class WeightedSum(eqx.Module):
-    """A sum and the weight it is to be divided by, kept apart so that parts of a batch add up exactly.
+    """A sum and the weight to divide it by, kept separate so that parts of a batch add up exactly.
 
-    Losses of one example are `WeightedSum`s; they are added over the global batch and divided once, so that one device
-    and eight give the same number.
+    The losses of one example are `WeightedSum`s. They are summed over the global batch and divided once, so that one
+    device and eight devices give the same result.
     """
 
     total: Float32[Array, "*b"]
     count: Float32[Array, "*b"]
 
     def mean(self) -> Float32[Array, "*b"]:
-        """`total / count`, and 0 with a zero gradient where nothing was counted."""
+        """`total / max(count, 1)`: 0 with a zero gradient where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1.0)
 
 
@@ -164,7 +166,7 @@ def _check_labels(targets: Targets, num_classes: int, examples: AnyArray | None,
     for start, labels in _parts(targets.labels):
         wrong = (labels < 0) | (labels >= num_classes)
         if not wrong.any():
-            continue  # the rule; nothing else has to be fetched from the device
+            continue  # the usual case, in which no other array is fetched from the device
         wrong &= dict(_parts(targets.valid))[start]
         if examples is not None:
             wrong &= dict(_parts(examples))[start][..., None]
@@ -180,7 +182,7 @@ def _check_labels(targets: Targets, num_classes: int, examples: AnyArray | None,
 
 
 def _parts(array: AnyArray) -> Generator[tuple[int, np.ndarray], None, None]:
-    """The parts of an array that this process holds, each with the position of its first row."""
+    """The shards of an array that this process holds, each with the position of its first row."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         yield 0, np.asarray(array)
         return

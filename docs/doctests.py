@@ -1,7 +1,7 @@
 """An extension for griffe, which reads the package for the API pages.
 
-Examples in docstrings become code blocks, annotations stay as they are written, constants are described by the comment
-above them, and `A, B = 1, 2` defines both.
+Examples in docstrings become code blocks, annotations are shown as written, the comment above a constant becomes its
+docstring, and `A, B = 1, 2` defines both names.
 """
 
 import ast
@@ -12,12 +12,12 @@ from typing import Any
 import griffe
 
 
-# jaxtyping's types of arrays.
+# Array types of jaxtyping.
 ARRAY = re.compile(r"(Float|Int|UInt|Bool|Real|Shaped|Num|Inexact|Key)\d*$")
 
 
 class Axes:
-    """The axes of an array, which griffe would read as an expression if they were a string."""
+    """The axes string of an array annotation. griffe would parse a plain string as an expression."""
 
     def __init__(self, names: str):
         self.names = names
@@ -27,7 +27,7 @@ class Axes:
 
 
 def fence(text: str) -> str:
-    """Markdown in which each doctest, from `>>>` to a blank line, is a code block.
+    """Turns each doctest, from `>>>` to a blank line, into a Markdown code block.
 
     >>> fence("Adds.\\n\\n>>> 1 + 1\\n2")
     'Adds.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```'
@@ -37,7 +37,7 @@ def fence(text: str) -> str:
 
 
 def describe(attribute: griffe.Attribute) -> None:
-    """Makes the comment above a constant its docstring, if there is one."""
+    """Uses the comment above a constant, if there is one, as its docstring."""
     lines, first = attribute.lines_collection[attribute.filepath], (attribute.lineno or 1) - 1
     start = first
     while start > 0 and lines[start - 1].startswith("# "):
@@ -48,32 +48,32 @@ def describe(attribute: griffe.Attribute) -> None:
 
 
 class Doctests(griffe.Extension):
-    """Rewrites docstrings, and gives signatures the text of the source: `" n"` is a name of axes, not an expression."""
+    """Rewrites docstrings, and shows signatures as in the source: `" n"` names axes and is not an expression."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Fences the examples of a docstring."""
+        """Turns the examples of a docstring into code blocks."""
         if obj.docstring is not None:
             obj.docstring.value = fence(obj.docstring.value)
 
     def on_function_node(self, *, node: Any, **_: Any) -> None:
-        """Marks the axes of arrays, so that griffe does not take them for forward references."""
+        """Protects the axes of arrays, so that griffe does not parse them as forward references."""
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             for annotation in (node.returns, *(argument.annotation for argument in arguments)):
                 self._protect(annotation)
 
     def on_attribute_node(self, *, node: Any, **_: Any) -> None:
-        """The same for the fields of a class."""
+        """Protects the axes in the fields of a class."""
         if isinstance(node, ast.AnnAssign):
             self._protect(node.annotation)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Takes the comment above a constant for its docstring."""
+        """Uses the comment above a constant as its docstring."""
         if attr.docstring is None and attr.parent is not None and attr.parent.is_module and attr.lineno:
             describe(attr)
 
     def on_module_members(self, *, node: Any, mod: griffe.Module, **_: Any) -> None:
-        """Adds the constants of assignments to several names."""
+        """Adds constants that are assigned several at once."""
         for statement in node.body if isinstance(node, ast.Module) else ():
             if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Tuple)):
                 continue

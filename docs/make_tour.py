@@ -1,8 +1,8 @@
-"""Makes the pictures of docs/tour.md: one synthetic image on its way through the stages of a detector.
+"""Draws the pictures of docs/tour.md: one synthetic image at each stage of a detector.
 
     python docs/make_tour.py
 
-Nothing is trained: scores and boxes of "proposals" are noisy copies of the ground truth. Takes some seconds.
+Nothing is trained: the "proposals" are noisy copies of the ground truth. Takes a few seconds.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ ZOOM = 2
 
 
 def main() -> None:
-    """Follows the image, and writes a picture per stage."""
+    """Runs the stages and writes a picture of each."""
     FOLDER.mkdir(exist_ok=True)
     dataset, example = read()
     names = [category.name for category in dataset.categories]
     pixels = np.asarray(example.images.pixels)[: SIZE[0], : SIZE[1]]
     save("decoded", Image.fromarray(pixels))
 
-    # The same call augments in training; here it only resizes.
+    # In training, this call also augments; here it only resizes.
     canvas, canvas_size, targets = train.augment(
         example.images.pixels,
         example.images.sizes,
@@ -71,7 +71,7 @@ def main() -> None:
     save("after", draw_boxes(picture, [(noisy[kept], GREEN)]), zoom=1)
     print(f"{len(noisy)} boxes, {len(kept)} after suppression")
 
-    # RoIAlign reads a map of features; the picture itself is one, of stride 1 and three channels.
+    # The picture itself serves as the feature map (3, h, w), with stride 1.
     features = canvas.transpose(2, 0, 1)
     pooled = ops.roi_align(features, noisy[kept], output_size=14, spatial_scale=1.0)
     save("pooled", sheet([to_picture(crop) for crop in pooled]), zoom=1)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def read() -> tuple[data.CocoDataset, Batch]:
-    """A dataset of one image, and that image as training gets it."""
+    """Returns a dataset of one image, and that image as a training example."""
     with TemporaryDirectory() as folder:
         dataset = data.load_coco(*data.write_shapes_dataset(folder, num_images=1, seed=7, image_size=SIZE))
         buckets = data.make_buckets(dataset.sizes, canvases=[CANVAS], min_size=MIN_SIZE, max_size=MAX_SIZE)
@@ -100,7 +100,7 @@ def read() -> tuple[data.CocoDataset, Batch]:
 
 
 def noisy_copies(boxes: np.ndarray, *, copies: int) -> tuple[jnp.ndarray, jnp.ndarray, np.ndarray]:
-    """Boxes as a network might propose them, the better ones with better scores, and the object of each."""
+    """Returns plausible proposals, scores that decrease with the noise, and the index of each proposal's object."""
     draw_random = np.random.default_rng(0)
     owners = np.repeat(np.arange(len(boxes)), copies)
     sides = np.tile(boxes[owners, 2:] - boxes[owners, :2], 2)
@@ -111,17 +111,17 @@ def noisy_copies(boxes: np.ndarray, *, copies: int) -> tuple[jnp.ndarray, jnp.nd
 
 
 def scaled(targets, factor: float):
-    """The targets of a picture that is enlarged."""
+    """Scales targets to an enlarged picture."""
     return replace(targets, boxes=targets.boxes * factor, mask_boxes=targets.mask_boxes * factor)
 
 
 def zoomed(picture: np.ndarray, factor: int = ZOOM) -> np.ndarray:
-    """A picture whose pixels are squares."""
+    """Enlarges a picture by repeating its pixels."""
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def draw_boxes(picture: np.ndarray, groups: Sequence[tuple], width: int = 2) -> Image.Image:
-    """Boxes in a colour for each group, on the enlarged picture."""
+    """Draws boxes on the enlarged picture, with a colour per group."""
     image = Image.fromarray(zoomed(picture))
     pen = ImageDraw.Draw(image)
     for boxes, color in groups:
@@ -131,7 +131,7 @@ def draw_boxes(picture: np.ndarray, groups: Sequence[tuple], width: int = 2) -> 
 
 
 def draw_anchors(picture: np.ndarray, anchors) -> Image.Image:
-    """The middle of every anchor, and the anchors of one cell."""
+    """Draws the anchor centre of every cell, and the anchors of one cell."""
     rows, columns, ratios = CANVAS[0] // STRIDE, CANVAS[1] // STRIDE, len(ANCHORS["aspect_ratios"])
     cells = np.asarray(anchors).reshape(rows, columns, ratios, 4)
     image = draw_boxes(picture, [(cells[rows // 2, columns // 2], BLUE)])
@@ -143,13 +143,13 @@ def draw_anchors(picture: np.ndarray, anchors) -> Image.Image:
 
 
 def to_picture(crop: jnp.ndarray) -> Image.Image:
-    """A map of three channels, 0..255, with pixels that can be seen."""
+    """Converts a map of three channels, 0..255, to a picture with enlarged pixels."""
     pixels = np.asarray(crop).transpose(1, 2, 0).clip(0, 255).round().astype(np.uint8)
     return Image.fromarray(pixels).resize((112, 112), Image.Resampling.NEAREST)
 
 
 def sheet(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """Pictures in a row."""
+    """Places pictures in a row."""
     width, height = pictures[0].size
     row = Image.new("RGB", (len(pictures) * (width + gap) - gap, height), "white")
     for i, picture in enumerate(pictures):
@@ -163,7 +163,7 @@ def save(name: str, picture: Image.Image, zoom: int = ZOOM) -> None:
     picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
     picture.save(FOLDER / f"{name}.png", optimize=True)
     path = FOLDER / f"{name}.png"
-    if path.stat().st_size > 60_000:  # noisy ground compresses badly without loss
+    if path.stat().st_size > 60_000:  # lossless compression does poorly on noise
         path.unlink()
         path = FOLDER / f"{name}.jpg"
         picture.save(path, quality=85)

@@ -1,7 +1,7 @@
-"""A hook for MkDocs: pages of the site that lie outside of docs/, and links to them.
+"""A MkDocs hook that adds pages from outside docs/ and rewrites links to them.
 
-Links in the Markdown files are those of the repository, so that they work where it is browsed. On the site a link to a
-notebook, to BENCHMARKS.md or to CONTRIBUTING.md leads to its page, and one to a file without a page is its text alone.
+Markdown files link to files of the repository, so that the links work when it is browsed. On the site, a link to a
+notebook, to BENCHMARKS.md or to CONTRIBUTING.md leads to its page; a link to a file without a page becomes plain text.
 """
 
 import json
@@ -15,27 +15,27 @@ from mkdocs.structure.files import File, Files
 
 
 ROOT = Path(__file__).parent.parent
-# Files of the repository that are pages of the site, and where: the notebooks come to these.
+# Files of the repository and their pages on the site; notebooks are added separately.
 PAGES = {"BENCHMARKS.md": "benchmarks/index.md", "CONTRIBUTING.md": "contributing.md"}
-# Those that stand for another page.
+# Files that link to an existing page.
 ALIASES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CITATION.cff": "citation.md"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def notebooks() -> dict[str, str]:
-    """The notebooks, and their places on the site."""
+    """Maps notebooks to their pages on the site."""
     return {f"notebooks/{path.name}": f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 
 def title(notebook: str) -> str:
-    """The heading of a notebook."""
+    """Returns the heading of a notebook."""
     cells = json.loads((ROOT / notebook).read_text())["cells"]
     first = next(cell for cell in cells if cell["cell_type"] == "markdown")
     return "".join(first["source"]).splitlines()[0].removeprefix("# ")
 
 
 def on_config(config: Any) -> Any:
-    """Adds to the navigation what is found by folder."""
+    """Adds notebooks, benchmarks and notes to the navigation."""
     api = next(i for i, entry in enumerate(config.nav) if "API" in entry)
     config.nav.insert(api, {"Notebooks": [{title(path): path} for path in notebooks().values()]})
     after = []
@@ -49,9 +49,9 @@ def on_config(config: Any) -> Any:
     return config
 
 
-@event_priority(100)  # before the plugin that reads notebooks
+@event_priority(100)  # before the notebook plugin
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages from outside of docs/."""
+    """Adds the pages from outside docs/."""
     for source, target in PAGES.items():
         if (ROOT / source).exists() and files.get_file_from_path(target) is None:
             files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
@@ -61,7 +61,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turns the repository's links into the site's."""
+    """Rewrites links to repository files as links to pages of the site."""
     here = page.file.src_uri
     if here.startswith("notebooks/"):
         return markdown

@@ -1,4 +1,4 @@
-"""What a run of training prints before its first step."""
+"""The summary that a training run prints before its first step."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from _shared import console
 from detectax_eqx import data, models, report, zoo
 
 
-# Of more classes than this, the most and the least frequent are listed.
+# With more classes than this, only the most and the least frequent are listed.
 MOST_CLASSES = 12
 
 
 def check_objects(dataset: data.CocoDataset, options: Options, needs: frozenset[str]) -> None:
-    """Refuses data from which the model cannot learn: without objects, or without masks if it `needs` them."""
+    """Refuses data that the model cannot learn from: no objects, or no masks if it `needs` them."""
     parts = [dataset.objects(index) for index in range(len(dataset))]
     crowds = sum(int(part.crowd.sum()) for part in parts)
     if crowds == sum(len(part.crowd) for part in parts):
         found = f"all of its {crowds} annotations are crowds (iscrowd 1), which are not" if crowds else "it has none"
         raise SystemExit(
-            f"{options.train_annotations} has no object to train on: {found}. Give annotations with boxes of "
+            f"{options.data.train_annotations} has no object to train on: {found}. Give annotations with boxes of "
             "single objects."
         )
     if "masks" in needs:
@@ -37,28 +37,28 @@ def check_objects(dataset: data.CocoDataset, options: Options, needs: frozenset[
             image, annotation_id = bare[0]
             more = f", nor have {len(bare) - 1:,} others" if len(bare) > 1 else ""
             raise SystemExit(
-                f"{options.train_annotations}: image {image.id} ({image.file}), annotation {annotation_id} has no "
-                f"segmentation{more}, and {options.model} learns masks. For boxes alone use --model "
-                f"{detector_without('masks', like=options.model)}, or add the segmentations."
+                f"{options.data.train_annotations}: image {image.id} ({image.file}), annotation {annotation_id} has no "
+                f"segmentation{more}, and {options.detector.model} learns masks. For boxes alone use --model "
+                f"{detector_without('masks', like=options.detector.model)}, or add the segmentations."
             )
 
 
 def print_header(
     options: Options, dataset: data.CocoDataset, *, model: Any, trainable: Any, schedule: optax.Schedule, steps: int
 ) -> None:
-    """Data, length, rate, canvases, parameters and devices of a run. `steps`: per epoch."""
+    """Prints data, length, learning rate, canvases, parameters and devices of a run. `steps`: per epoch."""
     total = total_steps(options, steps)
-    sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
+    sizes = {"min_size": max(options.sizes.min_sizes), "max_size": options.sizes.max_size}
     labels, tiny = _labels_and_tiny(dataset, **sizes)
     empty = sum(not (~dataset.objects(index).crowd).any() for index in range(len(dataset)))
-    uses = report.bucket_use(dataset.sizes, canvases=options.canvases, **sizes)
+    uses = report.bucket_use(dataset.sizes, canvases=options.sizes.canvases, **sizes)
     shrunk = sum(use.shrunk for use in uses)
     padding = f"{report.padding_share(uses):.0%} padding" + (f", {shrunk:,} images shrunk to fit" if shrunk else "")
     rate = float(jnp.max(jax.vmap(schedule)(jnp.arange(total))))
-    plan = f"warm-up {options.warmup_steps}, " + (
+    plan = f"warm-up {options.optimization.warmup_steps}, " + (
         "then a cosine to 0"
-        if options.schedule == "cosine"
-        else f"decays after epochs {' and '.join(f'{epoch:g}' for epoch in options.decay_epochs or ())}"
+        if options.optimization.schedule == "cosine"
+        else f"decays after epochs {' and '.join(f'{epoch:g}' for epoch in options.optimization.decay_epochs or ())}"
     )
     leaves, marked = jax.tree.leaves(model), jax.tree.leaves(trainable)
     trained = sum(leaf.size for leaf, mark in zip(leaves, marked, strict=True) if mark)
@@ -67,11 +67,11 @@ def print_header(
         "images": f"{len(dataset):,}" + (f", {empty:,} without objects" if empty else ""),
         "objects": f"{len(labels):,}" + (f", {tiny:,} under a pixel after resizing" if tiny else ""),
         "per class": _per_class(labels, dataset.categories),
-        "steps": f"{total:,}, {total / steps:g} epochs of {steps:,}, {options.batch_size} images per step",
-        "rate": f"{rate:.3g} at most ({options.optimizer}); {plan}",
+        "steps": f"{total:,}, {total / steps:g} epochs of {steps:,}, {options.run.batch_size} images per step",
+        "rate": f"{rate:.3g} at most ({options.optimization.optimizer}); {plan}",
         "canvases": ", ".join(f"{u.canvas[0]}×{u.canvas[1]} for {u.images:,} images" for u in uses) + f"; {padding}",
-        "model": f"{options.model}, norm {options.norm}, {models.num_parameters(model):,} parameters, {trained:,} "
-        "of them trained",
+        "model": f"{options.detector.model}, norm {options.architecture.norm}, "
+        f"{models.num_parameters(model):,} parameters, {trained:,} of them trained",
         "devices": f"{jax.device_count()} ({kinds})",
     }
     width = max(map(len, rows))
@@ -80,7 +80,7 @@ def print_header(
 
 
 def _labels_and_tiny(dataset: data.CocoDataset, *, min_size: int, max_size: int) -> tuple[np.ndarray, int]:
-    """The label of each object, and how many have a side of less than a pixel after resizing."""
+    """The label of each object, and the number of objects with a side below one pixel after resizing."""
     boxes = report.resized_boxes(dataset, min_size=min_size, max_size=max_size)
     sides = boxes[:, 2:] - boxes[:, :2]
     return report.labels_of(dataset), int((sides < 1).any(axis=1).sum())
@@ -97,6 +97,6 @@ def _per_class(labels: np.ndarray, categories: tuple[data.Category, ...]) -> str
 
 
 def detector_without(target: str, *, like: str) -> str:
-    """The detector that does not need a kind of target, and whose name ends most like another's."""
+    """The detector that does not need `target`, and whose name has the longest common suffix with `like`."""
     names = [name for name in zoo.names() if target not in zoo.Architecture(name).shapes(1).needs]
     return max(names, key=lambda name: max(i for i in range(len(like) + 1) if name.endswith(like[len(like) - i :])))

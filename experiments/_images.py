@@ -1,4 +1,4 @@
-"""The image files that the scripts are pointed at, and unique names for what is made of them."""
+"""Finds image files, and gives unique names to the pictures made of them."""
 
 import os
 import unicodedata
@@ -11,16 +11,16 @@ from _shared import console
 from detectax_eqx import data
 
 
-# What predict.py writes beside its pictures. A folder with both holds pictures of detections, not images.
+# Files that predict.py writes beside its pictures. A folder with both is an output folder, not a folder of images.
 RESULTS = ("detections.json", "images.json")
 
 
 def find_images(inputs: Sequence[Path], output: Path | None = None) -> list[tuple[Path, Path]]:
-    """Every image file of `inputs` once, and its name: below its folder, or its own.
+    """Returns every image file of `inputs` once, with its name: the path below the given folder, or the file's name.
 
-    Files that are given by name are taken whatever their suffix. Of a folder, those with a suffix of an image, at any
-    depth, except what lies in `output` or in another output folder of predict.py within it, which is printed. Names of
-    several folders begin with the folder's name.
+    Files given explicitly are taken whatever their suffix. Folders are searched at any depth for files with an image
+    suffix, without `output` and other output folders of predict.py, which are printed. With several folders, names
+    begin with the folder's name.
 
     >>> find_images([Path("street.jpg")])
     [(PosixPath('street.jpg'), PosixPath('street.jpg'))]
@@ -47,15 +47,17 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
             if is_output or all((here / name / result).is_file() for result in RESULTS):
                 folders.remove(name)
                 if not is_output:
-                    console.print(f"{here / name} is left out: predict.py wrote it.", highlight=False, soft_wrap=True)
+                    console.print(
+                        f"{here / name} is skipped: it was written by predict.py.", highlight=False, soft_wrap=True
+                    )
         yield from (here / name for name in files if Path(name).suffix.lower() in data.IMAGE_SUFFIXES)
 
 
 def unique_targets(images: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:
-    """A file `output / (name + ".png")` for each image: no two the same, and none that is an image itself.
+    """Returns a file `output / (name + ".png")` for each image, all distinct and none an image itself.
 
-    Where names collide, also as names that differ in case or in the form of an accent do on some disks, the first part
-    of the later one gets a number: `x.png` becomes `x-2.png.png`, `a/x.png` becomes `a-2/x.png.png`.
+    If names collide, the first part of the later one gets a number: `x.png` becomes `x-2.png.png`, `a/x.png` becomes
+    `a-2/x.png.png`. Names that differ in case or Unicode normalisation count as equal, as some file systems do.
     """
     files = {_folded(path) for path, _ in images} | {_folded(output / name) for name in RESULTS}
     folders: set[str] = set()
@@ -82,5 +84,5 @@ def _numbered(name: Path, number: int) -> Path:
 
 
 def _folded(path: Path) -> str:
-    """A path as a disk sees it that knows no case and one form of each accent."""
+    """A key for a path that ignores case and Unicode normalisation."""
     return unicodedata.normalize("NFC", os.path.abspath(path)).casefold()

@@ -1,126 +1,243 @@
-"""The options of train.py, the ranges that they must be in, and defaults that depend on the run."""
+"""The options of train.py in groups, and the defaults that depend on the run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from _shared import ModelName
+from _shared import ModelName, Precision
 
 from detectax_eqx import data, models, zoo
 
 
+Tracker = Literal["tensorboard", "wandb"]
+
+
 @dataclass(kw_only=True)
-class Options:
-    """Options of a training run."""
+class DataOptions:
+    """Images and annotations to train and evaluate on."""
 
     train_annotations: str | None = None
-    """COCO JSON of the training images: a path, or a URL of http, https, gs or s3. Required without --resume."""
+    """COCO JSON of the training images: a path or a URL. Required without --resume or --options."""
     train_images: str | None = None
-    """Folder that the file names in it refer to, or such a URL. Required without --resume."""
+    """Folder that file names in it refer to: a path or a URL. Required without --resume or --options."""
+    val_annotations: str | None = None
+    """COCO JSON to evaluate on after each epoch. Without it the last checkpoint counts as the best."""
+    val_images: str | None = None
+    """Folder of the validation images. Default: --train-images."""
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Detector and initial weights."""
+
+    model: ModelName = "mask_rcnn_resnet50_fpn"
+    """Detector to train. A mask detector needs a segmentation for every object."""
+    init: Path | None = None
+    """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet ResNet."""
+    precision: Precision = "float32"
+    """Dtype of convolutions and matrix products. Parameters, losses and box arithmetic stay float32."""
+
+
+@dataclass(kw_only=True)
+class SizeOptions:
+    """Image sizes and capacities."""
+
+    min_sizes: tuple[int, ...] = (800,)
+    """Short sides in pixels to resize images to; each image draws one each time."""
+    max_size: int = 1333
+    """Longest side in pixels after resizing; takes precedence over --min-sizes."""
+    canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
+    """Heights and widths in pixels that images are padded to, multiples of 32. One program per canvas."""
+    max_objects: int = 100
+    """Objects per image that are trained on; the rest is left out, counted and reported."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "canvases min_sizes max_size max_objects"}
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Length of the run, and its output."""
+
     output: Path
     """Folder for checkpoints and metrics. One that holds a run already needs --resume."""
-    val_annotations: str | None = None
-    """COCO JSON to evaluate after each epoch, a path or URL. Without it the last checkpoint counts as the best."""
-    val_images: str | None = None
-    """Folder of the validation images, or a URL. Default: that of --train-images."""
-    box_format: data.BoxFormat = "xywh"
-    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
-    allow_renamed: bool = False
-    """Accept other names for the same category ids in validation, or with --resume, where the new names then count."""
-    model: ModelName = "mask_rcnn_resnet50_fpn"
-    """Detector to train. One that learns masks needs a segmentation for every object."""
-    norm: zoo.NormName | None = None
-    """Backbone's norm: frozen_batch for imported weights (torchvision's COCO ones: frozen_batch_eps0), group otherwise.
-    Default: frozen_batch with --init, else group."""
-    init: Path | None = None
-    """Start from this .pth or .safetensors of the detector, of any classes, or .pth of an ImageNet ResNet."""
-    trainable_layers: int | None = None
-    """Parts of the backbone that are trained, 0..5, the stem as the last. Default: 3 with --init, else 5."""
+    resume: bool = False
+    """Continue from the last checkpoint in --output. Options that are not given keep their values."""
+    options: Path | None = None
+    """The options.json of another run, for options that are not given."""
     epochs: int = 12
     """Passes over the training images, unless --steps is given."""
     steps: int | None = None
     """Steps to train for, instead of --epochs."""
     batch_size: int = 16
-    """Images a step, over all devices: a multiple of their number times --accumulate."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of convolutions and matrix products. Parameters, losses and box arithmetic are float32 either way."""
-    gradient_checkpointing: bool = False
-    """Save memory by recomputing the ResNet's blocks in the backward pass, which takes time."""
-    accumulate: int = 1
-    """Parts that a device takes its images of a step in: less memory, more time, the same update as at once."""
-    parameter_shards: int = 1
-    """Number of devices that share one copy of parameters and optimiser state (FSDP). 1: a copy on each."""
+    """Images per step over all devices, a multiple of their number times --accumulate."""
+    seed: int = 0
+    """Seed of initial weights, image order and augmentation."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "epochs steps batch_size", "at least 0": "seed"}
+
+
+@dataclass(kw_only=True)
+class ArchitectureOptions:
+    """Parts of the detector, and which of them are trained."""
+
+    norm: zoo.NormName | None = None
+    """Norm of the backbone (torchvision's COCO weights: frozen_batch_eps0). Default: frozen_batch with --init,
+    else group."""
+    trainable_layers: int | None = None
+    """Trained stages of the backbone, 0..5, counted from the top. Default: 3 with --init, else 5."""
+    anchor_sizes: tuple[float, ...] | None = None
+    """Side in pixels of the square anchor per level, after resizing. Default: the detector's own."""
+    aspect_ratios: tuple[float, ...] | None = None
+    """Height / width of the anchors. Default: the detector's own."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "anchor_sizes aspect_ratios", "at least 0": "trainable_layers"}
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """Optimiser and learning rate."""
+
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: float | None = None
-    """Learning rate for 16 images per step; for another --batch-size it is scaled in proportion.
-    Default: .02 for sgd, .0001 for adamw."""
+    """Learning rate at 16 images per step, scaled linearly with --batch-size. Default: sgd .02, adamw .0001."""
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    """After the warm-up: a tenth after each of --decay-epochs, or a cosine to 0."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from a thousandth of the rate. Default: a tenth of the run, at most 500."""
+    decay_epochs: tuple[float, ...] | None = None
+    """Epochs after which multistep decays. Default: 8 and 11 of 12, in proportion for other lengths."""
     momentum: float = 0.9
-    """Momentum of SGD (0..1); --optimizer adamw does not use it."""
+    """Momentum of sgd, 0..1."""
     weight_decay: float = 1e-4
-    """Weight decay of trained parameters; see --decay-vectors."""
+    """Weight decay of trained parameters."""
     decay_vectors: bool = True
     """Whether norms and biases decay too, as in torchvision."""
     backbone_lr: float = 1.0
-    """Learning rate of the ResNet, as a multiple of that of pyramid and heads."""
+    """Learning rate of the ResNet as a multiple of the pyramid's and the heads'."""
     clip_norm: float | None = None
-    """Scale gradients down to this norm, taken over all parameters. Default: as they are."""
+    """Clip the gradient to this global norm. Default: no clipping."""
     ema: float | None = None
-    """Keep an average of the model, with this decay a step (.999, say), to evaluate and export. Default: none."""
+    """Evaluate and save an exponential moving average of the model with this decay per step, such as .999."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """On a loss or gradient that is not finite, stop, or leave out the step and count it in the metrics."""
-    schedule: Literal["multistep", "cosine"] = "multistep"
-    """Learning rate after warmup: a tenth after each of --decay-epochs (multistep), or a cosine to 0."""
-    decay_epochs: tuple[float, ...] | None = None
-    """Epochs after which the multistep schedule decays. Default: 8 and 11 of 12, in proportion for other runs."""
-    warmup_steps: int | None = None
-    """Steps in which the learning rate grows linearly, from a thousandth of itself.
-    Default: a tenth of the run, at most 500."""
-    min_sizes: tuple[int, ...] = (800,)
-    """Short sides in pixels that images are resized to; one is drawn for each image each time."""
-    max_size: int = 1333
-    """Longest side in pixels after resizing; the short side becomes smaller where this would be exceeded."""
-    canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
-    """Heights and widths in pixels of what images are padded to, multiples of 32. Each may compile a program."""
-    anchor_sizes: tuple[float, ...] | None = None
-    """Side in pixels of the square anchor on each level, after resizing; see inspect_dataset.py.
-    Default: the detector's own."""
-    aspect_ratios: tuple[float, ...] | None = None
-    """Height / width of the anchors. Default: the detector's own."""
+    """On a loss or gradient that is not finite: stop, or skip the step and count it."""
+
+    RANGES: ClassVar[dict[str, str]] = {
+        "positive": "lr backbone_lr clip_norm",
+        "at least 0": "weight_decay decay_epochs warmup_steps",
+        "in 0..1": "momentum ema",
+    }
+
+
+@dataclass(kw_only=True)
+class AugmentationOptions:
+    """Random changes to training images."""
+
     flip: float = 0.5
-    """Probability of a horizontal flip (0..1)."""
+    """Probability of a horizontal flip, 0..1."""
     jitter: tuple[float, float] | None = None
-    """Large-scale jitter: least and greatest scale relative to the canvas, 0.1 2.0 for instance. Default: none."""
-    max_objects: int = 100
-    """Objects of an image that are trained on; more are left out, counted and reported."""
-    seed: int = 0
-    """Seed of the initial weights, of the order of images and of augmentation."""
+    """Large-scale jitter: range of scales relative to the canvas, such as 0.1 2.0. Default: none."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "jitter", "in 0..1": "flip"}
+
+
+@dataclass(kw_only=True)
+class ReadingOptions:
+    """Reading of annotations and images."""
+
+    box_format: data.BoxFormat = "xywh"
+    """Format of "bbox" in the annotations. xywh is COCO's; normalized: fractions of the image's sides."""
+    allow_renamed: bool = False
+    """Accept other category names for the same ids, in validation or with --resume (then the new names count)."""
     threads: int = 2
-    """Threads that decode images, in each process."""
+    """Decoding threads per process."""
     cache: Path | None = None
-    """Folder to keep decoded training images in, then read about twice as fast. Default: decode each time."""
+    """Folder for decoded training images, which reads about twice as fast. Default: decode each time."""
     max_bad_images: int = 10
-    """Images that may turn out unreadable during training: left out, reported and counted. One more ends the run."""
+    """Unreadable images to leave out and report before the run ends."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "threads", "at least 0": "max_bad_images"}
+
+
+@dataclass(kw_only=True)
+class LoggingOptions:
+    """Log lines and checkpoints."""
+
     log_every: int = 20
-    """Steps between lines of metrics.jsonl, and of the log where there is no terminal."""
+    """Steps between log lines and lines of metrics.jsonl."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written after each epoch."""
-    resume: bool = False
-    """Go on from the last checkpoint in --output. Options that are not given are those of before."""
+    track: tuple[Tracker, ...] = ()
+    """Also log to these: tensorboard (package tensorboardX) writes to --output/tensorboard, wandb to your account."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "log_every checkpoint_every"}
+
+
+@dataclass(kw_only=True)
+class DeviceOptions:
+    """Memory, several devices, several machines."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the ResNet's blocks in the backward pass: less memory, more time."""
+    accumulate: int = 1
+    """Parts in which a device takes its share of a batch: less memory, more time, the same update."""
+    parameter_shards: int = 1
+    """Devices that share one copy of parameters and optimiser state (FSDP)."""
     coordinator: str | None = None
-    """host:port of process 0, or `auto` if the launcher tells (Slurm, MPI, a TPU pod). Default: one process."""
+    """host:port of process 0, or `auto` on Slurm, MPI and TPU pods. Default: one process."""
     num_processes: int | None = None
     """Number of processes, with --coordinator HOST:PORT."""
     process_id: int | None = None
-    """This process's number, from 0, with --coordinator HOST:PORT."""
+    """Number of this process from 0, with --coordinator HOST:PORT."""
+
+    RANGES: ClassVar[dict[str, str]] = {"positive": "accumulate parameter_shards"}
 
 
-RANGES = {
-    "positive": "epochs steps batch_size accumulate parameter_shards lr backbone_lr clip_norm canvases min_sizes "
-    "max_size jitter max_objects anchor_sizes aspect_ratios threads log_every checkpoint_every",
-    "at least 0": "weight_decay decay_epochs warmup_steps seed max_bad_images trainable_layers",
-    "in 0..1": "momentum flip ema",
-}
+@dataclass(kw_only=True)
+class Options:
+    """Options of a training run. `--help` leaves out the groups in `ADVANCED`; `--help-all` shows every group."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    detector: ModelOptions = field(default_factory=ModelOptions)
+    sizes: SizeOptions = field(default_factory=SizeOptions)
+    run: RunOptions
+    architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
+    optimization: OptimizerOptions = field(default_factory=OptimizerOptions)
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
+
+    ADVANCED: ClassVar[frozenset[str]] = frozenset(
+        {"architecture", "optimization", "augmentation", "reading", "logging", "devices"}
+    )
+
+
+def grouped(**values: Any) -> Options:
+    """The options of these names, each in its group; others have their defaults."""
+    types = option_types()
+    if unknown := [name for name in values if name not in types]:
+        raise TypeError(f"there is no option {unknown[0]!r}")
+    groups: dict[str, Any] = {group.name: group.type for group in fields(Options)}
+    members = {name: [option.name for option in fields(group)] for name, group in groups.items()}
+    return Options(
+        **{
+            name: group(**{option: values[option] for option in members[name] if option in values})
+            for name, group in groups.items()
+        }
+    )
+
+
+def flat(options: Options) -> dict[str, Any]:
+    """Every option by its name; `grouped` reverses it."""
+    return {name: value for group in vars(options).values() for name, value in vars(group).items()}
+
+
+def option_types() -> dict[str, Any]:
+    """The type of every option."""
+    groups: list[Any] = [group.type for group in fields(Options)]
+    return {option.name: option.type for group in groups for option in fields(group)}
+
 
 # The field's "1x" recipe: 12 epochs, decays after 8 and 11, a warm-up of 500 of some 90,000 steps.
 RECIPE_EPOCHS, RECIPE_DECAYS = 12, (8, 11)
@@ -128,60 +245,66 @@ WARMUP_STEPS, WARMUP_SHARE = 500, 0.1
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-4}
 
 
-def architecture(options: "Options") -> zoo.Architecture:
+def architecture(options: Options) -> zoo.Architecture:
     """What the model is built from."""
-    return zoo.Architecture(options.model, options.norm or "group", options.anchor_sizes, options.aspect_ratios)
+    parts = options.architecture
+    return zoo.Architecture(options.detector.model, parts.norm or "group", parts.anchor_sizes, parts.aspect_ratios)
 
 
 def total_steps(options: Options, epoch_steps: int) -> int:
     """Steps of the whole run."""
-    return options.steps or options.epochs * epoch_steps
+    return options.run.steps or options.run.epochs * epoch_steps
 
 
 def complete(options: Options, epoch_steps: int) -> Options:
-    """The options with a value for each that was left to depend on the others."""
+    """The options with a value in place of each default that depends on the run."""
     steps = total_steps(options, epoch_steps)
-    epochs = options.epochs if options.steps is None else steps / epoch_steps
+    epochs = options.run.epochs if options.run.steps is None else steps / epoch_steps
+    imported = options.detector.init is not None
     defaults = {
-        "norm": "frozen_batch" if options.init else "group",
-        "trainable_layers": 3 if options.init else 5,
-        "lr": LEARNING_RATES[options.optimizer],
+        "norm": "frozen_batch" if imported else "group",
+        "trainable_layers": 3 if imported else 5,
+        "lr": LEARNING_RATES[options.optimization.optimizer],
         "warmup_steps": min(WARMUP_STEPS, int(WARMUP_SHARE * steps)),
         "decay_epochs": tuple(round(decay * epochs / RECIPE_EPOCHS, 3) for decay in RECIPE_DECAYS),
     }
-    return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
+    values = flat(options)
+    return grouped(**values | {name: value for name, value in defaults.items() if values[name] is None})
 
 
 def check_sense(options: Options) -> None:
     """Refuses options that contradict each other, before anything is read."""
-    if options.train_annotations is None or options.train_images is None:
+    if options.data.train_annotations is None or options.data.train_images is None:
         raise SystemExit(
             "--train-annotations and --train-images are required"
-            + (f": {options.output} has no options.json to take them from." if options.resume else ".")
+            + (f": {options.run.output} has no options.json to take them from." if options.run.resume else ".")
         )
-    if options.jitter is not None and options.jitter[0] > options.jitter[1]:
-        raise SystemExit(f"--jitter is {options.jitter}: the first must not be larger than the second.")
+    jitter = options.augmentation.jitter
+    if jitter is not None and jitter[0] > jitter[1]:
+        raise SystemExit(f"--jitter is {jitter}: the first must not be larger than the second.")
 
 
 def check_model(options: Options, model: models.AbstractDetector) -> None:
-    """Refuses options that the detector has no place for. Its shapes are enough."""
+    """Refuses options that the detector has no use for. Its shapes are enough."""
     levels, divisor = len(model.backbone.strides), model.backbone.divisor
-    if options.anchor_sizes is not None and len(options.anchor_sizes) != levels:
-        raise SystemExit(f"--anchor-sizes is {options.anchor_sizes}: it must be {levels} numbers, one per level.")
-    if any(side % divisor for canvas in options.canvases for side in canvas):
-        raise SystemExit(f"--canvases is {options.canvases}: its sides must be multiples of {divisor}.")
+    sizes, canvases = options.architecture.anchor_sizes, options.sizes.canvases
+    if sizes is not None and len(sizes) != levels:
+        raise SystemExit(f"--anchor-sizes is {sizes}: it must be {levels} numbers, one per level.")
+    if any(side % divisor for canvas in canvases for side in canvas):
+        raise SystemExit(f"--canvases is {canvases}: its sides must be multiples of {divisor}.")
 
 
 def check_promise(options: Options, epoch_steps: int) -> None:
     """Refuses options with which a new run cannot learn."""
-    steps = total_steps(options, epoch_steps)
-    if options.warmup_steps is not None and options.warmup_steps >= steps:
+    steps, warmup = total_steps(options, epoch_steps), options.optimization.warmup_steps
+    if warmup is not None and warmup >= steps:
         raise SystemExit(
-            f"--warmup-steps is {options.warmup_steps}, but the run has {steps} steps and would end before its "
-            "learning rate is reached. Leave the option out, or train for longer (--epochs, --steps)."
+            f"--warmup-steps is {warmup}, but the run has {steps} steps and would end before its learning rate is "
+            "reached. Leave the option out, or train for longer (--epochs, --steps)."
         )
-    if options.init is None and options.norm in ("frozen_batch", "frozen_batch_eps0"):
+    norm = options.architecture.norm
+    if options.detector.init is None and norm in ("frozen_batch", "frozen_batch_eps0"):
         raise SystemExit(
-            f"--norm is {options.norm}, which takes its statistics from imported weights: without --init there are "
-            "none. Give --init, or leave the option out to train from scratch with group."
+            f"--norm is {norm}, which takes its statistics from imported weights: without --init there are none. "
+            "Give --init, or leave the option out to train from scratch with group."
         )

@@ -1,4 +1,4 @@
-"""How fast a run trains, and how long it has to go."""
+"""Speed and remaining time of a run."""
 
 import time
 from collections.abc import Generator
@@ -7,9 +7,9 @@ from datetime import timedelta
 
 
 class Pace:
-    """Measures training alone: what is done while it is `paused` does not count.
+    """Measures the time of training only: time within `paused` does not count.
 
-    - `total`: steps of the run. `start`: the steps made before.
+    - `total`: steps of the run. `start`: steps made by earlier processes of it.
     """
 
     def __init__(self, total: int, start: int):
@@ -29,7 +29,7 @@ class Pace:
             self._window += duration
 
     def count(self, images: int) -> None:
-        """Counts the images of a step. The first, for which data are waited for, is left out of the time to go."""
+        """Counts the images of a step. The first step waits for data, so it is excluded from the remaining time."""
         self._images += images
         self._counted += 1
         if self._counted == 1:
@@ -43,9 +43,9 @@ class Pace:
         return speed
 
     def seconds_per_step(self, done: int) -> float:
-        """The mean over the whole of this run, which has made `done` steps."""
+        """The mean time of a step so far; the run has made `done` steps."""
         return (time.perf_counter() - self._began) / max(1, done - self._first)
 
     def left(self, done: int) -> str:
-        """The time that the other steps will take, evaluations aside."""
+        """The time that the remaining steps will take, without evaluations."""
         return str(timedelta(seconds=round(self.seconds_per_step(done) * (self._total - done))))

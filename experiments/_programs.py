@@ -1,4 +1,4 @@
-"""Compiled programs, kept from one start of a script to the next."""
+"""The cache of compiled programs."""
 
 import hashlib
 import os
@@ -9,22 +9,24 @@ from typing import Any
 
 import jax
 
+from detectax_eqx import zoo
 
-# Programs that took less to compile, in seconds, are quicker compiled again than read. JAX's own default is 1.
+
+# Programs with a shorter compile time, in seconds, compile faster than they load. JAX's own default is 1.
 MIN_COMPILE_SECONDS = 0.5
 
 
 def keep_programs() -> str | None:
-    """Keeps compiled programs in the user's cache folder. Returns why that cannot be, or `None`.
+    """Turns on the cache of compiled programs in the user's cache folder. Returns the reason if that fails, or `None`.
 
-    JAX's own settings come first, from the environment or made before: with `JAX_COMPILATION_CACHE_DIR` the folder is
-    that one, with `JAX_ENABLE_COMPILATION_CACHE=0` or an empty folder nothing is kept.
+    JAX's own settings take precedence: `JAX_COMPILATION_CACHE_DIR` sets another folder, or no cache if empty, and
+    `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache off.
     """
     config: Any = jax.config
     chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or config.jax_compilation_cache_dir is not None
     if chosen or not config.jax_enable_compilation_cache:
         return None
-    folder = cache_folder()
+    folder = programs_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -36,15 +38,13 @@ def keep_programs() -> str | None:
     return None
 
 
-def cache_folder() -> Path:
-    """The folder of this machine's programs: `~/.cache/detectax_eqx/programs-…`, or that in `XDG_CACHE_HOME`.
+def programs_folder() -> Path:
+    """The folder of this machine's programs, `programs-…` in the cache folder.
 
-    A home folder may be shared by machines, and a program may use instructions that only some of their processors have:
-    the folder's name stands for the processor.
+    Machines with different processors may share a home folder, so the folder's name contains a hash of the instruction
+    set.
     """
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = configured if configured.is_absolute() else Path.home() / ".cache"  # relative ones count as unset
-    return home / "detectax_eqx" / f"programs-{hashlib.sha256(processor().encode()).hexdigest()[:8]}"
+    return zoo.cache_folder() / f"programs-{hashlib.sha256(processor().encode()).hexdigest()[:8]}"
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""Keeps one alarm of the compiler out of what scripts print."""
+"""Removes one alarm of the compiler from the output of scripts."""
 
 import os
 import subprocess
@@ -7,9 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 
-# XLA reports each compilation of over two minutes as an error, in a frame, with a request to file a bug. No option
-# turns that off but the one that hides all errors. Another process passes on the rest, so that nothing is lost if
-# this one aborts.
+# XLA reports every compilation of over two minutes as an error and asks to file a bug. The only option against it hides
+# all errors. So another process filters stderr. It forwards all output even if this process aborts.
 FILTER = r"""
 import re, sys
 alarm = re.compile(rb"slow_operation_alarm\.cc|^\*{32}$|Very slow compile\?")
@@ -22,9 +21,9 @@ for line in sys.stdin.buffer:
 
 @contextmanager
 def without_alarms() -> Generator[None, None, None]:
-    """Within the `with` block, stderr is without XLA's alarm about slow compilation. All else passes."""
+    """Filters XLA's alarm about slow compilation out of stderr within the `with` block."""
     read, write = os.pipe()
-    # Out of the process group, so that Ctrl-C does not end it before the last words.
+    # In a session of its own, so that Ctrl-C does not end it before this process.
     child = subprocess.Popen([sys.executable, "-ISc", FILTER], stdin=read, start_new_session=True)
     os.close(read)
     stderr = os.dup(2)

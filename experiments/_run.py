@@ -1,4 +1,4 @@
-"""What lets a run of training be ended at any moment: signals, a log that a resumed run continues, stray files."""
+"""Interruption of a training run: signals, a log that a resumed run continues, leftover files."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from detectax_eqx import train
 
 
 class Stop:
-    """Ctrl-C and SIGTERM, to be looked at between steps; a second signal stops at once.
+    """Records Ctrl-C and SIGTERM, to be checked between steps; a second signal stops immediately.
 
-    A step consumes the state that it is given: an exception in its midst would leave nothing to save.
+    A step donates its input state, so an exception within it would leave nothing to save.
 
-    Several processes must stop after the same step. There JAX takes SIGTERM, and lets them agree on one; Ctrl-C in
-    any of them is the same.
+    Several processes must stop after the same step: JAX handles SIGTERM and makes them agree on one. Ctrl-C in any
+    process does the same.
 
-    - `signal`: the number of the signal that came, or 0.
+    - `signal`: the number of the received signal, or 0.
     """
 
     def __init__(self):
@@ -39,9 +39,9 @@ class Stop:
             signal.signal(signal.SIGINT, self._tell_all)
 
     def after_this_step(self) -> bool:
-        """Whether to stop. To be asked after each step."""
-        # JAX sets the last number that any process asked with, 0 if none has yet, plus 1. So they count from 1, a
-        # resumed run too: its steps begin later, and a signal during compilation would never be answered.
+        """Whether to stop. Call it after every step."""
+        # The agreed point is one more than the largest number that any process has passed, or 1 if none has. So count
+        # from 1 even in a resumed run: with its own step numbers, a signal during compilation would be missed.
         self._asked += 1
         if multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = signal.SIGTERM
@@ -51,16 +51,16 @@ class Stop:
         again, self.signal = self.signal != 0, number
         if again or self._at_once:
             raise KeyboardInterrupt
-        console.print("Stopping after this step (once more to stop at once) …")
+        console.print("Stopping after this step (interrupt again to stop immediately) …")
 
     def _tell_all(self, number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.print("Stopping with the other processes after one of the next steps (once more to stop at once) …")
+        console.print("Stopping all processes after one of the next steps (interrupt again to stop immediately) …")
         os.kill(os.getpid(), signal.SIGTERM)
 
     @contextmanager
     def at_once(self, what: str, saver: train.CheckpointSaver) -> Generator[None, None, None]:
-        """Within the `with` block, where the state is not being changed, a signal does not have to wait."""
+        """Lets a signal stop the process immediately within the `with` block, which must not change the state."""
         self._at_once = True
         try:
             if self.signal:
@@ -72,39 +72,39 @@ class Stop:
             self._at_once = False
 
     def leave(self, what: str, saver: train.CheckpointSaver) -> NoReturn:
-        """Ends the process when what is being saved is on disk; the exit status is 128 + signal, as shells have it."""
+        """Ends the process once pending checkpoints are on disk, with exit status 128 + signal as in shells."""
         saver.wait()
-        console.print(f"Stopped and saved at {what}; --resume goes on from there.")
+        console.print(f"Stopped and saved at {what}; --resume continues from there.")
         raise SystemExit(128 + self.signal)
 
 
 def open_log(path: Path, *, until: int, evaluated: int) -> BinaryIO:
-    """The metrics file, opened to append, without what was written after the checkpoint that is gone on from.
+    """Opens the metrics file to append, after removing lines newer than the checkpoint that the run resumes from.
 
-    - `until`: its step. `evaluated`: the step of the last evaluation that it knows of.
+    - `until`: the step of the checkpoint. `evaluated`: the step of its last evaluation.
 
-    Of several processes, the first one writes.
+    Only the first process writes.
     """
     if jax.process_index() > 0:
         return Path(os.devnull).open("ab", buffering=0)
-    kept = []
+    lines = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         if not line.endswith(b"\n"):
-            continue  # the process was killed, or the disk full, as it was written
+            continue  # a partial line: the process was killed, or the disk was full
         try:
             entry = json.loads(line)
             if entry["step"] <= (until if "loss" in entry else evaluated):
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path}, line {number} is not a line of metrics ({error}): remove it.") from None
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
+    temporary.write_bytes(b"".join(lines))
     temporary.replace(path)
     return path.open("ab", buffering=0)
 
 
 def remove_strays(output: Path) -> None:
-    """Removes what a process that was killed left half written in a run's folder, which must be locked."""
+    """Removes unfinished files of a killed process from a run's folder, which must be locked."""
     if jax.process_index() == 0:
         removed = [path for name in ("last", "best") for path in train.remove_unfinished(output / name)]
         for path in (*output.glob(".*.tmp"), *output.glob("evaluation/.*.tmp")):
@@ -112,13 +112,13 @@ def remove_strays(output: Path) -> None:
             removed.append(path)
         if removed:
             names = ", ".join(str(path.relative_to(output)) for path in removed)
-            console.print(f"Removed what a killed run left half written: {names}", highlight=False, soft_wrap=True)
+            console.print(f"Removed unfinished files of a killed run: {names}", highlight=False, soft_wrap=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("strays removed")
 
 
 def write(log: BinaryIO, **values: float) -> None:
-    """Adds a line, which is on disk before a checkpoint of the same step is. What is not finite becomes null."""
+    """Appends a line and syncs it to disk, so that it precedes a checkpoint of the same step. NaN becomes null."""
     if jax.process_index() > 0:
         return
     try:
@@ -126,4 +126,6 @@ def write(log: BinaryIO, **values: float) -> None:
         log.write(json.dumps(finite).encode() + b"\n")
         os.fsync(log.fileno())
     except OSError as error:
-        raise SystemExit(f"Cannot write to {log.name}: {error.strerror}. Fix that, then go on with --resume.") from None
+        raise SystemExit(
+            f"Cannot write to {log.name}: {error.strerror}. Fix that, then continue with --resume."
+        ) from None

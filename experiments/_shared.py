@@ -1,4 +1,4 @@
-"""What the scripts share: the options that name a detector, evaluation on a dataset, and how a script is run."""
+"""Code that the scripts share: option groups, evaluation on a dataset, and the command line."""
 
 import math
 import os
@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,35 +31,34 @@ else:
     ModelName = Literal[zoo.names()]  # a choice on the command line
 Precision = Literal["float32", "bfloat16"]
 
-# The usual anchors: one side in pixels for each level, and height / width.
+# Default anchors: one side in pixels per level, and height / width.
 ANCHOR_SIZES = tuple(size for (size,) in models.ANCHOR_SIZES)
 ASPECT_RATIOS = models.ASPECT_RATIOS
 
-console = Console(markup=False)  # what is printed may hold brackets of its own: names of files, boxes
+console = Console(markup=False)  # file names and boxes may contain brackets
 
 
 @dataclass
 class DetectorOptions:
-    """Which detector, and at which sizes it looks at images."""
+    """The detector, and the sizes that it resizes images to."""
 
     checkpoint: Path | None = None
-    """Output folder of train.py (its best checkpoint is taken), or one of its checkpoints."""
+    """Output folder of train.py (its best checkpoint), or one of its checkpoints."""
     model: ModelName | None = None
-    """Instead of --checkpoint: a detector by name, with --weights or, without, its published weights."""
+    """Instead of --checkpoint: a detector by name, with --weights or its published weights."""
     weights: Path | None = None
     """A torchvision .pth or a .safetensors file of --model."""
     norm: zoo.NormName | None = None
-    """Norm of the backbone for --weights. Default: what published weights of that file name were trained with, else
-    frozen_batch."""
+    """Norm of the backbone for --weights. Default: that of published weights of this file name, else frozen_batch."""
     min_size: int | None = None
-    """Short side in pixels that images are resized to; default the checkpoint's, or the detector's own."""
+    """Short side in pixels to resize images to. Default: the checkpoint's or the detector's."""
     max_size: int | None = None
-    """Longest side in pixels after resizing; default the checkpoint's, or the detector's own."""
+    """Longest side in pixels after resizing. Default: the checkpoint's or the detector's."""
 
     RANGES: ClassVar[dict[str, str]] = {"positive": "min_size max_size"}
 
     def load(self, precision: Precision = "float32") -> zoo.Predictor:
-        """The detector, which computes in `precision`."""
+        """The detector, computing in `precision`."""
         predictor = with_sizes(self._load(), self.min_size, self.max_size)
         if precision == "bfloat16":
             return replace(predictor, model=nn.cast(predictor.model, jnp.bfloat16))
@@ -80,24 +79,27 @@ class DetectorOptions:
 
 @dataclass
 class SelectionOptions:
-    """Which detections are kept."""
+    """Selection of detections."""
 
     score_threshold: float | None = None
-    """Detections of a lower score (0..1) are dropped. Default: the detector's own, such as .05."""
+    """Drop detections with a lower score, 0..1. Default: the detector's own, such as .05."""
     nms_threshold: float | None = None
-    """IoU above which the lower of two detections of a class is dropped. Default: the detector's own, such as .5."""
+    """Drop the lower-scoring of two detections of a class with a higher IoU. Default: the detector's, such as .5."""
     max_detections: int | None = None
-    """Detections kept per image, those of the highest scores. Default: the detector's own, such as 100."""
+    """Keep this number of highest-scoring detections per image. Default: the detector's own, such as 100."""
     selection: dict[str, float] = field(default_factory=dict)
-    """Other fields of the detector's selection, as NAME VALUE NAME VALUE: pre_nms_top_n 500, for instance."""
+    """Other fields of the detector's selection as NAME VALUE pairs, such as pre_nms_top_n 500."""
 
     RANGES: ClassVar[dict[str, str]] = {"positive": "max_detections", "in 0..1": "score_threshold nms_threshold"}
 
     def of(self, model: models.AbstractDetector) -> models.Selection:
-        """The model's selection with these fields; an option that is `None` leaves the model's own."""
+        """The model's selection with these fields; an option that is `None` keeps the model's value.
+
+        A field in `selection` takes precedence over the option of its name, which may have a default.
+        """
         shortcuts = {name: value for name, value in vars(self).items() if name != "selection" and value is not None}
         own, typed = vars(model.selection), {}
-        for name, value in {**self.selection, **shortcuts}.items():
+        for name, value in {**shortcuts, **self.selection}.items():
             option = f"--selection {name}" if name in self.selection else f"--{name.replace('_', '-')}"
             what = "in 0..1" if name.endswith("_threshold") else "at least 0"
             if isinstance(own.get(name), int):
@@ -112,7 +114,7 @@ class SelectionOptions:
 
 
 def with_sizes(predictor: zoo.Predictor, min_size: int | None, max_size: int | None) -> zoo.Predictor:
-    """The predictor looking at images of other sizes, on canvases to suit; as it is, if both are `None`."""
+    """The predictor with other image sizes and matching canvases; unchanged if both sizes are `None`."""
     if min_size is None and max_size is None:
         return predictor
     model, resize = predictor.model, predictor.model.preprocessing.resize
@@ -127,7 +129,7 @@ def with_sizes(predictor: zoo.Predictor, min_size: int | None, max_size: int | N
 def detect_dataset(
     predictor: zoo.Predictor, dataset: data.CocoDataset, *, allow_renamed: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
-    """`evaluate.detect_dataset` with a bar, on a dataset whose categories are the predictor's by id and name."""
+    """`evaluate.detect_dataset` with a progress bar, after a check that categories agree in id and name."""
     file = dataset.annotations_path
     category_ids = predictor.category_ids(dataset.categories, file=file, allow_renamed=allow_renamed)
     if predictor.categories is None:
@@ -162,14 +164,16 @@ def evaluate_on(
     max_detections: int = COCO_LIMIT,
     **options: Any,
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO's numbers for boxes, and masks if there are any; `detections.json` and `metrics.json` go to `folder`.
+    """COCO metrics of boxes, and of masks if the model has any; writes `detections.json` and `metrics.json`.
 
-    `max_detections` are kept per image. As many count, and no fewer than COCO's 100, which then are all.
+    `max_detections` per image are kept and count, but at least COCO's 100 count.
     """
-    found = detect_dataset(predictor, dataset, max_detections=max_detections, **options)
-    results = [result for result in found if result["category_id"] in dataset.category_ids]
-    if len(results) < len(found):
-        console.print(f"{len(found) - len(results)} detections of categories that the annotations lack are left aside")
+    detections = detect_dataset(predictor, dataset, max_detections=max_detections, **options)
+    results = [result for result in detections if result["category_id"] in dataset.category_ids]
+    if len(results) < len(detections):
+        console.print(
+            f"{len(detections) - len(results)} detections of categories that the annotations lack are left out"
+        )
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
@@ -185,9 +189,9 @@ def score_results(
     kinds: Sequence[Literal["bbox", "segm"]],
     max_detections: int = COCO_LIMIT,
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO's numbers of each of the `kinds`; they go to `metrics.json` in `folder`.
+    """COCO metrics of each of the `kinds`, also written to `metrics.json` in `folder`.
 
-    Masks are left out unless every object of the dataset has one. `max_detections` of each class count per image.
+    Masks are skipped unless every object of the dataset has one. `max_detections` of each class count per image.
     """
     has_masks = all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
@@ -204,7 +208,7 @@ def score_results(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`files.write_json`; of several processes, the first one writes."""
+    """`files.write_json` in the first process alone."""
     if jax.process_index() == 0:
         files.write_json(path, value)
 
@@ -218,20 +222,20 @@ RANGES: dict[str, Callable[[float], bool]] = {
 }
 
 
-def check_ranges(options: Any, ranges: dict[str, str]) -> None:
+def check_ranges(options: Any) -> None:
     """Refuses options that are out of range, by name, before anything is read.
 
-    `ranges`: names of options, with spaces between, by what each of their numbers has to be (`RANGES`). `None` is fine.
-    Groups within the options have `RANGES` of their own.
+    Options, and groups within them, have a class attribute `RANGES`: from the condition on each number to the names of
+    options, separated by spaces. `None` is accepted.
     """
-    for what, names in ranges.items():
+    for what, names in getattr(options, "RANGES", {}).items():
         for name in names.split():
             value = getattr(options, name)
             numbers = np.ravel(value) if isinstance(value, tuple) else [value]
             if value is not None and not all(RANGES[what](number) for number in numbers):
                 raise SystemExit(f"--{name.replace('_', '-')} is {value}: it must be {what}.")
     for group in filter(is_dataclass, vars(options).values()):
-        check_ranges(group, getattr(group, "RANGES", {}))
+        check_ranges(group)
 
 
 def run(
@@ -243,16 +247,22 @@ def run(
 ) -> None:
     """Runs a script on its command line; an error of the user's files or options is reported without a traceback.
 
-    Compiled programs are kept for the next start, see `_programs.py`. Warnings are one line each.
+    Compiled programs are cached, see `_programs.py`. A warning takes one line.
 
-    - `defaults`: from the command line to an instance of `options` that holds what is not given there, or `None`.
+    - `defaults`: from the command line to an instance of `options` with the values of options that are not given, or
+      `None`.
     """
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
-        default = defaults(sys.argv[1:])
-        nested = (tyro.conf.OmitArgPrefixes,)  # groups of options, whose names stand alone
+        arguments = sys.argv[1:]
+        if {"--help", "-h"} & set(arguments) and hasattr(options, "ADVANCED"):
+            options, description = everyday(options), f"{description}\nMore options: --help-all"
+        arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+        default = defaults(arguments)
+        nested = (tyro.conf.OmitArgPrefixes,)  # --lr, not --optimization.lr
         given = tyro.cli(
             options,
+            args=arguments,
             prog=os.environ.get("DETECTAX_PROGRAM"),
             description=description,
             config=nested,
@@ -268,16 +278,23 @@ def run(
         raise
 
 
+def everyday(options: type) -> type:
+    """The class of options without its `ADVANCED` groups, for a short `--help`."""
+    advanced: frozenset[str] = getattr(options, "ADVANCED", frozenset())
+    shown = [(group.name, group.type, group) for group in fields(options) if group.name not in advanced]
+    return make_dataclass(options.__name__, shown, kw_only=True)
+
+
 def is_ours(error: BaseException) -> bool:
-    """Whether the package raised an error itself, in words for its user."""
+    """Whether the package itself raised an error, with a message for users."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_globals.get("__name__", "").startswith(detectax_eqx.__name__)
 
 
 def progress() -> Progress:
-    """A progress bar: the count first, then a status, which gives way where the line is short, and the time left.
+    """A progress bar: count, a status that is cut on narrow terminals, and remaining time.
 
-    Without a terminal it shows nothing: what belongs into a log is printed line by line.
+    Without a terminal it is silent: logs are printed line by line.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -291,7 +308,7 @@ def progress() -> Progress:
 
 @contextmanager
 def hidden(bar: Progress) -> Generator[None, None, None]:
-    """Within the `with` block, a bar is not shown, so that others can be."""
+    """Hides a bar within the `with` block, so that others can be shown."""
     bar.stop()
     try:
         yield

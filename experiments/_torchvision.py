@@ -1,4 +1,4 @@
-"""torchvision's detectors by this project's names, at random weights under which they find something."""
+"""torchvision's detectors by this project's names, with random weights that yield confident detections."""
 # pyright: reportMissingImports=false
 
 from collections.abc import Callable
@@ -19,7 +19,10 @@ NUM_OUTPUTS = 91
 
 
 def new_detector(name: str, num_outputs: int = NUM_OUTPUTS, **options: Any) -> nn.Module:
-    """torchvision's detector for a name of `zoo.names()`, with frozen norms; `num_outputs` as torchvision counts."""
+    """Builds torchvision's detector for a name of `zoo.names()`, with frozen batch norms.
+
+    - `num_outputs`: number of classes as torchvision counts them, including the background.
+    """
     make, body = next((make, name.removeprefix(kind + "_")) for kind, make in _KINDS.items() if name.startswith(kind))
     return make(body.removesuffix("_v2").removesuffix("_fpn"), num_outputs, second=body.endswith("_v2"), **options)
 
@@ -59,7 +62,7 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
 
 
 def random_detector(name: str, *, num_outputs: int = NUM_OUTPUTS, seed: int = 0, **options: Any) -> nn.Module:
-    """A detector whose scores are decisive: random frozen statistics, and predictors scaled up."""
+    """Builds a detector with confident scores: random frozen statistics and scaled predictors."""
     torch.manual_seed(seed)
     model = new_detector(name, num_outputs, **options)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -77,7 +80,8 @@ def random_detector(name: str, *, num_outputs: int = NUM_OUTPUTS, seed: int = 0,
             elif isinstance(module, nn.GroupNorm):
                 module.weight.copy_(uniform(module.weight, 0.6, 1.0))
                 module.bias.copy_(uniform(module.bias, -0.1, 0.1))
-        # Features would grow with every block: beyond six per stage, blocks share what six add. ResNet-50 has no more.
+        # Features grow with every residual block. In stages of more than six blocks, the residuals are scaled down so
+        # that they add the variance of six. ResNet-50 has at most six.
         for stage in (getattr(model.backbone.body, f"layer{i}") for i in range(1, 5)):
             for block in stage if len(stage) > 6 else ():
                 block.bn3.weight.mul_((6 / len(stage)) ** 0.5)
@@ -88,7 +92,7 @@ def random_detector(name: str, *, num_outputs: int = NUM_OUTPUTS, seed: int = 0,
 
 @torch.no_grad()
 def _sharpen_two_stage(model: nn.Module, image: torch.Tensor) -> None:
-    """Scales the predictors, and centres the class logits so that proposals differ in class and are sure of it."""
+    """Scales the predictors and centres the class logits, so that proposals have different and confident classes."""
     model.rpn.head.cls_logits.weight.mul_(20)
     model.rpn.head.bbox_pred.weight.mul_(10)
     predictor = model.roi_heads.box_predictor
@@ -104,7 +108,7 @@ def _sharpen_two_stage(model: nn.Module, image: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _sharpen_dense(model: nn.Module, image: torch.Tensor) -> None:
-    """Scales the predictors so that some hundred of the anchors are sure of a class, and boxes differ in size."""
+    """Scales the predictors, so that on the order of a hundred anchors are confident, and boxes differ in size."""
     classes, boxes = model.head.classification_head, model.head.regression_head
     logits = torch.cat([x.flatten(2) for x in _outputs(classes.cls_logits, model, image)], dim=2)  # (1, a k, cells)
     scale = 2.0 / logits.std(dim=2).mean()
@@ -113,14 +117,14 @@ def _sharpen_dense(model: nn.Module, image: torch.Tensor) -> None:
     deltas = torch.cat([x.flatten(2) for x in _outputs(boxes.bbox_reg, model, image)], dim=2)
     boxes.bbox_reg.weight.mul_(0.3 / deltas.std())
     if hasattr(boxes, "bbox_ctrness"):
-        boxes.bbox_reg.bias.fill_(1.0)  # distances, of which a ReLU leaves the positive ones
+        boxes.bbox_reg.bias.fill_(1.0)  # distances; a ReLU sets negative ones to 0
         centerness = torch.cat([x.flatten() for x in _outputs(boxes.bbox_ctrness, model, image)])
         boxes.bbox_ctrness.weight.mul_(1.0 / centerness.std())
         boxes.bbox_ctrness.bias.fill_(2.0)
 
 
 def _outputs(layer: nn.Module, model: nn.Module, image: torch.Tensor) -> list[Any]:
-    """What a layer gives while the model looks at an image."""
+    """The outputs of a layer during a forward pass of the model on an image."""
     outputs: list[Any] = []
     hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
     model([image])
@@ -129,5 +133,5 @@ def _outputs(layer: nn.Module, model: nn.Module, image: torch.Tensor) -> list[An
 
 
 def arrays_of(model: nn.Module) -> dict[str, np.ndarray]:
-    """The state dict as arrays."""
+    """Converts the state dict to NumPy arrays."""
     return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}

@@ -1,14 +1,14 @@
-"""Measures this machine, adds to the measurements in docs/benchmarks, and renders the tables of the benchmark pages.
+"""Runs the benchmarks on this machine, adds them to docs/benchmarks, and renders the tables of the benchmark pages.
 
     python experiments/benchmark.py                       # everything, about 40 minutes on two CPU cores
-    python experiments/benchmark.py --quick               # small sizes, and what is compiled anyway: two minutes
+    python experiments/benchmark.py --quick               # small sizes, no exports or techniques: two minutes
     python experiments/benchmark.py --tables ops --only nms
-    python experiments/benchmark.py --check               # fails where a ratio fell by a fifth
+    python experiments/benchmark.py --check               # fails if a ratio fell by a fifth
     python experiments/benchmark.py --render              # measures nothing
 
-torchvision runs beside this project, each in a process of its own, in turn (A B A B …) and after a check that both
-compute the same. It is searched for in this environment, or in that of `--peer-python`. A row whose sides disagree is
-not written. Rows of other hardware stay as they are.
+torchvision runs beside this project, each in a separate process, in turn (A B A B …) and after a check that both
+compute the same. It is taken from this environment, or from that of `--peer-python`. A row whose sides disagree is not
+written. Rows of other hardware are left unchanged.
 """
 
 import re
@@ -20,7 +20,7 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import tyro
 from _benchmark.agreement import Disagreement
@@ -36,13 +36,13 @@ from rich.console import Console
 TableName = Literal[
     "size", "compile", "ops", "inference", "export", "accuracy", "training", "memory", "techniques", "data"
 ]
-# In the order in which they are measured, whatever is asked for: later ones use the results of earlier ones, and the
-# programs whose compile time is measured come first.
+# The order of measurement, independent of the options: later tables use the results of earlier ones, and programs whose
+# compile time is measured come first.
 NAMES: tuple[TableName, ...] = get_args(TableName)
-# Left out of a quick run, unless they are asked for: they build what no other table does.
+# Left out of a quick run unless requested: they compile programs that no other table uses.
 NOT_QUICK: tuple[TableName, ...] = ("export", "techniques")
 CHECKED: tuple[TableName, ...] = ("ops", "inference", "training")
-TOLERATED = 0.8  # with --check, a row fails if its ratio falls below this part of the committed one
+TOLERATED = 0.8  # with --check, a row fails if its ratio is below this fraction of the committed one
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -51,30 +51,29 @@ class Options:
     """Options of the benchmark."""
 
     quick: bool = False
-    """Small sizes and few repeats; the rows say so. Without the tables of exports and techniques, unless asked for."""
+    """Small sizes and few repeats; the rows say so. Leaves out the tables export and techniques unless requested."""
     tables: tuple[TableName, ...] = ()
-    """Which tables to measure. Default: all, or with --check those of operators, detection and training. That of
-    exports needs the extra `onnx`, and is left out where it is missing."""
+    """Tables to measure. Default: all, or with --check ops, inference and training. The table export needs the extra
+    `onnx`, and is left out without it."""
     seconds: float = 10.0
-    """How long a row is timed, about; detectors and their steps twice that. Rows take turns at least five times."""
+    """Approximate seconds per row, twice that for detectors and training steps. The sides take at least five turns."""
     only: str | None = None
-    """A regular expression: measure only rows in whose name it is found; the others stay. Default: all rows."""
+    """A regular expression: measure only rows whose name matches; others are unchanged. Default: all rows."""
     check: bool = False
-    """Write nothing; measure this hardware's ratios again, and fail if one fell by over 20 %, twice in a row."""
+    """Write nothing; measure this hardware's ratios again, and fail if one is over 20 % lower twice in a row."""
     render: bool = False
     """Measure nothing; write the pages from the measurements."""
     peer_python: Path | None = None
-    """The interpreter of an environment with torchvision. Default: this one, if it has it."""
+    """The interpreter of an environment with torchvision. Default: this one, if torchvision is installed."""
     folder: Path = FOLDER
-    """The folder of the measurements and of the pages."""
+    """The folder of the measurements and pages."""
 
-
-RANGES = {"positive": "seconds"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "seconds"}
 
 
 def main(options: Options) -> None:
-    """Measures table after table."""
-    check_ranges(options, RANGES)
+    """Measures the chosen tables."""
+    check_ranges(options)
     if options.render:
         return render(options.folder)
     peer = options.peer_python or (Path(sys.executable) if find_spec("torchvision") else None)
@@ -93,7 +92,7 @@ def main(options: Options) -> None:
         except WorkerError as error:
             raise SystemExit(str(error)) from None
         except KeyboardInterrupt:
-            console.print("Stopped; the rows that were finished are written.")
+            console.print("Stopped; finished rows are saved.")
             raise SystemExit(130) from None
         finally:
             bench.release()
@@ -102,23 +101,23 @@ def main(options: Options) -> None:
 
 
 def default_tables(options: Options) -> list[TableName]:
-    """What is measured if nothing is asked for: what can be, in this environment."""
+    """Returns the tables to measure by default in this environment."""
     names: list[TableName] = list(CHECKED if options.check else NAMES)
     names = [name for name in names if not (options.quick and name in NOT_QUICK)]
     if "export" in names and find_spec("onnxruntime") is None:
         names.remove("export")
-        console.print("Without the table of exports: it needs the extra `onnx` (pip install 'detectax_eqx\\[onnx]').")
+        console.print("Skipping the table export: it needs the extra `onnx` (pip install 'detectax_eqx\\[onnx]').")
     return names
 
 
 def rows_of(bench: Bench, name: str) -> Rows:
-    """The rows of a table."""
+    """Returns the rows of a table."""
     own = {"ops": ops, "techniques": techniques, "data": data}
     return own[name](bench) if name in own else rows(bench, name)
 
 
 def measure(options: Options, bench: Bench, name: str, table: Rows, run: Run) -> list[str]:
-    """Measures the rows of a table, writes each as soon as it is there, and reports those that failed."""
+    """Measures the rows of a table, saves each as soon as it is measured, and returns the failures."""
     measurements, columns = Measurements(options.folder), [*TABLES[name].keys, *TABLES[name].columns]
     console.print(f"[bold]{name}[/bold]: " + ", ".join(columns))
     failures = []
@@ -134,19 +133,19 @@ def measure(options: Options, bench: Bench, name: str, table: Rows, run: Run) ->
         except (Disagreement, WorkerError) as error:
             failures.append(f"{name}: {label}: {error}")
             console.print(f"  {label}: [red]not written[/red]: {error}")
-    # A quick run would rather not start others for the next table; of an accelerator's memory they hold half.
+    # A quick run keeps its workers for the next table, except on an accelerator, where they hold half of the memory.
     if not (bench.quick and bench.on_host):
         bench.release()
     return failures
 
 
 def check(options: Options, bench: Bench, tables: Mapping[str, Rows], hardware: str) -> None:
-    """Measures the rows that have a ratio again, and exits with status 1 if one regressed, or if there is none.
+    """Measures the rows that have a ratio again, and exits with status 1 if one regressed, or if there are none.
 
-    A row that fails is measured once more: another process may have been in the way.
+    A row that fails is measured once more, in case another process slowed it down.
     """
     if bench.peer_python is None:
-        raise SystemExit("--check compares with torchvision: name its interpreter with --peer-python.")
+        raise SystemExit("--check compares with torchvision: pass its interpreter with --peer-python.")
     verdicts: list[bool] = []
     for name, table in tables.items():
         committed = Measurements(options.folder).of(name, hardware)
@@ -161,25 +160,25 @@ def check(options: Options, bench: Bench, tables: Mapping[str, Rows], hardware: 
                 console.print(f"{' | '.join(key)}: committed {ratios[key]:.2f}×, now {now:.2f}×{word}")
         bench.release()
     if not verdicts:
-        raise SystemExit(f"{options.folder} has no ratios of {hardware}: run `make bench` on it first.")
+        raise SystemExit(f"{options.folder} has no ratios for {hardware}: run `make bench` on it first.")
     if not all(verdicts):
         raise SystemExit(1)
 
 
 def asked_for(options: Options, table: Rows) -> Iterator[tuple[str, ...]]:
-    """The names of the rows of a table that were asked for."""
+    """Yields the names of the requested rows of a table."""
     return (key for key in table if options.only is None or re.search(options.only, " ".join(key)))
 
 
 def rounded(value: Any) -> Any:
-    """A cell to six significant digits."""
+    """Rounds a cell to six significant digits."""
     if isinstance(value, list):
         return [rounded(part) for part in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def describe(bench: Bench) -> Run:
-    """This machine and what runs on it."""
+    """Describes this machine and its software."""
     here = bench.abouts[0]
     count, kind = here["count"], here["kind"]
     hardware = f"{count} CPU cores ({kind})" if bench.on_host else f"{count} × {kind}"

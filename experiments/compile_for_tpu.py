@@ -1,13 +1,15 @@
-"""Compiles training and detection for TPUs, on a machine that has none, and measures what they need.
+"""Compiles training and detection for TPUs on a machine without one, and reports memory and FLOPs.
 
     pip install -e '.[tpu]'
     python experiments/compile_for_tpu.py
 
-A TPU's compiler, in the package `libtpu`, runs anywhere and accounts for every byte: a program that it accepts fits the
-memory of a core. Nothing is run, and no speed follows. The step is that of train.py, over all cores of a topology; the
-exit status is 1 if one of its programs does not fit. With `LD_PRELOAD=libtcmalloc_minimal.so.4` a training program
-takes a CPU core some ten minutes and 10 GB of memory to compile, for v6e twenty and 14 GB, detection three minutes and
-6 GB; with glibc's malloc a fifth more.
+The TPU compiler in the package `libtpu` runs on any machine and allocates all memory at compile time: a program that it
+accepts fits the memory of a core. No program is run, so no speed is measured. Training is the step of train.py, over
+all cores of a topology. The exit status is 1 if a program does not fit.
+
+With `LD_PRELOAD=libtcmalloc_minimal.so.4`, compiling a training program takes about ten minutes on a CPU core and 10 GB
+of memory (for v6e twenty minutes and 14 GB), and detection three minutes and 6 GB. With glibc's malloc it takes a fifth
+more.
 """
 
 import os
@@ -17,7 +19,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -26,7 +28,7 @@ import jax.random as jr
 import train as script
 from _benchmark.pages import cells, render
 from _benchmark.tables import FOLDER, TABLES, Measurements, commit
-from _options import Options as TrainOptions, architecture, complete
+from _options import Options as TrainOptions, architecture, complete, grouped
 from _shared import ModelName, check_ranges, console, run
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,9 +36,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from detectax_eqx import Batch, Images, Targets, models, train, zoo
 
 
-# Memory of a core in GiB: cloud.google.com/tpu/docs, "system architecture" of each.
+# Memory per core in GiB, from the "system architecture" pages of cloud.google.com/tpu/docs.
 GIB = {"v3": 16, "v5e": 16, "v6e": 32}
-# Side of a decoded COCO image, side of a mask in its box's frame, images of COCO's training set.
+# The side of a decoded COCO image, the side of a mask in the frame of its box, and the number of COCO training images.
 SOURCE, MASK, COCO = 640, 112, 118_287
 
 
@@ -49,28 +51,27 @@ class Options:
     models: tuple[ModelName, ...] = ("mask_rcnn_resnet50_fpn", "mask_rcnn_resnet101_fpn")
     """Detectors."""
     batch_size: int = 16
-    """Images a step, over all cores."""
+    """Images per step, over all cores."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
-    """Height and width that the network sees."""
+    """Heights and widths in pixels of the network's input."""
     programs: tuple[Literal["training", "detection"], ...] = ("training", "detection")
-    """What is compiled."""
+    """The programs to compile."""
     folder: Path = FOLDER
-    """The folder of the measurements, to which rows of the table `tpu` are added, and of the pages."""
+    """Folder of the measurements and pages. Rows are added to the table `tpu`."""
 
-
-RANGES = {"positive": "batch_size", "a positive multiple of 32": "canvases"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "batch_size", "a positive multiple of 32": "canvases"}
 
 
 def main(options: Options) -> None:
-    """Compiles everything, and enters each row as it comes. Rows of programs that are not asked for stay."""
-    check_ranges(options, RANGES)
-    # Without these libtpu looks for a machine's description, and complains that there is none.
+    """Compiles the programs and writes each row when it is done. Rows of other programs are not changed."""
+    check_ranges(options)
+    # Without these variables, libtpu looks for a description of the machine and reports that there is none.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v3-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
     versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}, commit {commit()}", True
     for topology, name, canvas in product(options.topologies, options.models, options.canvases):
         limit = GIB[topology.split(":")[0]]
         mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
-        recipe = TrainOptions(
+        recipe = grouped(
             output=Path(),
             model=name,
             norm="frozen_batch",
@@ -101,7 +102,7 @@ def main(options: Options) -> None:
 
 
 def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[str, int | None]:
-    """Memory and GFLOPs of a core. No FLOPs if the program does not fit."""
+    """Memory and GFLOPs per core. The GFLOPs are `None` if the program does not fit."""
     try:
         program: Any = lower_one().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -115,27 +116,27 @@ def measure(lower_one: Callable[[], jax.stages.Lowered], limit: int) -> tuple[st
 
 
 def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
-    """train.py's step on one canvas."""
-    epoch_steps = COCO // options.batch_size
+    """Lowers the step of train.py for one canvas."""
+    epoch_steps = COCO // options.run.batch_size
     options = complete(options, epoch_steps)
     optimizer = script.make_optimizer(options, script.make_schedule(options, epoch_steps))
 
     def init():
-        model = architecture(options).build(80, key=jr.key(0), checkpoint=options.gradient_checkpointing)
-        trainable = models.trainable(model, trainable_layers=options.trainable_layers or 0)
+        model = architecture(options).build(80, key=jr.key(0), checkpoint=options.devices.gradient_checkpointing)
+        trainable = models.trainable(model, trainable_layers=options.architecture.trainable_layers or 0)
         return train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0)), trainable
 
     state, trainable = eqx.filter_eval_shape(init)
     step = train.make_train_step(script.make_loss(options), optimizer, trainable=trainable, mesh=mesh)
     with_masks = "masks" in state.model.needs
-    batch = eqx.filter_eval_shape(make_batch, options.batch_size, canvas, options.max_objects, with_masks)
+    batch = eqx.filter_eval_shape(make_batch, options.run.batch_size, canvas, options.sizes.max_objects, with_masks)
     state = shaped(state, NamedSharding(mesh, PartitionSpec()))
     batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     return lower(step, state, batch, donate=(0,))
 
 
 def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax.stages.Lowered:
-    """Detection in one image, on one core."""
+    """Lowers detection in one image on one core."""
     model = zoo.Architecture(name).shapes(80)
     sizes = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
     image = eqx.filter_eval_shape(jnp.zeros, (SOURCE, SOURCE, 3), jnp.uint8)
@@ -148,7 +149,7 @@ def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax
 
 
 def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int, with_masks: bool) -> Batch:
-    """A batch of black images as the loader lays them out, without objects."""
+    """A batch of black images without objects, in the layout of the loader."""
     sizes, ints = jnp.full((batch_size, 2), SOURCE, jnp.int32), jnp.zeros(batch_size, jnp.int32)
     boxes, labels = jnp.zeros((batch_size, max_objects, 4)), jnp.zeros((batch_size, max_objects), jnp.int32)
     masks = (jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8), boxes) if with_masks else ()
@@ -162,7 +163,7 @@ def is_shape(leaf: Any) -> bool:
 
 
 def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes of a tree, laid out on devices."""
+    """Adds a sharding to the shapes of a tree."""
 
     def place(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf
@@ -171,7 +172,7 @@ def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def lower(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:
-    """The program of a function for arguments that are shapes, before it is compiled."""
+    """Lowers a function for arguments that are shapes, without compiling it."""
     shapes, static = zip(*(eqx.partition(argument, is_shape) for argument in arguments), strict=True)
 
     def run(*shapes):

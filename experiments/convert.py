@@ -4,9 +4,9 @@
         --model mask_rcnn_resnet50_fpn
     python experiments/convert.py runs/mine torchvision.safetensors --names torchvision
 
-Reads a torchvision `.pth` or a `.safetensors` file of `--model`, or a run of train.py; nothing in a `.pth` file is ever
-executed. Writes a `.safetensors` file: with this package's names, class names and image sizes, as `--weights` of the
-other scripts takes it, or with torchvision's names, for `load_state_dict(safetensors.torch.load_file(...))`.
+Reads a torchvision `.pth` or a `.safetensors` file of `--model`, or a run of train.py; code in a `.pth` file is never
+executed. Writes a `.safetensors` file: for `--weights` of the other scripts, with class names and image sizes, or with
+torchvision's parameter names, for `load_state_dict(safetensors.torch.load_file(...))`.
 """
 
 from dataclasses import dataclass
@@ -28,24 +28,21 @@ class Options:
     output: Positional[Path]
     """The .safetensors file to write."""
     model: ModelName | None = None
-    """Which detector the file is of. A run of train.py knows."""
+    """The detector that the file belongs to; not needed for a run of train.py."""
     norm: zoo.NormName | None = None
-    """Norm of the backbone. Default: what published weights of that file name were trained with, else frozen_batch."""
+    """Norm of the backbone. Default: that of published weights of this file name, else frozen_batch."""
     names: Literal["detectax", "torchvision"] = "detectax"
-    """How the arrays are named."""
-
-
-RANGES: dict[str, str] = {}
+    """Names of the arrays."""
 
 
 def main(options: Options) -> None:
-    """Converts, and says what was written."""
+    """Converts, and prints a summary."""
     if options.output.suffix != ".safetensors":
         raise SystemExit(f"The output must end in .safetensors, got {options.output}.")
     if options.input.is_dir():
         predictor = zoo.Predictor.from_checkpoint(options.input)
     elif options.model is None:
-        raise SystemExit(f"--model is missing: which detector {options.input} is of.")
+        raise SystemExit(f"--model is missing: give the name of the detector in {options.input}.")
     else:
         predictor = zoo.Predictor.from_weights(options.model, options.input, norm=options.norm)
     if options.names == "torchvision":

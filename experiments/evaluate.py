@@ -1,16 +1,16 @@
-"""Evaluates a detector on a dataset in COCO format: prints COCO's twelve numbers and the AP of each class.
+"""Evaluates a detector on a dataset in COCO format: prints the twelve COCO metrics and the AP of each class.
 
     python experiments/evaluate.py --checkpoint runs/mine --annotations test.json --images test/ --output runs/mine/test
 
-Writes `detections.json` (COCO results format, in the original images' pixels) and `metrics.json` to `--output`, and
-with `--report` a page to look at: curves, what each kind of error costs, and the worst images. `--detections` does the
-same for results that are there already, of any detector, without running one.
+Writes `detections.json` (COCO results format, in pixels of the original images) and `metrics.json` to `--output`.
+`--report` adds a page with curves, the cost of each kind of error, and the worst images. `--detections` evaluates an
+existing results file, of any detector.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from _shared import (
     COCO_LIMIT,
@@ -32,51 +32,50 @@ class Options:
     """Options of an evaluation."""
 
     annotations: str
-    """COCO JSON of the images: a path, or a URL of http, https, gs or s3."""
+    """COCO JSON of the images: a path or a URL (http, https, gs, s3)."""
     images: str
-    """Folder that its file names refer to, or a URL."""
+    """Folder that file names in it refer to: a path or a URL."""
     output: Path
     """Folder for detections.json, metrics.json and report.html."""
     box_format: data.BoxFormat = "xywh"
-    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
+    """Format of "bbox" in the annotations. xywh is COCO's; normalized: fractions of the image's sides."""
     allow_renamed: bool = False
-    """Accept annotations that name the model's category ids otherwise. Their names are then the ones shown."""
+    """Accept annotations with other names for the model's category ids, and show their names."""
     report: bool = False
-    """Also write report.html, a page that needs nothing else: curves, costs of errors, the worst images."""
+    """Also write report.html, a self-contained page: curves, costs of errors, the worst images."""
     detections: Path | None = None
-    """Instead of a detector: a file in COCO's results format, to evaluate."""
+    """Evaluate this file in COCO's results format instead of a detector."""
     batch_size: int = 1
-    """Images a step, on each device."""
+    """Images per batch, on each device."""
     precision: Precision = "float32"
-    """Dtype that the network computes in."""
+    """Dtype of the network."""
     threads: int = 2
-    """Threads that decode images."""
+    """Decoding threads."""
     detector: DetectorOptions = field(default_factory=DetectorOptions)
     kept: SelectionOptions = field(default_factory=lambda: SelectionOptions(max_detections=100))
-    """As many detections as --max-detections, but at least COCO's 100, count for the numbers. With --detections, as
-    many of each class count per image: more than 10."""
+    """The metrics count --max-detections per image, at least COCO's 100. With --detections: per image and class, more
+    than 10."""
 
-
-RANGES = {"positive": "batch_size threads"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "batch_size threads"}
 
 
 def main(options: Options) -> None:
     """Evaluates and prints."""
-    check_ranges(options, RANGES)
+    check_ranges(options)
     if options.detections is not None:
         check_no_detector(options)
-    limit = options.kept.max_detections or COCO_LIMIT
     dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     console.print(f"{options.annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     if options.detections is not None:
         results = evaluate.read_results(options.detections)
-        kinds = kinds_of(results)
+        kinds, limit = kinds_of(results), options.kept.max_detections or COCO_LIMIT
         try:
             metrics = score_results(results, dataset, options.output, kinds=kinds, max_detections=limit)
         except ValueError as error:
             raise SystemExit(f"{options.detections}: {error}") from None
     else:
         predictor = options.detector.load(options.precision)
+        selection = options.kept.of(predictor.model)
         metrics = evaluate_on(
             predictor,
             dataset,
@@ -84,8 +83,8 @@ def main(options: Options) -> None:
             batch_size=options.batch_size,
             num_threads=options.threads,
             allow_renamed=options.allow_renamed,
-            selection=options.kept.of(predictor.model),
-            max_detections=limit,
+            selection=selection,
+            max_detections=selection.max_detections,
         )
         results = evaluate.read_results(options.output / "detections.json")
     for kind in metrics.values():

@@ -1,19 +1,24 @@
-"""Writes a trained detector as a file that other runtimes run, and compares it with the model where stated below.
+"""Writes a trained detector for other runtimes.
 
     python experiments/export.py --checkpoint runs/mine --output detector.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.int8.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.npz
     python experiments/export.py --checkpoint runs/mine --output detector.safetensors
 
-The suffix says which: `.onnx` for ONNX, compared with the model on images before it is kept; `.int8.onnx` for that in
-8-bit integers, calibrated on the same images; `.npz` for StableHLO, which `run_stablehlo.py` runs; `.safetensors` for
-the weights alone, with class names and image sizes, as `--weights` of the other scripts takes them. The first two
-need `pip install 'detectax_eqx[onnx]'`.
+The suffix selects the format:
+
+- `.onnx`: ONNX, compared with the model on `--images` before it is written
+- `.int8.onnx`: the same in 8-bit integers, calibrated on `--images`
+- `.npz`: StableHLO, for `run_stablehlo.py`
+- `.safetensors`: weights, class names and image sizes, for `--weights` of the other scripts
+
+The first two need `pip install 'detectax_eqx[onnx]'`.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 from _images import find_images
 from _shared import (
@@ -32,31 +37,30 @@ class Options:
     """Options of an export."""
 
     output: Path
-    """File to write, whose suffix says what: .onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
+    """File to write: .onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
     images: Path | None = None
-    """Folder of images to compare and to calibrate on, some dozens like those to come. A .npz needs none."""
+    """Folder of images to compare and calibrate on, a few dozen typical ones. Only for ONNX."""
     source: tuple[int, int] = (640, 640)
-    """Height and width in pixels of the largest image that the file is to take."""
+    """Height and width in pixels of the largest input image."""
     canvas: tuple[int, int] | None = None
-    """Height and width in pixels that the network sees. Default: the detector's first canvas; in a .npz, all."""
+    """Height and width in pixels of the network's input. Default: the detector's first canvas; for .npz, all."""
     batch_size: int = 1
-    """Images that the file takes at a time."""
+    """Images per call."""
     any_batch: bool = False
-    """Take any number of images at a time, instead of --batch-size: .npz alone can."""
+    """Take any number of images per call, instead of --batch-size (only for .npz)."""
     max_images: int = 64
-    """Images of --images to use, the first by name."""
+    """Use only the first images of --images, by name."""
     unmatched_score: float = 0.1
-    """In the comparison, the score (0..1) up to which a detection may be the model's or the file's alone."""
+    """In the comparison, the score up to which a detection may be missing on one side."""
     detector: DetectorOptions = field(default_factory=DetectorOptions)
     kept: SelectionOptions = field(default_factory=SelectionOptions)
 
-
-RANGES = {"positive": "source canvas batch_size max_images", "in 0..1": "unmatched_score"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "source canvas batch_size max_images", "in 0..1": "unmatched_score"}
 
 
 def main(options: Options) -> None:
-    """Exports, and says how large the file is."""
-    check_ranges(options, RANGES)
+    """Exports, and prints the size of the file."""
+    check_ranges(options)
     check_output(options)
     predictor = options.detector.load()
     selection = options.kept.of(predictor.model)
@@ -86,7 +90,7 @@ def main(options: Options) -> None:
 
 
 def check_output(options: Options) -> None:
-    """Refuses a file name that says nothing, and options that do not suit it, before anything is read."""
+    """Refuses an unknown suffix, and options that do not suit it, before anything is read."""
     if options.output.suffix not in (".onnx", ".npz", ".safetensors"):
         raise SystemExit(f"--output must end in .onnx, .int8.onnx, .npz or .safetensors, got {options.output}.")
     if options.any_batch and options.output.suffix != ".npz":
@@ -98,7 +102,7 @@ def check_output(options: Options) -> None:
 def save_onnx(
     predictor: zoo.Predictor, options: Options, shape: export.Shape, selection: models.Selection | None
 ) -> None:
-    """In floats, and from those in integers if the file's name says so."""
+    """Writes a float ONNX file, and quantises it if the suffix is `.int8.onnx`."""
     images, names, larger = [], [], 0
     for path, _ in find_images([options.images] if options.images else []):
         if len(images) < options.max_images:
@@ -110,11 +114,11 @@ def save_onnx(
                 larger += 1
     if not images:
         raise SystemExit(
-            f"--images {options.images} holds no image of at most --source {shape.source[0]} {shape.source[1]}, and "
-            f"{larger} larger ones."
+            f"--images {options.images} holds no image that fits --source {shape.source[0]} {shape.source[1]}; "
+            f"{larger} are larger."
         )
     if larger:
-        console.print(f"{larger} images of {options.images} are larger than --source and left out.", highlight=False)
+        console.print(f"{larger} images of {options.images} are larger than --source and are skipped.", highlight=False)
     with TemporaryDirectory(dir=options.output.parent) as folder:
         integers = options.output.name.endswith(".int8.onnx")
         file = Path(folder) / "float.onnx" if integers else options.output

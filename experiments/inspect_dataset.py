@@ -1,9 +1,9 @@
-"""Looks at a dataset in COCO format before anything is trained on it.
+"""Inspects a dataset in COCO format before training on it.
 
     python experiments/inspect_dataset.py --annotations train.json --images train/ --output runs/dataset
 
-Prints what is in it, how well the anchors match its boxes and the canvases its images, and which annotations look
-wrong. `dataset.html` in `--output` holds the same with pictures, and needs nothing else to be opened.
+Prints its contents, how well anchors fit its boxes and canvases its images, and which annotations look wrong.
+`--output` receives the same as `dataset.html`, a self-contained page with pictures.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from _shared import ANCHOR_SIZES, ASPECT_RATIOS, check_ranges, console, run
@@ -24,27 +24,30 @@ from detectax_eqx import data, report
 class Options:
     """Options of an inspection."""
 
-    annotations: Path
-    """COCO JSON of the images."""
-    images: Path
-    """Folder that its file names refer to."""
+    annotations: str
+    """COCO JSON of the images: a path or a URL (http, https, gs, s3)."""
+    images: str
+    """Folder that file names in it refer to: a path or a URL."""
     box_format: data.BoxFormat = "xywh"
-    """How "bbox" is written in the annotations: xywh is COCO's; normalized means fractions of the image's sides."""
+    """Format of "bbox" in the annotations. xywh is COCO's; normalized: fractions of the image's sides."""
     output: Path | None = None
-    """Folder for dataset.html; by default only the terminal is written to."""
+    """Folder for dataset.html. Default: print only."""
     min_size: int = 800
-    """Short side in pixels that images are resized to, unless the long side would then exceed --max-size."""
+    """Short side in pixels to resize images to."""
     max_size: int = 1333
-    """Longest side in pixels after resizing."""
+    """Longest side in pixels after resizing; takes precedence over --min-size."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
-    """Height and width of the canvases that images are laid on, in pixels, as for train.py."""
+    """Heights and widths in pixels that images are padded to, as for train.py."""
     anchor_sizes: tuple[float, ...] = ANCHOR_SIZES
-    """Side of the square anchor of each of the five levels, in pixels after resizing."""
+    """Side in pixels of the square anchor per level, after resizing."""
     aspect_ratios: tuple[float, ...] = ASPECT_RATIOS
     """Height / width of the anchors."""
 
+    RANGES: ClassVar[dict[str, str]] = {
+        "positive": "min_size max_size anchor_sizes aspect_ratios",
+        "a positive multiple of 32": "canvases",
+    }
 
-RANGES = {"positive": "min_size max_size anchor_sizes aspect_ratios", "a positive multiple of 32": "canvases"}
 
 # Borders of the size classes, as the square root of a box's area after resizing, in pixels.
 SIZE_BORDERS = (0, 16, 32, 64, 128, 256, 512, np.inf)
@@ -53,10 +56,10 @@ RATIO_BORDERS = (0, 0.2, 0.33, 0.5, 0.75, 1.33, 2, 3, 5, np.inf)
 
 def main(options: Options) -> None:
     """Measures, prints, and writes the page."""
-    check_ranges(options, RANGES)
+    check_ranges(options)
     if len(options.anchor_sizes) != len(report.STRIDES):
         raise SystemExit(
-            f"--anchor-sizes wants {len(report.STRIDES)} numbers, one a level, got {len(options.anchor_sizes)}."
+            f"--anchor-sizes needs {len(report.STRIDES)} numbers, one per level, got {len(options.anchor_sizes)}."
         )
     dataset = data.load_coco(options.annotations, options.images, box_format=options.box_format)
     tables = [contents(dataset), classes(dataset), *boxes(dataset, options), canvases(dataset, options)]
@@ -66,9 +69,7 @@ def main(options: Options) -> None:
     tables.append(
         {
             "title": "Suspicious annotations",
-            "note": "Likely mistakes, and repairs made while reading; none need be one."
-            if rows
-            else "None were found.",
+            "note": "Possible mistakes, and repairs made while reading." if rows else "None were found.",
             "columns": ["what", "annotations"],
             "rows": rows,
         }
@@ -82,7 +83,7 @@ def main(options: Options) -> None:
 
 
 def contents(dataset: data.CocoDataset) -> dict[str, Any]:
-    """Counts of the whole."""
+    """Counts over the whole dataset."""
     objects = [dataset.objects(index) for index in range(len(dataset))]
     counts = np.array([int((~part.crowd).sum()) for part in objects])
     sizes = np.array(dataset.sizes)
@@ -92,7 +93,7 @@ def contents(dataset: data.CocoDataset) -> dict[str, Any]:
         ("images", f"{len(dataset):,}"),
         ("images without an object", f"{int((counts == 0).sum()):,}"),
         ("objects", f"{counts.sum():,}"),
-        ("objects an image, mean and most", f"{counts.mean():.1f}, {counts.max()}"),
+        ("objects per image, mean and maximum", f"{counts.mean():.1f}, {counts.max()}"),
         ("crowds", f"{sum(int(part.crowd.sum()) for part in objects):,}"),
         ("annotations with a segmentation", f"{with_masks:,}"),
         ("height of images, pixels", f"{low[0]}–{high[0]}"),
@@ -137,10 +138,10 @@ def boxes(dataset: data.CocoDataset, options: Options) -> list[dict[str, Any]]:
     note = (
         f"Images resized to a short side of {options.min_size}, at most {options.max_size} pixels. An anchor matches "
         f"{well:.1%} of the boxes at IoU .7; none does at .5 for {badly:,} ({badly / total:.1%}). "
-        "Each box is given its best anchor all the same."
+        "Each box is assigned its best anchor in any case."
     )
     columns = ["boxes", "share", "best anchor ≥ .7", ".5 to .7", "below .5"]
-    found = []
+    tables = []
     for title, values, borders, unit in (
         ("Size of boxes against anchors", np.sqrt(width * height), SIZE_BORDERS, "√area, pixels"),
         ("Shape of boxes against anchors", height / np.maximum(width, 1e-9), RATIO_BORDERS, "height / width"),
@@ -148,37 +149,37 @@ def boxes(dataset: data.CocoDataset, options: Options) -> list[dict[str, Any]]:
         rows = []
         for low, high in itertools.pairwise(borders):
             inside = (values >= low) & (values < high)
-            of = best[inside]
-            matched = [(of >= 0.7).sum(), ((of >= 0.5) & (of < 0.7)).sum(), (of < 0.5).sum()]
+            ious = best[inside]
+            matched = [(ious >= 0.7).sum(), ((ious >= 0.5) & (ious < 0.7)).sum(), (ious < 0.5).sum()]
             name = f"{low:g}–{high:g}" if np.isfinite(high) else f"{low:g} and more"
             rows.append(
-                [name, f"{inside.sum():,}", percent(inside.sum(), total), *(percent(m, len(of)) for m in matched)]
+                [name, f"{inside.sum():,}", percent(inside.sum(), total), *(percent(m, len(ious)) for m in matched)]
             )
-        found.append(
-            {"title": title, "note": note if not found else "", "columns": [unit, *columns], "rows": rows, "bars": 2}
+        tables.append(
+            {"title": title, "note": note if not tables else "", "columns": [unit, *columns], "rows": rows, "bars": 2}
         )
     labels = report.labels_of(dataset)
     rows = []
     for k, category in enumerate(dataset.categories):
-        of = best[labels == k]
-        if len(of):
+        ious = best[labels == k]
+        if len(ious):
             rows.append(
                 [
                     category.name,
-                    f"{np.median(of):.2f}",
-                    percent((of >= 0.7).sum(), len(of)),
-                    percent((of < 0.5).sum(), len(of)),
+                    f"{np.median(ious):.2f}",
+                    percent((ious >= 0.7).sum(), len(ious)),
+                    percent((ious < 0.5).sum(), len(ious)),
                 ]
             )
     rows.sort(key=lambda row: float(row[1]))
     columns = ["class", "median of best IoU", "≥ .7", "below .5"]
     note = "The worst covered first."
-    found.append({"title": "Anchors by class", "note": note, "columns": columns, "rows": rows, "bars": 2})
-    return found
+    tables.append({"title": "Anchors by class", "note": note, "columns": columns, "rows": rows, "bars": 2})
+    return tables
 
 
 def canvases(dataset: data.CocoDataset, options: Options) -> dict[str, Any]:
-    """How images fill the canvases, and canvases that would waste less."""
+    """How images fill the canvases, and proposed canvases with less padding."""
     resize = {"min_size": options.min_size, "max_size": options.max_size}
     given = report.bucket_use(dataset.sizes, canvases=options.canvases, **resize)
     proposed = report.propose_canvases(dataset.sizes, count=len(options.canvases), **resize)
@@ -186,10 +187,10 @@ def canvases(dataset: data.CocoDataset, options: Options) -> dict[str, Any]:
     before, after = report.padding_share(given), report.padding_share(better)
     words = " ".join(f"{height} {width}" for height, width in proposed)
     shrunk = sum(use.shrunk for use in given)
-    note = f"{before:.1%} of what the network looks at is padding"
+    note = f"{before:.1%} of the canvases' area is padding"
     note += f", and {shrunk:,} images are shrunk to fit. " if shrunk else ". "
     if after < before or shrunk:
-        note += f"With --canvases {words} it would be {after:.1%}, and none shrunk."
+        note += f"With --canvases {words} it would be {after:.1%}, and no image would be shrunk."
     else:
         note += "No better canvases were found."
     rows = [
@@ -202,12 +203,12 @@ def canvases(dataset: data.CocoDataset, options: Options) -> dict[str, Any]:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share for people; a dash if there is nothing to share."""
+    """A share in per cent, or a dash if the whole is 0."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
 def print_table(table: dict[str, Any]) -> None:
-    """A table in the terminal, its note below."""
+    """Prints a table to the terminal, with its note below."""
     view = Table(title=table["title"], title_justify="left", caption=table["note"] or None, caption_justify="left")
     columns: Sequence[str] = table["columns"]
     for position, column in enumerate(columns):

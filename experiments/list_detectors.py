@@ -1,8 +1,8 @@
-"""Lists the detectors by name, and the published weights that there are for them.
+"""Lists the detectors and their published weights.
 
     python experiments/list_detectors.py
 
-A detector with published weights needs no file: `predict.py --model NAME street.jpg` downloads them once.
+Published weights are downloaded on first use, for example by `predict.py --model NAME street.jpg`.
 """
 
 import tyro
@@ -11,7 +11,7 @@ from detectax_eqx import zoo
 
 
 def main() -> None:
-    """Prints a line per detector."""
+    """Prints one line per detector."""
     print(f"{'detector':<28}{'box AP':>8}{'mask AP':>9}{'MB':>6}  published by")
     for name in zoo.names():
         if name not in zoo.published_names():

@@ -1,16 +1,15 @@
-"""Detects objects in image files: draws them, and writes COCO results.
+"""Detects objects in image files, draws them, and writes COCO results.
 
     python experiments/predict.py --checkpoint runs/mine --output runs/pictures street.jpg photos/
 
-Each picture goes to `--output` under its own name, with a number where two are the same; `detections.json` there holds
-the results of all, `image_id` being the position in `images.json`, which names files and pictures. A file that cannot
-be read is reported and the others go on; the exit status is then 1. Folders are read whole, except output folders of
-this script within them.
+Pictures are written to `--output` under unique names. `detections.json` holds the results of all images; their
+`image_id` is an index into `images.json`, which lists files and pictures. A file that cannot be read is reported, the
+others are processed, and the exit status is 1. Folders are read recursively, without output folders of this script.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from _images import find_images, unique_targets
 from _shared import (
@@ -35,41 +34,40 @@ class Options:
     inputs: Positional[tuple[Path, ...]]
     """Image files, or folders of them."""
     output: Path = Path("predictions")
-    """Folder for the drawn pictures and detections.json."""
+    """Folder for pictures, detections.json and images.json."""
     precision: Precision = "float32"
-    """Dtype that the network computes in."""
+    """Dtype of the network."""
     annotations: str | None = None
-    """COCO JSON whose categories name the classes, for weights that come without names. Others are checked by it."""
+    """COCO JSON that names the classes, for weights without names. Existing names are checked against it."""
     allow_renamed: bool = False
-    """Accept --annotations that name the model's category ids otherwise. Their names are then the ones drawn."""
+    """Accept --annotations with other names for the model's category ids, and draw their names."""
     max_pixels: int | None = None
-    """Largest image to read, in pixels. Default: Pillow's limit of 179 million, as small files may claim any size."""
+    """Largest image to read, in pixels. Default: Pillow's limit of 179 million, a guard against decompression bombs."""
     font: Path | None = None
-    """Font file for class names; by default Pillow's, and an installed one for characters that it lacks."""
+    """Font file for class names. Default: Pillow's, and an installed font for characters that it lacks."""
     detector: DetectorOptions = field(default_factory=DetectorOptions)
     kept: SelectionOptions = field(default_factory=lambda: SelectionOptions(score_threshold=0.5, max_detections=100))
 
-
-RANGES = {"positive": "max_pixels"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "max_pixels"}
 
 
 def main(options: Options) -> None:
-    """Predicts; the exit status is 1 if a file failed."""
-    check_ranges(options, RANGES)
+    """Predicts and draws. The exit status is 1 if a file failed."""
+    check_ranges(options)
     if options.font is not None:
         check_font(options.font)
     pairs = targets_of(options.inputs, options.output)
     predictor = with_names(options.detector.load(options.precision), options.annotations, options.allow_renamed)
     selection = options.kept.of(predictor.model)
     options.output.mkdir(parents=True, exist_ok=True)
-    # Both files are there from the start: they mark the folder as this script's, should it be stopped.
+    # Written first, so that the folder is recognised as this script's output even if the script is interrupted.
     write_results(options.output, [], [])
     results, images, failures = [], [], 0
     for path, target in pairs:
         try:
             image = data.read_image(path, max_pixels=options.max_pixels)
             prediction = predictor(image, selection=selection)
-            found = prediction.to_coco(image_id=len(images))
+            detections = prediction.to_coco(image_id=len(images))
             picture = prediction.draw(score_threshold=selection.score_threshold, font=options.font)
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
@@ -77,13 +75,13 @@ def main(options: Options) -> None:
             failures += 1
             console.print(f"failed {path}: {error}", style="red", highlight=False, soft_wrap=True)
             continue
-        results += found
+        results += detections
         height, width = image.shape[:2]
         picture_name = str(target.relative_to(options.output))
         images.append(
             {"id": len(images), "file_name": str(path), "height": height, "width": width, "picture": picture_name}
         )
-        console.print(f"{path}: {len(found)} objects, {target}", highlight=False, soft_wrap=True)
+        console.print(f"{path}: {len(detections)} objects, {target}", highlight=False, soft_wrap=True)
     write_results(options.output, results, images)
     if failures:
         console.print(f"{failures} of {failures + len(images)} files failed.")
@@ -109,19 +107,19 @@ def check_font(path: Path) -> None:
 
 
 def write_results(output: Path, results: list[dict[str, Any]], images: list[dict[str, Any]]) -> None:
-    """The two JSON files."""
+    """Writes the two JSON files."""
     evaluate.write_results(results, output / "detections.json")
     write_json(output / "images.json", images)
 
 
 def targets_of(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]]:
-    """Every image file once, and where its picture goes."""
+    """Returns pairs of an image file and the picture to write, each file once."""
     images = find_images(inputs, output)
     if not images:
         raise SystemExit(f"No image files in {', '.join(map(str, inputs))}.")
     targets = unique_targets(images, output)
     for folder in (path.resolve() for path in inputs if path.is_dir()):
-        inside = folder in output.resolve().parents  # it is left out when the folder is read
+        inside = folder in output.resolve().parents  # find_images skips it
         if not inside and any(target.resolve().is_relative_to(folder) for target in targets):
             raise SystemExit(f"--output {output} would put pictures among the images of {folder}: give another folder.")
     return [(path, target) for (path, _), target in zip(images, targets, strict=True)]

@@ -1,15 +1,16 @@
-"""Trains a small Mask R-CNN on synthetic images, evaluates it on others and draws what it finds.
+"""Trains a small Mask R-CNN on synthetic images, evaluates it on others and draws its detections.
 
     python experiments/quickstart.py
 
 Takes two to four minutes on two CPU cores and reaches a box AP50 above .75 and a mask AP50 above .70 on images that it
-never trained on. The folder `--output` then holds the images, `demo.png`, `report.html` (what it gets wrong, to look at
-in a browser), `detections.json`, `metrics.json` and the weights.
+was not trained on. The folder `--output` then holds the images, `demo.png`, `report.html` (a page of its errors),
+`detections.json`, `metrics.json` and the weights.
 """
 
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import equinox as eqx
 import jax.random as jr
@@ -25,11 +26,11 @@ class Options:
     """Options of the demo."""
 
     output: Path = Path("runs/quickstart")
-    """Folder for everything that it makes."""
+    """Folder for all output."""
     steps: int = 400
     """Training steps."""
     batch_size: int = 8
-    """Images a step."""
+    """Images per step."""
     train_images: int = 1000
     """Synthetic images to train on."""
     test_images: int = 100
@@ -37,19 +38,25 @@ class Options:
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     seed: int = 0
-    """Seed of the weights and of the order of images."""
+    """Seed of initial weights and image order."""
 
+    RANGES: ClassVar[dict[str, str]] = {
+        "positive": "steps batch_size train_images test_images learning_rate",
+        "at least 0": "seed",
+    }
 
-RANGES = {"positive": "steps batch_size train_images test_images learning_rate", "at least 0": "seed"}
 
 SIZE = 128
-# What is sampled for the losses, scaled to small images with few objects.
+# Sample counts of the losses, scaled to small images with few objects.
 SAMPLING = models.TwoStageSampling(pre_nms_top_n=64, post_nms_top_n=64, rpn_samples=64, box_samples=32)
 
 
 @eqx.filter_jit
 def build(key, num_classes: int) -> models.MaskRCNN:
-    """A narrow ResNet-18 with GroupNorm, which trains from scratch, a pyramid of 48 channels, small heads."""
+    """Builds a small Mask R-CNN with random parameters.
+
+    It has a narrow ResNet-18 with GroupNorm, which can be trained from scratch, an FPN of 48 channels, and small heads.
+    """
     body_key, fpn_key, heads_key = jr.split(key, 3)
     body = nn.resnet18(key=body_key, norm=nn.GroupNorm, width=16)
     backbone = nn.ResNetFPN(body, key=fpn_key, channels=48)
@@ -82,8 +89,8 @@ def loss(model: models.MaskRCNN, example: Batch, *, key):
 
 
 def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
-    """Makes the data, trains, evaluates and draws; returns the metrics."""
-    check_ranges(options, RANGES)
+    """Generates the data, trains, evaluates and draws. Returns the metrics."""
+    check_ranges(options)
     began = time.perf_counter()
     train_set, test_set = (
         data.load_coco(
@@ -127,9 +134,7 @@ def main(options: Options) -> dict[str, evaluate.CocoMetrics]:
     picture = draw_sheet(predictor, test_set, columns=4, rows=2)
     picture.save(options.output / "demo.png")
     minutes = (time.perf_counter() - began) / 60
-    console.print(
-        f"{options.output / 'demo.png'} shows what it found, {options.output / 'report.html'} what it did not."
-    )
+    console.print(f"{options.output / 'demo.png'} shows its detections, {options.output / 'report.html'} its errors.")
     console.print(f"{minutes:.1f} minutes in all.")
     return metrics
 
@@ -140,10 +145,10 @@ def draw_sheet(predictor: zoo.Predictor, dataset: data.CocoDataset, *, columns: 
     side = zoom * SIZE
     sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")
     for i, record in enumerate(dataset.images[: columns * rows]):
-        found = predictor(str(record.path))
-        image = Image.fromarray(found.image).resize((side, side), Image.Resampling.BICUBIC)
-        enlarged = replace(found.detections, boxes=found.detections.boxes * zoom)
-        picture = draw.draw_detections(np.asarray(image), enlarged, class_names=found.class_names)
+        prediction = predictor(str(record.path))
+        image = Image.fromarray(prediction.image).resize((side, side), Image.Resampling.BICUBIC)
+        enlarged = replace(prediction.detections, boxes=prediction.detections.boxes * zoom)
+        picture = draw.draw_detections(np.asarray(image), enlarged, class_names=prediction.class_names)
         sheet.paste(picture, (i % columns * (side + gap), i // columns * (side + gap)))
     return sheet
 

@@ -1,14 +1,15 @@
-"""Runs notebooks from top to bottom, each in a fresh kernel, and keeps their outputs in them.
+"""Runs notebooks from top to bottom, each in a fresh kernel, and saves their outputs in them.
 
     python experiments/run_notebooks.py                          # all of notebooks/, in order
     python experiments/run_notebooks.py notebooks/01_ops.ipynb
 
-Prints what each took. The exit status is 1 if a cell fails or a notebook takes more processor time than it may.
+Prints the processor time of each. The exit status is 1 if a cell fails or a notebook exceeds `--limit`.
 """
 
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import nbformat
 from _shared import check_ranges, console, run
@@ -25,22 +26,21 @@ class Options:
     """Options of a run."""
 
     notebooks: Positional[tuple[Path, ...]] = ()
-    """Notebook files; default all in notebooks/, in the order of their names."""
+    """Notebook files. Default: all in notebooks/, by name."""
     limit: float = 300
-    """Seconds of processor time that a notebook may take."""
+    """Limit of processor time per notebook, in seconds."""
 
-
-RANGES = {"positive": "limit"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "limit"}
 
 
 def main(options: Options) -> None:
-    """Runs them one after the other: a later one may use what an earlier one left in runs/notebooks."""
-    check_ranges(options, RANGES)
+    """Runs the notebooks in order: later ones may use files that earlier ones left in runs/notebooks."""
+    check_ranges(options)
     slow = []
     for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         before = cpu_seconds()
-        # Cells get no times, so that a run that gives the same outputs leaves the file as it was.
+        # Without times, a run with the same outputs leaves the file unchanged.
         client = NotebookClient(
             notebook,
             timeout=None,
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
 
 
 def is_alarm(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is XLA's alarm about a slow compilation, which only shows that the machine is busy."""
+    """Whether an output is XLA's alarm about a slow compilation, which only means that the machine is busy."""
     return output.get("name") == "stderr" and "slow_operation_alarm" in output.text
 
 

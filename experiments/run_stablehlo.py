@@ -1,10 +1,10 @@
-"""Runs a detector that `export.py` wrote as StableHLO, without this package: by jax, flatbuffers and Pillow.
+"""Runs a StableHLO detector written by `export.py`. Needs jax, flatbuffers and Pillow, but not this package.
 
     python experiments/run_stablehlo.py detector.npz street.jpg
 
-Prints a line of JSON per image. A file that cannot be read is reported and the others go on; the exit status is then 1.
-Compiled programs are kept in a folder beside the detector, so that the next process answers its first image without
-compiling. To use a detector in a program of your own, copy `Detector`, `check_version` and `read_image`.
+Prints one line of JSON per image. A file that cannot be read is reported, the others are processed, and the exit status
+is 1. Compiled programs are cached in a folder beside the detector, so that the next process does not compile them
+again. To use a detector in your own program, copy `Detector`, `check_version` and `read_image`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 
-# What undoes each EXIF orientation: a camera held sideways stores its rows as columns.
+# The transposition that undoes each EXIF orientation: a camera held sideways stores rows as columns.
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,14 +31,18 @@ TRANSPOSITIONS = {
 
 
 class Detector:
-    """A detector from a file: a call takes images `(h, w, c)` of any size that fits and gives their detections."""
+    """A detector loaded from a file.
+
+    Calling it with a list of uint8 images `(h, w, c)` returns their detections. The images may have any size up to the
+    exported source size.
+    """
 
     def __init__(self, path: Path):
         if path.is_file() and not zipfile.is_zipfile(path):
-            raise ValueError("This is not a whole .npz file of export.py.")
+            raise ValueError("This is not a complete .npz file written by export.py.")
         file = np.load(path)
         if "about" not in file:
-            raise ValueError("This .npz file holds no detector: export.py writes one.")
+            raise ValueError("This .npz file holds no detector: it was not written by export.py.")
         self.about = json.loads(file["about"].tobytes())
         check_version(self.about)
         jax.config.update("jax_compilation_cache_dir", f"{path}.compiled")
@@ -48,21 +52,21 @@ class Detector:
         self._programs = {}
 
     def __call__(self, images: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Arrays by the names in `about["outputs"]` for each image, of those rows that are valid."""
+        """Returns the valid rows of each output for each image, by the names in `about["outputs"]`."""
         shape = self._shape(images)
-        batch = shape["batch"] or len(images)  # null where any number will do
+        batch = shape["batch"] or len(images)  # null if any batch size is allowed
         padded = np.zeros((batch, *shape["source"], images[0].shape[2]), np.uint8)
         sizes = np.ones((batch, 2), np.int32)
         for i, image in enumerate(images):
             sizes[i] = image.shape[:2]
             padded[i, : sizes[i, 0], : sizes[i, 1]] = image
-        found = [np.asarray(output) for output in self._program(shape["name"])(self.weights, padded, sizes)]
-        named = dict(zip(self.about["outputs"], found, strict=True))
+        outputs = [np.asarray(output) for output in self._program(shape["name"])(self.weights, padded, sizes)]
+        named = dict(zip(self.about["outputs"], outputs, strict=True))
         valid = named.pop("valid")
         return [{name: array[i, valid[i]] for name, array in named.items()} for i in range(len(images))]
 
     def _shape(self, images):
-        """The smallest batch and source that the images fit, and of those the canvas that shrinks them least."""
+        """Selects the smallest batch and source that the images fit, and then the canvas that shrinks them least."""
         height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
         fitting = [
             shape
@@ -75,11 +79,11 @@ class Detector:
             sources = {(*shape["source"], shape["batch"]) for shape in self.about["shapes"]}
             limits = [f"{h}×{w} pixels" + (f", {batch} at a time" if batch else "") for h, w, batch in sources]
             raise ValueError(
-                f"{len(images)} of up to {height}×{width} pixels (height × width): this detector takes images of up to "
-                f"{' or '.join(sorted(limits))}. Shrink the image, or export with a larger --source."
+                f"Got a batch of {len(images)}, up to {height}×{width} pixels (height × width), but the detector takes "
+                f"images of up to {' or '.join(sorted(limits))}. Shrink the image, or export with a larger --source."
             )
         resize = self.about["preprocessing"]["resize"]
-        if "size" in resize:  # of both sides, whatever the image's
+        if "size" in resize:  # a square, whatever the aspect ratio
             wanted = resize["size"] / min(height, width)
         else:
             wanted = min(resize["min_size"] / min(height, width), resize["max_size"] / max(height, width))
@@ -98,10 +102,10 @@ class Detector:
 
 
 def check_version(about: dict) -> None:
-    """Refuses a file that this jax cannot be relied on to run.
+    """Raises a `ValueError` for files written by an incompatible JAX version.
 
-    jax reads what it wrote in the past six months, and makes no promise about what a later jax wrote. Each revision of
-    the format has a number, of which a jax knows a range.
+    JAX reads files that it wrote in the past six months, and gives no guarantee for files of a later release. Each
+    revision of the format has a number, and each release of JAX supports a range of them.
     """
     oldest = jax.export.minimum_supported_calling_convention_version
     newest = jax.export.maximum_supported_calling_convention_version
@@ -110,34 +114,35 @@ def check_version(about: dict) -> None:
         raise ValueError(
             f"The file was written by jax {about['jax']} in calling convention {about['calling_convention']}; this is "
             f"jax {jax.__version__}, which reads conventions {oldest} to {newest} of its own and earlier releases. "
-            f"Export it again with a jax as old as this one, or install jax {about['jax']}."
+            f"Export it again with this or an older jax, or install jax {about['jax']}."
         )
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The pixels of an image file as `(h, w, 3)` uint8, just as the detector saw its training images.
+    """Reads an image file as `(h, w, 3)` uint8 RGB, in the same way as images are read for training.
 
-    Gray, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped, the colours below it stay. 16-bit gray
-    is scaled, 65535 becoming 255. Of an animation, the first frame is read. An EXIF orientation is applied.
+    Gray, palette, CMYK and 1-bit images are converted to RGB. An alpha channel is dropped without blending. 16-bit gray
+    is scaled, not clipped: 65535 becomes 255. Only the first frame of an animation is read. The EXIF orientation is
+    applied.
 
-    Raises an error for a file that is missing, damaged or no image, and for numbers whose range is not known.
+    Raises an error if the file is missing, damaged or not an image, or if it holds values of an unknown range.
     """
     with Image.open(path) as image:
-        if image.format == "PNG":  # Pillow compares its checksums only if asked, and that ends the reading
+        if image.format == "PNG":  # only `verify` compares the checksums, and the file must be opened again after it
             image.verify()
             image = Image.open(path)
         with image:
             image.load()
             try:
                 transposition = TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            except Exception:  # garbage where EXIF should be says nothing about the pixels
+            except Exception:  # damaged EXIF data do not affect the pixels
                 transposition = None
             rgb = to_rgb(image)
     return np.array(rgb if transposition is None else rgb.transpose(transposition))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in 8-bit RGB."""
+    """Converts an image of any mode to 8-bit RGB."""
     if image.mode.startswith("I"):  # 16 or 32 bits, which Pillow's own conversion clips at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -151,21 +156,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def describe(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def main() -> None:
-    """Detects in image files."""
+    """Detects objects in image files and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("detector", type=Path, help="file that export.py wrote")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     arguments = parser.parse_args()
     try:
         detector = Detector(arguments.detector)
-    except Exception as error:  # a damaged archive raises errors of many types, as a damaged image does
+    except Exception as error:  # damaged archives raise many types of errors, as damaged images do below
         raise SystemExit(f"{arguments.detector}: {describe(error)}") from None
     failures = 0
     for path in arguments.images:
@@ -176,16 +181,16 @@ def main() -> None:
             failures += 1
             continue
         try:
-            (found,) = detector([image])
+            (detections,) = detector([image])
         except ValueError as error:
             print(f"{path}: {describe(error)}", file=sys.stderr)
             failures += 1
             continue
-        names = [detector.about["class_names"][label] for label in found["labels"]]
+        names = [detector.about["class_names"][label] for label in detections["labels"]]
         line = {
             "image": str(path),
-            "boxes": found["boxes"].tolist(),
-            "scores": found["scores"].tolist(),
+            "boxes": detections["boxes"].tolist(),
+            "scores": detections["scores"].tolist(),
             "labels": names,
         }
         print(json.dumps(line), flush=True)

@@ -4,15 +4,15 @@
         --train-annotations train.json --train-images train/ --val-annotations val.json --val-images val/
         --output runs/mine
 
-Defaults are the field's "1x" recipe: SGD .02 for 16 images per step, 12 epochs, decays after 8 and 11. Warm-up and
-decays scale with the length of the run, and without `--init` the norm is group. What that comes to is printed before
-the first step. A folder of `--output` holds `last/` (all of the run's state), `best/` (the model alone),
-`metrics.jsonl`, `timing.jsonl` and the options. Ctrl-C and SIGTERM save. However a run ended, `--resume --output …`
-goes on from the last checkpoint to bit-identical parameters and metrics, with the options of before; what a clock says
-is kept apart, in `timing.jsonl`.
+The defaults are the field's "1x" recipe: SGD at .02 for 16 images per step, 12 epochs, decays after 8 and 11. Warm-up
+and decays scale with the length of the run. The plan is printed before the first step.
 
-All devices are used, a batch being spread over them. On several machines, start the script on each of them with
-`--coordinator`; `--output` must be a folder that all of them see. A signal to one ends all, after the same step.
+`--output` receives `last/` (the whole state), `best/` (the model alone), `metrics.jsonl`, `timing.jsonl`,
+`options.json` and `curves.html`, a page of curves that refreshes itself. Ctrl-C and SIGTERM save. However a run ended,
+`--resume --output ...` continues it from the last checkpoint, with bit-identical parameters and metrics.
+
+A batch is spread over all devices. On several machines, start the script on each with `--coordinator`; `--output` must
+be a folder that all of them see. A signal to one process ends all of them after the same step.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ import jax
 import jax.random as jr
 import optax
 from _header import check_objects, print_header
-from _options import RANGES, Options, architecture, check_model, check_promise, check_sense, complete, total_steps
+from _options import Options, architecture, check_model, check_promise, check_sense, complete, total_steps
 from _pace import Pace
 from _record import ESTIMATE_AFTER, Record, print_memory
-from _resume import check_options, options_to_resume, restore, save_options, saved_options
+from _resume import check_options, given_before, restore, save_options, saved_options
 from _run import Stop, remove_strays
 from _shared import check_ranges, console, hidden, progress, run
 from jax.experimental import multihost_utils
@@ -39,31 +39,30 @@ from detectax_eqx.models import AbstractDetector
 
 def main(options: Options) -> None:
     """Trains until the end or Ctrl-C, if no other run is using the output folder."""
-    check_ranges(options, RANGES)
+    check_ranges(options)
     check_sense(options)
-    if options.coordinator is not None:
-        connect(options.coordinator, options.num_processes, options.process_id)
-    with train.lock_folder(options.output):
-        remove_strays(options.output)
+    if options.devices.coordinator is not None:
+        connect(options.devices.coordinator, options.devices.num_processes, options.devices.process_id)
+    with train.lock_folder(options.run.output):
+        remove_strays(options.run.output)
         fit(options)
 
 
 def fit(options: Options) -> None:
-    """Trains: what was before, data and model, step, loop."""
-    last = options.output / "last"
-    going_on = options.resume and train.latest_checkpoint(last) is not None
-    if not options.resume and last.exists():
-        raise SystemExit(f"{options.output} holds a run already: pass --resume to go on with it, or another --output.")
-    before = saved_options(options.output) if options.resume else None
+    """Trains: earlier state, data and model, step, loop."""
+    output, resume = options.run.output, options.run.resume
+    going_on = resume and train.latest_checkpoint(output / "last") is not None
+    if not resume and (output / "last").exists():
+        raise SystemExit(f"{output} holds a run already: pass --resume to go on with it, or another --output.")
+    before = saved_options(output) if resume else None
     if before is not None:
         options = check_options(options, before, going_on=going_on)
     job = prepare(options, going_on=going_on)
     options, steps, epoch_steps = job.options, job.steps, job.loader.steps_per_epoch
-    state = train.init_train_state(
-        job.model, job.optimizer, trainable=job.trainable, key=jr.key(options.seed), ema=options.ema is not None
-    )
+    ema, key = options.optimization.ema, jr.key(options.run.seed)
+    state = train.init_train_state(job.model, job.optimizer, trainable=job.trainable, key=key, ema=ema is not None)
     so_far = {"best": -1.0, "evaluated": 0, "left_out": 0, "bad_images": 0}
-    if options.resume:
+    if resume:
         state, so_far = restore(options, before, job.train_set, state, so_far)
     state = train.shard_state(state, job.mesh)
     start = int(state.step)
@@ -77,8 +76,8 @@ def fit(options: Options) -> None:
         job.optimizer,
         trainable=job.trainable,
         mesh=job.mesh,
-        accumulate=options.accumulate,
-        ema_decay=options.ema or 0.0,
+        accumulate=options.devices.accumulate,
+        ema_decay=ema or 0.0,
     )
     saver, stop, pace = train.CheckpointSaver(), Stop(), Pace(steps, start)
     record = Record(options, job, so_far, saver, stop, start=start, skipped=int(state.skipped))
@@ -103,10 +102,10 @@ def fit(options: Options) -> None:
                 state, metrics = step(state, batch)
                 saver.check()
                 done = k + 1
-                pace.count(options.batch_size)
+                pace.count(options.run.batch_size)
                 stopping = stop.after_this_step() and done < steps
-                saving = ends_epoch(done) or done % options.checkpoint_every == 0 or stopping
-                logging = done % options.log_every == 0 or done == 1 or ends_epoch(done)
+                saving = ends_epoch(done) or done % options.logging.checkpoint_every == 0 or stopping
+                logging = done % options.logging.log_every == 0 or done == 1 or ends_epoch(done)
                 record.account(k, metrics, at_once=saving or logging)
                 if done - start == ESTIMATE_AFTER:
                     console.print(f"About {pace.left(done)} to go, {pace.seconds_per_step(done):.3g} s per step")
@@ -123,7 +122,7 @@ def fit(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done: complete options, data, devices, and what the first state is made of."""
+    """A run: complete options, data, devices, and the parts of the initial state."""
 
     options: Options
     train_set: data.CocoDataset
@@ -138,7 +137,7 @@ class Job:
 
 
 def prepare(options: Options, *, going_on: bool) -> Job:
-    """Reads and checks the data, and builds the model. `going_on`: its parameters will come from a checkpoint."""
+    """Reads and checks the data, and builds the model. `going_on`: a checkpoint will replace its parameters."""
     shapes = architecture(options).shapes(1)
     check_model(options, shapes)
     train_set, val_set = load_data(options, shapes.needs)
@@ -158,7 +157,7 @@ def prepare(options: Options, *, going_on: bool) -> Job:
         loader,
         total_steps(options, epoch_steps),
         model,
-        models.trainable(model, trainable_layers=options.trainable_layers or 0),
+        models.trainable(model, trainable_layers=options.architecture.trainable_layers or 0),
         schedule,
         make_optimizer(options, schedule),
     )
@@ -167,89 +166,91 @@ def prepare(options: Options, *, going_on: bool) -> Job:
 def make_model(options: Options, num_classes: int, *, pretrained: bool) -> AbstractDetector:
     """The detector, at the sizes of the options, with the weights of `--init` if `pretrained`."""
     parts = architecture(options)
-    model = parts.build(num_classes, key=jr.key(options.seed), checkpoint=options.gradient_checkpointing)
-    if options.init is not None and pretrained:
-        model, notes = zoo.initialize(model, parts, options.init)
+    model = parts.build(num_classes, key=jr.key(options.run.seed), checkpoint=options.devices.gradient_checkpointing)
+    if options.detector.init is not None and pretrained:
+        model, notes = zoo.initialize(model, parts, options.detector.init)
         for note in notes:
             console.print(note, highlight=False)
-    resize = models.ShortestEdge(max(options.min_sizes), options.max_size)
+    resize = models.ShortestEdge(max(options.sizes.min_sizes), options.sizes.max_size)
     return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
 
 def connect(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes; all but the first are silent."""
+    """Joins the other processes. Only the first one prints."""
     if coordinator == "auto":
         jax.distributed.initialize()
     elif num_processes is None or process_id is None:
         raise SystemExit("--coordinator needs --num-processes and --process-id, or to be `auto`.")
     else:
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    # Now, as they will not wait long: one may compile a step for minutes that another finds in its cache.
+    # Synchronise now: later, one process may compile for minutes while another loads from its cache and times out.
     multihost_utils.sync_global_devices("connected")
     console.quiet = jax.process_index() > 0
 
 
 def load_data(options: Options, needs: frozenset[str]) -> tuple[data.CocoDataset, data.CocoDataset | None]:
-    """The images to train on, with what the detector `needs`, and those to evaluate on, if there are any."""
-    assert options.train_annotations is not None and options.train_images is not None  # check_sense
-    train_set = load(options.train_annotations, options.train_images, options.box_format)
+    """The training images, checked for the targets that the detector `needs`, and the validation images, if any."""
+    assert options.data.train_annotations is not None and options.data.train_images is not None  # check_sense
+    train_set = load(options.data.train_annotations, options.data.train_images, options.reading.box_format)
     check_objects(train_set, options, needs)
-    if options.val_annotations is None:
+    if options.data.val_annotations is None:
         return train_set, None
-    val_set = load(options.val_annotations, options.val_images or options.train_images, options.box_format)
+    val_images = options.data.val_images or options.data.train_images
+    val_set = load(options.data.val_annotations, val_images, options.reading.box_format)
     data.check_categories(
         val_set.categories,
         train_set.categories,
-        found_in=options.val_annotations,
-        known_in=options.train_annotations,
-        allow_renamed=options.allow_renamed,
+        found_in=options.data.val_annotations,
+        known_in=options.data.train_annotations,
+        allow_renamed=options.reading.allow_renamed,
     )
     return train_set, val_set
 
 
 def load(annotations: str, images: str, box_format: data.BoxFormat) -> data.CocoDataset:
-    """A dataset, with a word on what was repaired."""
+    """Loads a dataset, and prints its repairs."""
     dataset = data.load_coco(annotations, images, box_format=box_format)
     console.print(f"{annotations}: {len(dataset)} images, {dataset.report}", highlight=False)
     return dataset
 
 
 def make_mesh(options: Options) -> Mesh:
-    """The devices."""
-    if jax.device_count() % options.parameter_shards:
+    """The mesh of all devices."""
+    if jax.device_count() % options.devices.parameter_shards:
         raise SystemExit(f"--parameter-shards must divide the {jax.device_count()} devices.")
-    mesh = train.make_mesh(model=options.parameter_shards)
-    if options.batch_size % (mesh.size * options.accumulate):
+    mesh = train.make_mesh(model=options.devices.parameter_shards)
+    if options.run.batch_size % (mesh.size * options.devices.accumulate):
         raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
     return mesh
 
 
 def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, with_masks: bool) -> data.Loader:
-    """Training batches. Batch k is a pure function of (seed, k), and each process reads its part."""
-    sizes = {"min_size": max(options.min_sizes), "max_size": options.max_size}
-    max_source = data.source_limit(options.canvases)
-    buckets = data.make_buckets(train_set.sizes, canvases=options.canvases, max_source=max_source, **sizes)
-    limits = data.describe_limits(train_set, buckets=buckets, max_objects=options.max_objects, **sizes)
+    """The loader of training batches. Batch k is a pure function of (seed, k); each process reads its part."""
+    canvases, max_objects = options.sizes.canvases, options.sizes.max_objects
+    sizes = {"min_size": max(options.sizes.min_sizes), "max_size": options.sizes.max_size}
+    max_source = data.source_limit(canvases)
+    buckets = data.make_buckets(train_set.sizes, canvases=canvases, max_source=max_source, **sizes)
+    limits = data.describe_limits(train_set, buckets=buckets, max_objects=max_objects, **sizes)
     for line in limits.lines:
-        console.print(f"{options.train_annotations}: {line}", highlight=False, soft_wrap=True)
+        console.print(f"{options.data.train_annotations}: {line}", highlight=False, soft_wrap=True)
     return data.Loader(
         train_set,
-        batch_size=options.batch_size,
+        batch_size=options.run.batch_size,
         buckets=buckets,
-        seed=options.seed,
-        max_objects=options.max_objects,
+        seed=options.run.seed,
+        max_objects=max_objects,
         mask_size=112 if with_masks else None,
-        num_threads=options.threads,
-        rows=train.local_rows(mesh, options.batch_size),
-        max_bad_images=options.max_bad_images,
-        cache=options.cache,
+        num_threads=options.reading.threads,
+        rows=train.local_rows(mesh, options.run.batch_size),
+        max_bad_images=options.reading.max_bad_images,
+        cache=options.reading.cache,
     )
 
 
 def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
     """The loss of one example: augmentation and detector, both inside the compiled step.
 
-    The cast to the dtype that is computed in is there too, so that gradients are of the float32 parameters.
+    The cast to the compute dtype is inside as well, so that gradients are taken at the float32 parameters.
     """
 
     def loss(model: Any, example: Batch, *, key: jax.Array) -> dict[str, WeightedSum]:
@@ -259,41 +260,43 @@ def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
             example.images.sizes,
             example.targets,
             canvas=example.images.canvas,
-            min_sizes=options.min_sizes,
-            max_size=options.max_size,
-            flip_probability=options.flip,
-            scale_range=options.jitter,
+            min_sizes=options.sizes.min_sizes,
+            max_size=options.sizes.max_size,
+            flip_probability=options.augmentation.flip,
+            scale_range=options.augmentation.jitter,
             key=augment_key,
         )
-        return nn.cast(model, options.precision).loss(image, image_size, targets, key=loss_key)
+        return nn.cast(model, options.detector.precision).loss(image, image_size, targets, key=loss_key)
 
     return loss
 
 
 def make_schedule(options: Options, epoch_steps: int) -> optax.Schedule:
     """The learning rate at each step, of options that are `complete`."""
-    assert options.lr is not None and options.warmup_steps is not None and options.decay_epochs is not None
-    rate = train.scale_learning_rate(options.lr, batch_size=options.batch_size)
-    if options.schedule == "cosine":
+    chosen = options.optimization
+    assert chosen.lr is not None and chosen.warmup_steps is not None and chosen.decay_epochs is not None
+    rate = train.scale_learning_rate(chosen.lr, batch_size=options.run.batch_size)
+    if chosen.schedule == "cosine":
         total = total_steps(options, epoch_steps)
-        return train.warmup_cosine(rate, total_steps=total, warmup_steps=options.warmup_steps)
-    milestones = [round(epoch * epoch_steps) for epoch in options.decay_epochs]
-    return train.warmup_multistep(rate, milestones=milestones, warmup_steps=options.warmup_steps)
+        return train.warmup_cosine(rate, total_steps=total, warmup_steps=chosen.warmup_steps)
+    milestones = [round(epoch * epoch_steps) for epoch in chosen.decay_epochs]
+    return train.warmup_multistep(rate, milestones=milestones, warmup_steps=chosen.warmup_steps)
 
 
 def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimiser, between a bound on the gradient and the backbone's own rate."""
-    decay = {"weight_decay": options.weight_decay, "decay_mask": None if options.decay_vectors else train.no_vectors}
-    if options.optimizer == "sgd":
-        optimizer = train.sgd(schedule, momentum=options.momentum, **decay)
+    """The optimiser, after gradient clipping and before the backbone's learning-rate factor."""
+    chosen = options.optimization
+    decay = {"weight_decay": chosen.weight_decay, "decay_mask": None if chosen.decay_vectors else train.no_vectors}
+    if chosen.optimizer == "sgd":
+        optimizer = train.sgd(schedule, momentum=chosen.momentum, **decay)
     else:
         optimizer = train.adamw(schedule, **decay)
-    if options.clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    if options.backbone_lr != 1:
-        optimizer = optax.chain(optimizer, optax.masked(optax.scale(options.backbone_lr), models.in_backbone))
+    if chosen.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(chosen.clip_norm), optimizer)
+    if chosen.backbone_lr != 1:
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(chosen.backbone_lr), models.in_backbone))
     return optimizer
 
 
 if __name__ == "__main__":
-    run(main, Options, __doc__, defaults=options_to_resume)
+    run(main, Options, __doc__, defaults=given_before)

@@ -1,10 +1,10 @@
-"""Tests run with strict promotion, on eight devices of the CPU, warnings being errors (pyproject.toml)."""
+"""Runs the tests with strict promotion on eight CPU devices; pyproject.toml turns warnings into errors."""
 
 import os
 from pathlib import Path
 
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever else is there: a GPU, or libtpu without a TPU
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # even where there is a GPU, or libtpu without a TPU
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
@@ -18,8 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 BEGIN, END = "<!-- reliability -->", "<!-- /reliability -->"
 
 
-# Files that train, or start scripts, take minutes each. They are handed out first, so that the end of a run is made of
-# short ones, which spread evenly.
+# Files that train or start scripts take minutes each. They are scheduled first, so that a run ends with short files,
+# which balance evenly over the processes.
 LONGEST = (
     *("experiments", "mutations", "kill", "truth", "resume", "models", "malformed", "train_options", "scaling"),
     *(
@@ -38,21 +38,21 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The order in which files are handed to processes, see `LONGEST`."""
+    """Schedules the files in `LONGEST` first."""
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Lets go of a file's compiled programs at its end: those of all files are many gigabytes."""
+    """Frees the compiled programs of each file once it has run: together they take many gigabytes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def getkey():
-    """A function that gives a fresh key at each call, the same ones in every run of a test."""
+    """A function that returns a new key per call, and the same sequence of keys in every run of a test."""
     state = {"key": jr.key(0)}
 
     def fresh():
@@ -68,7 +68,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def tally(record_property):
-    """A function that notes how often a fault was tried and survived, for the table at the end."""
+    """A function that records how often a fault was tried and survived, for the table at the end of the run."""
 
     def note(fault, tried, survived, outcome):
         record_property("tally", (fault, int(tried), int(survived), outcome))
@@ -77,9 +77,10 @@ def tally(record_property):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Prints the table of faults tried and survived, and writes it to `--tally`.
+    """Prints the table of faults tried and survived, and writes it to the file of `--tally`.
 
-    Of a run of some tests only, rows that it has nothing on stay. Run whole files: several tests may add to one row.
+    If only some of the tests ran, rows of faults that they did not try stay as they are. Run whole files: several tests
+    may add to one row.
     """
     faults = {}
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
@@ -97,8 +98,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("faults tried and survived")
     terminalreporter.write_line(table(faults))
     if file := config.getoption("tally"):
-        before, rest = file.read_text().split(BEGIN)
-        old, after = rest.split(END)
+        before, after_begin = file.read_text().split(BEGIN)
+        old, after = after_begin.split(END)
         everything = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
         if not (everything and config.option.markexpr == "long or not long"):
             faults = read_table(old) | faults
@@ -106,13 +107,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def table(faults):
-    """Lines of a table in Markdown, from what was tried, what survived and the outcome by fault."""
+    """Renders a Markdown table from a dictionary that maps each fault to `(tried, survived, outcome)`."""
     rows = [("fault", "tried", "survived", "outcome"), ("---",) * 4]
     rows += [(fault, *map(str, row)) for fault, row in sorted(faults.items())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def read_table(text):
-    """What `table` was given."""
+    """Parses the output of `table`: a dictionary of lists of strings."""
     rows = [line.strip("| ").split(" | ") for line in text.strip().splitlines()[2:]]
     return {fault: row for fault, *row in rows}

@@ -1,4 +1,4 @@
-"""A valid call of every public function, and bad values of their options: the tables of test_misuse.py."""
+"""A valid call of every public function and invalid values of its options: the tables that test_misuse.py uses."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ N, M, F32, I32 = 3, 2, np.float32, np.int32
 
 
 class Call(NamedTuple):
-    """A function with arguments that it takes."""
+    """A function together with valid arguments."""
 
     function: Callable[..., Any]
     arguments: tuple
@@ -122,18 +122,18 @@ OTHERS = [
     call(train.augment, PICTURE, SIZE, TARGETS, canvas=(64, 64), min_sizes=[32], max_size=64, key=KEY),
     call(train.jitter_colors, f32(4, 5, 3), SIZE, key=KEY),
 ]
-# These take a whole detector, which would take long to run: what is wrong is found before it would.
+# These take a whole detector, which is slow to run. Invalid arguments are rejected before it runs.
 WITH_MODEL = {
     models.detect: lambda model: call(
         models.detect, model, PICTURE, canvas=(64, 64), source_size=SIZE, canvas_size=SIZE
     ),
 }
-# No array to get wrong, and no range to leave, but what has a test of its own.
+# Functions without array arguments or options with a range, or whose misuse is tested elsewhere.
 ELSEWHERE = {
     data: {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
     | {"decode_counts", "encode_segmentation", "list_images", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
-    # test_export.py: they write files, or need an extra.
+    # test_export.py: they write files or need an extra.
     export: {
         "save_stablehlo",
         "save_onnx",
@@ -155,12 +155,12 @@ ELSEWHERE = {
         "write_results",
     }
     | {"class_rows", "error_rows", "format_errors"},
-    # test_models.py: they build detectors, or take whole ones.
+    # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
     | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos"},
     # test_predictor.py, test_download.py
-    zoo: {"names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
+    zoo: {"cache_folder", "names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
     train: {
         "latest_checkpoint",
@@ -189,7 +189,7 @@ ELSEWHERE = {
 
 @cache
 def tiny_model():
-    """A detector of zeros: nothing of it is to be computed."""
+    """A detector whose parameters are all zero, for calls that never run it."""
     shapes = eqx.filter_eval_shape(
         lambda: models.faster_rcnn(
             nn.ResNetFPN(nn.resnet18(key=KEY, width=8), key=KEY, channels=16), 3, key=KEY, hidden_size=32
@@ -206,7 +206,7 @@ COCO = {
 }
 ANALYSIS = evaluate.analyze_errors(COCO, [])
 NAN = math.nan
-# (function, option, a bad value, the other arguments where the tables above have no call of it)
+# (function, option, invalid value, the other arguments if the tables above have no call of the function)
 OPTIONS = [
     (ops.anchor_grid, "feature_size", (-1, 3)),
     (ops.anchor_grid, "stride", 0),

@@ -1,4 +1,4 @@
-"""What detectors and operators compute, for comparing the tricks of `_xla` with plain operations.
+"""Outputs of detectors and operators, for comparing the tricks in `_xla` with plain operations.
 
 DETECTAX_PLAIN=1 python -m tests.plain_results results.npz
 """
@@ -21,7 +21,7 @@ from .tiny_detector import SIDE
 
 
 def with_gradients(function):
-    """`function` of arrays, and the gradients in all arguments of a smooth function of its results."""
+    """Returns a function for the outputs of `function` and the gradients of a smooth loss on them in all arguments."""
 
     def run(*args):
         results, pull = jax.vjp(function, *args)
@@ -31,14 +31,14 @@ def with_gradients(function):
 
 
 def boxes_in(draw, n, *, height, width):
-    """Boxes that overlap each other and reach over the border, and some without extent."""
+    """Boxes that overlap each other and cross the border, some of them empty."""
     corner = draw.uniform(-4, (width, height), (n, 2))
     size = draw.uniform(1, (width / 2, height / 2), (n, 2)) * (draw.uniform(size=(n, 1)) < 0.95)
     return np.concatenate([corner, corner + size], axis=1).astype(np.float32)
 
 
 def convolutions():
-    """Kernels of 1×1, strided ones, and one of as many channels as Winograd's algorithm is used for."""
+    """1×1, 3×3 and strided kernels, and one with enough channels that Winograd's algorithm is used."""
     draw = np.random.default_rng(1)
 
     def one(channels, kernel, **options):
@@ -58,7 +58,7 @@ def convolutions():
 
 def max_pooling():
     draw = np.random.default_rng(2)
-    x = draw.integers(0, 4, (3, 11, 14)).astype(np.float32)  # with equals
+    x = draw.integers(0, 4, (3, 11, 14)).astype(np.float32)  # with ties
     return with_gradients(partial(nn.max_pool2d, kernel_size=3, stride=2, padding=1)), x
 
 
@@ -81,7 +81,7 @@ def pooling():
 
 
 def suppression():
-    """Few candidates and many, few outputs and many, of one example and of a batch."""
+    """Few and many candidates, few and many outputs, for one example and for a batch."""
     draw = np.random.default_rng(4)
     boxes = np.stack([boxes_in(draw, 5000, height=300, width=400) for _ in range(2)])
     scores = draw.uniform(size=(2, 5000)).astype(np.float32)
@@ -118,7 +118,7 @@ def pasting():
 
     def run(masks, boxes):
         paste = partial(ops.paste_masks, image_size=(90, 120))
-        # A threshold below every value that is not 0: no rounding decides.
+        # The threshold is below every nonzero value, so that rounding cannot change the result.
         thresholded = jax.vmap(partial(paste, threshold=1e-4))(masks, boxes)
         return thresholded, jax.vmap(with_gradients(lambda masks, boxes: paste(masks, boxes)))(masks, boxes)
 
@@ -131,7 +131,7 @@ def checkpointed():
 
     model = tiny_detector.random_arrays(eqx.filter_eval_shape(make))
     arrays, static = eqx.partition(model, eqx.is_array)
-    arrays = jax.tree.map(lambda x: x if x.ndim > 1 else x + 1, arrays)  # norms' vectors
+    arrays = jax.tree.map(lambda x: x if x.ndim > 1 else x + 1, arrays)  # the norms' scales and biases
     images = np.random.default_rng(6).normal(size=(2, 3, 64, 96)).astype(np.float32)
 
     def run(arrays, images):
@@ -177,7 +177,7 @@ OPERATORS = (convolutions, max_pooling, pooling, suppression, pasting, checkpoin
 
 
 def results(case):
-    """The arrays that a case computes, by name."""
+    """The arrays that a case computes, as a dictionary of names to arrays."""
     run, *args = case()
     leaves = jax.tree.leaves(jax.jit(run)(*args))
     return {f"{case.__name__}_{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}

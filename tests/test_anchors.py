@@ -33,7 +33,7 @@ def test_equals_naive_reference(feature_size, stride):
 
 
 def test_by_hand():
-    # What torchvision's generator gives for its default FPN level: 32 / sqrt(.5) = 45.25, halved and rounded.
+    # The output of torchvision's generator for its default FPN level: 32 / sqrt(.5) = 45.25, halved and rounded.
     base = np.array([[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]])
     anchors = anchor_grid((2, 2), stride=4, sizes=(32,), aspect_ratios=(0.5, 1.0, 2.0))
     shifts = np.array([[0, 0, 0, 0], [4, 0, 4, 0], [0, 4, 0, 4], [4, 4, 4, 4]])

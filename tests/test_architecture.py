@@ -1,4 +1,4 @@
-"""The layering and the shape of the package, held by reading its imports rather than by memory."""
+"""Checks the layering and the layout of the package by reading its imports."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ from detectax_eqx._xla import _plain
 PACKAGE = Path(detectax_eqx.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each part may import from within the package. Nothing imports `experiments`; ops know arrays alone.
+# What each part may import from within the package. Nothing imports `experiments`; `ops` depends on arrays only.
 MAY_IMPORT = {
     "_types": set(),
     "_typecheck": set(),
@@ -36,12 +36,12 @@ MAY_IMPORT = {
     "zoo": {"ops", "nn", "models", "weights", "data", "train", "draw", "evaluate", "_types"},
     "export": {"_xla", "ops", "nn", "models", "weights", "files", "_types"},
     "draw": {"ops", "_types"},
-    "report": {"ops", "data", "draw", "evaluate"},
+    "report": {"ops", "data", "draw", "evaluate", "files"},
     "files": set(),
 }
-# The public face, which imports the packages when they are used.
+# The top-level package imports each subpackage when it is first used.
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)
-# ops compute: arrays, their shapes, static numbers, and the standard library.
+# `ops` may import array libraries and a few modules of the standard library (see the test).
 OPS_MAY_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "equinox"}
 BINDING_NAMES = {
     "detectax_eqx.ops": "box_area clip_boxes xyxy_to_cxcywh cxcywh_to_xyxy xyxy_to_xywh xywh_to_xyxy pairwise_iou "
@@ -60,7 +60,7 @@ def _part(path: Path) -> str:
 
 
 def _imports(path: Path):
-    """The modules that a file imports, relative names made absolute."""
+    """The modules that a file imports, as absolute names."""
     package = ["detectax_eqx", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -92,12 +92,12 @@ def test_imports_follow_the_layers(path):
             ), module
 
 
-# Private packages whose `__init__` is public within the house.
+# Private packages whose `__init__` exports names for the other packages.
 IN_HOUSE = {"_xla", "_types"}
 
 
 def _imported_names(path: Path):
-    """`(package, module.name)` of what a file imports by name from another package of this one."""
+    """`(subpackage, subpackage.module.name)` of each name that a file imports from another subpackage."""
     package = ["detectax_eqx", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -118,22 +118,22 @@ def _private(package: str, name: str) -> bool:
 
 
 def test_no_private_name_crosses_a_package():
-    found = [
+    violations = [
         f"{path}: {name}"
         for path in FILES
         if _part(path) != "__init__"
         for package, name in _imported_names(path)
         if _private(package, name)
     ]
-    assert not found
+    assert not violations
 
 
-# Compiler lore lives in `_xla/`. What is left elsewhere reads as mathematics.
+# Remarks about the compiler belong in `_xla/`; comments elsewhere are about the mathematics.
 LORE = re.compile(r"\b(XLA|caches?|threads?|ms|milliseconds?|compilers?|times as fast|[CGT]PUs?)\b", re.IGNORECASE)
 
 
 def _prose(path: Path):
-    """`(line, text)` of each comment and docstring of a file."""
+    """`(line, text)` of each comment and docstring in a file."""
     text = path.read_text()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -145,26 +145,26 @@ def _prose(path: Path):
 
 @pytest.mark.parametrize("package", ["ops", "nn", "models"])
 def test_no_compiler_lore(package):
-    found = [
+    violations = [
         f"{path.name}:{line}: {match.group()}"
         for path in FILES
         if _part(path) == package
         for line, text in _prose(path)
         for match in LORE.finditer(text)
     ]
-    assert not found
+    assert not violations
 
 
 def test_internals_of_jax_are_used_in_one_place():
     internals = ("jax.interpreters", "jax.extend", "jax._src")
-    found = {
+    violations = {
         str(path.relative_to(PACKAGE)): module
         for path in FILES
         if _part(path) not in ("_xla", "export")
         for module in _imports(path)
         if module.startswith(internals)
     }
-    assert not found
+    assert not violations
 
 
 def test_every_trick_is_in_the_readme():

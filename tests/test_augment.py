@@ -1,4 +1,4 @@
-"""Augmentation: pixels, boxes and masks move together, whatever is drawn."""
+"""Augmentation: pixels, boxes and masks move together for every random draw."""
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ SIZE = (20, 30)
 
 
 def scene(box=(6, 4, 18, 14), masks=True):
-    """A white rectangle on black, 20×30 pixels on a 24×40 source canvas; its mask's left half only is set."""
+    """A white rectangle in a black image of 20×30 pixels on a 24×40 source canvas; the left half of its mask is set."""
     x0, y0, x1, y1 = box
     image = np.zeros((24, 40, 3), np.uint8)
     image[y0:y1, x0:x1] = 255
-    image[SIZE[0] :], image[:, SIZE[1] :] = 99, 99  # beyond the image: must not be seen
+    image[SIZE[0] :], image[:, SIZE[1] :] = 99, 99  # outside the image: must not show
     boxes = jnp.array([box, (0, 0, 0, 0)], jnp.float32)
     mask = jnp.zeros((2, 6, 6), jnp.uint8).at[0, :, :3].set(255)
     targets = Targets(
@@ -36,11 +36,11 @@ augment_jit = jax.jit(augment, static_argnames=("canvas", "min_sizes", "max_size
 
 
 def check_pixels(image, size, box):
-    """White well inside the box, black well outside of it, 0 beyond the image."""
+    """Checks that pixels are white well inside the box, black well outside it, and 0 outside the image."""
     x0, y0, x1, y1 = (float(v) for v in box)
     y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
     distance = np.minimum(np.minimum(x - x0, x1 - x), np.minimum(y - y0, y1 - y))
-    margin = 2.5  # of an edge's blur at the scales here
+    margin = 2.5  # pixels; wider than the blur of an edge at these scales
     red = np.asarray(image[..., 0])
     assert (red[distance > margin] > 254).all()
     assert (red[distance < -margin] < 1).all()
@@ -82,7 +82,7 @@ def test_flipping_twice_is_the_identity(getkey):
 
 
 def test_sizes_are_drawn_and_follow_the_rule(getkey):
-    """The scale is the smallest of four ratios of integers; each side is rounded down exactly."""
+    """The scale is the smallest of four integer ratios, and each side is rounded down exactly."""
     random = np.random.default_rng(0)
     image, _, targets = scene(masks=False)
     seen = set()
@@ -118,7 +118,7 @@ def test_large_scale_jitter_keeps_boxes_inside_and_all_together(getkey):
     visible = np.asarray(moved.valid[:, 0])
     assert not moved.valid[:, 1].any() and 0.5 < visible.mean() <= 1
     scales = np.asarray(moved.mask_boxes[:, 0, 3] - moved.mask_boxes[:, 0, 1]) / 10
-    assert scales.min() < 0.7 and scales.max() > 3  # the canvas' fit is 2.13
+    assert scales.min() < 0.7 and scales.max() > 3  # the scale that fits the canvas is 2.13
     cropped = 0
     for k in np.flatnonzero(visible):
         height, width = (int(v) for v in sizes[k])
@@ -157,12 +157,12 @@ def test_keypoints_move_with_their_boxes(getkey, flip):
     _, _, moved = augment(image, size, targets, keypoint_pairs=[(0, 1)], **options)
     assert moved.keypoints is not None
     expected = [[20, 8, 2], [36, 28, 1], [2, 38, 0]]  # at twice the size, 40×60
-    if flip:  # left is right: the second point is where the first one's mirror image is
+    if flip:  # the points of a pair are swapped: the second lies where the first is mirrored to
         expected = [[24, 28, 1], [40, 8, 2], [58, 38, 0]]
     np.testing.assert_allclose(moved.keypoints[0], expected, atol=1e-4)
     x0, _, x1, _ = moved.boxes[0].tolist()
     assert sorted([x0, x1]) == sorted(moved.keypoints[0, :2, 0].tolist())
-    _, _, alone = augment(image, size, targets, **options)  # without left and right
+    _, _, alone = augment(image, size, targets, **options)  # without pairs
     assert alone.keypoints is not None
     np.testing.assert_allclose(alone.keypoints[0], [expected[1], expected[0], expected[2]] if flip else expected)
 

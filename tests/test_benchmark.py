@@ -1,4 +1,4 @@
-"""The benchmark: its measurements and pages, its verdicts, its workers, and what it does where the sides disagree."""
+"""The benchmark: measurements, pages, verdicts, workers, and disagreements between the two sides."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ PAGES = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder for measurements, with a page of operators and runs."""
+    """A folder for measurements, with a page for operators and runs."""
     path = tmp_path / "docs" / "benchmarks"
     path.mkdir(parents=True)
     names = ("targets", "ops", "size", "runs")
@@ -37,13 +37,13 @@ def run_on(hardware, commit="abc"):
 
 
 def put(folder, run, ratios, keys=None):
-    """Adds rows of operators, each after the measurements were read again."""
+    """Adds operator rows one at a time, reading the measurements again before each."""
     keys = [(name,) for name in ratios] if keys is None else keys
     for name, ratio in ratios.items():
         tables.Measurements(folder).add("ops", {"operator": name, "ratio": ratio}, run, keys=keys)
 
 
-def kept(folder):
+def recorded(folder):
     return [(row["operator"], row["ratio"], row["run"]) for row in tables.Measurements(folder).of("ops")]
 
 
@@ -51,8 +51,8 @@ def test_a_run_replaces_its_own_rows_and_leaves_those_of_other_hardware(folder):
     put(folder, run_on(CPU), {"nms": 1.0, "paste": 2.0})
     put(folder, run_on(GPU), {"nms": 9.0})
     put(folder, run_on(CPU, commit="def"), {"nms": 3.0})
-    assert kept(folder) == [("nms", 9.0, 2), ("nms", 3.0, 3)]
-    # The first run has no rows left; the text around the tables is as it was.
+    assert recorded(folder) == [("nms", 9.0, 2), ("nms", 3.0, 3)]
+    # The first run has no rows left. The text around the tables is unchanged.
     pages.render(folder)
     header, runs = tables.read_table(folder / "ops.md", "runs")
     assert header == ("run", "hardware", "versions", "commit", "date", "command")
@@ -65,7 +65,7 @@ def test_a_run_replaces_its_own_rows_and_leaves_those_of_other_hardware(folder):
 def test_rows_that_were_not_measured_stay_with_their_run(folder):
     put(folder, run_on(CPU), {"nms": 1.0, "paste": 2.0, "renamed since": 1.0})
     put(folder, run_on(CPU, commit="def"), {"nms": 3.0}, keys=[("nms",), ("paste",)])
-    assert kept(folder) == [("nms", 3.0, 2), ("paste", 2.0, 1)]
+    assert recorded(folder) == [("nms", 3.0, 2), ("paste", 2.0, 1)]
     assert list(tables.Measurements(folder).runs) == [1, 2]
 
 
@@ -150,7 +150,7 @@ def test_the_committed_pages_are_rendered_from_the_committed_measurements(tmp_pa
     shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "docs" / "benchmarks")
     shutil.copy(ROOT / "BENCHMARKS.md", tmp_path)
     for page in [tmp_path / "BENCHMARKS.md", *(tmp_path / "docs" / "benchmarks").glob("*.md")]:
-        if page.name != "reliability.md":  # tests write that one
+        if page.name != "reliability.md":  # the tests write that page
             lines = page.read_text().splitlines(keepends=True)
             marked = [i for i, line in enumerate(lines) if line.startswith("<!-- /")]
             begins = {i: next(k for k in range(i, -1, -1) if lines[k] == lines[i].replace("/", "", 1)) for i in marked}
@@ -173,7 +173,7 @@ def test_the_summary_and_the_harness_stay_small():
 
 
 def row_of(name, *ratios):
-    """A row of operators that measures one ratio after the other."""
+    """An operator row whose measurements return the given ratios in turn."""
     left = list(ratios)
     return {(name,): lambda: (1.0, 1.0, left.pop(0), None)}
 
@@ -188,13 +188,13 @@ def test_check_tolerates_a_fifth(folder, capsys):
     put(folder, run_on(CPU), {"a": 1.0, "b": 2.0})
     put(folder, run_on(GPU), {"c": 50.0})
     judged(folder, row_of("a", 0.81), row_of("b", 1.62), row_of("c", 0.1))
-    judged(folder, row_of("a", 0.79, 0.81), row_of("b", 9.0))  # once slow is not twice slow
+    judged(folder, row_of("a", 0.79, 0.81), row_of("b", 9.0))  # slow only once, not in the repeated measurement
     assert "regressed" not in capsys.readouterr().out
     with pytest.raises(SystemExit) as failed:
         judged(folder, row_of("a", 0.9), row_of("b", 1.58, 1.57))
     assert failed.value.code == 1
     assert "regressed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no ratios of"):
+    with pytest.raises(SystemExit, match="no ratios for"):
         judged(folder, row_of("new", 1.0))
 
 
@@ -209,13 +209,13 @@ def test_a_disagreement_is_reported_and_its_row_not_written(folder):
     rows = row_of("good", 2.0) | {("old",): disagree}
     failures = benchmark.measure(benchmark.Options(folder=folder), sides, "ops", rows, run_on(CPU, commit="def"))
     assert len(failures) == 1 and "old: x: differs from torchvision's by 0.091" in failures[0]
-    assert kept(folder) == [("good", 2.0, 2), ("old", 1.0, 1)]
+    assert recorded(folder) == [("good", 2.0, 2), ("old", 1.0, 1)]
     rendered = tables.read_table(folder / "ops.md", "ops")[1]
     assert [row[:4] for row in rendered] == [("good", "1.00", "1.00", "2.00×"), ("old", "", "", "1.00×")]
 
 
 def detections(**changes):
-    """The detections in a batch of one image."""
+    """Detections for a batch of one image."""
     arrays = {
         "boxes": np.array([[0, 0, 10, 10], [5, 5, 30, 20]], np.float32),
         "scores": np.array([0.9, 0.8], np.float32),
@@ -249,7 +249,7 @@ def test_detections_agree_in_any_order_and_to_the_tolerances():
 
 
 def test_losses_agree_on_average():
-    """What sampling alone makes of them is no disagreement; what goes beyond is."""
+    """Differences of the size that random sampling causes are accepted; larger ones are not."""
 
     def steps(*values):
         return [{"loss_objectness": np.float32(value)} for value in values]

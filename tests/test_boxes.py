@@ -17,14 +17,14 @@ DEGENERATE = jnp.array([[0, 0, 0, 0], [3, 4, 3, 4], [3, 4, 9, 4], [3, 4, 3, 9], 
 
 
 def random_boxes(seed, n):
-    """Boxes that mostly overlap, some reaching to negative coordinates."""
+    """Boxes that mostly overlap, some with negative coordinates."""
     rng = np.random.default_rng(seed)
     x0y0 = rng.uniform(-20, 40, (n, 2))
     return jnp.asarray(np.concatenate([x0y0, x0y0 + rng.uniform(0.5, 50, (n, 2))], axis=1), jnp.float32)
 
 
 def naive_pair(a, b):
-    """The five overlaps of two boxes in float64, from their definitions."""
+    """The five overlap measures of two boxes in float64, from their definitions."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a, b
     intersection = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
     area_a, area_b = (ax1 - ax0) * (ay1 - ay0), (bx1 - bx0) * (by1 - by0)
@@ -47,7 +47,7 @@ def test_pairwise_equals_naive_reference():
 
 
 def test_iou_is_rounded_step_by_step():
-    # Not one fused multiply-add: float32 NumPy, which has none, gives the same bits.
+    # No fused multiply-adds: float32 NumPy, which has none, gives the same bits.
     a, b = random_boxes(0, 60), random_boxes(1, 300)
     p, q = np.asarray(a)[:, None], np.asarray(b)[None]
     size = np.maximum(np.minimum(p[..., 2:], q[..., 2:]) - np.maximum(p[..., :2], q[..., :2]), 0)
@@ -59,7 +59,7 @@ def test_iou_is_rounded_step_by_step():
 
 @pytest.mark.parametrize(
     ("op", "expected"),
-    [  # partly overlapping, equal, contained, apart, touching
+    [  # partly overlapping, equal, contained, disjoint, touching
         (ops.pairwise_iou, [2 / 6, 1, 1 / 4, 0, 0]),
         (ops.pairwise_ioa, [1 / 2, 1, 1, 0, 0]),
         (ops.pairwise_giou, [2 / 6, 1, 1 / 4, -2 / 6, 0]),
@@ -74,7 +74,7 @@ def test_pairwise_by_hand(op, expected):
 
 
 def test_torchvision_test_boxes():
-    # The boxes of torchvision's own tests of its box_iou family; values computed by it.
+    # The boxes of torchvision's own tests of its box_iou family; torchvision computed the values.
     boxes = jnp.array([[0, 0, 100, 100], [0, 0, 50, 50], [200, 200, 300, 300]], jnp.float32)
     iou = [[1.0, 0.25, 0.0], [0.25, 1.0, 0.0], [0.0, 0.0, 1.0]]
     giou = [[1.0, 0.25, -0.7778], [0.25, 1.0, -0.8611], [-0.7778, -0.8611, 1.0]]
@@ -144,7 +144,7 @@ def test_unary_jit_vmap_dtype_and_empty(op):
 
 
 def test_half_precision_is_computed_in_float32():
-    # The coordinates are exact in half precision, their products and sums are not.
+    # The coordinates are exact in half precision; their products and sums are not.
     boxes = jnp.array([[0, 0, 255, 255], [1, 1, 255, 255]], jnp.bfloat16)
     expected = jnp.float32(254 * 254 / 255**2).astype(jnp.bfloat16)
     assert ops.pairwise_iou(boxes[:1], boxes[1:])[0, 0] == expected
@@ -152,7 +152,7 @@ def test_half_precision_is_computed_in_float32():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_squared_pixels_do_not_overflow_half_precision(dtype):
-    """float16 ends at 65,504, the area of a box of 256×256 pixels."""
+    """The largest float16 is 65,504, about the area of a box of 256×256 pixels."""
     a, b = jnp.array([[0, 0, 304, 304]], dtype), jnp.array([[0, 0, 304, 608], [2048, 1024, 3072, 3072]], dtype)
     area = jax.jit(ops.box_area)(a)
     assert area.dtype == jnp.float32 and area.tolist() == [304 * 304]

@@ -1,4 +1,4 @@
-"""Buckets: which canvas an image goes to, and how large its source is."""
+"""Buckets: the canvas that an image is assigned to, and the size of its source."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ WIDE, TALL, SQUARE = (800, 1344), (1344, 800), (1088, 1088)
 CHOICES = [
     ((480, 640), {}, WIDE),
     ((640, 480), {}, TALL),
-    ((500, 500), {}, WIDE),  # equal areas: the first
+    ((500, 500), {}, WIDE),  # equal areas: the first canvas wins
     ((427, 640), {}, WIDE),
     ((100, 3000), {}, WIDE),  # limited by its long side
     ((3000, 100), {}, TALL),
@@ -20,8 +20,8 @@ CHOICES = [
     ((480, 640), {"min_size": 816}, SQUARE),  # 816×1088
     ((640, 480), {"min_size": 816}, SQUARE),
     ((500, 500), {"min_size": 1000}, SQUARE),
-    ((500, 500), {"min_size": 1200}, SQUARE),  # fits nowhere; shrunk least there
-    ((300, 600), {"min_size": 1000, "max_size": 3000}, WIDE),  # 1000×2000: .672 there, .544 in the square one
+    ((500, 500), {"min_size": 1200}, SQUARE),  # fits no canvas; shrunk least on this one
+    ((300, 600), {"min_size": 1000, "max_size": 3000}, WIDE),  # 1000×2000: scaled by .672, by .544 on SQUARE
     ((600, 300), {"min_size": 1000, "max_size": 3000}, TALL),
 ]
 

@@ -1,4 +1,4 @@
-"""The cache of decoded images: the same batches, whatever happens to it or to the images."""
+"""The cache of decoded images: batches stay the same, whatever happens to the cache or to the images."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def make_loader(files, cache, *, max_source=None, **options):
 
 
 def batches(files, cache, **options):
-    """Three passes, and what the cache did."""
+    """The batches of three passes, and the counts of the cache."""
     loader = make_loader(files, cache, **options)
     return [batch for _, batch in loader.iterate(0, 9)], loader.cache_counts
 
@@ -54,10 +54,10 @@ def test_batches_are_the_same_with_and_without(files, tmp_path, max_source):
     assert loader.cache_counts == {"added": IMAGES}
     assert_same([*first, *(batch for _, batch in loader.iterate(3, 9))], expected)
     assert loader.cache_counts == {"added": IMAGES, "found": 2 * IMAGES}
-    found, counts = batches(files, tmp_path / "cache", max_source=max_source)
+    actual, counts = batches(files, tmp_path / "cache", max_source=max_source)
     assert counts == {"found": 3 * IMAGES}
-    assert_same(found, expected)
-    other = 32 if max_source is None else None  # on another canvas, an image is another
+    assert_same(actual, expected)
+    other = 32 if max_source is None else None  # the same image on another canvas is another entry
     assert batches(files, tmp_path / "cache", max_source=other)[1]["added"] >= IMAGES
 
 
@@ -72,10 +72,10 @@ def test_a_changed_image_is_made_anew(files, tmp_path, tally):
     batches(files, tmp_path / "cache")
     path = files[1] / "000005.png"
     Image.fromarray(np.full((64, 96, 3), 77, np.uint8)).save(path)
-    found, counts = batches(files, tmp_path / "cache")
+    actual, counts = batches(files, tmp_path / "cache")
     expected, _ = batches(files, None)
-    assert_same(found, expected)
-    os.utime(path, ns=(0, 0))  # of equal size and another time
+    assert_same(actual, expected)
+    os.utime(path, ns=(0, 0))  # the size stays the same, the modification time changes
     _, again = batches(files, tmp_path / "cache")
     survived = counts["changed"] == again["changed"] == 1 and "damaged" not in counts
     tally("cached image whose file changed", 2, 2 * survived, "rebuilt and counted")
@@ -92,31 +92,31 @@ def batches_unchecked(files, cache):
 
 
 def test_flipped_bits_are_made_anew_or_told(files, tmp_path, tally):
-    """A bit anywhere in any file of the cache: an image is rebuilt and counted, or the cache is refused by name."""
+    """After any bit flip in any file, the image is rebuilt and counted, or the error names the unusable cache."""
     expected, _ = batches(files, None)
-    whole = tmp_path / "whole"
-    batches(files, whole)
-    names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    intact = tmp_path / "whole"
+    batches(files, intact)
+    names = [path.relative_to(intact) for path in intact.rglob("*") if path.is_file()]
     rng = np.random.default_rng(0)
-    tried = made_anew = refused = 0
+    tried = rebuilt = refused = 0
     for name in names:
         for _ in range(-(-30 // len(names))):
             cache = tmp_path / f"cache{tried}"
-            shutil.copytree(whole, cache)
+            shutil.copytree(intact, cache)
             content = bytearray((cache / name).read_bytes())
             content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
             (cache / name).write_bytes(content)
             tried += 1
             try:
-                found, counts = batches(files, cache)
+                actual, counts = batches(files, cache)
             except OSError as error:
                 assert f"The cache {cache} cannot be used" in str(error) and "delete it" in str(error)
                 refused += 1
             else:
-                assert_same(found, expected)
-                made_anew += counts.get("damaged", 0) + counts.get("added", 0) > 0
+                assert_same(actual, expected)
+                rebuilt += counts.get("damaged", 0) + counts.get("added", 0) > 0
     tally("flipped bit in the image cache", tried, tried, "image rebuilt and counted, or cache refused by name")
-    assert made_anew > 3 and refused > 0
+    assert rebuilt > 3 and refused > 0
 
 
 SCRIPT = """
@@ -153,27 +153,27 @@ def test_killed_while_it_is_built_and_built_by_two(files, tmp_path, tally):
     for process in (killed, *both):
         output, errors = process.communicate()
         assert process.returncode == (-signal.SIGKILL if process is killed else 0), output + errors
-    found, counts = batches(files, tmp_path / "killed")
-    assert_same(found, expected)
+    actual, counts = batches(files, tmp_path / "killed")
+    assert_same(actual, expected)
     survived = "damaged" not in counts and 0 < counts["added"] < IMAGES
     tally("kill -9 while the image cache is built", 1, survived, "the rest is added")
     assert survived, counts
-    found, counts = batches(files, tmp_path / "both")
-    assert_same(found, expected)
+    actual, counts = batches(files, tmp_path / "both")
+    assert_same(actual, expected)
     tally("two processes build one image cache", 1, counts == {"found": 3 * IMAGES}, "both go on, all images are there")
     assert counts == {"found": 3 * IMAGES}
 
 
 def test_a_cache_that_cannot_be_written_is_told(files, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"The cache .*file cannot be used: .* Make room there or give another folder"):
+    with pytest.raises(OSError, match=r"The cache .*file cannot be used: .* Free up space or choose another folder"):
         batches(files, tmp_path / "file")
     cache = tmp_path / "cache"
     batches(files, cache)
     damaged = [path for path in cache.rglob("*") if path.is_file() and path.name.startswith("manifest")]
     for path in damaged:
         path.write_bytes(b"no manifest")
-    with pytest.raises(OSError, match=r"The cache .*cache cannot be used: .* delete it: it is rebuilt"):
+    with pytest.raises(OSError, match=r"The cache .*cache cannot be used: .* delete it: it will be rebuilt"):
         batches(files, cache)
 
 
@@ -188,7 +188,7 @@ def test_parts_are_of_bounded_size(files, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_reading_is_quicker_than_decoding(tmp_path, tally):
-    """Whole passes with and without, in turn; what there is besides images is little."""
+    """Alternates whole passes with and without the cache; the work besides images is small."""
     files = write_shapes_dataset(tmp_path / "data", num_images=120, image_size=(480, 640), suffix=".jpg")
     dataset = load_coco(*files)
     buckets = make_buckets(dataset.sizes)
@@ -196,12 +196,12 @@ def test_reading_is_quicker_than_decoding(tmp_path, tally):
     plain, cached = Loader(dataset, **options), Loader(dataset, cache=tmp_path / "cache", **options)
     rates = {plain: [], cached: []}
     for repeat in range(4):
-        for loader, found in rates.items():
+        for loader, speeds in rates.items():
             began = time.perf_counter()
             for _ in loader.iterate(30 * repeat, 30 * repeat + 30):
                 pass
-            found.append(120 / (time.perf_counter() - began))
-    decoding, reading = (statistics.median(found[1:]) for found in rates.values())  # the first pass fills the cache
+            speeds.append(120 / (time.perf_counter() - began))
+    decoding, reading = (statistics.median(speeds[1:]) for speeds in rates.values())  # the first pass fills the cache
     assert cached.cache_counts == {"added": 120, "found": 360}
     figures = f"{reading:.0f} images/s, decoding {decoding:.0f}, filling it {rates[cached][0]:.0f}"
     tally("images of 480×640 from the cache", 360, 360, figures)

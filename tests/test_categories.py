@@ -1,4 +1,4 @@
-"""Classes are compared by id and name wherever a model meets a file, or one file another."""
+"""Classes are compared by id and name wherever a model is used with a file, or one file with another."""
 
 import json
 from unittest import mock
@@ -17,18 +17,18 @@ def _categories(**names):
 
 
 MODEL = _categories(_1="cat", _3="dog", _4="bird")
-# The categories of a file, whether all ids have to be there, and what the message says; None if there is none.
+# (categories of a file, whether all ids are required, part of the error message or None if there is no error)
 CASES = [
     (MODEL, True, None),
     (MODEL[::-1], True, None),
     (_categories(_1="bird", _3="cat", _4="dog"), True, 'id 1 is "bird" in val.json and "cat" in the model'),
     (_categories(_1="cat", _3="dog", _4="Bird"), False, 'id 4 is "Bird" in val.json and "bird" in the model'),
-    (MODEL[:2], True, r'id 4 \("bird"\) is in the model alone'),
+    (MODEL[:2], True, r'id 4 \("bird"\) is only in the model'),
     (MODEL[:2], False, None),
-    ([*MODEL, Category(9, "cow")], True, r'id 9 \("cow"\) is in val.json alone'),
+    ([*MODEL, Category(9, "cow")], True, r'id 9 \("cow"\) is only in val.json'),
     ([*MODEL, Category(9, "cow")], False, None),
     (_categories(_1="cat", _5="dog"), False, '"dog" is id 5 in val.json and id 3 in the model'),
-    (_categories(_7="cow", _8="hen"), False, r'id 7 \("cow"\) is in val.json alone'),
+    (_categories(_7="cow", _8="hen"), False, r'id 7 \("cow"\) is only in val.json'),
     (_categories(_0="cat", _1="dog", _2="bird"), False, 'id 1 is "dog" in val.json and "cat" in the model'),
 ]
 
@@ -45,7 +45,7 @@ def test_ids_and_names(found, same_ids, message):
     if ids[0] == ids[1] or (not same_ids and ids[0] & ids[1]):
         check_categories(found, MODEL, allow_renamed=True, **options)
     else:
-        with pytest.raises(DatasetError, match="alone"):
+        with pytest.raises(DatasetError, match="is only in"):
             check_categories(found, MODEL, allow_renamed=True, **options)
 
 
@@ -61,7 +61,7 @@ def test_a_long_list_has_an_end():
 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory):
-    """The shapes' annotations, their names moved on by one."""
+    """The annotations of the shapes dataset, with the category names rotated by one."""
     content = json.loads(shapes()[0].read_text())
     names = [category["name"] for category in content["categories"]]
     for category, name in zip(content["categories"], names[1:] + names[:1], strict=True):
@@ -76,7 +76,7 @@ def renamed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run's folder after a step of training that changed nothing, and so needed no compiling."""
+    """The output folder of a run after one step that changed nothing and therefore needed no compilation."""
     folder = tmp_path_factory.mktemp("trained")
     with tiny_train.no_training():
         make("train", {}, folder)()
@@ -106,11 +106,11 @@ def test_every_script_compares_them(renamed, trained, tmp_path, capsys):
 
 
 def test_labels_of_a_detector_without_names():
-    """By their order where the numbers agree, else by id."""
+    """Labels map to categories by order if the numbers of classes agree, and by id otherwise."""
     detector = zoo.Predictor(mock.Mock(spec=models.FasterRCNN, num_classes=3))
     assert detector.category_ids(_categories(_1="cat", _3="dog", _4="bird")) == (1, 3, 4)
     assert detector.category_ids(_categories(_1="cat", _3="dog")) == (1, 2, 3)
-    with pytest.raises(ValueError, match=r"3 classes, but a\.json 2 categories with ids up to 7"):
+    with pytest.raises(ValueError, match=r"3 classes, but a\.json has 2 categories with ids up to 7"):
         detector.category_ids(_categories(_1="cat", _7="dog"), file="a.json")
 
 
@@ -132,7 +132,7 @@ def test_an_option_allows_other_names(renamed, trained, tmp_path, capsys):
     make("predict", allowed, tmp_path)()
     resuming = {"output": trained, "resume": "flag", "train-annotations": renamed, "steps": 2, "allow-renamed": "flag"}
     make("train", resuming, tmp_path)()
-    # From now on, the new names are the model's.
+    # The model has the new names from here on.
     make("evaluate", allowed | {"allow-renamed": None}, tmp_path)()
 
 

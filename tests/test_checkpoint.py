@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, complete or not there, and refused if anything is wrong with them."""
+"""Checkpoints: restored bit for bit, written atomically, and rejected if anything is wrong with them."""
 
 import json
 import os
@@ -117,13 +117,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     def start(key):
         return init_train_state(toy(key), optimizer, trainable=TRAINABLE, key=key)
 
-    whole = run(start(jr.key(7)), make_train_step(loss, optimizer, trainable=TRAINABLE), 0, 6)
+    uninterrupted = run(start(jr.key(7)), make_train_step(loss, optimizer, trainable=TRAINABLE), 0, 6)
     state = run(start(jr.key(7)), make_train_step(loss, optimizer, trainable=TRAINABLE), 0, 3)
     save_checkpoint(tmp_path, state, step=int(state.step), metadata={})
     resumed, _ = load_checkpoint(_latest(tmp_path), start(jr.key(99)))
     traced_once = eqx.debug.assert_max_traces(max_traces=1)(loss)
     resumed = run(resumed, make_train_step(traced_once, optimizer, trainable=TRAINABLE), 3, 6)
-    assert_identical(whole, resumed)
+    assert_identical(uninterrupted, resumed)
     assert int(resumed.step) == 6
 
 
@@ -131,7 +131,7 @@ def test_the_newest_are_kept(tmp_path):
     for step in (1, 5, 3, 10):
         save_checkpoint(tmp_path, {"w": jnp.full(2, step)}, step=step, metadata={}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000005", "00000010"]
-    save_checkpoint(tmp_path, {"w": jnp.full(2, 4)}, step=4, metadata={}, keep=1)  # a run that went back
+    save_checkpoint(tmp_path, {"w": jnp.full(2, 4)}, step=4, metadata={}, keep=1)  # a restart from an earlier step
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000004", "00000005", "00000010"]
     (tmp_path / "notes.txt").write_text("not ours")
     (tmp_path / "00000099").mkdir()  # no index: not a checkpoint
@@ -170,7 +170,7 @@ def test_interrupted_in_the_middle_of_a_save(tmp_path, monkeypatch, where):
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path):
-    """SIGKILL while the arrays are being written; a thread of this very process cannot do that."""
+    """SIGKILL while the arrays are being written, in a subprocess because it ends the whole process."""
     script = """
         import os, sys, threading, time
         import numpy as np
@@ -195,7 +195,7 @@ LIKE = {"head": {"weight": jnp.arange(300.0), "bias": jnp.arange(64, dtype=jnp.i
 
 
 def test_every_flipped_bit_is_seen(tmp_path):
-    """A bit anywhere in any file of a checkpoint: refused, or without effect on what is loaded."""
+    """Any bit flip in any file of a checkpoint is either rejected or has no effect on the loaded values."""
     path = save_checkpoint(tmp_path, LIKE, step=1, metadata={"name": "toy"})
     files = [file for file in path.rglob("*") if file.is_file()]
     assert len(files) >= 3
@@ -245,7 +245,7 @@ def test_damage_names_checkpoint_and_leaf(tmp_path):
 
 @pytest.mark.parametrize("missing", ["manifest", "data"])
 def test_a_missing_file_is_seen(tmp_path, missing):
-    """Never read as zeros."""
+    """Missing data is never read as zeros."""
     path = save_checkpoint(tmp_path, LIKE, step=1, metadata={})
     for file in [file for file in path.rglob("*") if file.is_file() and file.name != "index.json"]:
         if file.name.startswith("manifest") == (missing == "manifest"):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing saves the memory that it is for."""
+"""Gradient checkpointing saves memory."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from detectax_eqx import nn, train
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
-from _options import Options
+from _options import grouped
 from compile_for_tpu import lower_step
 
 
@@ -25,7 +25,7 @@ def scratch_of(program):
 
 
 def memory_of(build, loss):
-    """Bytes of scratch memory that the gradient of a loss takes, by the compiled program's own account."""
+    """Bytes of scratch memory for the gradient of a loss, as the compiled program reports them."""
     shapes, static = eqx.partition(eqx.filter_eval_shape(build), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     gradient = jax.grad(lambda arrays: loss(eqx.combine(arrays, static)))
     return scratch_of(jax.jit(gradient).lower(shapes).compile())
@@ -44,11 +44,11 @@ def test_checkpointing_saves_memory():
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_checkpointing_saves_memory_at_full_size():
-    """train.py's step of Mask R-CNN R50-FPN on two images of 800×1344, every layer trained."""
+    """The training step of train.py for Mask R-CNN R50-FPN on two images of 800×1344, with every layer trained."""
     mesh = train.make_mesh(jax.devices()[:1])
 
     def memory(**options):
-        options = Options(output=Path(), norm="frozen_batch", batch_size=2, trainable_layers=5, **options)
+        options = grouped(output=Path(), norm="frozen_batch", batch_size=2, trainable_layers=5, **options)
         program = lower_step(options, (800, 1344), mesh).compile(train.step_compiler_options())
         return scratch_of(program)
 

@@ -1,4 +1,4 @@
-"""Work on the first rows only, a chunk at a time."""
+"""`map_chunks`: computing only the first rows, one chunk at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_gradients_reach_what_the_function_closes_over(getkey, count, kept):
 
 
 def test_a_batch_shares_its_condition(getkey):
-    """Under vmap the condition stays one: chunks that no example needs are not computed."""
+    """Under vmap the condition stays a scalar: chunks that no example needs are not computed."""
     x, counts = jr.normal(getkey(), (2, 8, 3)), jnp.array([1, 3])
 
     def run(x, count):
@@ -48,7 +48,7 @@ def test_a_batch_shares_its_condition(getkey):
 
 
 def test_only_kept_chunks_are_remembered(getkey):
-    """Of the others the backward pass is left their rows, not what was computed of them."""
+    """Only the first `kept` chunks save residuals; the backward pass recomputes those of the others from their rows."""
     x, weight = jr.normal(getkey(), (40, 3)), jr.normal(getkey(), (3, 64))
 
     def remembered(kept):

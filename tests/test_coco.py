@@ -1,4 +1,4 @@
-"""COCO files: what is read, what is repaired, and that nothing else passes."""
+"""COCO files: what is read, what is repaired, and that everything else is rejected."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there"
 
 
 def _content():
-    """Two images of 20×10 pixels, one of them without annotations; ids with gaps."""
+    """Two images of 20×10 pixels, one of them without annotations. The ids have gaps."""
     return {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 20, "height": 10},
@@ -157,7 +157,7 @@ def _rle(counts, size=(10, 20)):
 
 
 POINTS, SHORT = [2, 1, 8, 1, 8, 5, 2], [2, 1, 8, 5]
-# A change, the kind of problem it is to be called, and the image and annotation it is to be found at.
+# (change, expected kind of problem, image id, annotation id)
 ERRORS = [
     (_set("annotations", 0, id=-3), "negative annotation id", 7, -3),
     (_set("annotations", 1, id=5), "duplicate annotation id", 7, 5),
@@ -228,9 +228,9 @@ def test_errors_are_reported_where_they_are(tmp_path, change, kind, image_id, an
     with pytest.raises(DatasetError) as caught:
         _load(tmp_path, content)
     problem = caught.value.problems[0]
-    # Annotations of a category that is not usable are reported as well; nothing else has consequences.
-    rest = {other.kind for other in caught.value.problems[1:]}
-    assert rest <= ({"unknown category"} if "category" in kind else set()), caught.value
+    # Annotations of an unusable category are reported as well. No other problem causes further ones.
+    further_kinds = {other.kind for other in caught.value.problems[1:]}
+    assert further_kinds <= ({"unknown category"} if "category" in kind else set()), caught.value
     assert (problem.kind, problem.image_id, problem.annotation_id) == (kind, image_id, annotation_id)
     assert problem.file == tmp_path / "train.json" and problem.remedy
     assert str(problem) in str(caught.value)
@@ -321,7 +321,7 @@ def test_a_rotated_image_may_be_annotated_either_way(tmp_path):
 
 
 def _sampled(polygon, box, size, samples=64):
-    """Coverage by testing sample points against a polygon, even-odd."""
+    """Coverage from sample points that are tested against the polygon with the even-odd rule."""
     x0, y0, x1, y1 = box
     xs = x0 + (np.arange(size * samples) + 0.5) / (size * samples) * (x1 - x0)
     ys = y0 + (np.arange(size * samples) + 0.5) / (size * samples) * (y1 - y0)
@@ -339,7 +339,8 @@ def test_polygon_coverage_agrees_with_sampling(seed):
     angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
     polygon = 10 + rng.uniform(2, 9, (9, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
     polygon = polygon[:: rng.choice([-1, 1])]
-    box = np.array([rng.uniform(0, 6), rng.uniform(0, 6), rng.uniform(12, 25), rng.uniform(12, 25)])  # cuts it off
+    # The box crops the polygon.
+    box = np.array([rng.uniform(0, 6), rng.uniform(0, 6), rng.uniform(12, 25), rng.uniform(12, 25)])
     mask = mask_in_box((polygon,), box, size=7)
     assert mask.dtype == np.uint8 and mask.shape == (7, 7)
     np.testing.assert_allclose(mask / 255, _sampled(polygon, box, 7), atol=0.01)

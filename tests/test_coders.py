@@ -1,4 +1,4 @@
-"""Encoding boxes as offsets from anchors, and back."""
+"""Encoding boxes as offsets from anchors, and decoding them."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_degenerate_rows_are_finite_with_finite_gradients():
         assert jnp.isfinite(jax.jit(op)(first, anchors)).all()
         gradients = jax.jit(jax.grad(lambda x, a, op=op: op(x, a).sum(), argnums=(0, 1)))(first, anchors)
         assert jnp.isfinite(jnp.stack(gradients)).all()
-    # A line keeps what its length says: only the side that it lacks is 0.
+    # A line is encoded along its length; only the component of its zero side is 0.
     np.testing.assert_allclose(encode_boxes(rows[1:2], rows[3:4]), [[0.25, -0.25, 0, 0]])
     np.testing.assert_array_equal(decode_boxes(deltas[:1], rows[:1]), [[0, 0, 0, 0]])
 

@@ -1,4 +1,4 @@
-"""Detections of two runtimes: what is the same, what rounding excuses, and what is refused in which words."""
+"""Comparing detections of two runtimes: differences that rounding explains, and error messages for the others."""
 
 import re
 
@@ -10,7 +10,7 @@ from detectax_eqx.export._compare import check_counts, match_detections
 
 
 def detections(*rows, masks=None):
-    """Arrays of rows `(label, score, x0, y0, x1, y1)`."""
+    """Arrays of detections from rows `(label, score, x0, y0, x1, y1)`."""
     table = np.array(rows, np.float32).reshape(-1, 6)
     arrays = {"boxes": table[:, 2:], "scores": table[:, 1], "labels": table[:, 0].astype(np.int32)}
     return arrays if masks is None else arrays | {"masks": np.full((len(rows), 4, 4), masks, np.float32)}
@@ -114,7 +114,7 @@ def test_a_score_at_the_threshold_may_fall_to_either_side():
 
 
 def test_the_last_of_a_full_image_may_be_another():
-    """Of 2 detections at most, the second is one of two that score the same but for rounding."""
+    """With at most 2 detections, the second is either of two whose scores are equal up to rounding."""
     found = detections(SURE, (2, 0.60003, 1, 1, 9, 9))
     expected = detections(SURE, (2, 0.60004, 21, 1, 29, 9))
     assert export.compare_detections(found, expected, where="a.png", max_detections=2) == (1, 2)
@@ -123,7 +123,7 @@ def test_the_last_of_a_full_image_may_be_another():
 
 
 def test_an_overlap_at_the_threshold_may_suppress_on_one_side():
-    """Two boxes of 30×10, moved by 10: IoU .5 but for rounding."""
+    """Two boxes of 30×10, shifted by 10: an IoU of .5 up to rounding."""
     better, worse = (1, 0.9, 0, 0, 30, 10), (1, 0.8, 10.0001, 0, 40.0001, 10)
     found, expected = detections(better), detections(better, worse)
     assert export.compare_detections(found, expected, where="a.png") == (1, 1)
@@ -139,7 +139,7 @@ def test_an_overlap_at_the_threshold_may_suppress_on_one_side():
 def test_faint_detections_with_nothing_in_common():
     check_counts(0, 2, images=2)
     check_counts(30, 30, images=2)
-    with pytest.raises(export.ExportError, match=re.escape("in 2 images, 2 are the model's and the file's, and 3")):
+    with pytest.raises(export.ExportError, match=re.escape("in 2 images, 2 match and 3 appear on one side")):
         check_counts(2, 3, images=2)
 
 

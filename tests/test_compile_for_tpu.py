@@ -1,4 +1,4 @@
-"""The table of TPU programs: what its figures are, what stays in it, and what fails."""
+"""The table of TPU programs: its figures, the rows that stay, and failures."""
 
 import importlib
 import sys
@@ -34,7 +34,7 @@ def table(folder):
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """CPUs in the place of TPUs, and a product of matrices in the place of a detector's programs."""
+    """Replaces TPUs by CPUs, and the programs of a detector by a matrix product."""
     program = jax.jit(lambda x: x @ x).lower(jnp.ones((512, 512)))
     monkeypatch.setattr(
         script.topologies, "get_topology_desc", lambda name, platform: SimpleNamespace(devices=jax.devices()[:8])
@@ -90,7 +90,7 @@ def test_another_error_is_not_taken_for_that():
 def test_figures():
     program = jax.jit(lambda x, y: x @ y).lower(*[jax.ShapeDtypeStruct((8192, 8192), jnp.float32)] * 2)
     memory, flops = script.measure(lambda: program, 16)
-    assert memory.endswith(" of 16 GiB") and 0.75 <= float(memory.split()[0]) < 0.8  # three arrays of a quarter GiB
+    assert memory.endswith(" of 16 GiB") and 0.75 <= float(memory.split()[0]) < 0.8  # three arrays of 0.25 GiB
     assert flops == round(2 * 8192**3 / 1e9)
 
 

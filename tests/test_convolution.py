@@ -1,4 +1,4 @@
-"""The convolution primitive against XLA's convolution and XLA's gradients."""
+"""The convolution primitive, compared with XLA's convolution and its gradients."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ CASES = [
 
 
 def _compare(function, *arrays):
-    """Values of `function` of our convolution and of XLA's, in units of the greatest value."""
+    """Compares `function` of our convolution with `function` of XLA's, relative to the largest value."""
     ours, theirs = function(nn.conv2d), function(_by_xla)
     for a, b in zip(jax.tree.leaves(ours(*arrays)), jax.tree.leaves(theirs(*arrays)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
@@ -85,8 +85,8 @@ def test_transformations(getkey, kernel, stride, padding):
     def gradient(convolution):
         return jax.grad(partial(total, convolution), argnums=(0, 1))
 
-    _compare(lambda c: jax.vmap(gradient(c), in_axes=(0, None)), x, weights[0])  # a gradient for each example
-    _compare(lambda c: jax.vmap(gradient(c)), x, weights)  # weights of its own for each example
+    _compare(lambda c: jax.vmap(gradient(c), in_axes=(0, None)), x, weights[0])  # one gradient per example
+    _compare(lambda c: jax.vmap(gradient(c)), x, weights)  # different weights per example
     _compare(lambda c: jax.vmap(gradient(c), in_axes=(None, 0)), x[0], weights)
     _compare(lambda c: jax.vmap(jax.vmap(gradient(c), (0, None)), (None, 0)), x, weights)
     _compare(lambda c: lambda x, w: jax.jvp(partial(total, c), (x, w), (x, w))[1], x[0], weights[0])
@@ -106,7 +106,7 @@ def test_bias(getkey, kernel, stride, padding):
     def of_batch(convolution, *arrays):
         return jax.vmap(partial(total, convolution), in_axes=(0, None, None))(*arrays).sum()
 
-    # Whatever is trained, and whatever is not.
+    # Every combination of trained and frozen arguments.
     for argnums in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]:
         _compare(lambda c, argnums=argnums: jax.jit(jax.grad(partial(of_batch, c), argnums)), x, weight, bias)
     gradient = partial(jax.grad, argnums=(0, 1, 2))
@@ -124,7 +124,7 @@ def test_bias(getkey, kernel, stride, padding):
 
 
 def test_gradients_that_are_not_finite(getkey):
-    """What is not finite in an image is in the gradient of the weight alone."""
+    """Values in the image that are not finite affect only the gradient of the weight."""
     x, weight = jr.normal(getkey(), (4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
 
     def gradient(x):
@@ -155,7 +155,7 @@ def test_in_loops_and_conditions(getkey):
 
 
 def test_programs_of_other_platforms_hold_one_convolution(getkey):
-    """Off the CPU it is XLA's own, gradients included, and none of the CPU's forms is left in the program."""
+    """On other platforms, programs and gradients use XLA's own convolutions and nothing written for the CPU."""
     x, weight = jr.normal(getkey(), (2, 4, 9, 8)), jr.normal(getkey(), (5, 4, 3, 3))
 
     def total(x, weight):
@@ -181,7 +181,7 @@ def test_bfloat16(getkey):
 
 @pytest.mark.parametrize("batch, height, width", [(1, 5, 8), (3, 12, 7), (2, 45, 130)])
 def test_many_channels(getkey, batch, height, width):
-    """As above, where 3×3 kernels are applied by Winograd's algorithm, in one block of rows and in several."""
+    """With many channels, 3×3 kernels use Winograd's algorithm, in one block of rows or in several."""
     x, weight = jr.normal(getkey(), (batch, 256, height, width)), jr.normal(getkey(), (256, 256, 3, 3)) / 48
 
     def run(convolution):

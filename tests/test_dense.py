@@ -1,4 +1,4 @@
-"""The parts that dense detectors share, against naive loops."""
+"""The parts that dense detectors share, compared with naive loops."""
 
 import math
 
@@ -20,7 +20,7 @@ COUNTS = [64, 16, 4]
 
 
 def naive_match(anchors, boxes, valid, matching):
-    """FCOS's rule for one cell and one object at a time, in float64."""
+    """The matching rule of FCOS in float64, one cell and one object at a time."""
     matched, positive = np.zeros(len(anchors), int), np.zeros(len(anchors), bool)
     for i, anchor in enumerate(anchors.astype(np.float64)):
         x, y, size = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2, anchor[2] - anchor[0]
@@ -59,7 +59,7 @@ def test_no_cell_answers_for_objects_that_are_not_there():
 
 
 def test_centerness_has_a_finite_gradient_at_the_sides_of_a_box():
-    """Of a cell on the box's side, or outside, it is 0 with gradient 0."""
+    """For a cell on a side of the box or outside it, centerness is 0 and so is its gradient."""
     boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 0.0, 8.0, 8.0], [10.0, 10.0, 12.0, 12.0], [0.0, 0.0, 0.0, 0.0]])
     anchors = jnp.tile(jnp.array([[0.0, 0.0, 8.0, 8.0]]), (4, 1))
     value, gradient = jax.value_and_grad(lambda b: fcos.centerness_of(b, anchors).sum())(boxes)
@@ -68,20 +68,20 @@ def test_centerness_has_a_finite_gradient_at_the_sides_of_a_box():
 
 
 def naive_detections(levels, canvas_size, selection):
-    """Of each level the best pairs of anchor and class, and greedy suppression within each class, in float64."""
-    found = []
+    """The best pairs of anchor and class per level, then greedy suppression within each class, in float64."""
+    candidates = []
     for logits, _, deltas, anchors in levels:
         scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
         pairs = sorted(np.ndindex(*scores.shape), key=lambda pair: -scores[pair])[: selection.top_n]
         for i, k in pairs:
             if scores[i, k] > selection.score_threshold:
                 box = (anchors + deltas)[i].clip(0, [canvas_size[1], canvas_size[0]] * 2)
-                found.append((scores[i, k], k, box))
-    found.sort(key=lambda one: -one[0])
+                candidates.append((scores[i, k], k, box))
+    candidates.sort(key=lambda candidate: -candidate[0])
     kept = []
-    for one in found:
-        if all(one[1] != other[1] or iou(one[2], other[2]) <= selection.nms_threshold for other in kept):
-            kept.append(one)
+    for candidate in candidates:
+        if all(candidate[1] != other[1] or iou(candidate[2], other[2]) <= selection.nms_threshold for other in kept):
+            kept.append(candidate)
     return kept[: selection.max_detections]
 
 
@@ -108,7 +108,7 @@ def test_best_predictions_of_all_levels(top_n, max_detections, anchors_per_cell)
     size, selection = (48, 60), models.DenseSelection(top_n=top_n, max_detections=max_detections)
 
     def as_maps(rows):
-        """Class logits of `(cells anchors)` as heads give them."""
+        """Class logits of `(cells anchors)` rows, in the layout that heads return."""
         return rows.reshape(-1, anchors_per_cell, rows.shape[1]).transpose(1, 2, 0)
 
     @jax.jit
@@ -128,9 +128,9 @@ def test_best_predictions_of_all_levels(top_n, max_detections, anchors_per_cell)
 
 
 def test_class_loss_is_that_of_rows():
-    """Labels go to the maps; a row per anchor, as the definition has it, gives the same sum and gradient."""
+    """The loss on maps has the same sum and gradient as the definition, which has one row per anchor."""
     rng = np.random.default_rng(0)
-    shapes = [(2, 3, 12), (2, 3, 4)]  # anchors of a cell, classes, cells
+    shapes = [(2, 3, 12), (2, 3, 4)]  # (anchors per cell, classes, cells)
     levels = [jnp.asarray(rng.normal(0, 2, shape), jnp.float32) for shape in shapes]
     count = sum(anchors * cells for anchors, _, cells in shapes)
     labels, counted = rng.integers(-1, 3, count).astype(np.int32), rng.random(count) < 0.7

@@ -1,4 +1,4 @@
-"""The documentation against the package: every public name on one page, short README, links that lead somewhere."""
+"""The documentation: every public name is on one page, the README is short, and linked files exist."""
 
 import ast
 import re
@@ -23,11 +23,11 @@ def public_names(init: Path) -> set[str]:
 
 
 def packages() -> dict[str, set[str]]:
-    """The public names of each public package by its dotted name, the top level included."""
-    found = {"detectax_eqx": public_names(PACKAGE / "__init__.py")}
+    """The public names of each public package, keyed by its dotted name. The top level is included."""
+    names = {"detectax_eqx": public_names(PACKAGE / "__init__.py")}
     for init in sorted(PACKAGE.glob("[!_]*/__init__.py")):
-        found[f"detectax_eqx.{init.parent.name}"] = public_names(init)
-    return found
+        names[f"detectax_eqx.{init.parent.name}"] = public_names(init)
+    return names
 
 
 def documented(page: Path) -> list[str]:
@@ -36,7 +36,7 @@ def documented(page: Path) -> list[str]:
 
 
 def links(text: str) -> list[str]:
-    """The targets of a Markdown text's links and pictures, code left out."""
+    """The targets of the links and images in a Markdown text. Code is ignored."""
     text = re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`\n]*`", "", text)
     return re.findall(r"\]\(([^)\s]+)\)", text)

@@ -1,4 +1,4 @@
-"""Published weights: downloaded once, whole, checked, whatever the server, the disk or another process does."""
+"""Published weights are downloaded once, completely, and verified, despite faults of server, disk or processes."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ NAME = f"weights-{SHA[:8]}.pth"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one file, after a list of faults, one per request: a status, or a number of bytes to end after."""
+    """Serves one file after a list of faults, one per request: a status, or a number of bytes after which it stops."""
 
     def __init__(self, content=CONTENT, *, ranges=True):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -96,7 +96,7 @@ def fetch(url):
 
 
 def check_whole(home, path):
-    """The file is there and whole, and nothing else but its lock."""
+    """Checks that the folder has the complete file and its lock, and nothing else."""
     assert path == home / NAME and path.read_bytes() == CONTENT
     assert {p.name for p in home.iterdir()} == {NAME, f".{NAME}.lock"}
 
@@ -117,7 +117,7 @@ def test_a_server_that_stumbles_is_asked_again(faults, ranges, server, home, tal
     check_whole(home, fetch(server.url))
     assert len(server.requests) == len(faults) + 1
     if ranges and all(isinstance(fault, int) and fault for fault in faults):
-        assert server.requests[1] == f"bytes={faults[0]}-"  # what had come is not asked for again
+        assert server.requests[1] == f"bytes={faults[0]}-"  # bytes already received are not requested again
     tally("download: status 4xx or 5xx, or cut off", 1, 1, "goes on where it ended, and is whole")
 
 
@@ -155,7 +155,7 @@ def test_another_file_is_never_used(change, home, tally):
     }[change]
     with Server(content) as liar:
         with pytest.raises(
-            ConnectionError, match=rf"it sent another file, of SHA-256 [0-9a-f]{{8}}… instead of {SHA[:8]}…"
+            ConnectionError, match=rf"it sent another file, with SHA-256 [0-9a-f]{{8}}… instead of {SHA[:8]}…"
         ):
             fetch(liar.url)
         liar.shutdown()
@@ -173,7 +173,7 @@ def test_mirrors_come_first_and_a_bad_one_is_passed_over(server, home, monkeypat
 
 
 def test_a_part_of_before_is_gone_on_with(server, home, tally):
-    """Also one that is whole, is longer than the file, or is of another file."""
+    """Partial files are used where possible, also if they are complete, too long, or of another file."""
     for before, asked in (
         (CONTENT[:1234], ["bytes=1234-"]),
         (CONTENT, [f"bytes={len(CONTENT)}-"]),
@@ -190,14 +190,14 @@ def test_a_part_of_before_is_gone_on_with(server, home, tally):
     (home / f".{NAME}.part").write_bytes(b"x" * 1000)
     with pytest.raises(ConnectionError, match="it sent another file"):
         fetch(server.url)
-    check_whole(home, fetch(server.url))  # the wrong part is gone
+    check_whole(home, fetch(server.url))  # the partial file of other content has been removed
     tally("download: a part was there", 1, 1, "goes on where it ended, and is whole")
 
 
 def test_a_file_put_there_by_hand(home, tally):
     home.mkdir(parents=True)
     (home / NAME).write_bytes(CONTENT)
-    check_whole(home, fetch("http://127.0.0.1:9/" + NAME))  # nobody is asked
+    check_whole(home, fetch("http://127.0.0.1:9/" + NAME))  # no request is sent
     (home / NAME).write_bytes(CONTENT[:-1])
     with pytest.raises(ValueError, match=r"damaged or another file: its SHA-256 .* Delete it"):
         fetch("http://127.0.0.1:9/" + NAME)
@@ -207,7 +207,7 @@ def test_a_file_put_there_by_hand(home, tally):
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_full_disk(after, server, home, monkeypatch, tally):
-    """What was written stays a part; with room, the rest is fetched."""
+    """The bytes already written stay as a partial file, which is completed once there is space."""
     real, count = os.fsync, iter(range(100))
 
     class Full:
@@ -239,7 +239,7 @@ def test_a_full_disk(after, server, home, monkeypatch, tally):
             else opened(self, mode, *a, **o)
         ),
     )
-    with pytest.raises(OSError, match=r"No space left on device\. Make room for .*DETECTAX_HOME.*\.part"):
+    with pytest.raises(OSError, match=r"No space left on device\. Free disk space for .*DETECTAX_HOME.*\.part"):
         fetch(server.url)
     assert not (home / NAME).exists() and real is os.fsync
     monkeypatch.setattr(Path, "open", opened)
@@ -293,7 +293,7 @@ def test_killed_midway(server, home, tally):
 
 
 def test_weights_by_name(home, monkeypatch, tmp_path):
-    """From a server to a predictor: norm, classes and categories are the table's business."""
+    """From a server to a predictor. The table of published weights supplies norm, classes and categories."""
     name = "fcos_resnet50_fpn"
     tiny_train.shrink(monkeypatch)
     model = random_arrays(eqx.filter_eval_shape(tiny_train.build, name, 91, ""))
@@ -312,16 +312,16 @@ def test_weights_by_name(home, monkeypatch, tmp_path):
     by_file = zoo.Predictor.from_weights(name, file)
     assert by_file.categories == predictor.categories and by_file.architecture == row.architecture
     with pytest.raises(
-        ValueError, match=r"no published weights for 'resnet50'; there are for faster_rcnn_resnet50_fpn"
+        ValueError, match=r"no published weights for 'resnet50'; choose one of faster_rcnn_resnet50_fpn"
     ):
         zoo.published("resnet50")
 
 
 def test_home_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTAX_HOME", "~/models")
-    assert _download.home() == Path.home() / "models"
+    assert _download.cache_folder() == Path.home() / "models"
     monkeypatch.delenv("DETECTAX_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _download.home() == tmp_path / "detectax_eqx"
+    assert _download.cache_folder() == tmp_path / "detectax_eqx"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert _download.home() == Path.home() / ".cache" / "detectax_eqx"
+    assert _download.cache_folder() == Path.home() / ".cache" / "detectax_eqx"

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn lies where it belongs, can be seen and can be read."""
+"""Pictures: drawings are in the right place, visible and readable."""
 
 import itertools
 from typing import Any
@@ -37,7 +37,7 @@ def detections_of(*boxes, scores=None, labels=None, valid=None, masks=None):
 
 
 def differs(picture, image=GRAY):
-    """Which pixels were drawn on."""
+    """A mask of the pixels that were drawn on."""
     assert isinstance(picture, Image.Image) and picture.mode == "RGB"
     return (np.asarray(picture) != image).any(axis=-1)
 
@@ -80,7 +80,7 @@ def test_a_mask_fills_its_box_alone():
 
 def test_a_mask_reaching_beyond_the_image_is_cut_not_squeezed():
     mask = np.zeros((1, 20, 20))
-    mask[:, :, 10:] = 1  # the right half of a box of which the left half lies outside
+    mask[:, :, 10:] = 1  # the right half of a box whose left half is outside the image
     picture = draw_detections(GRAY, detections_of([-80, 20, 80, 100], masks=mask), **TINY)
     assert differs(picture)[60, 2:80].all() and not differs(picture)[60, 82:].any()
     mask = 1 - mask
@@ -128,7 +128,7 @@ def test_labels_lie_within_the_image_and_hold_ink(corner):
 
 
 def test_labels_make_room_for_each_other():
-    """Two objects in one place: both labels are seen in full."""
+    """Two objects in the same place: both labels are fully visible."""
     options = {"class_names": ["apple", "pear"], "font_size": 12}
     box = [40, 50, 120, 100]
     alone = [has_color(draw_detections(GRAY, detections_of(box, labels=[k]), **options), k).sum() for k in (0, 1)]
@@ -272,7 +272,7 @@ def test_plots_show_what_they_are_given():
     assert shares is not None
     np.testing.assert_allclose(shares, [[0.75, 0, 0.25], [0, 0, 0], [1, 0, 0]])
     ax = plot_error_costs({"missed": 0.2, "background": 0.0}, ax=axes[1, 0])
-    # Bars are rectangles, which the stub of `patches` leaves open.
+    # Bars are rectangles; the type stub of `patches` does not say so.
     widths = [bar.get_width() for bar in ax.patches]  # pyright: ignore[reportAttributeAccessIssue]
     assert widths == pytest.approx([20, 0])
     scores, share, counts = np.array([0.1, 0.0, 0.9]), np.array([0.2, 0.0, 0.8]), np.array([4, 0, 9])

@@ -1,4 +1,4 @@
-"""Error analysis: cases whose costs are known by hand, and pycocotools' AP to the last bit."""
+"""Error analysis: cases with costs computed by hand, and the AP of pycocotools to the last bit."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ ONE = make_annotations((1, 1, A))
 TWO = make_annotations((1, 1, A), (1, 1, B))
 BOTH_CLASSES = make_annotations((1, 1, A), (1, 7, B))
 HALF = 51 / 101  # precision 1 up to recall .5
-# (annotations, results, AP, the costs that are not 0). Where two classes have objects, AP is their mean.
+# (annotations, results, AP, nonzero costs). If two classes have objects, AP is their mean.
 BY_HAND = {
     "perfect": (TWO, [found(1, 1, A, 0.9), found(1, 1, B, 0.8)], 1, {}),
     "nothing found": (TWO, [], 0, {"missed": 1}),
@@ -38,7 +38,7 @@ BY_HAND = {
         0.5,
         {"classification": 0.5},
     ),
-    # Of two that could be right, the better one is corrected and the other vanishes.
+    # Of two detections that could be corrected, the one with the higher score is, and the other is removed.
     "wrong class twice": (ONE, [found(1, 7, A, 0.9), found(1, 7, A, 0.8)], 0, {"classification": 1}),
     "the better one is corrected": (
         ONE,
@@ -52,7 +52,7 @@ BY_HAND = {
         HALF,
         {"missed": 1 - HALF},
     ),
-    # The object has been found: mending can only take the error away.
+    # The object is already found, so fixing the error can only remove the detection.
     "wrong class of what was found": (
         make_annotations((1, 1, A), (2, 7, B)),
         [found(1, 1, A, 0.9), found(1, 7, A, 0.8), found(2, 7, B, 0.7)],
@@ -62,7 +62,7 @@ BY_HAND = {
     "badly placed": (ONE, [found(1, 1, A_LOW, 0.9)], 0, {"localization": 1}),
     "badly placed twice": (ONE, [found(1, 1, A_LOW, 0.9), found(1, 1, A_LOWER, 0.95)], 0, {"localization": 1}),
     "badly placed, then well": (ONE, [found(1, 1, A_LOW, 0.9), found(1, 1, A, 0.8)], 0.5, {"localization": 0.5}),
-    # The object is missed, as no error that could be corrected points at it.
+    # The object is missed, because no error that could be corrected refers to it.
     "badly placed and of the wrong class": (ONE, [found(1, 7, A_LOW, 0.9)], 0, {"missed": 1}),
     "badly placed, wrong, and in the way": (
         make_annotations((1, 1, A), (2, 7, B)),
@@ -78,7 +78,7 @@ BY_HAND = {
     ),
     "background": (ONE, [found(1, 1, NOWHERE, 0.9), found(1, 1, A, 0.8)], 0.5, {"background": 0.5}),
     "background on another image": (ONE, [found(2, 1, A, 0.9), found(1, 1, A, 0.8)], 0.5, {"background": 0.5}),
-    # Without the object that was missed none is left, but a false detection is: AP stays 0.
+    # Without the missed object, no object is left but a false detection is: AP stays 0.
     "missed, and background": (ONE, [found(1, 1, NOWHERE, 0.9)], 0, {}),
     "on a crowd": (
         make_annotations((1, 1, A), (1, 1, B, {"iscrowd": 1})),
@@ -87,7 +87,7 @@ BY_HAND = {
         {},
     ),
     "a crowd is not missed": (make_annotations((1, 1, A), (1, 1, B, {"iscrowd": 1})), [found(1, 1, A, 0.9)], 1, {}),
-    # Precision 1/2 at recalls up to .5; without the background 1 there; without the missed object 1/2 everywhere.
+    # Precision is 1/2 at recalls up to .5. It is 1 there without the background, and 1/2 everywhere without the miss.
     "background, and missed": (
         TWO,
         [found(1, 1, NOWHERE, 0.9), found(1, 1, A, 0.8)],
@@ -112,7 +112,7 @@ def test_all_false_and_all_not_found():
     analysis = analyze_errors(*BY_HAND["background, and missed"][:2])
     assert analysis.false_positive_cost == pytest.approx(HALF / 2, abs=1e-9)
     assert analysis.false_negative_cost == pytest.approx(0.5 - HALF / 2, abs=1e-9)
-    # A classification error makes its object no miss, but it is not found all the same.
+    # The object of a classification error does not count as missed, but it is still not found.
     analysis = analyze_errors(ONE, [found(1, 7, A, 0.9)])
     assert analysis.costs["missed"] == 0 and analysis.false_negative_cost == 1
 
@@ -133,7 +133,7 @@ def test_starts_from_the_ap_of_pycocotools(seed, iou_type):
 
 
 def naive_verdicts(annotations, results, foreground, background):
-    """The kinds, from the definitions and loops, for boxes without crowds."""
+    """The kinds of errors from their definitions, with plain loops, for boxes without crowds."""
 
     def iou(a, b):
         w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
@@ -172,7 +172,7 @@ def naive_verdicts(annotations, results, foreground, background):
 
 
 def muddled_case(seed):
-    """Many detections, moved and of any class, without crowds."""
+    """Many detections, shifted and of random classes, without crowds."""
     annotations, results = random_case(seed)
     rng = np.random.default_rng(seed + 100)
     for annotation in annotations["annotations"]:
@@ -266,11 +266,11 @@ def test_confusion():
     annotations = make_annotations((1, 1, A), (1, 7, B), (2, 1, C), (2, 7, A))
     results = [
         found(1, 1, A, 0.9),  # right
-        found(1, 7, A, 0.8),  # of another class, but found already
+        found(1, 7, A, 0.8),  # of another class; the object is already found
         found(1, 1, B, 0.7),  # class 7 called class 1
-        found(1, 1, B, 0.65),  # again: claimed already
+        found(1, 1, B, 0.65),  # again; the object is already claimed
         found(2, 7, NOWHERE, 0.6),
-        found(2, 1, C, 0.4),  # right, of low score
+        found(2, 1, C, 0.4),  # right, with a low score
     ]
     analysis = analyze_errors(annotations, results)
     assert confusion_matrix(analysis).tolist() == [[1, 0, 1], [1, 0, 1], [1, 2, 0]]

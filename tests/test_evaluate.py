@@ -1,4 +1,4 @@
-"""COCO evaluation: cases with an AP known by hand, pycocotools run directly, and what pycocotools does not guard."""
+"""COCO evaluation: AP computed by hand, AP of pycocotools itself, and input that pycocotools does not check."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def rectangle(x, y, w, h):
 
 
 def make_annotations(*boxes, images=2, categories=(1, 7)):
-    """Annotations from `(image_id, category_id, box, options)`."""
+    """Annotations from tuples `(image_id, category_id, box, options)`."""
     return {
         "images": [{"id": i, "width": SIZE, "height": SIZE} for i in range(1, images + 1)],
         "categories": [{"id": c, "name": f"class {c}"} for c in categories],
@@ -103,7 +103,7 @@ def test_known_by_hand(case, iou_type, capsys):
 
 
 def random_case(seed):
-    """Objects of three sizes and crowds on twelve images; detections near them and elsewhere."""
+    """Objects of three sizes and crowds in twelve images, with detections near them."""
     rng = np.random.default_rng(seed)
     boxes, results = [], []
     for image in range(1, 13):
@@ -119,14 +119,14 @@ def random_case(seed):
 
 
 def run_pycocotools(annotations, results, iou_type):
-    """pycocotools as its documentation has it, and AP and AP50 of every class from its arrays."""
+    """Runs pycocotools as documented. Returns its statistics, and AP and AP50 per class from its arrays."""
     truth = COCO()
     truth.dataset = copy.deepcopy(annotations)
     truth.createIndex()
     results = copy.deepcopy(results)
     if iou_type == "segm":
         for result in results:
-            del result["bbox"]  # otherwise its area would be the box's
+            del result["bbox"]  # otherwise the area of the box would be used
     evaluation = COCOeval(truth, truth.loadRes(results), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
@@ -169,7 +169,7 @@ def test_annotation_id_0_counts():
     for i, annotation in enumerate(annotations["annotations"]):
         annotation["id"] = i
     results = BY_HAND["perfect"][1]
-    assert run_pycocotools(annotations, results, "bbox")[0][0] < 0.9  # what is guarded against
+    assert run_pycocotools(annotations, results, "bbox")[0][0] < 0.9  # pycocotools treats annotation id 0 as unmatched
     assert evaluate_coco(annotations, results).numbers["AP"] == pytest.approx(1)
 
 
@@ -202,7 +202,7 @@ def test_missing_crowd_flag_and_area_are_filled_in(iou_type):
 
 
 def test_area_of_a_detected_mask_is_the_masks():
-    """Unmatched detections outside an area range are no false positives in it."""
+    """Unmatched detections whose area is outside a range are not false positives in that range."""
     line = found(1, 1, (100, 100, 3, 100), 0.9) | {"bbox": [0, 0, 150, 150]}
     results = [line, found(1, 1, A, 0.8)]
     metrics = evaluate_coco(make_annotations((1, 1, A)), results, iou_type="segm")
@@ -279,7 +279,7 @@ def test_uncompressed_run_lengths_of_a_crowd():
     assert metrics.numbers["AP"] == pytest.approx(1)
 
 
-# From a detector's output to results.
+# Converting a detector's output to results.
 
 CANVAS = (64, 96)
 
@@ -321,7 +321,7 @@ def test_results_of_a_batch():
     assert len(results) == len(rows) > 4
     for result, (i, row) in zip(results, rows, strict=True):
         x0, y0, x1, y1 = detections.boxes[i, row]
-        assert result["image_id"] == IDS["image_ids"][1 - i]  # they are the dataset's images in reverse
+        assert result["image_id"] == IDS["image_ids"][1 - i]  # the batch has the dataset's images in reverse order
         assert result["category_id"] == IDS["category_ids"][detections.labels[i, row]]
         assert result["score"] == pytest.approx(detections.scores[i, row])
         np.testing.assert_allclose(result["bbox"], [x0, y0, x1 - x0, y1 - y0], rtol=1e-5, atol=1e-5)
@@ -341,7 +341,7 @@ def test_padding_gives_nothing():
     assert to_coco_results(detections, images, **IDS) == all_results[: detections.valid[0].sum()]
     nothing = replace(detections, valid=np.zeros_like(detections.valid))
     assert to_coco_results(nothing, images, **IDS) == []
-    # Rows that are not valid may hold anything.
+    # Invalid rows may hold anything.
     boxes = np.where(detections.valid[..., None], detections.boxes, np.nan).astype(np.float32)
     labels = np.where(detections.valid, detections.labels, -1).astype(np.int32)
     assert to_coco_results(replace(detections, boxes=boxes, labels=labels), images, **IDS)
@@ -359,7 +359,7 @@ def test_many_masks_are_pasted_in_chunks():
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_originals_that_were_shrunk(masks):
-    """Boxes and masks are those of the original: as if it had been detected there."""
+    """Boxes and masks are in the frame of the original image, as if it had not been shrunk."""
     detections = make_detections(masks=masks)
     shrunk = make_images([(60, 90), (50, 70)], originals=[(60, 90), (100, 280)])
     scale = np.array([[1, 1, 1, 1], [4, 2, 4, 2]], np.float32)
@@ -380,7 +380,7 @@ def test_detections_of_the_truth_itself_are_perfect():
     annotations["images"][0] |= {"height": 60, "width": 90}
     results = to_coco_results(detections, make_images([(60, 90)]), image_ids=[1], category_ids=[1, 7])
     assert evaluate_coco(annotations, results).numbers["AP"] == pytest.approx(1)
-    # The pasted masks reach a pixel further, as torchvision's do.
+    # Pasted masks extend one pixel further, as in torchvision.
     assert evaluate_coco(annotations, results, iou_type="segm").numbers["AP75"] == pytest.approx(1)
 
 

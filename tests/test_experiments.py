@@ -175,7 +175,7 @@ def test_a_detector_of_other_classes_gives_all_but_its_predictors(tmp_path, monk
     source, model = parts.build(90, key=jr.key(0)), parts.build(3, key=jr.key(1))
     weights.save_safetensors(source, tmp_path / "source.safetensors")
     loaded, notes = zoo.initialize(model, parts, tmp_path / "source.safetensors")
-    assert "knows 90 classes and this model 3" in notes[0] and len(notes) == 1
+    assert "has 90 classes and this model 3" in notes[0] and len(notes) == 1
     theirs, before, after = map(weights.to_torchvision, (source, model, loaded))
     for key, array in after.items():
         expected = before if key.startswith("roi_heads.box_predictor.") else theirs

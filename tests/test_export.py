@@ -1,4 +1,4 @@
-"""Detectors as files: what is in them gives the model's own detections, and what does not is refused by name."""
+"""Exported detectors give the detections of the model; files that differ are rejected by an error that names why."""
 # pyright: reportMissingImports=false
 
 import ast
@@ -34,7 +34,7 @@ NAMES = ["cat", "dog", "owl"]
 
 
 def with_statistics(model, key):
-    """Frozen norms as if they had been measured, so that they are not the identity."""
+    """Replaces the statistics of frozen norms by random ones, so that the norms are not the identity."""
 
     def norms(model):
         return [n for n in jax.tree.leaves(model, is_leaf=is_norm) if is_norm(n)]
@@ -47,8 +47,8 @@ def with_statistics(model, key):
         values = [jr.uniform(k, norm.weight.shape, minval=0.5, maxval=1.5) for k in keys]
         return eqx.tree_at(lambda n: (n.weight, n.bias, n.running_mean, n.running_var), norm, values)
 
-    found = norms(model)
-    return eqx.tree_at(norms, model, [measured(n, k) for n, k in zip(found, jr.split(key, len(found)), strict=True)])
+    frozen = norms(model)
+    return eqx.tree_at(norms, model, [measured(n, k) for n, k in zip(frozen, jr.split(key, len(frozen)), strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def box_detector(model):
-    """The same without masks."""
+    """The same detector without masks."""
     return models.FasterRCNN(model.backbone, model.rpn, model.box_head, preprocessing=PREPROCESSING)
 
 
 def dense(name):
-    """A tiny detector of one stage that finds something in noise."""
+    """A tiny one-stage detector that detects something in noise."""
     keys = jr.split(jr.key(0), 5)
     top = nn.ConvolvedTop(64, 16, key=keys[0])
     backbone = nn.ResNetFPN(nn.resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
@@ -80,7 +80,7 @@ def dense(name):
     model = replace(model, preprocessing=PREPROCESSING)
     logits = model.class_logits
     assert logits.bias is not None
-    # Scores from nearly 0 to nearly 1, where the usual initialisation has them all at a hundredth.
+    # Scores range from nearly 0 to nearly 1. With the usual initialisation they would all be about 0.01.
     wide = 40 * logits.weight, jnp.linspace(-1.0, 0.5, logits.bias.size)
     model = eqx.tree_at(lambda m: (m.class_logits.weight, m.class_logits.bias), model, wide)
     return with_statistics(model, keys[4])
@@ -88,7 +88,7 @@ def dense(name):
 
 @pytest.fixture(scope="module")
 def images():
-    """Noise with structure, of two sizes."""
+    """Blocky noise, in images of two sizes."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (6, 8, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
     return [blocks, blocks[:40, 10:61].copy()]
@@ -105,8 +105,8 @@ def test_sizes_are_looked_up_as_they_are_computed(model):
     rule = _program.resize_rule(replace(model, preprocessing=preprocessing), shape)
     rng = np.random.default_rng(0)
     sizes = np.concatenate([rng.integers(1, [401, 521], (300, 2)), [[334, 500], [1, 1], [400, 520], [1, 520]]])
-    found = jax.vmap(rule)(jnp.asarray(sizes, jnp.int32)).tolist()
-    for (height, width), size in zip(sizes.tolist(), found, strict=True):
+    resized = jax.vmap(rule)(jnp.asarray(sizes, jnp.int32)).tolist()
+    for (height, width), size in zip(sizes.tolist(), resized, strict=True):
         assert tuple(size) == ops.resized_size((height, width), min_size=80, max_size=133, canvas=(96, 128))
 
 
@@ -129,7 +129,7 @@ def test_folded_norms_change_nothing(model):
 
 
 def lines_of(command, folder):
-    """What a command prints, in an environment without the settings of the tests."""
+    """The lines that a command prints, run without the environment variables of the tests."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=folder)
     return output.stdout.splitlines()
@@ -155,17 +155,17 @@ def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, m
         command = [sys.executable, str(RUN), str(file), *map(str, paths)]
         return [json.loads(line) for line in lines_of(command, tmp_path)]
 
-    found = run()
-    for i, line in enumerate(found):
+    lines = run()
+    for i, line in enumerate(lines):
         valid = np.asarray(expected.valid[i])
         assert valid.sum() > 3
         np.testing.assert_allclose(line["boxes"], expected.boxes[i][valid], rtol=1e-6, atol=1e-4)
         np.testing.assert_allclose(line["scores"], expected.scores[i][valid], rtol=1e-6, atol=1e-6)
         assert line["labels"] == [NAMES[label] for label in expected.labels[i][valid]]
 
-    # The second process finds the compiled program, and adds none.
+    # The second process loads the compiled program and adds none.
     compiled = sorted(path.name for path in Path(f"{file}.compiled").iterdir())
-    assert run() == found
+    assert run() == lines
     assert compiled and sorted(path.name for path in Path(f"{file}.compiled").iterdir()) == compiled
 
 
@@ -208,7 +208,7 @@ def test_classes_need_names(model, tmp_path):
 
 
 class Cells(eqx.Module):
-    """The least that is a backbone: the means of 8×8 pixels."""
+    """A minimal backbone: the means of 8×8 pixels."""
 
     weight: jax.Array
     channels, strides, stages, divisor = 1, (8,), (), 8
@@ -220,14 +220,14 @@ class Cells(eqx.Module):
 
 @dataclass(frozen=True)
 class Few:
-    """The least that is a selection."""
+    """A minimal selection."""
 
     score_threshold: float = 0.05
     max_detections: int = 5
 
 
 class Brightest(models.AbstractDetector):
-    """A detector of one's own: a box around each of the brightest cells of an image of one channel."""
+    """A custom detector: a box around each of the brightest cells of a one-channel image."""
 
     backbone: nn.Backbone
     preprocessing: models.Preprocessing = eqx.field(
@@ -252,7 +252,7 @@ class Brightest(models.AbstractDetector):
 
 
 def test_a_detector_of_ones_own_in_stablehlo(tmp_path):
-    """It needs to trace, no more; here it takes images of one channel, and sides of multiples of 8."""
+    """A custom detector only has to be traceable. This one takes one-channel images and sides in multiples of 8."""
     shape = export.Shape(1, (48, 64), (64, 104), channels=1)
     model, file = Brightest(Cells(jnp.ones(()))), tmp_path / "own.npz"
     export.save_stablehlo(model, file, shapes=[shape], class_names=NAMES)
@@ -324,7 +324,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def needs(extra):
-    """Skips the test where what the extra brings is not installed."""
+    """Skips the test if a package of the extra is not installed."""
     if any(find_spec(module) is None for module in _extras.EXTRAS[extra]):
         pytest.skip(f"needs the extra {extra}")
 
@@ -343,10 +343,10 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
 
     session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     padded, sizes = export.pad_images(images, SHAPE)
-    found = session.run(None, {"images": padded, "image_sizes": sizes})
-    for one, wanted in zip(found, jax.tree.leaves(expected), strict=True):
-        assert one.dtype == wanted.dtype
-        np.testing.assert_allclose(one, wanted, atol=1e-3)
+    outputs = session.run(None, {"images": padded, "image_sizes": sizes})
+    for output, wanted in zip(outputs, jax.tree.leaves(expected), strict=True):
+        assert output.dtype == wanted.dtype
+        np.testing.assert_allclose(output, wanted, atol=1e-3)
     assert {node.name for node in session.get_outputs()} == {"boxes", "scores", "labels", "valid", "masks"}
     proto, about = export.read_onnx(onnx_file)
     assert (about["class_names"], about["shape"]) == (NAMES, SHAPE)
@@ -358,7 +358,7 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
 
 @pytest.mark.timeout(600)
 def test_proposals_of_low_scores_keep_their_ranks_in_onnx(caplog):
-    """A detector that was trained has most of its proposals at logits far below 0, where scores differ by 1e-8."""
+    """Most proposals of a trained detector have logits far below 0, where scores differ by 1e-8."""
     needs("onnx")
     import onnxruntime
 
@@ -389,7 +389,7 @@ def test_proposals_of_low_scores_keep_their_ranks_in_onnx(caplog):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_batch_of_four_in_onnx_with_nothing_in_one(tmp_path):
-    """ResNet-18 of full width, masks, four images of four sizes; a threshold that nothing in one of them reaches."""
+    """A full-width ResNet-18 with masks, and four images of different sizes, one with no score above the threshold."""
     needs("onnx")
     import onnxruntime
 
@@ -408,7 +408,7 @@ def test_a_batch_of_four_in_onnx_with_nothing_in_one(tmp_path):
     padded, sizes = export.pad_images(images, shape)
     best = np.asarray(jax.jit(export.detection_program(model, shape))(padded, sizes).scores)
     nothing, least = np.sort(best[:, 0])[:2]
-    assert least - nothing > 1e-3  # far more than runtimes differ by
+    assert least - nothing > 1e-3  # far more than the runtimes differ
     selection = models.selected(model, score_threshold=float(nothing + least) / 2)
 
     path = tmp_path / "detector.onnx"
@@ -424,7 +424,7 @@ def test_a_batch_of_four_in_onnx_with_nothing_in_one(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_what_int8_costs_a_detector_that_was_trained(tmp_path):
-    """The comparison that fills BENCHMARKS.md, shorter and on generated shapes."""
+    """A shorter version of the comparison behind BENCHMARKS.md, on generated shapes."""
     needs("onnx")
     annotations, _ = data.write_shapes_dataset(tmp_path, num_images=240, image_size=(160, 224))
     content = json.loads(annotations.read_text())
@@ -436,7 +436,7 @@ def test_what_int8_costs_a_detector_that_was_trained(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content | part))
     compare_exports.main(compare_exports.Options(tmp_path, tmp_path / "exports", steps=120))
     rows = json.loads((tmp_path / "exports" / "exports.json").read_text())
-    assert rows["jax"]["AP"] > 0.2  # else there is nothing to lose
+    assert rows["jax"]["AP"] > 0.2  # otherwise int8 would have nothing to lose
     assert abs(rows["onnx"]["AP"] - rows["jax"]["AP"]) < 1e-3
     assert rows["onnx int8"]["AP"] > rows["onnx"]["AP"] - 0.01
     assert rows["onnx int8"]["MB"] < 0.3 * rows["onnx"]["MB"]
@@ -460,7 +460,7 @@ def test_int8_keeps_predictors_in_float(onnx_file, images, tmp_path, capfd, capl
 
     path = tmp_path / "int8.onnx"
     export.quantize_onnx(onnx_file, path, images=images)
-    assert not caplog.records and capfd.readouterr() == ("", "")  # the libraries' advice is not for the user
+    assert not caplog.records and capfd.readouterr() == ("", "")  # users do not see advice of the libraries
     proto, about = export.read_onnx(path)
     assert about["class_names"] == NAMES
     types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
@@ -486,17 +486,17 @@ def test_dense_detectors_in_stablehlo(name, images, tmp_path):
     assert models.DenseSelection(**about["selection"]) == model.selection
     program = jax.export.deserialize(bytearray(file[f"programs/{SHAPE.name}"].tobytes()))
     padded, sizes = export.pad_images(images, SHAPE)
-    found = program.call([file[f"weights/{i}"] for i in range(about["num_weights"])], padded, sizes)
+    outputs = program.call([file[f"weights/{i}"] for i in range(about["num_weights"])], padded, sizes)
     expected = jax.jit(export.detection_program(model, SHAPE))(padded, sizes)
     assert expected.valid.any(axis=1).all() and expected.masks is None
-    for one, wanted in zip(found, jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-4)
+    for output, wanted in zip(outputs, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_detectors_in_onnx(name, images, tmp_path):
-    """In floats, compared by `save_onnx` itself, and in integers, the last layers of the heads apart."""
+    """`save_onnx` compares the float file itself. The int8 file keeps the last layers of the heads in float."""
     needs("onnx")
     from onnx import TensorProto
 
@@ -559,11 +559,11 @@ def test_host_nms_keeps_what_nms_keeps():
     labels, valid = rng.integers(0, 3, 300).astype(np.int32), rng.random(300) < 0.8
     for threshold, most in ((0.3, 300), (0.5, 20), (0.0, 300), (1.0, 300)):
         options = {"iou_threshold": threshold, "max_outputs": most}
-        indices, kept = ops.nms_indices(
+        indices, selected = ops.nms_indices(
             *map(jnp.asarray, (boxes, scores, valid)), labels=jnp.asarray(labels), **options
         )
         found = export.host_nms(boxes, scores, labels, valid, **options)
-        assert found.tolist() == indices[kept].tolist()
+        assert found.tolist() == indices[selected].tolist()
     assert export.host_nms(boxes, scores, labels, valid & False, iou_threshold=0.5, max_outputs=3).tolist() == []
 
 
@@ -573,7 +573,7 @@ def test_tflite_is_integer_throughout(box_detector, images, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
     detector, shape = box_detector, export.Shape(1, SHAPE.source, SHAPE.canvas)
-    # Nothing is cut by rank or suppressed: which of two near-equal boxes stays is not a matter of precision.
+    # Nothing is cut by rank or suppressed, because precision does not decide which of two near-equal boxes stays.
     everything = {"pre_nms_top_n": 2000, "post_nms_top_n": 2000, "rpn_nms_threshold": 1.0, "nms_threshold": 1.0}
     selection = replace(SELECTION, max_detections=100, **everything)
     export.save_tflite(detector, tmp_path, shape=shape, images=images, class_names=NAMES, selection=selection)
@@ -592,7 +592,7 @@ def test_tflite_is_integer_throughout(box_detector, images, tmp_path):
         wanted = jax.tree.map(lambda x: x[0], program(*export.pad_images([image], shape)))
         found = run(image)
         assert run.operators() == operators
-        # Integers move boxes a little. The surest detections are found all the same.
+        # Integer arithmetic moves boxes a little, but the detections with the highest scores are still found.
         iou = ops.pairwise_iou(wanted.boxes[:20], found.boxes[found.valid])
         assert float(iou.max(axis=1).min()) > 0.95
         nearest = iou.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Names in any script, with and without fonts that have its characters: no two names are drawn alike."""
+"""Class names in any script, with and without fonts for it: no two names look the same."""
 
 import shutil
 import sys
@@ -37,7 +37,7 @@ def forget():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of the installed fonts, of which there are none, nor fontconfig."""
+    """The folder of installed fonts, which is empty. There is no fontconfig either."""
     for name in ("PATH", "XDG_DATA_DIRS", "XDG_DATA_HOME", "HOME", "WINDIR", "LOCALAPPDATA"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dejavu():
-    """A font of Latin, Greek, Cyrillic and Arabic; matplotlib brings it along."""
+    """A font for Latin, Greek, Cyrillic and Arabic that ships with matplotlib."""
     matplotlib = pytest.importorskip("matplotlib")
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
@@ -72,7 +72,7 @@ def test_a_missing_character_is_escaped(kind, folder):
 
 
 def test_one_warning_for_all_names(folder):
-    """Also of classes that the picture lacks: the next picture says nothing else."""
+    """The warning covers classes that are not in the picture, so that later pictures do not warn again."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for label in (0, 1, 2):
@@ -83,7 +83,7 @@ def test_one_warning_for_all_names(folder):
 
 @pytest.mark.parametrize("kind", DRAW)
 def test_the_font_asked_for_has_the_characters(kind, folder, dejavu):
-    """No warning, and not the escape; in Pillow's own font the name would be boxes."""
+    """There is no warning and no escape. Pillow's own font would draw boxes for the name."""
     known, other = (np.asarray(DRAW[kind](class_names=[name], font=dejavu)) for name in ("кот", "пёс"))
     assert (known != other).any()
     assert (known != np.asarray(DRAW[kind](class_names=[r"\u043a\u043e\u0442"], font=dejavu))).any()
@@ -95,7 +95,7 @@ def test_an_installed_font_is_found_without_an_option(folder, dejavu):
     asked = np.asarray(DRAW["targets"](class_names=["кот"], font=dejavu, font_size=16))
     shutil.copy(dejavu, folder / "DejaVuSans.ttf")
     found = np.asarray(DRAW["targets"](class_names=["кот"], font_size=16))
-    np.testing.assert_array_equal(found[60:], asked[60:])  # the box; labels differ in height alone
+    np.testing.assert_array_equal(found[60:], asked[60:])  # the box; only the heights of the labels differ
     assert (found[:58] != np.asarray(DRAW["targets"](class_names=["кит"], font_size=16))[:58]).any()
     with pytest.warns(UserWarning, match="the characters 猫:"):
         DRAW["targets"](class_names=["кот 猫"])
@@ -103,7 +103,7 @@ def test_an_installed_font_is_found_without_an_option(folder, dejavu):
 
 @pytest.mark.parametrize("name", ["кот", "猫狗", "cat"])
 def test_whatever_is_installed(name):
-    """As on this machine: with fonts of the script or without, one name differs from another."""
+    """With the fonts of this machine, whether or not they cover the script, two names look different."""
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ PLOTS = {
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_plots_of_names_in_any_script(plot, folder, dejavu):
-    """matplotlib would warn of each sign as it draws: here one warning comes beforehand, and names are escaped."""
+    """One warning precedes drawing and names are escaped, where matplotlib would warn for each character."""
     plt = pytest.importorskip("matplotlib.pyplot")
     with pytest.warns(UserWarning, match="the characters 猫 鱼:") as caught:
         ax = PLOTS[plot](["猫", "鱼", "кот", "CA$ in US$", "a\nb"])

@@ -1,4 +1,4 @@
-"""Files that other tools write: what is refused, what is repaired, and what is reported."""
+"""Files from other tools: what is rejected, what is repaired, and what is reported."""
 
 import json
 import math
@@ -18,7 +18,7 @@ FORMATS = get_args(BoxFormat)
 
 
 def written_as(box_format, bbox, image):
-    """A box of COCO's format in another one."""
+    """Converts a box from COCO's format to another one."""
     x, y, width, height = bbox
     if box_format.startswith("normalized_"):
         x, y, width, height = x / image["width"], y / image["height"], width / image["width"], height / image["height"]
@@ -30,7 +30,7 @@ def written_as(box_format, bbox, image):
 
 
 def rewrite(annotations, box_format, target):
-    """Writes the annotations to `target` with boxes (and polygons, if they are fractions) in a format."""
+    """Writes the annotations to `target` with boxes in another format (and polygons, if it is a normalised one)."""
     content = json.loads(annotations.read_text())
     images = {image["id"]: image for image in content["images"]}
     for annotation in content["annotations"]:
@@ -47,13 +47,13 @@ def rewrite(annotations, box_format, target):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Some fifty shapes on images of 160×128 pixels."""
+    """About fifty shapes in images 160 pixels wide and 128 high."""
     folder = tmp_path_factory.mktemp("shapes")
     return write_shapes_dataset(folder, num_images=12, seed=0, image_size=(128, 160))
 
 
 def check_formats(annotations, images, folder, *, boxes_of):
-    """Every format is read by its own name, and refused by the others' with its name in the message."""
+    """Each format is read under its own name. Under another, the error message names the right one."""
     expected = load_coco(annotations, images, check_images=False)
     for box_format in FORMATS:
         file = rewrite(annotations, box_format, folder / "other.json")
@@ -113,12 +113,12 @@ def test_the_message_says_what_it_looks_like(shapes, tmp_path):
     with pytest.raises(DatasetError) as caught:
         load_coco(file, shapes[1])
     text = str(caught.value)
-    assert 'no sound "bbox" as [x, y, width, height] in pixels' in text and "[x0, y0, x1, y1] in pixels" in text
+    assert 'not a valid "bbox" as [x, y, width, height] in pixels' in text and "[x0, y0, x1, y1] in pixels" in text
     assert 'Pass box_format="xyxy" (--box-format on the command line), or convert them.' in text
 
 
 def _one_image(folder, boxes, **image):
-    """A dataset of an image of 100×80 pixels and these boxes."""
+    """A dataset of one image, 100 pixels wide and 80 high, with these boxes."""
     (folder / "images").mkdir(exist_ok=True)
     Image.new("RGB", (100, 80)).save(folder / "images" / "a.png")
     content = {
@@ -138,7 +138,7 @@ def _load(folder, content=None, **options):
 
 @pytest.mark.parametrize("boxes", [[[60, 50, 90, 70]], [[60, 50, 90, 70], [50, 40, 70, 60]], [[0.2, 0.1, 0.5, 0.5]]])
 def test_few_boxes_are_no_ground_for_a_guess(tmp_path, boxes):
-    """They may be slips of the hand: they are clipped, and counted."""
+    """A few such boxes may be annotation mistakes: they are clipped and counted."""
     _one_image(tmp_path, boxes)
     counts = _load(tmp_path).report.counts
     assert counts in ({"box partly outside": len(boxes)}, {"box below a pixel": 1})
@@ -146,7 +146,7 @@ def test_few_boxes_are_no_ground_for_a_guess(tmp_path, boxes):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_sloppy_boxes_are_no_other_format(tmp_path, seed):
-    """Boxes that were not cut off at the borders, of any size, in any number: repaired, whatever part of them it is."""
+    """Any number of boxes of any size that cross the border are repaired, whatever their share of the boxes."""
     rng = np.random.default_rng(seed)
     number, scale = int(rng.choice([3, 10, 30, 300])), rng.uniform(2, 60)
     sides = rng.uniform(0.2 * scale, scale, (number, 2))
@@ -178,7 +178,7 @@ def test_annotation_ids_from_0_are_renumbered(tmp_path):
     assert dataset.objects(0).annotation_ids == (3, 1, 2)
     assert dataset.report.counts == {"annotation id 0": 1}
     (repair,) = dataset.report.repairs
-    assert (repair.annotation_id, repair.remedy) == (0, "Renumbered 3.")
+    assert (repair.annotation_id, repair.remedy) == (0, "Renumbered to 3.")
     content["annotations"][2]["id"] = 0
     with pytest.raises(DatasetError, match="duplicate annotation id"):
         _load(tmp_path, content)

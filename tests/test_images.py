@@ -1,4 +1,4 @@
-"""Reading images: every mode and orientation, and what is said of files that are no use."""
+"""Reading images: every mode and orientation, and the errors for unusable files."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +94,7 @@ def test_cmyk_jpeg(tmp_path):
     assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - smooth).max() <= 6
 
 
-# What a viewer shows for each orientation of the stored pixels.
+# The stored pixels as a viewer shows them, for each EXIF orientation.
 ORIENTED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
@@ -187,7 +187,7 @@ def _fractions(path):
 
 
 def _flipped_png(path):
-    """A byte of the pixels, which still unpack; the chunk's checksum tells."""
+    """Flips a bit of the pixels. They still decompress; only the checksum of the chunk shows the damage."""
     Image.fromarray(_pixels(64, 64)).save(path, "PNG", compress_level=0)
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
@@ -217,7 +217,7 @@ def test_unusable_files_are_named(tmp_path, make, message):
 
 
 def _gigantic(path, height=13_400, width=13_400):
-    """An honest image of more pixels than Pillow reads unasked."""
+    """A valid image with more pixels than Pillow reads by default."""
     Image.new("1", (width, height)).save(path, "PNG")
 
 
@@ -255,8 +255,8 @@ def test_threads_read_large_images_beside_small_ones(tmp_path, monkeypatch):
     for i, (height, width) in enumerate(sizes):
         Image.new("L", (width, height), i).save(tmp_path / f"{i}.png")
     with ThreadPoolExecutor(8) as executor:
-        found = executor.map(lambda i: read_image(tmp_path / f"{i % 4}.png", size=sizes[i % 4]), range(200))
-        assert all(image.shape[:2] == sizes[i % 4] and (image == i % 4).all() for i, image in enumerate(found))
+        images = executor.map(lambda i: read_image(tmp_path / f"{i % 4}.png", size=sizes[i % 4]), range(200))
+        assert all(image.shape[:2] == sizes[i % 4] and (image == i % 4).all() for i, image in enumerate(images))
     assert Image.MAX_IMAGE_PIXELS == 100
 
 

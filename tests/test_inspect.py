@@ -1,4 +1,4 @@
-"""Looking at a dataset: anchors against every anchor of the grids, canvases by hand, mistakes that were planted."""
+"""Inspecting a dataset: best anchors compared with whole grids, padding by hand, and planted mistakes."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def scripts(monkeypatch):
 
 
 def write_dataset(folder, objects, *, sizes=((100, 200),), categories=("cat", "dog")):
-    """A dataset with the given `(image, category, box as corners, options)`; images and ids count from 1."""
+    """Writes a dataset of objects `(image, category, box as corners, options)`. Images and ids count from 1."""
     (folder / "images").mkdir(parents=True)
     for i, (height, width) in enumerate(sizes, start=1):
         Image.new("RGB", (width, height), (90, 120, 60)).save(folder / "images" / f"{i}.png")
@@ -61,7 +61,7 @@ def test_best_anchors_are_those_of_the_whole_grids():
     overlaps = ops.pairwise_iou(jnp.asarray(boxes, jnp.float32), jnp.concatenate(grids))
     expected = np.asarray(overlaps.max(axis=1))
     best = report.best_anchor_iou(boxes, sizes=sizes, aspect_ratios=ratios)
-    # A grid ends before the image's border does, where this one goes on.
+    # The grids end at the image's border; `best_anchor_iou` does not know it, so boxes near it may differ.
     inside = (boxes[:, 0] + boxes[:, 2] < 500) & (boxes[:, 1] + boxes[:, 3] < 380)
     assert inside.sum() > 150
     np.testing.assert_allclose(best[inside], expected[inside], atol=1e-5)
@@ -75,7 +75,7 @@ def test_padding_by_hand():
 
     sizes = [(100, 200), (200, 100), (100, 100)]
     uses = report.bucket_use(sizes, canvases=[(128, 256), (256, 128)], min_size=100, max_size=200)
-    # (100, 100) goes to the first of equals.
+    # (100, 100) goes to the first of two equal canvases.
     assert [(use.canvas, use.images, use.shrunk) for use in uses] == [((128, 256), 2, 0), ((256, 128), 1, 0)]
     assert uses[0].padding == pytest.approx(1 - 30_000 / (2 * 128 * 256))
     assert report.padding_share(uses) == pytest.approx(1 - 50_000 / (3 * 128 * 256))
@@ -89,7 +89,7 @@ def test_proposed_canvases_hold_all_and_waste_less():
     resize = {"min_size": 100, "max_size": 200}
     sizes = [(100, 150)] * 50 + [(150, 100)] * 50 + [(100, 200)]
     assert report.propose_canvases(sizes, count=3, **resize) == [(128, 160), (128, 224), (160, 128)]
-    # The one wide image joins the others of its kind, not the tall ones.
+    # The one (100, 200) image joins the other wide images, not the tall ones.
     assert report.propose_canvases(sizes, count=2, **resize) == [(128, 224), (160, 128)]
     assert report.propose_canvases(sizes, count=1, **resize) == [(160, 224)]
     rng = np.random.default_rng(0)
@@ -100,9 +100,9 @@ def test_proposed_canvases_hold_all_and_waste_less():
         uses = report.bucket_use(sizes, canvases=proposed, **resize)
         assert len(proposed) <= count and sum(use.shrunk for use in uses) == 0
         assert all(side % 32 == 0 for canvas in proposed for side in canvas)
-    given = report.bucket_use(sizes, canvases=[(800, 1344), (1344, 800), (1088, 1088)], **resize)
+    default = report.bucket_use(sizes, canvases=[(800, 1344), (1344, 800), (1088, 1088)], **resize)
     better = report.bucket_use(sizes, canvases=report.propose_canvases(sizes, count=3, **resize), **resize)
-    assert report.padding_share(better) < report.padding_share(given)
+    assert report.padding_share(better) < report.padding_share(default)
 
 
 def rectangle(x0, y0, x1, y1):
@@ -115,20 +115,20 @@ def test_planted_mistakes_are_found(tmp_path):
     mask = np.zeros((100, 200), bool)
     mask[10:12, 10:12] = mask[48:50, 48:50] = True
     objects = [
-        (1, 1, (10, 10, 50, 50), rectangle(10, 10, 50, 50)),  # sound
-        (1, 1, (10, 10, 50, 51), {}),  # the same again
-        (1, 2, (10, 10, 50, 50), {}),  # and as another class
+        (1, 1, (10, 10, 50, 50), rectangle(10, 10, 50, 50)),  # valid
+        (1, 1, (10, 10, 50, 51), {}),  # a duplicate
+        (1, 2, (10, 10, 50, 50), {}),  # a duplicate with another class
         (1, 1, (60, 10, 61, 50), {}),  # one pixel wide
         (1, 1, (70, 10, 75, 90), {}),  # 5 × 80
         (1, 1, (0, 0, 200, 99), {}),
         (1, 1, (100, 10, 140, 50), rectangle(100, 10, 140, 20)),  # a quarter of the box
-        (2, 2, (10, 10, 50, 50), {"segmentation": evaluate.encode_mask(mask)}),  # right bounds, 8 of 1600 pixels
+        (2, 2, (10, 10, 50, 50), {"segmentation": evaluate.encode_mask(mask)}),  # correct bounds, but 8 of 1600 pixels
         (2, 2, (10, 60, 50, 90), rectangle(11, 61, 49, 89)),  # rounded
         (2, 2, (100, 60, 101, 90), {"iscrowd": 1}),
     ]
     dataset = data.load_coco(*write_dataset(tmp_path, objects, sizes=((100, 200), (100, 200))))
-    found = {(one.kind, one.image, one.row) for one in report.find_suspicions(dataset)}
-    assert found == {
+    suspicions = {(one.kind, one.image, one.row) for one in report.find_suspicions(dataset)}
+    assert suspicions == {
         ("same object twice", 0, 1),
         ("same box, two classes", 0, 2),
         ("tiny box", 0, 3),
@@ -164,4 +164,4 @@ def test_the_script(tmp_path):
     assert [entry["annotation"] for entry in content["suspicions"]] == [2, 3]
     assert content["suspicions"][0]["objects"][1]["box"] == [10, 10, 50, 50]
     text = run("inspect_dataset.py", "--annotations", annotations, "--images", images, "--anchor-sizes", "8", status=1)
-    assert "wants 5 numbers" in text and "Traceback" not in text
+    assert "needs 5 numbers" in text and "Traceback" not in text

@@ -1,7 +1,7 @@
-"""Runs that are killed, resumed, and end as if nothing had happened.
+"""Runs that are killed and resumed give the same result as an uninterrupted run.
 
-What is compared of two runs is everything but the clock's figures: every stored array of the last and of the best
-checkpoint, what their indexes hold, and the bytes of the metrics and detections.
+Two runs are compared in everything except timings: every array of the last and the best checkpoint, the contents of
+their indexes, and the bytes of the metrics and detections.
 """
 
 import json
@@ -24,11 +24,12 @@ SAME = "resumed to the bits of the uninterrupted run"
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """16 images to train on, one of them damaged, so that three epochs are 24 steps, and 6 to evaluate on."""
+    """16 training images, one of them damaged, so that three epochs are 24 steps, and 6 images for evaluation."""
     folder = tmp_path_factory.mktemp("shapes")
     for name, count in (("train", 16), ("val", 6)):
         data.write_shapes_dataset(folder / name, num_images=count, seed=count, image_size=(64, 64))
-    damaged = folder / "train/images/000005.png"  # of which the end, which is looked at beforehand, is as it should be
+    # Loading the dataset checks only the end of the file, which stays intact.
+    damaged = folder / "train/images/000005.png"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:3000] + bytes(20) + content[3020:])
     return folder
@@ -36,7 +37,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(shapes, tmp_path_factory):
-    """What a run that nothing interrupts leaves."""
+    """The contents of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     output, status = finish(start(shapes, folder))
     assert status == 0 and "000005.png: cannot be read as an image" in output, output
@@ -47,7 +48,7 @@ def whole(shapes, tmp_path_factory):
 
 
 def start(shapes, folder, *options):
-    # One device. Most of such a short run is compiling: all of it is kept for the next.
+    # One device. Compilation dominates such short runs, so every program is cached for the next one.
     environment = {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return tiny_train.start(shapes, folder, *options, **environment)
 
@@ -58,7 +59,7 @@ def finish(process):
 
 
 def finish_both(shapes, folder, *options, signals=((), ())):
-    """Outputs and exit statuses of a run of two processes, each with a signal of its own."""
+    """Outputs and exit statuses of a run of two processes, each with its own signal options."""
     members = tiny_train.members()
     processes = [start(shapes, folder, *options, *member, *own) for member, own in zip(members, signals, strict=True)]
     return tiny_train.finish(*processes)
@@ -69,19 +70,19 @@ def metrics(folder):
 
 
 def contents(folder):
-    """All that two runs are to have in common, as bytes by name."""
-    found = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "evaluation/detections.json")}
+    """Everything that two runs must have in common, as a dictionary of names to bytes."""
+    files = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "evaluation/detections.json")}
     for kind in ("last", "best"):
         for path in sorted((folder / kind).iterdir()):
             store = ts.KvStore.open(f"file://{path}/arrays/|ocdbt:").result()
             arrays = {f"{kind}/{path.name}/{key}": bytes(store[key]) for key in store.list().result()}
-            found |= arrays | {f"{kind}/{path.name}": (path / "index.json").read_bytes()}
-    assert {name.split("/")[0] for name in found} == {"metrics.jsonl", "evaluation", "last", "best"}
-    return found
+            files |= arrays | {f"{kind}/{path.name}": (path / "index.json").read_bytes()}
+    assert {name.split("/")[0] for name in files} == {"metrics.jsonl", "evaluation", "last", "best"}
+    return files
 
 
 def assert_readable(folder, monkeypatch):
-    """Whatever is there can be used: checkpoints by the scripts that detect, logs as JSON."""
+    """Checks that existing files are usable: a predictor loads the checkpoint, and the logs are valid JSON."""
     tiny_train.shrink(monkeypatch)
     if any(train.latest_checkpoint(folder / kind) for kind in ("last", "best")):
         detector = zoo.Predictor.from_checkpoint(folder)
@@ -95,7 +96,7 @@ def assert_readable(folder, monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
-    """Twice killed during a save, twice asked to stop, while training and during an evaluation."""
+    """A run is killed twice during a save, and stopped once while training and once during an evaluation."""
     folder = tmp_path / "run"
     output, status = finish(start(shapes, folder, "--die-after", "arrays:2"))
     assert status == -signal.SIGKILL and not (folder / "last/00000006").exists(), output
@@ -120,7 +121,7 @@ def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_two_processes_stop_together(shapes, tmp_path, tally):
-    """Whichever of them is asked to: the other does not know, and neither can take or save a step alone."""
+    """A signal to either process stops both: neither can take or save a step on its own."""
     outputs, statuses = finish_both(shapes, tmp_path / "whole")
     assert statuses == [0, 0], outputs
     folder, done, resume = tmp_path / "run", 0, ()
@@ -145,7 +146,7 @@ def test_two_processes_stop_together(shapes, tmp_path, tally):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
-    """At any moment of a run's life, at any of its training, and while a checkpoint is being written, in turn."""
+    """Kills runs at random moments of the whole run, of training, or of writing a checkpoint."""
     rng, kills, survived, runs = random.Random(0), Counter(), Counter(), 0
     while kills.total() < KILLS:
         folder, options, here = tmp_path / str(runs), [], Counter()
@@ -173,10 +174,10 @@ def test_killed_at_random(shapes, whole, tmp_path, monkeypatch, tally):
 
 
 def progress(folder):
-    """What a run has left so far."""
+    """The files that a run has written so far, with their modification times."""
     try:
         return sorted((path.name, path.stat().st_mtime) for path in folder.glob("*/*"))
-    except FileNotFoundError:  # one of them has got its final name meanwhile
+    except FileNotFoundError:  # a file was renamed in the meantime
         return progress(folder)
 
 

@@ -1,4 +1,4 @@
-"""A label outside of the model's classes is an error that names it and its image, never a loss of NaN in silence."""
+"""A label outside the model's classes raises an error that names label and image, rather than a silent NaN loss."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def _step_of(model, mesh=None):
     state = train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0))
 
     def loss(model, example, *, key):
-        raise AssertionError("nothing is to be compiled")
+        raise AssertionError("nothing should be compiled")
 
     return state, train.make_train_step(loss, optimizer, trainable=trainable, mesh=mesh)
 
@@ -84,7 +84,7 @@ def test_losses_refuse_them():
 
 @pytest.mark.parametrize("label", [-2, -1, 3, 100])
 def test_a_compiled_loss_takes_them_for_no_other_class(label):
-    """Not for background, and not for the last class counted from behind."""
+    """An invalid label counts neither as background nor as a class indexed from the end."""
     boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     sampled = models.SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
     logits, deltas = jnp.zeros((1, 4)), jnp.zeros((1, 4, 4))

@@ -1,4 +1,4 @@
-"""What each limit cuts from a dataset, said before anything is trained."""
+"""What each limit removes from a dataset, reported before training starts."""
 
 import json
 
@@ -12,7 +12,7 @@ from . import tiny_train
 
 
 def _load(folder, sizes, boxes):
-    """A dataset of blank images of these `(height, width)`, and the boxes of each."""
+    """A dataset of blank images of the given `(height, width)`, each with its boxes."""
     (folder / "images").mkdir()
     images, annotations = [], []
     for id, (height, width) in enumerate(sizes, 1):
@@ -26,7 +26,7 @@ def _load(folder, sizes, boxes):
 
 
 def test_objects_beyond_the_capacity_are_counted(tmp_path):
-    crowded = [[x, y, 4, 4] for x in range(0, 200, 5) for y in range(0, 125, 5)]  # 1,000 of them
+    crowded = [[x, y, 4, 4] for x in range(0, 200, 5) for y in range(0, 125, 5)]  # 1,000 boxes
     dataset = _load(tmp_path, [(128, 256), (128, 256)], [crowded, crowded[:3]])
     sizes = {"min_size": 128, "max_size": 256}
     buckets = make_buckets(dataset.sizes, canvases=[(128, 256)], **sizes)
@@ -35,12 +35,12 @@ def test_objects_beyond_the_capacity_are_counted(tmp_path):
     assert str(limits) == "max_objects=100 leaves out 900 of 1,003 objects, in 1 of 2 images"
     loader = Loader(dataset, batch_size=2, buckets=buckets, max_objects=100, mask_size=None)
     assert loader.batch(0).overflow.sum() == limits.objects_dropped
-    assert str(describe_limits(dataset, buckets=buckets, max_objects=1000, **sizes)) == "no limit cuts anything"
+    assert str(describe_limits(dataset, buckets=buckets, max_objects=1000, **sizes)) == "no limit has an effect"
     assert describe_limits(dataset, buckets=buckets, **sizes).lines == ()
 
 
 def test_the_source_follows_the_largest_canvas(tmp_path):
-    """Images of 2000×3000 on a canvas that holds them are read whole, and one that is far larger is not."""
+    """Images of 2000×3000 are read at full size if the canvas holds them, and shrunk if it is far smaller."""
     dataset = _load(tmp_path, [(2000, 3000), (300, 400)], [[], []])
     canvases, sizes = [(2048, 3072)], {"min_size": 2000, "max_size": 3072}
     buckets = make_buckets(dataset.sizes, canvases=canvases, max_source=source_limit(canvases), **sizes)
@@ -59,11 +59,11 @@ def test_the_source_follows_the_largest_canvas(tmp_path):
 def test_images_that_no_canvas_holds_and_boxes_that_vanish(tmp_path):
     dataset = _load(tmp_path, [(100, 400), (64, 64)], [[[0, 0, 3, 50], [0, 0, 50, 50]], [[0, 0, 2, 2]]])
     sizes = {"min_size": 64, "max_size": 400}
-    buckets = make_buckets(dataset.sizes, canvases=[(64, 96)], **sizes)  # 64×256 is wanted, 24×96 fits
+    buckets = make_buckets(dataset.sizes, canvases=[(64, 96)], **sizes)  # the target size is 64×256, but 24×96 fits
     limits = describe_limits(dataset, buckets=buckets, **sizes)
     assert (limits.shrunk_to_fit, limits.below_a_pixel) == (1, 1)
     assert limits.lines == (
-        "1 of 2 images fit on no canvas at their size and are shrunk more",
+        "1 of 2 images do not fit any canvas at their target size and are shrunk further",
         "1 of 3 objects are less than a pixel wide or high",
     )
 
@@ -78,7 +78,7 @@ def test_what_fits_is_not_counted_as_shrunk(tmp_path, seed):
 
 
 def test_training_says_what_is_cut_before_its_first_step(tmp_path, capsys, monkeypatch):
-    """900 of 1,000 objects of an image, and a picture larger than its source."""
+    """Of an image with 1,000 objects, 900 are cut, and another image is larger than its source."""
     crowded = [[x, y, 4, 4] for x in range(0, 200, 5) for y in range(0, 125, 5)]
     _load(tmp_path, [(128, 256), (300, 200)], [crowded, []])
 
@@ -86,7 +86,7 @@ def test_training_says_what_is_cut_before_its_first_step(tmp_path, capsys, monke
         raise SystemExit("before a model is built")
 
     monkeypatch.setattr(tiny_train.script, "complete", stop)
-    options = tiny_train.script.Options(
+    options = tiny_train.grouped(
         train_annotations=str(tmp_path / "train.json"),
         train_images=str(tmp_path / "images"),
         output=tmp_path / "run",

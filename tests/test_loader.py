@@ -1,4 +1,4 @@
-"""The loader: every image as often as any other, batch k always the same, and no thread left behind."""
+"""The loader uses every image equally often, makes batch k deterministic, and leaves no threads behind."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(folder):
-    """13 images: 9 wide, 4 tall; one without objects, one with a crowd only, one with both kinds."""
+    """13 images, 9 wide and 4 tall: some without objects, one with only a crowd, one with a crowd and other objects."""
     (folder / "images").mkdir()
     content = {"images": [], "annotations": [], "categories": [{"id": 4, "name": "thing"}]}
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def _threads():
 
 
 def test_rows_are_those_of_the_whole_batch(dataset, buckets):
-    """Two processes' parts make up the batch, in any order of rows."""
+    """The rows of two processes together make up the batch, in any order."""
     options = {"batch_size": 4, "buckets": buckets, "max_objects": 3, "mask_size": 14, "seed": 5}
     whole = Loader(dataset, **options)
     parts = [Loader(dataset, rows=rows, **options) for rows in ([0, 2], np.array([3, 1]))]
@@ -147,12 +147,12 @@ def test_every_image_is_used_equally_often(sizes, batch_size, shuffle):
     ends = np.cumsum(sizes).tolist()
     groups = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     order = BatchOrder(groups, batch_size=batch_size, seed=3, shuffle=shuffle)
-    passes = 3 * batch_size  # complete a whole number of batches of every group
+    passes = 3 * batch_size  # a whole number of batches for every group
     batches = [order(k) for k in range(passes * ends[-1] // batch_size)]
     assert all(set(images.tolist()) <= set(groups[group]) and len(images) == batch_size for group, images in batches)
     counts = Counter(image for _, images in batches for image in images.tolist())
     assert counts == dict.fromkeys(range(ends[-1]), passes)
-    # At any moment, too, but for the order of a pass's batches and a batch that reaches into the next pass.
+    # Also at any moment, except for the order of batches within a pass and a batch that spans two passes.
     for stop in range(1, len(batches), 5):
         counts = Counter(image for _, images in batches[:stop] for image in images.tolist())
         for group in groups:
@@ -195,7 +195,7 @@ def test_oversized_images_are_shrunk_with_their_boxes(dataset):
     expected = dataset.objects(4).boxes * np.array([32 / 90, 19 / 56] * 2, np.float32)
     np.testing.assert_allclose(batch.targets.boxes[slot, :4], expected, rtol=1e-6)
     noise = np.asarray(Image.open(dataset.images[4].path), np.float64)
-    assert images.pixels[slot, :19, :32].std() < 0.6 * noise.std()  # averaged, not picked
+    assert images.pixels[slot, :19, :32].std() < 0.6 * noise.std()  # averaged, not subsampled
     assert not images.pixels[slot, 19:].any()
 
 
@@ -249,7 +249,7 @@ def test_damage_found_while_reading_names_the_image(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Nine images, two of which cannot be read, the third of them no image, the seventh cut off."""
+    """Nine images, two of which cannot be read: the third is not an image, and the seventh is truncated."""
     annotations, images = write_shapes_dataset(tmp_path, num_images=9, seed=0)
     dataset = load_coco(annotations, images)
     (images / "000003.png").write_text("no image")
@@ -268,10 +268,10 @@ def test_bad_images_are_left_out_up_to_a_limit(damaged, tally):
         np.testing.assert_array_equal(valid, ~np.isin(batch.images.indices, [2, 6]))
         assert not pixels[~valid].any() and not batch.targets.valid[~valid].any()
         assert pixels[valid].any((1, 2, 3)).all() and batch.targets.valid[valid].any(1).all()
-    assert sum(int((~batch.images.valid).sum()) for batch in batches.values()) == 6  # each of the three passes met both
+    assert sum(int((~batch.images.valid).sum()) for batch in batches.values()) == 6  # each of the three passes has both
     first, second = map(str, loader.bad_images)  # each reported once
     assert {"000003.png" in first, "000007.png" in first} == {"000003.png" in second, "000007.png" in second}
-    # Whatever the number of threads and wherever the reading starts.
+    # The batches do not depend on the number of threads or on the first batch.
     for k, batch in Loader(dataset, max_bad_images=2, num_threads=4, prefetch=4, **options).iterate(4, 9):
         _same(batch, batches[k])
     _same(Loader(dataset, max_bad_images=5, **options).batch(7), batches[7])
@@ -281,13 +281,13 @@ def test_bad_images_are_left_out_up_to_a_limit(damaged, tally):
 
 
 def test_an_error_in_a_thread_names_the_image(dataset, buckets, monkeypatch):
-    """Whatever it is; and it is not the image that is bad, so none is left out."""
+    """Any exception names the image. The image itself is not at fault, so none is left out."""
 
     def fail(segmentation, box, *, size):
         raise ZeroDivisionError("of a new kind")
 
     monkeypatch.setattr(_fill, "mask_in_box", fail)
-    with pytest.raises(DatasetError, match=r"\d\.png: image 1\d\d cannot be made an example of: of a new kind"):
+    with pytest.raises(DatasetError, match=r"\d\.png: image 1\d\d cannot be converted to an example: of a new kind"):
         list(Loader(dataset, batch_size=2, buckets=buckets, max_bad_images=9).iterate(0, 6))
 
 
@@ -317,7 +317,7 @@ MEMORY = """
 )
 @pytest.mark.timeout(900)
 def test_memory_is_flat(tmp_path, count, cached, tally):
-    """Resident memory after a third of the images, and the most it is afterwards."""
+    """Compares resident memory after 30 % of the images with the maximum afterwards."""
     size = (320, 320) if count == 10_000 else (128, 128)
     files = write_shapes_dataset(tmp_path, num_images=50, seed=0, image_size=size, suffix=".jpg")
     command = [
@@ -356,8 +356,8 @@ MISTAKES = [
     ({"prefetch": 0}, "prefetch"),
     ({"seed": -1}, "seed"),
     ({"max_bad_images": -1}, "max_bad_images"),
-    ({"buckets": ()}, "not those of this dataset"),
-    ({"buckets": make_buckets([(5, 5)])}, "not those of this dataset"),
+    ({"buckets": ()}, "do not match this dataset"),
+    ({"buckets": make_buckets([(5, 5)])}, "do not match this dataset"),
 ]
 
 
@@ -390,5 +390,5 @@ def test_coco_without_and_with_masks():
         objects += int(batch.targets.valid.sum() + batch.overflow.sum())
         assert batch.targets.masks is not None
         shares += (batch.targets.masks[batch.targets.valid].mean((1, 2)) / 255).tolist()
-    assert 0.3 < np.median(shares) < 0.9  # how much of its box an object fills
+    assert 0.3 < np.median(shares) < 0.9  # share of the box that an object fills
     assert objects == sum(int((~dataset.objects(i).crowd).sum()) for i in range(len(dataset)))

@@ -35,7 +35,7 @@ def uniform(seed, *shape):
 
 
 def naive_box_losses(a, b, weight=None):
-    """GIoU, DIoU and CIoU loss of two boxes in float64, from the papers' equations; and CIoU's weight, or take it."""
+    """GIoU, DIoU and CIoU loss of two boxes in float64, from the papers' equations, and the weight in CIoU."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a, b
     intersection = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
@@ -65,7 +65,7 @@ def test_box_losses_equal_naive_reference():
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [  # partly overlapping, equal, contained, apart
+    [  # partly overlapping, equal, contained, disjoint
         (ops.giou_loss, [4 / 6, 0, 3 / 4, 8 / 6]),
         (ops.diou_loss, [4 / 6 + 1 / 13, 0, 3 / 4 + 0.5 / 8, 56 / 40]),
         (ops.ciou_loss, [4 / 6 + 1 / 13, 0, 3 / 4 + 0.5 / 8, 56 / 40]),
@@ -92,14 +92,14 @@ def test_box_loss_gradients_equal_finite_differences(loss):
     a, b = random_boxes(0, 10), random_boxes(1, 10)
     gradients = jax.jit(jax.grad(lambda a: loss(a, b).sum()))(a)
     for p, q, gradient in zip(np.asarray(a, np.float64), np.asarray(b, np.float64), gradients, strict=True):
-        weight = naive_box_losses(p, q)[-1]  # a constant in the gradient
+        weight = naive_box_losses(p, q)[-1]  # constant in the gradient
         ahead, behind = ([naive_box_losses(p + s * e, q, weight) for e in np.eye(4)] for s in (1e-6, -1e-6))
         expected = (np.array(ahead) - np.array(behind))[:, BOX_LOSSES.index(loss)] / 2e-6
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
 def test_ciou_gradient_by_hand():
-    # A 4 × 2 box in the centre of a 2 × 2 one: v = 4/π² (atan 2 - atan 1)², IoU 1/2, and the weight stays constant.
+    # Boxes of 4 × 2 and 2 × 2 with the same centre: v = 4/π² (atan 2 - atan 1)², IoU 1/2, and a constant weight.
     a, b = jnp.array([[-1.0, 0.0, 3.0, 2.0]]), jnp.array([[0.0, 0.0, 2.0, 2.0]])
     angle = math.atan(2) - math.atan(1)
     v = 4 / math.pi**2 * angle**2
@@ -107,7 +107,7 @@ def test_ciou_gradient_by_hand():
     penalty = lambda a: (ops.ciou_loss(a, b) - ops.diou_loss(a, b)).sum()  # noqa: E731
     value, difference = jax.jit(jax.value_and_grad(penalty))(a)
     np.testing.assert_allclose(value, weight * v, atol=1e-6)
-    d_angle = (1 / 2) / (1 + 2**2)  # of atan(w / h) by w
+    d_angle = (1 / 2) / (1 + 2**2)  # d/dw atan(w / h)
     np.testing.assert_allclose(difference[0, 2], weight * 8 / math.pi**2 * angle * d_angle, atol=1e-6)
 
 

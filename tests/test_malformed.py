@@ -1,4 +1,4 @@
-"""Malformed input is refused in words, or repaired and counted: never a foreign traceback, a hang or a wrong number."""
+"""Malformed input raises a readable error, or is repaired and counted. It never hangs or gives a wrong number."""
 
 import time
 import traceback
@@ -14,14 +14,14 @@ from detectax_eqx.weights import WeightsError
 from .malformed import annotations, checkpoints, images, options, results, weights
 
 
-# The short form takes every n-th case of each family; the long one all of them.
+# The short form takes every n-th case of each family, the long form every case.
 FAMILIES = {annotations: 3, images: 3, weights: 6, checkpoints: 3, options: 6, results: 6}
 SECONDS, MEGABYTES = 20, 300
 OURS = (DatasetError, WeightsError, CheckpointError, SystemExit, ConnectionError, FileNotFoundError)
 
 
 def outcome(case, folder, capsys):
-    """What became of a case: refused, repaired, harmless; anything else is an assertion's failure."""
+    """Runs a case. Returns "refused", or what the case's check returns; fails on anything else."""
     folder.mkdir()
     call = case.make(folder)
     began = time.monotonic()
@@ -29,7 +29,7 @@ def outcome(case, folder, capsys):
         result = call()
     except OURS as error:
         shown = capsys.readouterr()
-        # The option parser prints its message, and exits with a number.
+        # The option parser prints its message and exits with a number.
         text = shown.out + shown.err if isinstance(error, SystemExit) and error.code == 2 else str(error)
         assert text and "Traceback" not in text
         missing = [word for word in case.words if word not in text and word.replace("-", "_") not in text]

@@ -48,16 +48,16 @@ def _crop(masks, frames, rois, *, output_size, sampling_ratio, aligned):
     return np.stack(out)
 
 
-# Frames of masks and regions to read, in pixels.
+# Frames of masks, and the regions to crop, in pixels.
 CROPS = [
-    ((0, 0, 9, 8), (1.25, 2.5, 7.75, 6.5)),  # a mask of image size
+    ((0, 0, 9, 8), (1.25, 2.5, 7.75, 6.5)),  # a mask of the image's size
     ((0, 0, 9, 8), (-4.25, -3.5, 12.75, 11.5)),
     ((10.25, 12.5, 40.75, 30.5), (8.25, 14.75, 50.5, 29.25)),  # small masks, large boxes
     ((10.25, 12.5, 12.75, 14.5), (10.375, 12.25, 12.5, 14.75)),  # and tiny ones
     ((-20, -30, 60, 50), (0, 0, 40, 50)),  # the object reaches beyond the image
     ((3, 3, 90, 80), (100, 100, 120, 110)),  # no overlap
     ((3, 3, 20, 20), (5.125, 6.25, 5.125, 6.25)),  # a point
-    ((3, 3, 3, 30), (2, 2, 9, 9)),  # a mask without extent
+    ((3, 3, 3, 30), (2, 2, 9, 9)),  # a mask of zero width
     ((0, 0, 9, 8), (7.5, 6, 3.5, 1)),  # corners swapped
     ((0.5, 0.25, 99, 88), (-3000.5, -2000, 4000.5, 6000)),
     ((0, 0, 0, 0), (0, 0, 0, 0)),
@@ -84,14 +84,15 @@ def test_crop_tables():
     def crop(box, **options):
         return fast_crop(mask, frame, jnp.array([box], jnp.float32), output_size=2, **options)[0] * 16
 
-    # torchvision's convention: two samples a side at 0.5 and 1.5 mean index 1; at 2.5 and 3.5 (clamped to 3), 2.75.
+    # torchvision's convention: per side, the samples at 0.5 and 1.5 average to index 1, and those at 2.5 and 3.5
+    # (clamped to 3) to 2.75.
     np.testing.assert_allclose(crop((0, 0, 4, 4)), [[5, 6.75], [12, 13.75]], atol=1e-5)
-    # Aligned, they are the pixels themselves: means of blocks of four.
+    # Aligned, the samples are the pixels themselves: means of blocks of four.
     np.testing.assert_allclose(crop((0, 0, 4, 4), aligned=True), [[2.5, 4.5], [10.5, 12.5]], atol=1e-5)
     np.testing.assert_allclose(
         crop((0, 0, 4, 4), aligned=True, sampling_ratio=1), [[2.5, 4.5], [10.5, 12.5]], atol=1e-5
     )
-    # Far outside nothing is seen.
+    # Far outside the frame, the mask reads 0.
     np.testing.assert_array_equal(crop((9, 0, 13, 4)), 0)
 
 
@@ -161,7 +162,7 @@ def test_crop_eager_batched_and_empty(getkey):
 
 
 def _paste_axis(low, high, size, canvas):
-    """Weight of each mask pixel in each image pixel along an axis, an image pixel at a time."""
+    """Weight of each mask pixel in each image pixel along an axis, image pixel by image pixel."""
     weights = np.zeros((canvas, size + 2))
     half = np.float32((high - low) * np.float32(0.5) * np.float32((size + 2) / size))
     middle = np.float32((high + low) * np.float32(0.5))
@@ -186,14 +187,14 @@ def _paste(masks, boxes, image_size):
 PASTES = [
     (2.0, 1.0, 9.5, 12.25),
     (0, 0, 18, 14),
-    (-3.75, -5.5, 6.25, 4.5),  # rounded towards zero on both sides of it
+    (-3.75, -5.5, 6.25, 4.5),  # negative and positive coordinates both round towards zero
     (12.5, 9.25, 30.5, 25),
     (5.25, 6.5, 5.25, 6.5),  # a point
     (4, 3, 4.25, 9),
     (3.5, 3.5, 4.5, 4.5),
     (40, 40, 60, 60),
     (-30, -30, -20, -20),
-    (9, 8, 4, 3),  # upside down
+    (9, 8, 4, 3),  # corners swapped
     (-300, -200, 400, 500),
 ]
 
@@ -207,7 +208,7 @@ def test_paste_agrees_with_a_naive_loop(getkey, size):
 
 
 def test_paste_table():
-    # A 2×2 mask on 4 pixels with its margin: a scale of one. On five, steps of 0.8 from -0.1.
+    # With its margin, a 2×2 mask has 4×4 pixels. On 4 pixels the scale is 1; on 5, samples start at -0.1, 0.8 apart.
     mask = jnp.array([[[1.0, 0.5], [0.25, 0.75]]])
     out = fast_paste(mask, jnp.array([[2.0, 1.0, 3.5, 2.5]]), image_size=(3, 5))[0]
     np.testing.assert_allclose(out, [[0, 0, 0, 0, 0], [0, 0, 1, 0.5, 0], [0, 0, 0.25, 0.75, 0]], atol=1e-6)
@@ -216,7 +217,7 @@ def test_paste_table():
 
 
 def test_cropping_undoes_pasting(getkey):
-    """A blob of .5 and more, pasted, thresholded, cropped and thresholded again: Detectron2's round trip, IoU > .94."""
+    """Detectron2's round trip: a blob is pasted, thresholded, cropped and thresholded again, with IoU > 0.94."""
     y, x = np.mgrid[0:28, 0:28] / 27 - 0.5
     angles = np.linspace(0, np.pi, 4, endpoint=False)
     blobs = [
@@ -245,7 +246,7 @@ def test_paste_eager_batched_gradient_and_dtype(getkey):
     np.testing.assert_allclose(batched, jnp.stack([expected, expected[::-1]]), atol=1e-6)
     assert paste(masks[:0], boxes[:0]).shape == (0, 14, 18)
 
-    # The map is linear in the masks, and further rows change nothing.
+    # Pasting is linear in the masks, and appended rows change nothing.
     more = jnp.concatenate([boxes, broken]), jnp.concatenate([masks, masks[:3]])
     cotangent = jr.normal(getkey(), (len(more[0]), 14, 18))
 
@@ -269,7 +270,7 @@ def test_paste_eager_batched_gradient_and_dtype(getkey):
 
 
 def test_paste_of_many_rows_is_linear(getkey):
-    """The tangent, for which all rows are computed, is what is pasted, of which only the rows of boxes are."""
+    """The tangent, which computes all rows, equals the pasted masks, which compute only the rows of their boxes."""
     masks, low = jr.uniform(getkey(), (20, 7, 7)), jr.uniform(getkey(), (20, 2), minval=-30, maxval=100)
     boxes = jnp.concatenate([low, low + jr.uniform(getkey(), (20, 2), maxval=90)], axis=1)
 
@@ -277,7 +278,7 @@ def test_paste_of_many_rows_is_linear(getkey):
         return paste_masks(masks, boxes, image_size=(100, 90))
 
     pasted, tangent = jax.jit(lambda x: jax.jvp(paste, (x,), (x,)))(masks)
-    assert (pasted > 0).any(axis=2).sum(axis=1).max() > 64  # rows of a mask
+    assert (pasted > 0).any(axis=2).sum(axis=1).max() > 64  # rows per mask
     np.testing.assert_allclose(pasted, tangent, atol=1e-6)
 
 

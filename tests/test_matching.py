@@ -1,4 +1,4 @@
-"""Matching candidates to ground truth, and drawing the ones that a loss looks at."""
+"""Matching candidates to ground truth, and sampling the ones that a loss uses."""
 
 from functools import partial
 from typing import Any
@@ -16,13 +16,13 @@ THRESHOLDS: dict[str, Any] = {"low_threshold": 0.3, "high_threshold": 0.7}
 
 
 def random_quality(seed, n, m):
-    """Multiples of 1/20, so that ties and values on the thresholds occur, and which rows are valid."""
+    """Qualities in multiples of 1/20, so that ties and values on the thresholds occur, and validity flags of rows."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(0, 21, (n, m)) / 20, jnp.float32), jnp.asarray(rng.uniform(size=n) < 0.7)
 
 
 def naive_match(quality, valid, low, high, allow_low_quality):
-    """(index, positive, negative) of each candidate, from the rule in words."""
+    """`(index, positive, negative)` of each candidate, straight from the definition."""
     quality = np.asarray(quality)
     rows = [i for i in range(quality.shape[0]) if valid[i]]
     verdicts = []
@@ -47,7 +47,7 @@ def test_match_equals_naive_reference(allow_low_quality, n, m):
 
 @pytest.mark.parametrize("allow_low_quality", [False, True])
 def test_forms_of_matching_agree(allow_low_quality):
-    # The platform chooses one of them.
+    # Which form `match_boxes` uses depends on the platform.
     for seed in range(6):
         quality, valid = random_quality(seed, 12, 100)
         quality = quality.at[seed, seed::9].set(jnp.nan)
@@ -62,7 +62,7 @@ def test_forms_of_matching_agree(allow_low_quality):
 def test_match_by_hand():
     quality = jnp.array([[0.9, 0.4, 0.1, 0.7, 0.3], [0.2, 0.5, 0.2, 0.7, 0.0], [0.0, 0.1, 0.2, 0.0, 0.2]])
     matches = match_boxes(quality, **THRESHOLDS)
-    assert matches.indices.tolist() == [0, 0, 0, 0, 0]  # candidate 3 ties rows 0 and 1: the first
+    assert matches.indices.tolist() == [0, 0, 0, 0, 0]  # candidate 3 is tied between rows 0 and 1: the first wins
     assert matches.positive.tolist() == [True, False, False, True, False]
     assert matches.negative.tolist() == [False, False, True, False, False]
     # Row 2 is best matched by candidates 2 and 4, which tie; 4 keeps row 0, its own best.

@@ -1,4 +1,4 @@
-"""What an error of a wrong call says: a few lines, the remedy in the last; and which detectors and images are taken."""
+"""Errors of wrong calls take a few lines and end with the remedy; which detectors and images are accepted."""
 
 import dataclasses
 import warnings
@@ -77,7 +77,7 @@ class Middle(models.AbstractDetector):
     weight: jax.Array
     preprocessing: models.Preprocessing = eqx.field(static=True, default=SMALL)
     selection: models.DenseSelection = eqx.field(static=True, default=models.DenseSelection())
-    # Attributes of the class do as well as fields, which pyright does not know.
+    # Class attributes work as well as fields, which pyright does not know.
     backbone = SimpleNamespace(divisor=1, stages=())  # pyright: ignore[reportAssignmentType]
     num_classes = 1  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     needs = frozenset({"boxes"})
@@ -97,8 +97,8 @@ class Middle(models.AbstractDetector):
 def test_own_detector_on_images_of_other_channels():
     model = Middle(jnp.ones(()))  # pyright: ignore[reportCallIssue]
     for channels in (1, 3, 4):
-        found = eqx.filter_jit(models.detect)(model, np.ones((64, 48, channels), np.uint8))
-        np.testing.assert_allclose(found.boxes[0], [12, 16, 36, 48], atol=1)
+        detections = eqx.filter_jit(models.detect)(model, np.ones((64, 48, channels), np.uint8))
+        np.testing.assert_allclose(detections.boxes[0], [12, 16, 36, 48], atol=1)
     assert models.trainable(model).weight is True
     with pytest.raises(ValueError, match=r"trainable_layers must be in 0..0"):
         models.trainable(model, trainable_layers=3)

@@ -1,8 +1,8 @@
-"""Every public function refuses arrays of a wrong shape or dtype, and options out of range, by name, uncompiled.
+"""Every public function rejects arrays of a wrong shape or dtype, and options out of range, by name, uncompiled.
 
-The tables of misuse_cases.py hold a valid call of each. Wrong calls are derived from it for every array, by its own
-annotation: an axis too many, a fixed axis of another length, an axis whose length contradicts an argument before, and a
-wrong dtype.
+The tables in misuse_cases.py hold a valid call of each function. Wrong calls are derived from it for every array, by
+the array's own annotation: an extra axis, a fixed axis of another length, an axis whose length contradicts an earlier
+argument, and a wrong dtype.
 """
 
 import inspect
@@ -45,7 +45,7 @@ def _is_array(value):
 
 
 def _arrays(call):
-    """`name -> array` of a call, in order; of a list of them, the first."""
+    """`name -> array` of a call, in order; for a list of arrays, its first."""
     named = {name: value[0] if isinstance(value, list) else value for name, value in call.named().items()}
     return {name: value for name, value in named.items() if _is_array(value)}
 
@@ -84,7 +84,7 @@ def _cast(array, dtype):
 
 
 def _wrong_arrays(call):
-    """`(argument, what is wrong, how to make it so, axis that contradicts an earlier argument)`."""
+    """Yields `(argument, what is wrong, change that makes it so, axis that contradicts an earlier argument)`."""
     known = set()
     for name, array in _arrays(call).items():
         axes, members = _axes(call, name), _types(call, name)
@@ -141,7 +141,7 @@ def test_every_function_is_in_a_table(module):
 
 @pytest.mark.parametrize("one", OPS + TREES, ids=lambda one: one.function.__name__)
 def test_valid_calls(one):
-    """Traced, so that nothing compiles."""
+    """Calls are only traced, so that nothing compiles."""
     jax.eval_shape(lambda: jax.tree.map(jnp.asarray, one.function(*one.arguments, **one.options)))
 
 
@@ -162,14 +162,14 @@ def test_wrong_arrays_with_a_model(function):
 
 @pytest.mark.parametrize("change", [_added_axis, partial(_cast, dtype=np.float16), partial(_cast, dtype=np.complex64)])
 def test_one_wrong_map(change):
-    """The type checker looks at some map of a list only; the others have to agree with it."""
+    """The type checker checks only one of the maps in a list; the others have to agree with it."""
     for maps in ([f32(1, 8, 8), change(f32(1, 4, 4))], [change(f32(1, 8, 8)), f32(1, 4, 4)]):
         with pytest.raises((TypeError, ValueError), match="features"):
             ops.multilevel_roi_align(maps, BOXES, output_size=2, strides=(4, 8))
 
 
 def test_wrong_batch():
-    """The images' batch axis is the targets' and that of every other field."""
+    """Images, targets and every other field have to share one batch axis."""
     ones, sizes = np.ones(2, I32), np.ones((2, 2), I32)
     targets = Targets(np.zeros((2, N, 4), F32), np.zeros((2, N), I32), np.zeros((2, N), bool))
     images = Images(np.zeros((2, 8, 8, 3), np.uint8), sizes, sizes, ones, ones > 0, canvas=(8, 8))
@@ -218,7 +218,7 @@ def test_bad_options(case):
 
 
 def _run(function, bound):
-    """Numbers are looked at when a function is traced; on the host, when it is called."""
+    """Numbers are checked when a function is traced, or when it is called if it runs on the host."""
     if function.__module__.startswith(("detectax_eqx.data", "detectax_eqx.draw", "detectax_eqx.evaluate")):
         result = function(*bound.args, **bound.kwargs)
         return list(result) if inspect.isgenerator(result) else result

@@ -1,4 +1,4 @@
-"""Detectors on synthetic arrays: one program, batch = vmap, finite losses whatever the targets, learning."""
+"""Detectors on synthetic arrays: one program, batch = vmap, finite losses for any targets, and learning."""
 
 import functools
 from dataclasses import replace
@@ -39,7 +39,7 @@ def tiny_dense(build, key, num_classes=3, **parts):
     return replace(build(backbone, num_classes, key=heads_key, depth=2, **parts), preprocessing=PREPROCESSING)
 
 
-# How a tiny one is made, and the names of its loss's terms.
+# How to build each tiny detector, and the names of its loss terms.
 MODELS = {
     "faster": (partial(tiny_two_stage, models.faster_rcnn), LOSSES),
     "mask": (partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16), LOSSES | {"loss_mask"}),
@@ -66,12 +66,12 @@ def targets_of(boxes, labels, capacity=4):
 
 @functools.cache
 def made(kind):
-    """The model of a kind, made once."""
+    """The model of a kind, built once."""
     return eqx.filter_jit(MODELS[kind][0])(jr.key(0))
 
 
 def test_predictions_at_some_anchors(getkey):
-    """Those of the dense head, in every level's corners and middle, and the same gradient."""
+    """They equal those of the dense head, in the corners and the middle of every level, and so do the gradients."""
     rpn = made("faster").rpn
     features = tuple(jr.normal(getkey(), (16, h, w)) for h, w in ((16, 24), (8, 12), (4, 6), (2, 3), (1, 2)))
     total = sum(x.shape[1] * x.shape[2] for x in features) * 3
@@ -106,7 +106,7 @@ def case(request):
 @eqx.filter_jit
 @eqx.filter_value_and_grad(has_aux=True)
 def value_and_gradient(model, image, targets, key):
-    """The sum of a loss's terms, the terms, and the gradient: compiled once for each model and capacity."""
+    """The sum of a loss's terms, the terms, and the gradient: compiled once per model and capacity."""
     terms = model.loss(image, SIZE, targets, key=key)
     return sum(term.mean() for term in terms.values()), terms
 
@@ -129,7 +129,7 @@ SIZE = jnp.array(CANVAS, jnp.int32)
     [
         ([], []),  # no object, or crowds only
         ([[10, 10, 40, 50]], [2]),
-        ([[10, 10, 40, 50], [0, 0, 96, 64], [50, 20, 52, 21], [80, 50, 96, 64]], [0, 1, 2, 0]),  # as many as fit
+        ([[10, 10, 40, 50], [0, 0, 96, 64], [50, 20, 52, 21], [80, 50, 96, 64]], [0, 1, 2, 0]),  # full capacity
     ],
 )
 def test_losses_are_finite(case, getkey, boxes, labels):
@@ -195,10 +195,10 @@ def test_detect_is_one_program_without_callbacks(case, getkey):
     arrays, static = eqx.partition(model, eqx.is_array)
 
     def run(arrays, image):
-        found = models.detect(eqx.combine(arrays, static), image)
-        if found.masks is None:
-            return found
-        return found, ops.paste_masks(found.masks, found.boxes, image_size=(50, 70))
+        detections = models.detect(eqx.combine(arrays, static), image)
+        if detections.masks is None:
+            return detections
+        return detections, ops.paste_masks(detections.masks, detections.boxes, image_size=(50, 70))
 
     text = jax.jit(run).lower(arrays, _image(getkey(), (50, 70))).as_text()
     assert "callback" not in text
@@ -228,9 +228,10 @@ def test_mask_loss_refuses_targets_without_masks(getkey):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_overfits_a_handful_of_images(kind):
-    """Bright rectangles on a dark ground: after 300 steps each is found, with its class.
+    """Bright rectangles on a dark background: after 300 steps each is found, with its class.
 
-    After 200 at twice the learning rate, one of seven runs that differ in their keys, or in rounding alone, misses one.
+    After 200 steps at twice the learning rate, one of seven runs that differ only in their keys or in rounding misses
+    one.
     """
     model = made(kind)
     rng = np.random.default_rng(0)
@@ -265,13 +266,15 @@ def test_overfits_a_handful_of_images(kind):
         model, state, value = step(model, state, jr.key(i))
     detect = eqx.filter_jit(lambda m, x: models.detect(m, x, score_threshold=0.5))
     for image, (boxes, labels) in zip(images, truths, strict=True):
-        found: Detections = detect(model, image)
+        detections: Detections = detect(model, image)
         for box, label in zip(boxes, labels, strict=True):
-            ious = [_iou(box, other) for other in np.asarray(found.boxes)]
-            best = int(np.argmax(np.where(np.asarray(found.valid) & (np.asarray(found.labels) == label), ious, -1)))
-            assert ious[best] > 0.6, f"loss {value}, box {box}, found {found.boxes[:4]}"
-            if found.masks is not None:
-                assert found.masks[best].mean() > 0.7
+            ious = [_iou(box, other) for other in np.asarray(detections.boxes)]
+            best = int(
+                np.argmax(np.where(np.asarray(detections.valid) & (np.asarray(detections.labels) == label), ious, -1))
+            )
+            assert ious[best] > 0.6, f"loss {value}, box {box}, found {detections.boxes[:4]}"
+            if detections.masks is not None:
+                assert detections.masks[best].mean() > 0.7
 
 
 def _iou(a, b):
@@ -286,7 +289,7 @@ def _iou(a, b):
         ("faster_rcnn_resnet50_fpn", 90, 41_755_286),
         ("mask_rcnn_resnet50_fpn", 90, 44_401_393),
         ("retinanet_resnet50_fpn", 91, 34_014_999),
-        ("retinanet_resnet50_fpn_v2", 91, 38_198_935 - 53_120),  # of its BatchNorms, which are frozen here
+        ("retinanet_resnet50_fpn_v2", 91, 38_198_935 - 53_120),  # less those of its BatchNorms, which are frozen here
         ("fcos_resnet50_fpn", 91, 32_269_600),
     ],
 )
@@ -303,7 +306,7 @@ def test_every_name_is_a_detector(name):
 
 
 def test_an_unknown_name_lists_those_there_are():
-    with pytest.raises(ValueError, match="no detector 'yolo'; there are faster_rcnn_resnet18_fpn, "):
+    with pytest.raises(ValueError, match="no detector 'yolo'; choose one of faster_rcnn_resnet18_fpn, "):
         zoo.build("yolo", 3, key=jr.key(0))
 
 

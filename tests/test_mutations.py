@@ -1,8 +1,8 @@
-"""Datasets and results as they get damaged on their way: refused at the start in one message, or used to the end.
+"""Damaged datasets and results are either rejected at the start in one message, or usable to the end.
 
-Each case is a sound file with one or two random changes: fields removed, emptied, of another type, scaled, renamed;
-entries doubled, dropped, moved. It goes through training, evaluation, the report and the inspection, as the scripts do
-them, with a tiny detector. Real annotations are changed too where a folder of them lies beside the repository.
+Each case is a valid file with one or two random changes: fields removed, emptied, retyped, scaled or renamed; entries
+duplicated, dropped or moved. It goes through training, evaluation, the report and the inspection, as in the scripts,
+with a tiny detector. Real annotations are changed as well if a folder of them exists beside the repository.
 """
 
 import copy
@@ -35,8 +35,8 @@ import train as train_script
 
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
-SECONDS = 600  # for any one case, which may compile; what takes longer hangs
-LINES = 24  # of any one message
+SECONDS = 600  # per case, which may compile; a case that takes longer hangs
+LINES = 24  # per message
 CANVAS = (64, 64)
 PARTS = ("images", "annotations", "annotations", "annotations", "annotations", "categories")
 OTHER_TYPES = (None, "7", 7, -1, 0.5, True, [], [1, 2], {}, {"a": 1}, "", float("nan"), 1e400, 2**63, [[1, 2, 3]])
@@ -44,34 +44,37 @@ FACTORS = (0, -1, 0.001, 0.01, 0.5, 3, 1000, 1e9)
 
 
 def shapes(folder):
-    """A sound dataset of drawn shapes: its content, and the folder of its images."""
+    """A valid dataset of drawn shapes: its content, and the folder of its images."""
     annotations, images = data.write_shapes_dataset(folder, num_images=6, seed=0, image_size=CANVAS)
     return json.loads(Path(annotations).read_text()), Path(images)
 
 
 def real(name, annotations, images):
-    """The first images of a real dataset, with all of their objects and the categories that those have."""
+    """The first images of a real dataset, with all of their objects and the categories of those objects."""
     content = json.loads((REAL / name / annotations).read_text())
-    kept = content["images"][:6]
-    ids = {image["id"] for image in kept}
+    first_images = content["images"][:6]
+    ids = {image["id"] for image in first_images}
     objects = [one for one in content["annotations"] if one["image_id"] in ids]
     used = {one["category_id"] for one in objects}
     categories = [category for category in content["categories"] if category["id"] in used][:90]
-    return {"images": kept, "annotations": objects, "categories": categories}, REAL / name / images
+    return {"images": first_images, "annotations": objects, "categories": categories}, REAL / name / images
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Sound datasets to change."""
-    found = [shapes(tmp_path_factory.mktemp("shapes"))]
+    """Valid datasets to change."""
+    datasets = [shapes(tmp_path_factory.mktemp("shapes"))]
     if REAL.is_dir():
-        found.append(real("bccd", "val.json", "images"))
-        found.append(real("coco-mini", "annotations/instances_val2017.json", "val2017"))
-    return found
+        datasets.append(real("bccd", "val.json", "images"))
+        datasets.append(real("coco-mini", "annotations/instances_val2017.json", "val2017"))
+    return datasets
 
 
 def mutate(content, rng, parts):
-    """A copy with one or two changes, and what they are; `parts` are the lists to change, or `None` for a list."""
+    """A copy with one or two changes, and their descriptions.
+
+    `parts` names the lists to change, or is `None` if `content` is itself a list.
+    """
     content, changes = copy.deepcopy(content), []
     for _ in range(rng.integers(1, 3)):
         part = content if parts is None else content.get(parts[rng.integers(len(parts))])
@@ -82,7 +85,7 @@ def mutate(content, rng, parts):
 
 
 def _change(entries, rng):
-    """One change of a list of entries, in place."""
+    """Changes a list of entries in place, and returns a description of the change."""
     kind = ("remove", "retype", "scale", "scale all", "rename", "double", "drop", "move", "deepen")[rng.integers(9)]
     at = int(rng.integers(len(entries)))
     entry = entries[at]
@@ -120,9 +123,9 @@ def _scaled(value, factor):
 
 
 class SharedStep:
-    """A compiled step for all runs whose models have the same shapes, and a count of the steps it made.
+    """A compiled step shared by all runs whose models have the same shapes; counts the steps made.
 
-    There are at most `most` such steps; other runs have steps that only count.
+    At most `most` steps are compiled; other runs get steps that only count.
     """
 
     steps: dict = {}  # noqa: RUF012
@@ -144,7 +147,7 @@ class SharedStep:
 
 @contextmanager
 def tiny(most):
-    """The scripts with a tiny detector and the steps of the runs before, `most` of them compiled."""
+    """Within the `with` block, scripts use a tiny detector and the steps of earlier runs, at most `most` compiled."""
     SharedStep.most = most
     fake = mock.Mock(wraps=train, make_train_step=SharedStep, METRICS=train.METRICS)
     with ExitStack() as stack:
@@ -155,7 +158,7 @@ def tiny(most):
 
 
 class _Stop(train_script.Stop):
-    """Takes no signals: the tests' own are kept."""
+    """Installs no signal handlers, so that those of the tests stay."""
 
     def __init__(self):
         with mock.patch.object(signal, "signal"):
@@ -164,7 +167,7 @@ class _Stop(train_script.Stop):
 
 @contextmanager
 def limited():
-    """Within the `with` block, more than `SECONDS` are a `TimeoutError`."""
+    """Raises `TimeoutError` if the `with` block takes more than `SECONDS`."""
 
     def stop(number, frame):
         raise TimeoutError(f"more than {SECONDS} seconds")
@@ -179,7 +182,7 @@ def limited():
 
 
 def refusal(call):
-    """The message with which a script's `main` refuses its input; `None` if it came to its end. All else is raised."""
+    """The message with which a script's `main` rejects its input, or `None` if it finishes. Other errors are raised."""
     try:
         with limited():
             call()
@@ -197,9 +200,9 @@ def refusal(call):
 
 
 def use(annotations, images, folder):
-    """Trains two steps with the file as training and validation data, evaluates, reports and inspects.
+    """Trains two steps with the file as training and validation data, then evaluates, reports and inspects.
 
-    Returns whether it was refused; only the first script may do that, before its first step.
+    Returns whether the file was rejected; only the first script may reject it, before its first step.
     """
     size = {"min_sizes": (64,), "max_size": 64, "canvases": (CANVAS,), "anchor_sizes": (8, 16, 32, 48, 64)}
     paths: dict[str, Any] = {
@@ -207,7 +210,7 @@ def use(annotations, images, folder):
         "train_images": str(images),
         "val_annotations": str(annotations),
     }
-    options = _options.Options(
+    options = _options.grouped(
         **paths, **size, output=folder / "run", model="faster_rcnn_resnet18_fpn", norm="group",
         batch_size=jax.device_count(), steps=2, warmup_steps=0, max_objects=20, threads=1,
     )  # fmt: skip
@@ -229,7 +232,7 @@ def use(annotations, images, folder):
 
 
 def cases(count):
-    """The short form, and the long one."""
+    """The short form, and the long form of `count` cases."""
     return [pytest.param(30, id="some"), pytest.param(count, id="all", marks=[pytest.mark.long])]
 
 
@@ -262,13 +265,13 @@ def test_results_are_refused_in_one_message_or_scored(sources, tmp_path, count, 
     for seed in range(count):
         content, images = sources[seed % len(sources)]
         rng = np.random.default_rng(seed)
-        found = [
+        results = [
             {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation") if one.get(key)}
             | {"score": float(rng.random())}
             for one in content["annotations"]
             if not one.get("iscrowd")
         ]
-        changed, changes = mutate(found, rng, None)
+        changed, changes = mutate(results, rng, None)
         folder = tmp_path / str(seed)
         folder.mkdir()
         (folder / "annotations.json").write_text(json.dumps(content))

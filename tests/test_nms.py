@@ -1,4 +1,4 @@
-"""Non-maximum suppression: each of its forms, and the public functions that choose between them."""
+"""Non-maximum suppression: each implementation, and the public functions that choose between them."""
 
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ def random_boxes(seed, n, spread=60):
 
 
 def random_case(seed, n):
-    """Boxes, scores of both signs with many ties, zeros of both signs among them, labels and validity."""
+    """Boxes; scores of both signs with many ties, including zeros of both signs; labels; validity."""
     rng = np.random.default_rng(seed)
     scores = rng.choice([-1.0, 1.0], n) * rng.integers(0, n // 4 + 1, n) / n
     labels, valid = rng.integers(0, 3, n), rng.uniform(size=n) < 0.8
@@ -36,7 +36,7 @@ def random_case(seed, n):
 
 
 def naive_nms(boxes, scores, labels, valid, threshold):
-    """Indices kept, best first, in float64."""
+    """Indices of the boxes to keep, best first, in float64."""
     boxes, kept = np.asarray(boxes, np.float64), []
     for i in np.argsort(-np.asarray(scores), kind="stable"):
         overlaps = False
@@ -65,7 +65,7 @@ def test_equals_naive_reference(threshold, n):
     np.testing.assert_array_equal(
         class_aware_nms(boxes, scores, labels, valid, iou_threshold=threshold), mask(by_label, n)
     )
-    for max_outputs in (n // 4 + 1, n + 3):  # selected greedily, and in order
+    for max_outputs in (n // 4 + 1, n + 3):  # greedy selection, and selection in order
         options = {"iou_threshold": threshold, "max_outputs": max_outputs}
         indices, kept = nms_indices(boxes, scores, valid, labels=labels, **options)
         count = min(len(by_label), max_outputs)
@@ -76,7 +76,7 @@ def test_equals_naive_reference(threshold, n):
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_forms_agree(labelled):
-    # The platform chooses one of them, so each is called by name.
+    # Which one runs depends on the platform, so each is called by name.
     n, max_outputs = 300, 60
     boxes, scores, labels, valid = random_case(0, n)
     args = forms._prepared(boxes, scores, labels if labelled else None, valid)
@@ -101,7 +101,7 @@ def test_forms_agree(labelled):
 @pytest.mark.parametrize("keep", [forms._keep_scan, forms._keep_fixed_point])
 def test_forms_on_a_long_chain(keep, size_of_rows, monkeypatch):
     monkeypatch.setattr(forms, "SUPPRESSORS_IN_ROWS", size_of_rows)
-    # Each box overlaps only the next: every second one is kept, which takes the fixed point the most rounds.
+    # Each box overlaps only the next and every second one is kept: the most rounds for the fixed point.
     x = 4.2 * jnp.arange(101, dtype=jnp.float32)
     rows = (x, jnp.zeros(101), x + 10, jnp.full(101, 10.0), None)
     np.testing.assert_array_equal(keep(rows, jnp.ones(101, bool), 0.3), np.arange(101) % 2 == 0)
@@ -112,7 +112,7 @@ IN_ORDER = partial(forms._select_sorted, keep=forms._keep_fixed_point)
 
 @pytest.mark.parametrize("select", [forms._select_greedy, IN_ORDER], ids=["greedy", "in order"])
 def test_few_and_many_valid_boxes_among_very_many(select, monkeypatch):
-    """All branches of packing, alone and in a batch, against the plain greedy form."""
+    """All branches of packing, unbatched and batched, against the plain greedy form."""
     monkeypatch.setattr(forms, "PACKED_BOXES", (200, 800))
     (less, room), max_outputs = forms.PACKED_BOXES, 20
     n = room + 500
@@ -138,10 +138,10 @@ def test_few_and_many_valid_boxes_among_very_many(select, monkeypatch):
     for i, row in enumerate(valid):
         for found, wanted in zip(packed(row), expected[i], strict=True):
             np.testing.assert_array_equal(found, wanted)
-    for some in ([0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]):
-        indices, kept = jax.vmap(packed)(valid[jnp.array(some)])
-        np.testing.assert_array_equal(indices, jnp.stack([expected[i][0] for i in some]))
-        np.testing.assert_array_equal(kept, jnp.stack([expected[i][1] for i in some]))
+    for subset in ([0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]):
+        indices, kept = jax.vmap(packed)(valid[jnp.array(subset)])
+        np.testing.assert_array_equal(indices, jnp.stack([expected[i][0] for i in subset]))
+        np.testing.assert_array_equal(kept, jnp.stack([expected[i][1] for i in subset]))
 
 
 @pytest.mark.parametrize("threshold", [0.30, 0.35])
@@ -171,7 +171,7 @@ def test_thresholds_at_both_ends():
 
 
 def test_threshold_is_compared_exactly():
-    # The IoU 3/10 is rounded up to float32, which is more than the double .3: torchvision suppresses, and so does this.
+    # In float32 the IoU 3/10 rounds up, above the float64 threshold 0.3: torchvision suppresses, and so does this.
     boxes = jnp.array([[0, 0, 10, 1], [0, 0, 3, 1]], jnp.float32)
     iou = pairwise_iou(boxes[:1], boxes[1:]).item()
     assert iou > 0.3
@@ -183,7 +183,7 @@ def test_equal_scores_keep_the_earlier():
     boxes = jnp.array([[1, 0, 11, 10], [0, 0, 10, 10], [0, 0, 10, 10]], jnp.float32)
     for scores in ([0.5, 0.5, 0.5], [0.0, -0.0, 0.0], [-0.0, 0.0, -0.0]):
         assert nms(boxes, jnp.array(scores), iou_threshold=0.5).tolist() == [True, False, False]
-        for max_outputs in (1, 3):  # selected greedily, and in order
+        for max_outputs in (1, 3):  # greedy selection, and selection in order
             indices, _ = nms_indices(boxes, jnp.array(scores), iou_threshold=1.0, max_outputs=max_outputs)
             assert indices.tolist() == [0, 1, 2][:max_outputs]
 
@@ -199,7 +199,7 @@ def test_huge_boxes():
 
 
 def test_labels_are_compared_not_offset():
-    # With offsets of the coordinates both pairs go wrong: the far one loses its precision, the negative one collides.
+    # Coordinate offsets per class would get both pairs wrong: the far one loses precision, the negative one collides.
     far = CHAIN + 1e6
     labels = jnp.array([0, 4000, 4000])
     assert class_aware_nms(far, CHAIN_SCORES, labels, iou_threshold=0.3).tolist() == [True, True, False]
@@ -331,7 +331,7 @@ def test_errors(threshold):
 def test_first_true_is_nonzero(n, share, size):
     masks = np.random.default_rng(n).uniform(size=(2, n)) < share
     positions, counts = jax.vmap(lambda mask: _xla.first_true(mask, size))(jnp.asarray(masks))
-    for mask_, found, count in zip(masks, np.asarray(positions), np.asarray(counts), strict=True):
-        np.testing.assert_array_equal(found[:count], np.flatnonzero(mask_)[:size])
+    for mask_, indices, count in zip(masks, np.asarray(positions), np.asarray(counts), strict=True):
+        np.testing.assert_array_equal(indices[:count], np.flatnonzero(mask_)[:size])
         assert count == min(mask_.sum(), size)
-        assert ((found >= 0) & (found < n)).all()
+        assert ((indices >= 0) & (indices < n)).all()

@@ -1,4 +1,4 @@
-"""Modules against NumPy, and the properties that detectors lean on."""
+"""Modules against NumPy, and the properties that detectors rely on."""
 
 import equinox as eqx
 import jax
@@ -51,7 +51,7 @@ def test_max_pool_ignores_padding():
 
 
 def test_max_pool_gradient_goes_to_the_first_of_equals(getkey):
-    """As XLA's own does, of a map with many ties; NaN stays NaN."""
+    """So does that of XLA's own pooling, on a map with many ties; NaN stays NaN."""
     x = jnp.maximum(jnp.round(jr.normal(getkey(), (3, 11, 14))), 0)
     weights = jr.normal(getkey(), (3, 6, 7))
 
@@ -90,7 +90,7 @@ def test_checkpointing_changes_no_gradient(getkey):
     (plain, without), (again, program) = gradient(False), gradient(True)
     for a, b in zip(again, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
-    assert program.count(" convolve[") > without.count(" convolve[")  # the forward pass is there twice
+    assert program.count(" convolve[") > without.count(" convolve[")  # the forward pass appears twice
 
 
 def test_frozen_batch_norm(getkey):
@@ -131,7 +131,7 @@ def test_group_norm_refuses_groups_that_do_not_divide():
     ],
 )
 def test_resnet_parameters_equal_torchvisions(build, parameters, channels):
-    """torchvision's counts less the classifier and the norms' affine maps, which are buffers when frozen."""
+    """torchvision's counts, less the classifier and the norms' affine parameters, which are buffers when frozen."""
     model = eqx.filter_eval_shape(build, key=jr.key(0))
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
     assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
@@ -145,7 +145,7 @@ def test_pyramid_levels_and_upsampling(getkey):
     levels = eqx.filter_jit(model)(image)
     assert [level.shape for level in levels] == [(16, 24, 16), (16, 12, 8), (16, 6, 4), (16, 3, 2), (16, 2, 1)]
     np.testing.assert_array_equal(levels[4], levels[3][:, ::2, ::2])
-    # The topmost lateral map, and nothing else of it, reaches the level below through nearest upsampling.
+    # Of the topmost level, only the lateral map reaches the level below, through nearest upsampling.
     c4, c5 = eqx.filter_jit(model.body)(image)[2:]
     merged = model.fpn.lateral[2](c4) + jnp.repeat(jnp.repeat(model.fpn.lateral[3](c5), 2, axis=1), 2, axis=2)
     np.testing.assert_allclose(levels[2], model.fpn.output[2](merged), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Notebooks: what is kept of their last run, and the script that runs them."""
+"""Notebooks: their stored outputs, and the script that runs them."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_the_script_runs_keeps_outputs_and_fails(tmp_path):
     assert "good.ipynb" in text and "s of processor time" in text
     cells = nbformat.read(good, as_version=4).cells
     assert cells[1].outputs[0].text == f"42 {tmp_path.name}\n"
-    assert not cells[1].metadata  # no times, which would differ from run to run
+    assert not cells[1].metadata  # no timings, which would differ between runs
     text = run("run_notebooks.py", bad, status=1)
     assert "bad.ipynb" in text and "ZeroDivisionError" in text
     assert not nbformat.read(bad, as_version=4).cells[0].outputs

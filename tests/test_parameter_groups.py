@@ -1,4 +1,4 @@
-"""Rates and decay by group: every parameter moves as it would alone, under the options of its group."""
+"""Learning rates and decay by group: every parameter moves as it would alone, with the options of its group."""
 
 import equinox as eqx
 import jax
@@ -31,7 +31,7 @@ def parameters():
 
 
 def updated(optimizer, tree):
-    """A tree after three updates with gradients that differ."""
+    """A tree after three updates with different gradients."""
     state = optimizer.init(tree)
 
     @jax.jit
@@ -51,7 +51,7 @@ def test_each_parameter_moves_as_alone(parameters, build):
         build(RATE, weight_decay=DECAY, decay_mask=train.no_vectors),
         optax.masked(optax.scale(FACTOR), models.in_backbone),
     )
-    found = {jax.tree_util.keystr(p): leaf for p, leaf in leaves_with_path(updated(grouped, parameters))}
+    together = {jax.tree_util.keystr(p): leaf for p, leaf in leaves_with_path(updated(grouped, parameters))}
     groups = {}
     for path, leaf in leaves_with_path(parameters):
         name = jax.tree_util.keystr(path)
@@ -61,7 +61,7 @@ def test_each_parameter_moves_as_alone(parameters, build):
     for (slow, decays), group in groups.items():
         alone = updated(build(RATE * (FACTOR if slow else 1), weight_decay=DECAY * decays), group)
         for name, leaf in alone.items():
-            np.testing.assert_allclose(found[name], leaf, rtol=1e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(together[name], leaf, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_a_frozen_part_has_no_group(parameters):

@@ -1,4 +1,4 @@
-"""The tricks of `_xla` give what plain operations give, all of them together and each on its own."""
+"""The tricks in `_xla` give the results of plain operations, all of them together and each on its own."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def assert_same(results, expected):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The results of a process in which every trick is turned off."""
+    """The results of a process with every trick turned off."""
     file = tmp_path_factory.mktemp("plain") / "results.npz"
     command = [sys.executable, "-m", "tests.plain_results", str(file)]
     environment = os.environ | {"DETECTAX_PLAIN": "1"}
@@ -46,11 +46,11 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("case", plain_results.OPERATORS + plain_results.DETECTORS, ids=lambda case: case.__name__)
 def test_plain_operations_give_the_same(plain, case):
     expected = {name: array for name, array in plain.items() if name.startswith(f"{case.__name__}_")}
-    found = plain_results.results(case)
-    assert len(found) >= 2
-    assert_same(found, expected)
-    # Results worth comparing: not all nothing.
-    assert sum(array.any() for array in found.values()) > len(found) / 2
+    results = plain_results.results(case)
+    assert len(results) >= 2
+    assert_same(results, expected)
+    # More than half of the results are not all zero, so that the comparison means something.
+    assert sum(array.any() for array in results.values()) > len(results) / 2
 
 
 def chunks():
@@ -88,9 +88,9 @@ def test_each_trick_on_its_own(trick):
 
     program, expected = program_and_results()
     with _xla.plain_operations([trick]):
-        other, found = program_and_results()
+        other, results = program_and_results()
     assert program != other, "the switch changes nothing"
-    assert_same(found, expected)
+    assert_same(results, expected)
 
 
 def test_compiler_options(monkeypatch):
@@ -119,7 +119,7 @@ def test_values_of_the_variable():
 
 
 def test_plain_programs_hold_no_trick():
-    """One convolution per kernel and direction, and neither conditions nor loops around it."""
+    """One convolution per kernel and direction, and no conditionals or loops around it."""
     x, weight = jr.normal(jr.key(0), (2, 256, 9, 8)), jnp.ones((256, 256, 3, 3))
 
     def total(x, weight):

@@ -1,4 +1,4 @@
-"""predict.py with a tiny detector: pictures by unique names, no output read again, names and sizes from the weights."""
+"""predict.py with a tiny detector: unique picture names, no output read as input, names and sizes from the weights."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ def options(file, output, *inputs, **others):
 
 
 def loaded_from(file, **sizes):
-    """What the scripts make of `--weights`."""
+    """The predictor that the scripts load from `--weights`."""
     return _shared.DetectorOptions(weights=file, model=NAME, norm="group", **sizes).load()
 
 
@@ -103,7 +103,7 @@ def test_an_output_within_an_input_is_not_read_again(file, tmp_path):
         predict.main(options(file, output, folder))
         assert pictures(output) == ["deep/x.png.png"]
         check_consistent(output, [image])
-    assert [path for path, _ in _images.find_images([folder])] == [image]  # what export.py compares with
+    assert [path for path, _ in _images.find_images([folder])] == [image]  # as export.py collects them
     assert pictures(folder / "out") == ["deep/x.png.png"]
 
 
@@ -116,7 +116,7 @@ def test_an_output_that_is_an_input_is_refused(file, tmp_path):
 
 
 def test_class_names_in_any_script(file, model, tmp_path):
-    """One warning for all pictures; names that no font has still differ. A font that is none is refused at once."""
+    """One warning covers all pictures; names that no font has still differ. An invalid font is rejected at once."""
     image, outputs = write(tmp_path / "x.png"), []
     for number, names in enumerate((("猫狗", "кот"), ("鸟鱼", "кот"))):
         categories = tuple(data.Category(k, name) for k, name in zip((3, 7), names, strict=True))
@@ -132,7 +132,7 @@ def test_class_names_in_any_script(file, model, tmp_path):
 
 
 def test_images_of_export_leave_pictures_out(tmp_path, monkeypatch):
-    """export.py calibrates on images, not on pictures of detections among them."""
+    """export.py calibrates on images, and not on the pictures of detections among them."""
     write(tmp_path / "photos" / "x.png", 30)
     write(tmp_path / "photos" / "out" / "x.png.png", 200)
     for name in ("detections.json", "images.json"):
@@ -171,12 +171,12 @@ def test_names_are_unique(inputs, expected, tmp_path, monkeypatch):
 
 
 def test_no_image_is_overwritten(tmp_path, monkeypatch):
-    """Also where pictures go beside the images: `x.png.png` may be one."""
+    """Not even if pictures go beside the images: `x.png.png` may itself be an image."""
     monkeypatch.chdir(tmp_path)
     inputs = write(Path("x.png")), write(Path("x.png.png"))
     targets = [target for _, target in predict.targets_of(inputs, Path())]
     assert len(set(targets)) == 2 and not set(targets) & set(inputs)
-    assert predict.targets_of((Path("x.png"),), Path("x.png"))  # mkdir refuses it
+    assert predict.targets_of((Path("x.png"),), Path("x.png"))  # rejected later, by mkdir
 
 
 def test_many_equal_names_are_quick(tmp_path):
@@ -191,14 +191,14 @@ def test_sizes_and_classes_travel_with_safetensors(file, model, tmp_path, capsys
     other = loaded_from(file, min_size=96)
     assert (other.model.preprocessing.resize, other.categories) == (models.ShortestEdge(96, 64), CATEGORIES)
     assert other.canvases == ((96, 96), (96, 96))
-    # A file without them is read all the same, which is said.
+    # A file without them can still be read, with a warning.
     weights.save_safetensors(model, file)
     with pytest.warns(UserWarning, match="does not say at which sizes"):
         plain = loaded_from(file)
     resize = plain.model.preprocessing.resize
     assert isinstance(resize, models.ShortestEdge)
     assert resize.min_size == 800
-    # A file from before there was a choice has two numbers.
+    # Files from before the resize could be chosen store two numbers.
     about = {"categories": None, "min_size": 64, "max_size": 96, "canvases": [[64, 96]]}
     weights.save_safetensors(model, file, metadata={"detector": json.dumps(about)})
     before = loaded_from(file)
@@ -210,7 +210,7 @@ def test_sizes_and_classes_travel_with_safetensors(file, model, tmp_path, capsys
 
 
 def test_weights_of_a_wrapper_in_the_scripts(file, model, tmp_path):
-    """`module.` before every name: detectors, and backbones for --init."""
+    """`module.` before every name, for detectors and for backbones given to `--init`."""
     arrays = {f"module.{name}": array for name, array in weights.to_torchvision(model).items()}
     weights.save_safetensors(arrays, tmp_path / "wrapped.safetensors")
     with pytest.warns(UserWarning, match="does not say at which sizes"):
@@ -237,7 +237,7 @@ def test_a_checkpoint_becomes_safetensors(model, file, tmp_path, monkeypatch):
 
 
 def test_the_selection_reaches_the_detector(file, model, tmp_path, monkeypatch, capsys):
-    """Any of its fields from the command line; what is wrong is one line."""
+    """Any of its fields can be set from the command line; an invalid one is reported in one line."""
     seen = []
     detect_batch = models.detect_batch
     monkeypatch.setattr(
@@ -252,6 +252,7 @@ def test_the_selection_reaches_the_detector(file, model, tmp_path, monkeypatch, 
     for wrong, words in (
         ({"top_n": 7.0}, "--selection: TwoStageSelection has no top_n; its fields are score_threshold, nms_"),
         ({"nms_threshold": 1.5}, "--selection nms_threshold is 1.5: it must be in 0..1"),
+        ({"max_detections": 0.5}, "--selection max_detections is 0.5: it must be a positive whole number"),
         ({"post_nms_top_n": 7.5}, "--selection post_nms_top_n is 7.5: it must be a positive whole number"),
         ({"box_min_size": float("nan")}, "--selection box_min_size is nan: it must be at least 0"),
     ):
@@ -261,7 +262,7 @@ def test_the_selection_reaches_the_detector(file, model, tmp_path, monkeypatch, 
 
 
 def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
-    """It is saved and read; --min-size and --max-size have no meaning for it."""
+    """It is saved and loaded; `--min-size` and `--max-size` do not apply to it."""
     shrink(monkeypatch)
     square = replace(model, preprocessing=models.Preprocessing(models.Square(64), std=(2.0, 3.0, 4.0)))
     path = tmp_path / "square.safetensors"
@@ -275,7 +276,7 @@ def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", get_args(_shared.ModelName))
 def test_classes_are_counted_by_shapes(name, tmp_path):
-    """Of any detector by name, whatever its layers are called."""
+    """For any detector by name, whatever its layers are called."""
     for count in (3, 90):
         parts = zoo.Architecture(name)
         shapes = _weights.array_shapes(parts.shapes(count))
@@ -291,17 +292,17 @@ def test_precision(file, tmp_path):
     zoo.Predictor(model, CATEGORIES, ((64, 64),)).save_weights(file)
     image = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(image)
-    found = []
+    detections = []
     for precision in ("float32", "bfloat16"):
         predict.main(options(file, tmp_path / precision, image, precision=precision))
-        found.append(json.loads((tmp_path / precision / "detections.json").read_text()))
-    scores = [[one["score"] for one in results] for results in found]
-    assert len(scores[0]) == len(scores[1]) == 3 and found[0] != found[1]
+        detections.append(json.loads((tmp_path / precision / "detections.json").read_text()))
+    scores = [[one["score"] for one in results] for results in detections]
+    assert len(scores[0]) == len(scores[1]) == 3 and detections[0] != detections[1]
     np.testing.assert_allclose(scores[0], scores[1], atol=0.05)
 
 
 def test_published_weights_need_no_file(monkeypatch, capsys):
-    """`--model` alone; what contradicts itself is one line."""
+    """`--model` alone is enough; contradictory options are reported in one line."""
     monkeypatch.setattr(zoo.Predictor, "pretrained", lambda name: f"published {name}")
     monkeypatch.setattr(_shared, "with_sizes", lambda predictor, *sizes: predictor)
     assert _shared.DetectorOptions(model=NAME).load() == f"published {NAME}"

@@ -1,4 +1,4 @@
-"""`zoo.Predictor`: whatever it is handed, in whatever number, it finds what `detect` finds; and it can be kept."""
+"""`zoo.Predictor` finds what `detect` finds, for any kind and number of images, and can be saved and loaded."""
 
 import json
 import sys
@@ -59,14 +59,14 @@ def same(one, other, atol=1e-4):
 def test_it_finds_what_detect_finds(predictor, images):
     canvas, image = (64, 96), images[0]
     other = predictor(images[1]).detections.scores
-    assert np.abs(predictor(image).detections.scores - other).max() > 1e-3  # the detector looks at the image
-    found = predictor(image)
+    assert np.abs(predictor(image).detections.scores - other).max() > 1e-3  # the result depends on the image
+    prediction = predictor(image)
     wanted = eqx.filter_jit(models.detect)(predictor.model, jnp.asarray(image), canvas=canvas)
     count = int(wanted.valid.sum())
-    assert len(found) == count > 0 and found.size == (50, 70)
-    np.testing.assert_allclose(found.detections.boxes, wanted.boxes[:count], atol=1e-2)
-    np.testing.assert_allclose(found.detections.scores, wanted.scores[:count], atol=1e-4)
-    assert found.names == [("cat", "dog")[label] for label in wanted.labels[:count]]
+    assert len(prediction) == count > 0 and prediction.size == (50, 70)
+    np.testing.assert_allclose(prediction.detections.boxes, wanted.boxes[:count], atol=1e-2)
+    np.testing.assert_allclose(prediction.detections.scores, wanted.scores[:count], atol=1e-4)
+    assert prediction.names == [("cat", "dog")[label] for label in wanted.labels[:count]]
     assert len(predictor(image, max_detections=2)) == 2 and len(predictor(image, score_threshold=1.0)) == 0
 
 
@@ -79,7 +79,7 @@ def test_lists_are_batches_and_keep_their_order(predictor, images, batch_size):
 
 
 def test_one_batch_a_bucket(predictor, images, monkeypatch):
-    """Images of a program go through it together; the last of them with a power of two."""
+    """Images of one program go through it together; the size of the last batch is a power of two."""
     shapes = []
     detect_batch = models.detect_batch
     monkeypatch.setattr(
@@ -96,13 +96,13 @@ def test_every_kind_of_image(predictor, images, files):
     for given in (str(files[0]), files[0], Image.fromarray(images[0]), jnp.asarray(images[0])):
         same(predictor(given), wanted)
     folder = predictor(files[0].parent)
-    assert [found.source for found in folder] == list(map(str, files))
-    for found, image in zip(folder, images, strict=True):
-        same(found, predictor(image))
-        np.testing.assert_array_equal(found.image, image)
+    assert [prediction.source for prediction in folder] == list(map(str, files))
+    for prediction, image in zip(folder, images, strict=True):
+        same(prediction, predictor(image))
+        np.testing.assert_array_equal(prediction.image, image)
     mixed = predictor([files[1].parent / "more", images[0]])
-    assert [found.source for found in mixed] == [str(files[2]), str(files[3]), None]
-    # A phone's picture: stored sideways, shown upright.
+    assert [prediction.source for prediction in mixed] == [str(files[2]), str(files[3]), None]
+    # A photo from a phone: stored sideways, shown upright.
     exif = Image.Exif()
     exif[0x0112] = 6
     file = files[0].parent / "sideways.jpg"
@@ -118,7 +118,7 @@ def test_every_kind_of_image(predictor, images, files):
         (lambda x: x / 255, TypeError, r"\(image \* 255\)\.round\(\)\.astype\(np\.uint8\)"),
         (lambda x: x.astype(np.int64), TypeError, r"has dtype int64, but pixels are uint8, 0\.\.255"),
         (lambda x: x.transpose(2, 0, 1), ValueError, r"Channels seem to come first: use image\.transpose\(1, 2, 0\)"),
-        (lambda x: x[..., 0], ValueError, r"gray: use np\.repeat\(image\[\.\.\., None\], 3, axis=2\)"),
+        (lambda x: x[..., 0], ValueError, r"grayscale: use np\.repeat\(image\[\.\.\., None\], 3, axis=2\)"),
         (lambda x: x[..., :1], ValueError, r"Repeat the gray channel"),
         (lambda x: np.concatenate([x, x[..., :1]], axis=2), ValueError, r"Drop alpha: image\[\.\.\., :3\]"),
         (lambda x: x[None], ValueError, r"a batch: pass list\(images\)"),
@@ -134,32 +134,32 @@ def test_what_is_no_image_is_told_apart(predictor, images, change, error, words)
 
 
 def test_predictions_in_other_forms(predictor, images, files, monkeypatch):
-    found = predictor(files[0])
-    assert found.draw(score_threshold=0.0).size == (70, 50)
-    rows = found.rows()
-    assert len(rows) == len(found) and set(rows[0]) == {"name", "category_id", "score", "x0", "y0", "x1", "y1"}
+    prediction = predictor(files[0])
+    assert prediction.draw(score_threshold=0.0).size == (70, 50)
+    rows = prediction.rows()
+    assert len(rows) == len(prediction) and set(rows[0]) == {"name", "category_id", "score", "x0", "y0", "x1", "y1"}
     assert rows[0]["category_id"] == {"cat": 3, "dog": 7}[rows[0]["name"]]
-    results = found.to_coco(image_id=42)
+    results = prediction.to_coco(image_id=42)
     assert json.loads(json.dumps(results)) == results and {one["image_id"] for one in results} == {42}
     for row, result in zip(rows, results, strict=True):
         x, y, width, height = result["bbox"]
         np.testing.assert_allclose((x, y, x + width, y + height), [row[k] for k in ("x0", "y0", "x1", "y1")], atol=1e-4)
         assert result["segmentation"]["size"] == [50, 70]
-    masks = found.masks()
-    assert masks is not None and masks.shape == (len(found), 50, 70) and masks.dtype == bool
+    masks = prediction.masks()
+    assert masks is not None and masks.shape == (len(prediction), 50, 70) and masks.dtype == bool
     encoded = [one["segmentation"] for one in results]
     decoded = [data.decode_rle({**one, "counts": one["counts"].encode()}) for one in encoded]
     assert np.mean(np.stack(decoded).astype(bool) != masks) < 1e-3
     nothing = predictor(images[0], score_threshold=1.0)
     assert (nothing.rows(), nothing.to_coco(), len(nothing.masks())) == ([], [], 0)
-    assert "nothing" in repr(nothing) and "a.png, 50×70" in repr(found)
+    assert "nothing" in repr(nothing) and "a.png, 50×70" in repr(prediction)
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
-        found.to_supervision()
+        prediction.to_supervision()
     monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=SimpleNamespace))
-    theirs = found.to_supervision()
+    theirs = prediction.to_supervision()
     np.testing.assert_array_equal(theirs.mask, masks)
-    assert theirs.data["class_name"].tolist() == found.names and theirs.xyxy.shape == (len(found), 4)
+    assert theirs.data["class_name"].tolist() == prediction.names and theirs.xyxy.shape == (len(prediction), 4)
 
 
 def test_a_saved_predictor_is_the_same(predictor, images, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_saved_predictor_is_the_same(predictor, images, tmp_path, monkeypatch)
     )
     assert loaded.model.preprocessing == predictor.model.preprocessing
     same(loaded(images[0], selection=SELECTION), predictor(images[0]))
-    with pytest.raises(FileNotFoundError, match=r"holds no predictor\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no predictor\.safetensors"):
         zoo.Predictor.load(tmp_path)
     with pytest.raises(ValueError, match="has no architecture"):
         replace(predictor, architecture=None).save(tmp_path / "own")
@@ -188,7 +188,7 @@ def test_batch_size_must_be_positive(predictor, images):
 
 
 def test_detection_over_a_dataset(predictor, files, images, tmp_path):
-    """The same as one by one; a model whose classes are not the dataset's is refused."""
+    """The same results as one by one; a model whose classes are not the dataset's is rejected."""
     entries = [
         {"id": 10 + i, "file_name": str(path.relative_to(files[0].parent)), "height": x.shape[0], "width": x.shape[1]}
         for i, (path, x) in enumerate(zip(files, images, strict=True))
@@ -204,5 +204,5 @@ def test_detection_over_a_dataset(predictor, files, images, tmp_path):
         for one, other in zip(own, predictor(path).to_coco(image_id=10 + i), strict=True):
             assert one["category_id"] == other["category_id"]
             np.testing.assert_allclose(one["bbox"], other["bbox"], atol=1e-2)
-    with pytest.raises(ValueError, match="category_ids must be 2, one per class of the model: 1"):
+    with pytest.raises(ValueError, match="category_ids must have 2 ids, one per class, got 1"):
         evaluate.detect_dataset(predictor.model, dataset, category_ids=[3])

@@ -1,4 +1,4 @@
-"""Scripts keep compiled programs in the user's cache folder, unless they are asked not to."""
+"""Scripts cache compiled programs in the user's cache folder, unless configured otherwise."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-# A script that compiles one program and prints where it is kept.
+# A script that compiles one program and prints where it is cached.
 SCRIPT = """
 import sys
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ run(main, Options, None)
 
 
 def start(home, **environment):
-    """What the script prints, with `home` as the home folder and programs kept that take no time."""
+    """What the script prints, with `home` as the home folder; programs are cached however fast they compile."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_", "XLA_"))}
     settings = {"HOME": str(home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "300"}
     done = subprocess.run(
@@ -46,16 +46,16 @@ def start(home, **environment):
 
 
 def programs(folder):
-    """The kept programs' files in a folder."""
+    """Names of the files in a folder of cached programs."""
     return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
 def test_programs_are_kept_in_the_users_cache_folder(tmp_path):
     assert f"kept in {tmp_path / '.cache' / 'detectax_eqx' / 'programs-'}" in start(tmp_path)
-    kept = programs(tmp_path)
-    assert kept
+    cached = programs(tmp_path)
+    assert cached
     start(tmp_path)
-    assert programs(tmp_path) == kept  # found again
+    assert programs(tmp_path) == cached  # used again
 
 
 def test_settings_are_respected(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints of torch read without torch: what torch wrote, what is damaged, and what means harm."""
+"""torch checkpoints read without torch: files that torch wrote, damaged files, and malicious ones."""
 
 import builtins
 import io
@@ -52,11 +52,11 @@ def test_the_options_beside_the_weights_are_skipped():
     np.testing.assert_array_equal(arrays["conv.weight"], EXPECTED["conv.weight"])
 
 
-# Files written by hand, so that they can be wrong.
+# Files written by hand, so that they can be malformed.
 
 
 def dump(value):
-    """The instructions that build a plain value."""
+    """The pickle instructions that build a plain value."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
@@ -74,7 +74,7 @@ def tensor(
 
 
 def mapping(**entries):
-    """The instructions that build a dictionary of what other instructions build."""
+    """The pickle instructions that build a dictionary of values that other instructions build."""
     return b"}(" + b"".join(dump(key) + value for key, value in entries.items()) + b"u"
 
 
@@ -132,7 +132,7 @@ def test_reads_the_oldest_parameters_and_storage_views(path):
 
 
 class Runs:
-    """Pickles into a call."""
+    """Pickles as a call."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -164,7 +164,7 @@ HOSTILE = {
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_runs_nothing(case, write, path, monkeypatch):
-    """The name is noted, nothing is called, and what takes the place of a tensor is refused by its name."""
+    """The name is recorded, nothing is called, and what stands in for a tensor is rejected by its name."""
     monkeypatch.chdir(path.parent)
     for function in (os.system, subprocess.Popen):
         monkeypatch.setattr(f"{function.__module__}.{function.__name__}", lambda *_: pytest.fail("it ran"))
@@ -177,7 +177,7 @@ def test_runs_nothing(case, write, path, monkeypatch):
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_runs_nothing_beside_the_weights(case, write, path, monkeypatch):
-    """There too it is a note of a name, whatever the program then does with it."""
+    """Here too only the name is recorded, whatever the program then does with it."""
     monkeypatch.chdir(path.parent)
     for function in (os.system, subprocess.Popen):
         monkeypatch.setattr(f"{function.__module__}.{function.__name__}", lambda *_: pytest.fail("it ran"))
@@ -188,7 +188,7 @@ def test_runs_nothing_beside_the_weights(case, write, path, monkeypatch):
 
 
 NAMESPACE = name("argparse", "Namespace") + b")\x81}" + dump("lr") + dump(0.1) + b"sb"
-# What training scripts keep beside the weights: torchvision's, Lightning, mmengine.
+# What training scripts store beside the weights: torchvision's, Lightning, mmengine.
 BESIDE = {
     "args": NAMESPACE,
     "optimizer": mapping(state=b"}(" + dump(0) + mapping(momentum_buffer=tensor()) + b"u", param_groups=b"]"),
@@ -220,7 +220,7 @@ def test_reads_the_weights_of_a_training_script(key, write, path):
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("key", ["model_ema", "ema", "ema_model", "state_dict_ema"])
 def test_an_average_beside_the_weights_is_preferred(key, write, path):
-    """As torchvision's script keeps it (`module.` and `n_averaged`), and as D-FINE's does, under `module`."""
+    """As torchvision's script stores it (`module.` and `n_averaged`), and as D-FINE's does, under `module`."""
     average = {"n_averaged": tensor(shape=(), strides=()), "module.w": tensor(offset=1, shape=(2,))}
     flat = mapping(**average)
     nested = mapping(module=flat, updates=dump(7))
@@ -375,7 +375,7 @@ def test_a_flipped_bit_of_an_archive_is_noticed(path):
 
 
 def test_flipped_bytes_never_escape_as_other_errors(path):
-    """Whatever is damaged, the outcome is arrays or the one error."""
+    """Whatever is damaged, the result is arrays or a `WeightsError`."""
     rng = np.random.default_rng(0)
     for name in ("zip", "legacy"):
         content = np.frombuffer((DATA / f"{name}.pth").read_bytes(), np.uint8)

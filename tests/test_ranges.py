@@ -1,4 +1,4 @@
-"""Every number among the options of every script has a range, which is checked before anything is read."""
+"""Every numeric option of every script has a range, which is checked before anything is read."""
 
 import importlib
 import math
@@ -12,7 +12,7 @@ import pytest
 
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-# Has no options that are numbers, and none of the package's ways: it is made to be copied.
+# Without numeric options; run_stablehlo.py is made to be copied and follows none of the package's conventions.
 WITHOUT_OPTIONS = {"list_detectors", "run_stablehlo"}
 SCRIPTS = sorted({path.stem for path in EXPERIMENTS.glob("[!_]*.py")} - WITHOUT_OPTIONS)
 OUTSIDE = {
@@ -21,8 +21,8 @@ OUTSIDE = {
     "in 0..1": (1.7, -0.1, math.nan),
     "a positive multiple of 32": (33, 0, -32),
 }
-# Numbers that are checked against what the run has (devices, processes), rather than a range.
-# `--selection` against the fields of the detector's own selection (tests/malformed/options.py).
+# Checked against the run (devices, processes) rather than against a range; `--selection` is checked against the fields
+# of the detector's own selection (tests/malformed/options.py).
 CHECKED_ELSEWHERE = {("train", "num_processes"), ("train", "process_id")}
 CHECKED_ELSEWHERE |= {(script, "selection") for script in ("evaluate", "export", "predict")}
 
@@ -40,12 +40,12 @@ def module_of(script):
 
 
 def is_number(hint):
-    """Whether a type hint holds an int or a float; a bool is none, nor are the words of a Literal."""
+    """Whether a type hint contains int or float; bool does not count, nor do the words of a Literal."""
     return hint in (int, float) or any(map(is_number, typing.get_args(hint)))
 
 
 def shaped(hint, number):
-    """A value of the type of a hint, all of whose numbers are `number`."""
+    """A value of the type of a hint, in which every number is `number`."""
     if hint in (int, float):
         return hint(number) if hint is float or math.isfinite(number) else number
     inner = [part for part in typing.get_args(hint) if is_number(part)]
@@ -56,12 +56,12 @@ def shaped(hint, number):
 
 
 def groups_of(options) -> dict[str, Any]:
-    """The classes of options that stand as one field of others, by its name."""
+    """The classes of options that are nested as fields of `options`, by field name."""
     return {field.name: field.type for field in fields(options) if is_dataclass(field.type)}
 
 
 def numbers_of(script):
-    """The type of each option that holds numbers, and the field of `Options` that holds it, if it is in a group."""
+    """The type of each numeric option, and the field of `Options` that holds its group, or `None`."""
     options = module_of(script).Options
     owners = {None: options, **groups_of(options)}
     hints = [(owner, typing.get_type_hints(one)) for owner, one in owners.items()]
@@ -69,10 +69,19 @@ def numbers_of(script):
 
 
 def ranges_of(script):
-    """What the numbers of each option have to be: the script's own options, and those of its groups."""
+    """`(requirement, option)` for each option with a range: the script's own options, and those of its groups."""
     module = module_of(script)
-    several = [getattr(module, "RANGES", {}), *(group.RANGES for group in groups_of(module.Options).values())]
+    groups = groups_of(module.Options).values()
+    several = [getattr(module.Options, "RANGES", {}), *(getattr(group, "RANGES", {}) for group in groups)]
     return [(what, name) for ranges in several for what, names in ranges.items() for name in names.split()]
+
+
+def required(options, path) -> dict[str, Any]:
+    """Values for the options without a default: a path, a tuple of one, or a group of such values."""
+    hints = typing.get_type_hints(options)
+    names = [field.name for field in fields(options) if field.default is MISSING and field.default_factory is MISSING]
+    groups = {name: hints[name](**required(hints[name], path)) for name in names if is_dataclass(hints[name])}
+    return {name: (path,) if "tuple" in str(hints[name]) else path for name in names} | groups
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -87,16 +96,14 @@ def test_every_number_has_a_range(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_number_out_of_range_is_refused_before_anything_is_read(script, tmp_path):
     module, numbers = module_of(script), numbers_of(script)
-    required = [f.name for f in fields(module.Options) if f.default is MISSING and f.default_factory is MISSING]
-    paths = dict.fromkeys(required, tmp_path / "none")
-    tuples = {name for name in required if "tuple" in str(typing.get_type_hints(module.Options)[name])}
-    paths |= dict.fromkeys(tuples, (tmp_path / "none",))
+    groups, none = groups_of(module.Options), tmp_path / "none"
     for what, name in ranges_of(script):
         for number in OUTSIDE[what]:
             hint, owner = numbers[name]
             given = {name: shaped(hint, number)}
-            given = given if owner is None else {owner: groups_of(module.Options)[owner](**given)}
-            options = module.Options(**paths | given)
+            if owner is not None:
+                given = {owner: groups[owner](**required(groups[owner], none) | given)}
+            options = module.Options(**required(module.Options, none) | given)
             with pytest.raises(SystemExit) as refused:
                 module.main(options)
             message = str(refused.value)

@@ -1,6 +1,6 @@
-"""torchvision's own results, as tests/parity/make_reference.py stored them. Indices are exact, the rest within 1e-5.
+"""torchvision's own results, stored by tests/parity/make_reference.py. Indices are exact, the rest is within 1e-5.
 
-`make parity` compares with torchvision itself, on many more inputs.
+`make parity` compares with torchvision itself on many more inputs.
 """
 
 from functools import cache, partial
@@ -26,7 +26,7 @@ def _group(name):
 
 
 def _jitted(op, **options):
-    """One program instead of one for each step of `op`."""
+    """`op` compiled as one program instead of one per operation."""
     return jax.jit(partial(op, **options))
 
 
@@ -88,7 +88,7 @@ def test_coders(name, weights):
 def test_anchor_grid(level):
     stored = _group("anchors")
     height, width = stored(f"size.{level}").tolist()
-    # The stride as torchvision has it, the canvas' size over the map's: 61 and 64 on the last level.
+    # As in torchvision, the stride is the canvas's size over the map's: 61 and 64 on the last level.
     stride = 800 // height, 1088 // width
     ours = ops.anchor_grid((height, width), stride=stride, sizes=(2.0 ** (5 + level),), aspect_ratios=(0.5, 1.0, 2.0))
     ours = np.asarray(ours)

@@ -1,4 +1,4 @@
-"""The pages: what they hold, and in a real browser that they load, filter and show pictures."""
+"""Report pages: what they contain, and that they load, filter and show pictures in a real browser."""
 
 import json
 import re
@@ -63,9 +63,9 @@ def report(scripts, shapes, tmp_path_factory):
 
 
 def content_of(page):
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
-    assert found is not None
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    assert match is not None
+    return json.loads(match[1])
 
 
 def test_a_page_needs_nothing_else(report):
@@ -106,9 +106,9 @@ def test_the_report_is_kept_small(scripts, shapes, monkeypatch):
     everything = evaluation.worst_images(dataset, results, [analysis])
     assert len(everything) > 5
     monkeypatch.setattr(evaluation, "IMAGE_BYTES", 20_000)
-    some = evaluation.worst_images(dataset, results, [analysis])
-    assert some == everything[: len(some)] and 0 < len(some) < len(everything)
-    assert len(json.dumps(some)) < 21_000
+    limited = evaluation.worst_images(dataset, results, [analysis])
+    assert limited == everything[: len(limited)] and 0 < len(limited) < len(everything)
+    assert len(json.dumps(limited)) < 21_000
     monkeypatch.setattr(evaluation, "MOST", 2)
     assert len(evaluation.worst_images(dataset, results, [analysis])) == 2
 
@@ -154,7 +154,7 @@ def browser():
 
 
 def opened(browser, page, width=1200):
-    """A page in the browser, offline, and the list that its complaints go to."""
+    """A page in the browser, offline, and the list that collects its console messages and errors."""
     context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
     tab = context.new_page()
     complaints = []
@@ -186,10 +186,10 @@ def test_the_report_in_a_browser(browser, report):
     assert all("star" in chip for chip in tab.locator(".chip").all_inner_texts())
     assert tab.locator("#classes tr.chosen").inner_text().startswith("star")
     tab.select_option("#image-class", "")
-    # A score that few reach leaves missed objects and the confident errors.
+    # A score that few detections reach leaves the missed objects and the confident errors.
     tab.locator("#image-score").fill("0.95")
     assert tab.locator(".picture .wrong").count() > 0
-    # Masks: as many paths as there are objects and detections shown, and none when they are turned off.
+    # Masks: one path per object and detection shown, and none when masks are turned off.
     assert tab.locator(".picture .mask").count() > 0
     tab.locator("#image-masks").uncheck()
     assert tab.locator(".picture .mask").count() == 0
@@ -217,7 +217,7 @@ def test_the_report_on_a_phone(browser, report, scheme):
 
 
 def test_masks_are_drawn_where_they_are(browser, report):
-    """The path of a mask's run lengths covers just its pixels."""
+    """The path of a mask's run lengths covers exactly its pixels."""
     tab, complaints = opened(browser, report)
     mask = np.zeros((7, 9), bool)
     mask[1:5, 2:4] = mask[0, 6] = mask[:, 7] = mask[2:, 8] = True
@@ -250,5 +250,21 @@ def test_a_dataset_page_in_a_browser(browser, scripts, shapes, tmp_path):
         assert tab.locator(".card .chip").all_inner_texts() == ["rare"]
         tab.locator(".picture").first.click()
         assert tab.locator("dialog[open] .picture").count() == 1
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert complaints == []
+
+
+def test_curves_in_a_browser(browser, tmp_path):
+    from detectax_eqx.report import write_curves
+
+    lines = [{"step": k, "rate": 0.01, "loss": 3 / k, NASTY: 1} for k in range(1, 90)] + [{"step": 89, "bbox_AP": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "curves.html"
+    write_curves(page, tmp_path / "metrics.jsonl", total_steps=100, running=False)
+    for width in (1200, 390):
+        tab, complaints = opened(browser, page, width=width)
+        assert tab.locator("h2").all_inner_texts() == ["Loss", "COCO metrics", "Learning rate"]
+        assert tab.locator("svg polyline").count() == 3
+        assert tab.locator("section").first.locator("p").inner_text() == "loss 0.0337"
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert complaints == []

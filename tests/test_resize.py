@@ -1,4 +1,4 @@
-"""Resizing: torch's bilinear rule between two sizes that the program is not compiled for."""
+"""Resizing: torch's bilinear rule between two sizes that are not known at compile time."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from detectax_eqx.ops import resize_image, resized_size
 
 
 def _reference(image, output_size, canvas, offset=(0, 0), flip=False):
-    """Bilinear interpolation at pixel centres, a pixel at a time, in float64."""
+    """Bilinear interpolation at pixel centres, pixel by pixel, in float64."""
     (h, w), (oh, ow) = image.shape[:2], output_size
     resized = np.zeros((oh, ow, image.shape[2]))
     for y in range(oh):
@@ -77,7 +77,7 @@ def test_gradient_is_the_transpose(getkey):
         out = resize_image(image, image_size=jnp.array([4, 5]), output_size=jnp.array([7, 8]), canvas=(8, 8))
         return (out * cotangent).sum()
 
-    # The map is linear: its value is the gradient's product with the image.
+    # Resizing is linear: its value is the product of its gradient with the image.
     np.testing.assert_allclose(weighed(image), (jax.grad(weighed)(image) * image).sum(), rtol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_gradient_is_the_transpose(getkey):
     "size, options, expected",
     [
         ((480, 640), {"min_size": 800, "max_size": 1333}, (800, 1066)),
-        ((334, 500), {"min_size": 800, "max_size": 1333}, (799, 1197)),  # double precision falls short of 800
+        ((334, 500), {"min_size": 800, "max_size": 1333}, (799, 1197)),  # in float64, just short of 800
         ((640, 200), {"min_size": 800, "max_size": 1333}, (1333, 416)),
         ((100, 100), {"min_size": 800, "max_size": 1333, "canvas": (640, 960)}, (640, 640)),
         ((10_000, 1), {"min_size": 32, "max_size": 32}, (32, 1)),

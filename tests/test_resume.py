@@ -1,4 +1,4 @@
-"""Going on with a run: what may differ from before, what may not, and what a killed run left lying about."""
+"""Resuming a run: which options may change, which may not, and what a killed run leaves behind."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from detectax_eqx import data, models, train, zoo
 
 from . import tiny_train
-from .tiny_train import script
+from .tiny_train import grouped, script
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def start(shapes, output, *options):
 
 
 def resume(output, *options):
-    """`--resume --output` alone."""
+    """Resumes with `--resume --output` and the given options only."""
     command = [tiny_train.sys.executable, tiny_train.__file__, "--resume", "--output", str(output), *options]
     environment = tiny_train.os.environ | {"XLA_FLAGS": "", "COLUMNS": "80"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -42,7 +42,7 @@ def resume(output, *options):
 
 @pytest.fixture(scope="module")
 def done(shapes, tmp_path_factory):
-    """A run of two epochs, its folder and what it printed."""
+    """The folder and the output of a finished run of two epochs."""
     folder = tmp_path_factory.mktemp("runs") / "done"
     options = ["--epochs", "2", "--warmup-steps", "1", "--optimizer", "adamw", "--ema", "0.9", "--log-every", "1"]
     options += ["--checkpoint-every", "100"]  # so that `last` still has the step of `best`
@@ -52,7 +52,7 @@ def done(shapes, tmp_path_factory):
 
 
 def test_the_header_and_the_log_without_a_terminal(done):
-    """All that is known before the first step, and a whole line for each step that is logged."""
+    """The header has all that is known before the first step; the log has a whole line per logged step."""
     _, output = done
     header, _, log = output.partition("memory of a step at 64×64: ")
     for line in (
@@ -117,15 +117,15 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_changes_batches_or_model_is_refused_naming_both_values(name, tmp_path):
-    from _options import Options, complete
+    from _options import complete, flat
     from _resume import check_options, saved_options
 
-    saved = complete(Options(output=tmp_path, **OPTIONS), 10)
-    tiny_train._shared.write_json(tmp_path / "options.json", tiny_train._shared.asdict(saved))
+    saved = complete(grouped(output=tmp_path, **OPTIONS), 10)
+    tiny_train._shared.write_json(tmp_path / "options.json", flat(saved))
     assert saved_options(tmp_path) == saved
-    given = Options(output=tmp_path, resume=True, **OPTIONS, **{name: OTHERS[name]})
+    given = grouped(output=tmp_path, resume=True, **OPTIONS, **{name: OTHERS[name]})
     show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
-    words = f"--{name.replace('_', '-')} ({show(getattr(saved, name))} → {show(OTHERS[name])})"
+    words = f"--{name.replace('_', '-')} ({show(flat(saved)[name])} → {show(OTHERS[name])})"
     with pytest.raises(SystemExit, match=re.escape(words)):
         check_options(given, saved, going_on=True)
     check_options(given, saved, going_on=False)
@@ -146,7 +146,7 @@ def test_data_that_changed_are_refused(shapes, tmp_path):
     annotations, images = shapes / "train/annotations.json", shapes / "train/images"
     before = describe_data(data.load_coco(annotations, images))
     check_data(data.load_coco(annotations, images), {"data": before}, "a.json")
-    check_data(data.load_coco(annotations, images), {}, "a.json")  # of an old checkpoint
+    check_data(data.load_coco(annotations, images), {}, "a.json")  # an old checkpoint has no description
     content = json.loads(annotations.read_text())
     content["annotations"][0]["bbox"][0] += 1
     (tmp_path / "moved.json").write_text(json.dumps(content))
@@ -166,7 +166,7 @@ def test_what_a_killed_run_left_is_removed_unless_another_runs(tmp_path):
     for name in strays:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("half")
-    options = script.Options(train_annotations="a.json", train_images="images", output=tmp_path)
+    options = grouped(train_annotations="a.json", train_images="images", output=tmp_path)
     with train.lock_folder(tmp_path), pytest.raises(BlockingIOError):
         script.main(options)
     assert all((tmp_path / name).exists() for name in strays)

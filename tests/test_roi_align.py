@@ -31,7 +31,7 @@ def _axis_weights(low, high, size, bins, scale, ratio, aligned):
 
 
 def _weights(shape, boxes, *, output_size, spatial_scale, sampling_ratio, aligned):
-    """`(n, p, q, h, w)`: what each bin takes of each cell."""
+    """`(n, p, q, h, w)`: weight of each cell in each bin."""
     options = (spatial_scale, sampling_ratio, aligned)
     return np.stack(
         [
@@ -70,7 +70,7 @@ BOXES = {
 
 
 def _value_and_gradients(features, boxes, cotangent, **options):
-    """RoIAlign and the gradients of its product with `cotangent`, in features and boxes."""
+    """RoIAlign, and the gradients of its product with `cotangent` with respect to features and boxes."""
 
     @jax.jit
     def run(features, boxes):
@@ -84,7 +84,7 @@ def _boxes():
     return jnp.array(list(BOXES.values()), jnp.float32)
 
 
-# Boxes none of whose samples is where the interpolation has a kink.
+# Boxes without a sample on a kink of the interpolation.
 SMOOTH = [
     [7.31, 5.63, 31.77, 30.21],
     [-9.37, -7.29, 12.61, 10.83],
@@ -128,7 +128,7 @@ def test_agrees_with_a_naive_loop(getkey, sampling_ratio, aligned, output_size):
     weights = _weights(features.shape[1:], boxes[:finite], **options)
     expected = np.einsum("npqhw,chw->ncpq", weights, np.asarray(features, np.float64))
     np.testing.assert_allclose(out[:finite], expected, atol=1e-5)
-    # The map is linear in features, so that the gradient is the transpose.
+    # RoIAlign is linear in the features, so the gradient is the transpose.
     expected = np.einsum("npqhw,ncpq->chw", weights, np.asarray(cotangent[:finite], np.float64))
     np.testing.assert_allclose(feature_gradient, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
@@ -145,17 +145,17 @@ def test_agrees_with_a_naive_loop(getkey, sampling_ratio, aligned, output_size):
 
 
 TABLES = [
-    # The half pixel taken off puts the bins' centres between cells: 5 * 0.75 + 0.75.
+    # The half-pixel shift puts the bins' centres between cells: 5 * 0.75 + 0.75.
     ("aligned", (5, 5), (1, 1, 3, 3), 4, True, [[4.5 + 2.5 * p + 0.5 * q for q in range(4)] for p in range(4)]),
     ("not aligned", (5, 5), (1, 1, 3, 3), 4, False, [[7.5 + 2.5 * p + 0.5 * q for q in range(4)] for p in range(4)]),
     # Half the samples of the first bins lie beyond index 0 and are clamped to it.
     ("clamped", (2, 2), (0, 0, 1, 1), 2, True, [[0, 0.25], [0.5, 0.75]]),
-    # A point counts as one cell; here its samples are at 1.25 and 1.75.
+    # A point counts as one cell; its samples are at 1.25 and 1.75.
     ("least side", (5, 5), (1, 1, 1, 1), 1, False, [[9.0]]),
     ("point", (5, 5), (1, 1, 1, 1), 1, True, [[3.0]]),
-    # Of the samples of a side, at 4.75 and 5.25, the first reads the last cell, of value 24, and the second 0.
+    # Per side, the sample at 4.75 reads the last cell, of value 24, and the sample at 5.25 reads 0.
     ("beyond the border", (5, 5), (4.5, 4.5, 5.5, 5.5), 1, False, [[6.0]]),
-    # In x, the sample at -1.25 reads 0, and that at -0.75 column 0. In y, they are at 2.25 and 2.75.
+    # In x, the sample at -1.25 reads 0 and the one at -0.75 reads column 0. In y, samples are at 2.25 and 2.75.
     ("beyond the origin", (5, 5), (-1.5, 2, -0.5, 3), 1, False, [[6.25]]),
 ]
 
@@ -179,7 +179,7 @@ def test_gradient_table():
 
 
 def test_aligned_resizes_as_an_image_does(getkey):
-    """One aligned sample a bin in the box of the whole map resizes it: half pixels fall in the right place."""
+    """With one aligned sample per bin, RoIAlign of the whole map is an image resize: the half-pixel shift is right."""
     features = jr.uniform(getkey(), (2, 5, 6))
     box = jnp.array([[0.0, 0, 6, 5]])
     for size in ((10, 12), (15, 18), (5, 6)):
@@ -188,7 +188,7 @@ def test_aligned_resizes_as_an_image_does(getkey):
 
 
 def test_bins_of_whole_length_get_as_many_samples(getkey):
-    """84 / 14 is 6 samples a bin, not 7: the number must not hinge on how a compiler divides."""
+    """84 / 14 is 6 samples per bin, not 7: the number must not depend on how a compiler divides."""
     features, boxes = jr.uniform(getkey(), (1, 84, 84)), jnp.array([[0.0, 0, 84, 84], [3, 5, 45, 33]])
     options = {"output_size": (14, 14), "spatial_scale": 1, "sampling_ratio": 0, "aligned": False}
     out = jax.jit(lambda *args: roi_align(*args, **options))(features, boxes)
@@ -200,7 +200,7 @@ def test_bins_of_whole_length_get_as_many_samples(getkey):
 def test_the_limits_of_a_map_are_inside(limit, inside, sampling_ratio):
     features = jnp.arange(1.0, 26).reshape(1, 5, 5)
     boxes = jnp.array([[2.0, limit - 0.5, 3.0, limit + 0.5]], jnp.float32)
-    if not inside:  # by the least step of float32
+    if not inside:  # by one float32 step
         edge = np.float32(round(limit))
         step = np.nextafter(edge, np.float32(10 * limit)) - edge
         boxes = jnp.array([[2.0, edge - 0.5 + 4 * step, 3.0, edge + 0.5 + 4 * step]], jnp.float32)
@@ -258,12 +258,12 @@ def test_bfloat16_keeps_its_dtype(getkey, sampling_ratio):
     cotangent = jnp.ones((len(BOXES), 2, 3, 2), jnp.bfloat16)
     out, (gradient, box_gradient) = _value_and_gradients(features, boxes, cotangent, **options)
     assert out.dtype == gradient.dtype == jnp.bfloat16 and box_gradient.dtype == jnp.float32
-    # Sums are in float32: the only errors are those of rounding once.
+    # Sums are in float32: the only error is that of one final rounding.
     exact = _reference(features.astype(jnp.float32), boxes, **options)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)
 
 
-# Levels of strides 4 to 32: the side of a square box, and the level whose map it reads.
+# For levels of strides 4 to 32: the side of a square box, and the level that it reads.
 LEVELS = [(0, 2), (1, 2), (55.9, 2), (56, 2), (111.9, 2), (112, 3), (223.9, 3), (224, 4), (447, 4), (448, 5), (5000, 5)]
 
 

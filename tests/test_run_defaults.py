@@ -13,32 +13,33 @@ import pytest
 from detectax_eqx import data, models, zoo
 
 from . import tiny_train
-from .tiny_train import script
+from .tiny_train import grouped, script
 
 
 _shared = tiny_train._shared
 
 
 def completed(epoch_steps, **options):
-    from _options import Options, complete
+    from _options import complete
 
-    return complete(Options(output=Path(), **options), epoch_steps)
+    return complete(grouped(output=Path(), **options), epoch_steps)
 
 
 def test_the_recipe_is_the_fields_at_its_own_length():
     options = completed(7330, init="weights.pth")
-    assert (options.lr, options.warmup_steps, options.decay_epochs) == (0.02, 500, (8, 11))
-    assert (options.norm, options.trainable_layers) == ("frozen_batch", 3)
+    rate = options.optimization
+    assert (rate.lr, rate.warmup_steps, rate.decay_epochs) == (0.02, 500, (8, 11))
+    assert (options.architecture.norm, options.architecture.trainable_layers) == ("frozen_batch", 3)
 
 
 def test_defaults_scale_with_the_run():
     options = completed(13, epochs=12)
-    assert options.warmup_steps == 15 and options.decay_epochs == (8, 11)  # of 156 steps
-    assert (options.norm, options.trainable_layers) == ("group", 5)
-    assert completed(10, epochs=6).decay_epochs == (4, 5.5)
+    assert options.optimization.warmup_steps == 15 and options.optimization.decay_epochs == (8, 11)  # of 156 steps
+    assert (options.architecture.norm, options.architecture.trainable_layers) == ("group", 5)
+    assert completed(10, epochs=6).optimization.decay_epochs == (4, 5.5)
     options = completed(10, steps=30)
-    assert options.warmup_steps == 3 and options.decay_epochs == (2, 2.75)
-    assert completed(10, optimizer="adamw").lr == 1e-4
+    assert options.optimization.warmup_steps == 3 and options.optimization.decay_epochs == (2, 2.75)
+    assert completed(10, optimizer="adamw").optimization.lr == 1e-4
     for steps in range(1, 40):
         options = completed(10, steps=steps)
         schedule = script.make_schedule(options, 10)
@@ -74,7 +75,7 @@ def bare(content):
 def test_runs_that_cannot_learn_are_refused(change, options, words, tmp_path):
     given = {"batch_size": 8, "output": tmp_path / "run"} | write(tmp_path / "data", change) | options
     with pytest.raises(SystemExit) as error:
-        script.main(script.Options(**given))
+        script.main(grouped(**given))
     assert words in str(error.value) and "mask_size" not in str(error.value)
     assert not (tmp_path / "run/options.json").exists()
 
@@ -87,7 +88,7 @@ def test_anchors_reach_every_detector():
 
     for name in get_args(_shared.ModelName):
         if name.startswith("fcos"):  # its points have a size and no aspect
-            with pytest.raises(ValueError, match=f"aspect_ratios: {name} takes none. Leave it out."):
+            with pytest.raises(ValueError, match=f"{name} does not take aspect_ratios. Omit it."):
                 shapes(name, **options)
             assert shapes(name, anchor_sizes=(8, 16, 32, 64, 128)).anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
             continue
@@ -146,7 +147,7 @@ def test_checkpoints_of_before_preprocessing_still_load(name, tmp_path, monkeypa
     loaded = zoo.Predictor.from_checkpoint(tmp_path).model
     assert loaded.preprocessing.resize((640, 640)) == (64, 64)
     assert eqx.tree_equal(replace(loaded, preprocessing=model.preprocessing), model)
-    with pytest.raises(SystemExit, match=r"--resume cannot go on with .*: write it by export\.py"):
+    with pytest.raises(SystemExit, match=r"--resume cannot go on with .*: write it with export\.py"):
         check_version(tmp_path / "last")
 
 

@@ -1,4 +1,4 @@
-"""run_stablehlo.py reads images as training does, though it imports none of the package, and refuses in one line."""
+"""run_stablehlo.py reads images as training does, without importing the package, and reports errors in one line."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def cut_short(path):
 
 
 def flipped(path):
-    """One bit of the pixels, which still unpack; the chunk's checksum does not fit."""
+    """Flips one bit of the pixels: they still unpack, but the chunk's checksum does not match."""
     Image.fromarray(pixels(64, 64)).save(path, compress_level=0)
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
@@ -147,7 +147,7 @@ def test_the_table_has_both_outcomes(tmp_path):
 
 
 def test_sixteen_bits_are_not_clipped(script, tmp_path):
-    """A ramp over all of 16 bits has a mean in the middle of 8."""
+    """A ramp over the whole 16-bit range has its mean in the middle of the 8-bit range."""
     ramp = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     assert script.read_image(tmp_path / "a.png").mean() == pytest.approx(ramp.mean() / 257, abs=0.1)
@@ -163,7 +163,7 @@ ABOUT = {
 
 
 def write_detector(path, **changes):
-    """A file of the right form, without a program: what is refused before it runs needs none."""
+    """Writes a file of the right form without a program, which files that are rejected before it runs do not need."""
     import jax
 
     newest = jax.export.maximum_supported_calling_convention_version
@@ -175,8 +175,8 @@ def write_detector(path, **changes):
     "write, words",
     [
         (lambda path: None, "No such file"),
-        (lambda path: path.write_bytes(b"PK\x03\x04"), "not a whole .npz file of export.py"),
-        (lambda path: path.write_text("x"), "not a whole .npz file of export.py"),
+        (lambda path: path.write_bytes(b"PK\x03\x04"), "not a complete .npz file written by export.py"),
+        (lambda path: path.write_text("x"), "not a complete .npz file written by export.py"),
         (lambda path: np.savez(path, x=np.zeros(2)), "holds no detector"),
         (lambda path: path.mkdir(), "Is a directory"),
         (lambda path: write_detector(path, calling_convention=99), "reads conventions"),
@@ -191,7 +191,7 @@ def test_a_detector_that_is_none(tmp_path, write, words):
 
 
 def test_images_that_cannot_be_used(tmp_path):
-    """Each in one line that names it, and the others go on."""
+    """Each is reported in one line that names it; the other images are still processed."""
     detector, large, text = (tmp_path / name for name in ("detector.npz", "large.png", "text.png"))
     write_detector(detector)
     text.write_text("x")

@@ -39,7 +39,7 @@ def test_round_trip_of_a_model(path, getkey):
     arrays, metadata = read_safetensors(path)
     assert metadata == {"categories": "[1, 3]"} and set(arrays) == set(named_leaves(model))
     assert os.listdir(path.parent) == [path.name]
-    # Other programs read it as well.
+    # Other programs can read it as well.
     np.testing.assert_array_equal(load_file(path)["layers.0.weight"], model.layers[0].weight)
 
 

@@ -1,4 +1,4 @@
-"""Saving while training goes on, what a save that fails leaves, and one run at a time."""
+"""Saving while training continues, what a failed save leaves behind, and one run per folder at a time."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ TREE = {"w": jnp.arange(1000.0), "key": jr.key(3), "step": jnp.int32(5)}
 
 
 class SlowDisk:
-    """Writes when asked to."""
+    """A disk that writes only once `go` is set."""
 
     def __init__(self, monkeypatch):
         self.go, self.writes = threading.Event(), []
@@ -47,7 +47,7 @@ def disk(monkeypatch):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, disk):
-    """The steps after a save consume the state that is being written, and change nothing in it."""
+    """The steps after a save donate the state that is being written, and do not change what is written."""
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {"w": jnp.zeros(100_000), "step": jnp.int32(0)}
     with CheckpointSaver() as saver:
@@ -89,18 +89,18 @@ def test_the_error_of_a_save_reaches_the_next_call(tmp_path, monkeypatch):
 
     train.save_checkpoint(tmp_path, TREE, step=1, metadata={})
     monkeypatch.setattr(_checkpoint, "write_arrays", fail)
-    message = r"Cannot save checkpoint .*00000002: No space left on device\. Earlier .* are as they were\. Make room"
+    message = r"Cannot save checkpoint .*00000002: No space left on device\. Earlier .* are unchanged\. Free disk space"
     for call in (CheckpointSaver.wait, CheckpointSaver.__exit__, again):
         saver = CheckpointSaver()
         saver.save([tmp_path], TREE, step=2, metadata={})
         with pytest.raises(CheckpointError, match=message):
             call(saver)
-        saver.wait()  # it was reported, once
+        saver.wait()  # it is reported only once
     saver.save([tmp_path], TREE, step=2, metadata={})
     with pytest.raises(CheckpointError, match=message):
         while True:
             saver.check()
-    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]  # what was half written gave its room back
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]  # the half-written checkpoint is removed
     assert_identical(train.load_checkpoint(tmp_path / "00000001", TREE)[0], TREE)
 
 
@@ -115,7 +115,7 @@ def test_options(tmp_path):
 
 @pytest.mark.parametrize("disk", ["limited", pytest.param("full", marks=pytest.mark.long)])
 def test_a_disk_without_room(tmp_path, disk, tally):
-    """A limit on the size of files stands in for a full disk; the long form fills one."""
+    """A limit on file size stands in for a full disk; the long form fills a real one."""
     script = """
         import sys, numpy as np
         from detectax_eqx import train
@@ -151,7 +151,7 @@ def flip_bit(file):
 
 
 def arrays_of(checkpoint):
-    """The file with the values of "w"."""
+    """The file of a checkpoint that holds the values of "w"."""
     needle = np.asarray(TREE["w"])[500:510].tobytes()
     (file,) = [file for file in checkpoint.rglob("*") if file.is_file() and needle in file.read_bytes()]
     return file
@@ -179,7 +179,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, damage, tally):
     with pytest.raises(DamagedCheckpointError, match=message):
         raise error
     change(tmp_path / "00000002")
-    with pytest.raises(DamagedCheckpointError, match=r"(?s)No checkpoint in .* is whole.*00000003.*00000002"):
+    with pytest.raises(DamagedCheckpointError, match=r"(?s)All checkpoints in .* are damaged.*00000003.*00000002"):
         train.load_latest_checkpoint(tmp_path, TREE)
 
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_fits_any_layout_on_devices(tmp_path, saved, tally):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         assert_identical(train.load_checkpoint(path, shapes)[0], like)
         consume = jax.jit(lambda w: w + 1, donate_argnums=0)
-        consume(restored["w"])  # what was loaded is its own: a step may consume it
+        consume(restored["w"])  # restored arrays are copies of their own: a step may donate them
         assert_identical(train.load_checkpoint(path, like)[0], like)
 
 
@@ -247,7 +247,7 @@ def test_a_lock_dies_with_its_process(tmp_path, tally):
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_save_stops_training_for_less_than_a_step(tmp_path, tally):
-    """Mask R-CNN R50-FPN with SGD, two small images a step: a large state beside a short step."""
+    """Mask R-CNN R50-FPN with SGD, two small images per step: a large state and a short step."""
     canvas = (160, 256)
     dataset = data.load_coco(*data.write_shapes_dataset(tmp_path / "data", num_images=2, image_size=canvas))
     buckets = data.make_buckets(dataset.sizes, canvases=[canvas], min_size=160, max_size=256)
@@ -279,7 +279,7 @@ def test_a_save_stops_training_for_less_than_a_step(tmp_path, tally):
                 saver.wait()
                 seconds["whole save"].append(time.perf_counter() - began)
                 clock("save", saver.save, [tmp_path / "last"], state, step=k, metadata={})
-    seconds["step beside a save"].pop(0)  # compiled
+    seconds["step beside a save"].pop(0)  # includes compilation
     wait, alone, beside, whole = (
         statistics.median(seconds[what]) for what in ("save", "step", "step beside a save", "whole save")
     )

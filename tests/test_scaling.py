@@ -1,6 +1,6 @@
-"""A detector's step on eight devices, in two processes, in parts, in bfloat16: what one device gives at once.
+"""A detector's step on eight devices, in two processes, in parts or in bfloat16 gives what one device gives at once.
 
-And nothing sent between devices but what must be.
+Devices send each other only what they must.
 """
 
 import json
@@ -24,7 +24,7 @@ STEPS = 5
 
 
 def trained(model_devices, accumulate=1, dtype="float32"):
-    """State and metrics of every step on eight devices, or on one (0), and the compiled program's text."""
+    """Final state, metrics of every step and the compiled program's text, on eight devices or on one (0)."""
     return train_once(model_devices, accumulate, dtype)
 
 
@@ -85,17 +85,17 @@ def test_losses_in_bfloat16_follow_those_in_float32():
 
 
 def sent(text):
-    """What a compiled program sends between devices: kind and shape of every array, sorted, and kinds of numbers."""
-    found = []
+    """What a compiled program sends between devices: sorted kinds and shapes of arrays, and the kinds for scalars."""
+    messages = []
     kinds = re.compile(r" (all-[a-z-]+|reduce-scatter|collective-[a-z]+|send|recv)(?:-start)?\(")
     for computation in text.split("\n\n"):
         for line in computation.splitlines():
             if message := kinds.search(line):
-                # In a loop, a message would be sent in every round.
+                # In a loop, a message would be sent in every iteration.
                 assert computation.strip().startswith("ENTRY")
                 for dimensions in re.findall(r"\w+\[([\d,]*)\]", line[: message.start()]):
-                    found.append((message[1], tuple(map(int, filter(None, dimensions.split(","))))))
-    return sorted(shape for shape in found if shape[1]), {kind for kind, shape in found if not shape}
+                    messages.append((message[1], tuple(map(int, filter(None, dimensions.split(","))))))
+    return sorted(shape for shape in messages if shape[1]), {kind for kind, shape in messages if not shape}
 
 
 def test_copies_send_gradients_and_sums():
@@ -106,7 +106,7 @@ def test_copies_send_gradients_and_sums():
 
 
 def test_pieces_send_parameters_and_gradients():
-    """Every parameter once, every gradient once, and sums. No image, feature map or box."""
+    """Every parameter once, every gradient once, and sums; no image, feature map or box."""
     state, _, text = trained(8)
     expected = []
     for leaf in arrays(state.model):
@@ -123,7 +123,7 @@ def test_pieces_send_parameters_and_gradients():
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_two_processes_give_what_one_gives(tmp_path):
-    """train.py, each process with a piece of the parameters and its rows of the batches, and sharing an evaluation."""
+    """train.py, where each process holds a piece of the parameters and its rows of each batch; evaluation is shared."""
     for name, count in (("train", 8), ("val", 7)):
         data.write_shapes_dataset(tmp_path / name, num_images=count, seed=count, image_size=(64, 64))
     options = ["--steps", "4", "--warmup-steps", "2", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
@@ -150,7 +150,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 
 def contents(output):
-    """Arrays of the last checkpoint by name, lines of the metrics, and what the evaluation found."""
+    """Arrays of the last checkpoint by name, lines of the metrics, and the detections of the evaluation."""
     return {
         "arrays": tiny_train.saved_arrays(output),
         "metrics": [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()],

@@ -1,4 +1,4 @@
-"""Learning rates by their closed form, optimisers against loops in float64 that follow torch's definitions."""
+"""Learning rates against closed forms, and optimisers against float64 loops that follow torch's definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def _optimized(optimizer, gradients):
 
 
 def test_sgd_is_torchs():
-    """Decay joins the gradient before momentum; the rate multiplies what comes out of it."""
+    """Weight decay is added to the gradient before momentum; the learning rate multiplies the result."""
     gradients = np.random.default_rng(0).normal(size=(10, 3))
     p, v = np.arange(1.0, 4.0), np.zeros(3)
     for t, gradient in enumerate(gradients):

@@ -1,4 +1,4 @@
-"""The synthetic dataset: that its annotations say what its pixels show."""
+"""The synthetic dataset: its annotations match its pixels."""
 
 import json
 from collections import Counter
@@ -73,7 +73,7 @@ def test_annotations_are_of_the_visible_part(written):
             inside = pixels[coverage > 0.99]
             assert np.median(np.abs(inside - np.median(inside, axis=0))) < 8  # one colour and noise
             assert mask_in_box(polygons, box, size=28).max() > 200
-        assert taken.max() < 1.75  # outlines of neighbours share no more than rims of half a pixel
+        assert taken.max() < 1.75  # outlines of neighbours overlap by at most half a pixel
 
 
 def test_lossy_and_random_hues(tmp_path):

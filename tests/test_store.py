@@ -1,4 +1,4 @@
-"""Annotations and images from a store: a loopback server of http stands in for all."""
+"""Annotations and images from a store; a local HTTP server stands in for all of them."""
 
 import functools
 import http.server
@@ -25,7 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; a path with `status` in it gives that status, one with `never` no answer."""
+    """Serves a folder; a path with `status` returns that status, and one with `never` gets no answer."""
 
     def do_GET(self):
         assert isinstance(self.server, Server)
@@ -42,7 +42,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
 
     def end_headers(self):
-        self.send_header("ETag", "one")  # S3 gives one
+        self.send_header("ETag", "one")  # as S3 does
         super().end_headers()
 
     def log_message(self, format, *args):
@@ -81,7 +81,7 @@ def url(server):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Few and short retries."""
+    """Few, short retries."""
     monkeypatch.setattr(_store, "RETRIES", {"max_retries": 2, "initial_delay": "20ms", "max_delay": "40ms"})
     for cached in (_store._context, _store._open):
         cached.cache_clear()
@@ -103,7 +103,7 @@ def test_a_dataset_from_a_server_is_the_one_on_disk(server, url, folder, root, t
     found = batches(f"{url}{root}/annotations.json", f"{url}{root}/images")
     np.testing.assert_array_equal(found, expected)
     if root:
-        tally("server that answers 503 once a file", len(server.stumbled), len(server.stumbled), "asked again")
+        tally("server that answers 503 once per file", len(server.stumbled), len(server.stumbled), "asked again")
         assert len(server.stumbled) > 5
     cached = [batches(f"{url}/annotations.json", f"{url}/images/", cache=tmp_path) for _ in range(2)]
     np.testing.assert_array_equal(cached, [expected] * 2)
@@ -145,7 +145,7 @@ def test_no_server(tally):
 
 
 def test_a_server_that_fails_is_no_bad_image(url, folder):
-    """What a batch holds must not depend on the weather."""
+    """What a batch holds must not depend on the state of a server."""
     content = json.loads((folder / "annotations.json").read_text())
     content["images"][1]["file_name"] = "status/503/x.png"
     (folder / "other.json").write_text(json.dumps(content))
@@ -167,7 +167,7 @@ def test_a_few_images_are_looked_at_beforehand(url, folder):
 
 
 def test_s3_by_the_same_code(url, folder, monkeypatch):
-    """A store that speaks S3 at an address of its own: for reading, this server does."""
+    """A store that speaks S3 at a custom address; for reading, this server is one."""
 
     def open_at_server(location, context):
         bucket, _, path = location.removeprefix("s3://").partition("/")
@@ -208,7 +208,7 @@ GCS = """
 
 
 def test_gs_by_the_same_code(folder):
-    """tensorstore's variable for emulators of Google's storage, which is read once in a process."""
+    """Uses tensorstore's environment variable for emulators of Google's storage, which is read once per process."""
     command = [sys.executable, "-c", textwrap.dedent(GCS), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr

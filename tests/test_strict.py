@@ -1,8 +1,8 @@
-"""Every public function that runs JAX, under each of its strict modes, jitted and eager, and on several devices.
+"""Every public function that runs JAX, under each of JAX's strict modes, jitted and eager, and on several devices.
 
-Dtype and rank promotion are strict in all tests (conftest.py). Here, besides, `jax_debug_nans` is on; results and
-gradients under `jax_enable_x64` are those without it, float32 inputs giving float32; and `jax.shard_map` checks how
-values vary over the mesh, as it does by default.
+Dtype and rank promotion are strict in all tests (conftest.py). In this file, `jax_debug_nans` is on as well; results
+and gradients under `jax_enable_x64` equal those without it, with float32 outputs for float32 inputs; and
+`jax.shard_map` checks how values vary over the mesh, as it does by default.
 """
 
 from functools import cache
@@ -28,16 +28,16 @@ CALLS = [
     *(one for one in OPS + OTHERS if one.function.__module__.startswith(PACKAGES)),
     call(nn.relu, f32(2, 3)),
     call(ops.nms, f32(3, 4), f32(3), iou_threshold=0.5),
-    call(ops.nms_indices, f32(9, 4), f32(9), iou_threshold=0.5, max_outputs=2),  # by greedy selection
+    call(ops.nms_indices, f32(9, 4), f32(9), iou_threshold=0.5, max_outputs=2),  # greedy selection
     call(ops.roi_align, f32(2, 8, 9), f32(3, 4), output_size=2, spatial_scale=0.25, sampling_ratio=0),
-    call(nn.conv2d, f32(32, 6, 6), f32(32, 32, 3, 3), padding=1),  # by Winograd's algorithm
+    call(nn.conv2d, f32(32, 6, 6), f32(32, 32, 3, 3), padding=1),  # Winograd's algorithm
     next(one for one in OTHERS if one.function is train.augment)._replace(
         options=CANVAS | {"scale_range": (0.5, 2.0), "key": KEY}
     ),
     call(train.warmup_cosine(0.1, total_steps=9, warmup_steps=2), jnp.int32(5)),
     call(train.warmup_multistep(0.1, milestones=[4], warmup_steps=0), jnp.int32(5)),
 ]
-# These take a detector and have tests of their own below.
+# These take a detector, and have tests of their own below.
 WITH_DETECTOR = {
     "detect",
     "detect_batch",
@@ -48,7 +48,8 @@ WITH_DETECTOR = {
     "init_train_state",
 }
 WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine", "warmup_multistep"}
-# These compute nothing on a device: files, options, structure, and building a model, which `test_built_under_x64` does.
+# These compute nothing on a device: files, options, structure, and building a model
+# (`test_detector_traces_under_x64` covers models with float64 parameters).
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
     *{"resnet18", "resnet34", "resnet50", "resnet101"},
@@ -69,7 +70,7 @@ def _is_float32(value):
 
 
 def _drawn(tree, seed):
-    """The tree with random numbers in its arrays: boxes with an extent, scores and maps in 0..1, flags."""
+    """The tree with random values in its arrays: boxes with an extent, scores and maps in 0..1, flags."""
     draw = np.random.default_rng(seed)
 
     def fill(leaf):
@@ -80,7 +81,7 @@ def _drawn(tree, seed):
         if leaf.dtype == np.uint8:
             return jnp.asarray(draw.integers(0, 256, leaf.shape, np.uint8))
         if leaf.dtype != np.float32:
-            return jnp.asarray(leaf)  # sizes and indices: any other may be out of range
+            return jnp.asarray(leaf)  # sizes and indices: other values may be out of range
         if leaf.ndim == 2 and leaf.shape[1] == 4:
             corner = draw.uniform(0, 4, (len(leaf), 2))
             return jnp.asarray(np.concatenate([corner, corner + draw.uniform(1, 6, corner.shape)], 1), jnp.float32)
@@ -90,7 +91,7 @@ def _drawn(tree, seed):
 
 
 def _with_gradient(one):
-    """`arrays -> (result, gradient of its floats' sum)` for a call, and two examples of its arrays."""
+    """`arrays -> (result, gradient of the sum of its floats)` for a call, and two examples of its arrays."""
     _, static = eqx.partition((one.arguments, one.options), _is_array)
 
     def run(arrays):
@@ -120,7 +121,7 @@ def _reference(index):
 
 
 def _check_same(found, wanted):
-    """Of the same structure, dtypes and values."""
+    """Checks that structure, dtypes and values are the same."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         name = jax.tree_util.keystr(path)
@@ -144,7 +145,7 @@ def test_every_public_function_is_in_a_table():
 
 @EVERY_CALL
 def test_traces_under_x64(index):
-    """With the dtypes of float32; a promotion is an error."""
+    """Dtypes are the same as without x64; a promotion is an error."""
     run, examples = _with_gradient(CALLS[index])
     wanted = jax.eval_shape(run, examples[0])
     with jax.enable_x64(True):
@@ -180,7 +181,7 @@ SHARDED, WHOLE = PartitionSpec("batch"), PartitionSpec()
 @EVERY_CALL
 @pytest.mark.long
 def test_checked_shard_map(index):
-    """An example on each of two devices."""
+    """One example on each of two devices."""
     run, examples = _with_gradient(CALLS[index])
     if not jax.tree.leaves(examples[0]):
         pytest.skip("takes no array")
@@ -191,7 +192,7 @@ def test_checked_shard_map(index):
 
 @EVERY_CALL
 def test_checked_shard_map_of_one_argument(index):
-    """One array differs between the devices, the others do not; traced, since that is where it is checked."""
+    """One array varies over the devices, the others do not; only traced, since the check happens at trace time."""
     run, examples = _with_gradient(CALLS[index])
     leaves, structure = jax.tree.flatten(examples[0])
     for position, leaf in enumerate(leaves):
@@ -237,7 +238,7 @@ def test_detector_traces_under_x64(detector, function):
     wanted = eqx.filter_eval_shape(function, model, IMAGE)
     with jax.enable_x64(True):
         found = eqx.filter_eval_shape(function, model, IMAGE)
-        # A model that is built there has parameters of float64.
+        # A model that is built under x64 has float64 parameters.
         wide = eqx.filter_eval_shape(
             lambda: jax.tree.map(lambda x: x.astype(jnp.float64), eqx.filter(model, eqx.is_array))
         )
@@ -250,7 +251,7 @@ def test_detector_traces_under_x64(detector, function):
 @DETECTORS
 @FUNCTIONS
 def test_detector_in_a_checked_shard_map(detector, function):
-    """Parameters on every device, an image on each."""
+    """Parameters are on every device; each device has its own image."""
     arrays, static = eqx.partition(tiny_detector.build(detector), eqx.is_array)
 
     def one(arrays, images):

@@ -1,4 +1,4 @@
-"""torchvision's parameters by name, both ways: on tiny models of random numbers, and the real names and shapes."""
+"""torchvision's parameters by name, in both directions: on tiny random models, and the real names and shapes."""
 
 import json
 from functools import cache, partial
@@ -58,7 +58,7 @@ BUILDERS = {"resnet": _body} | DETECTORS
 
 @cache
 def _shapes(build):
-    """What `build` makes, with shapes for arrays: nothing is computed."""
+    """The result of `build`, with shapes in place of arrays: nothing is computed."""
     return eqx.filter_eval_shape(build)
 
 
@@ -115,16 +115,16 @@ STORED = json.loads((Path(__file__).parent / "data" / "torchvision_names.json").
 
 
 def _names_and_shapes(name, num_classes):
-    """Of a detector's parameters, under torchvision's names."""
+    """Names and shapes of a detector's parameters, as torchvision names them."""
     shapes = eqx.filter_eval_shape(lambda: zoo.build(name, num_classes, key=jr.key(0)))
-    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), shapes))  # a byte a number
+    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), shapes))  # one byte per number
     return {name: array.shape for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize("body", ["resnet18", "resnet34", "resnet50", "resnet101"])
 @pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn"])
 def test_real_names_and_shapes(head, body):
-    """Of every builder with torchvision's 91 outputs: as torchvision itself has them (make_reference.py)."""
+    """With torchvision's 91 outputs, every builder has the names and shapes of torchvision (make_reference.py)."""
     expected = _flat(STORED["backbones"][body], "backbone.") | _flat(STORED["heads"][head])
     assert _names_and_shapes(f"{head}_{body}_fpn", 90) == expected
 
@@ -136,7 +136,7 @@ def test_real_names_and_shapes_of_dense_detectors(name):
 
 
 def _flat(tree, prefix=""):
-    """Dotted names and shapes of a tree of names whose leaves are shapes as text."""
+    """Flattens a tree of names, whose leaves are shapes as text, to dotted names and shapes."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -147,7 +147,7 @@ def _flat(tree, prefix=""):
 
 
 def _first_name(name):
-    """A parameter's name in the checkpoints that torchvision published first."""
+    """A parameter's name in the first checkpoints that torchvision published."""
     for block in ("inner_blocks", "layer_blocks"):
         for level in "0123":
             name = name.replace(f"{block}.{level}.0.", f"{block}.{level}.")
@@ -169,7 +169,7 @@ def test_first_names(build):
 
 
 def test_first_names_of_dense_detectors():
-    """RetinaNet's convolutions were a list with ReLUs between; FCOS still has names of that kind, for other layers."""
+    """RetinaNet's convolutions were in a list with ReLUs between; FCOS still has such names, for other layers."""
     model = _random(_retinanet)
     arrays = to_torchvision(model)
     first = {}
@@ -219,7 +219,7 @@ def test_safetensors_of_either_names(build, tmp_path):
 
 @pytest.mark.parametrize("build", TWO_STAGE.values(), ids=TWO_STAGE)
 def test_safetensors_under_this_packages_first_names(build, tmp_path):
-    """A Faster R-CNN was within a Mask R-CNN, and a region proposal network had one convolution."""
+    """A Mask R-CNN used to contain a Faster R-CNN, and a region proposal network had one convolution."""
     model, path = _random(build), tmp_path / "model.safetensors"
     first = {}
     for name, leaf in named_leaves(model).items():
@@ -232,7 +232,7 @@ def test_safetensors_under_this_packages_first_names(build, tmp_path):
 
 
 def _of(name):
-    """The shapes of a ResNet as in its published classifier's file."""
+    """Arrays with the names and shapes of a ResNet in the file of its published classifier."""
     body = eqx.filter_eval_shape(lambda: getattr(nn, name)(key=jr.key(0)))
     arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), body))
     return arrays | {"fc.weight": np.zeros((1000, 1), np.float32), "fc.bias": np.zeros(1000, np.float32)}
@@ -300,7 +300,7 @@ def test_misfits_are_listed(build):
 
 
 def test_other_number_of_classes():
-    """Weights for other classes do not fit: the four arrays of the box predictor are listed."""
+    """Weights for another number of classes do not fit: the four arrays of the box predictor are listed."""
     arrays = to_torchvision(_random(_faster_rcnn))
     other = _random(partial(_faster_rcnn, num_classes=5))
     with pytest.raises(WeightsError) as caught:
@@ -331,7 +331,7 @@ def test_load_torchvision_backbone(build):
 
 
 def test_classifier_layer_is_for_backbones_only():
-    """In a detector's file an `fc` layer is something unknown, and not passed over."""
+    """In a detector's file, an `fc` layer is unknown and is not ignored."""
     model = _random(_faster_rcnn)
     with pytest.raises(WeightsError) as caught:
         load_torchvision(model, to_torchvision(model) | CLASSIFIER)
@@ -339,7 +339,7 @@ def test_classifier_layer_is_for_backbones_only():
 
 
 def test_backbone_of_a_detectors_file():
-    """A detector's file is none of a classifier: every parameter is missing, and the message says so."""
+    """A detector's file is not a classifier's: every parameter is missing, and the message says so."""
     arrays = to_torchvision(_random(_faster_rcnn))
     with pytest.raises(WeightsError, match="missing in the source") as caught:
         load_torchvision(_random(_body), arrays)

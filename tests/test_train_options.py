@@ -16,7 +16,7 @@ from detectax_eqx import data, models, zoo
 
 from . import tiny_train
 from .tiny_detector import random_arrays
-from .tiny_train import saved_arrays, script
+from .tiny_train import grouped, saved_arrays, script
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite(shapes, tmp_path):
 def test_the_optimiser_has_its_groups(tmp_path):
     """What test_parameter_groups.py shows of these parts, the script puts together."""
     required = {"train_annotations": tmp_path, "train_images": tmp_path, "output": tmp_path}
-    options = script.Options(**required, backbone_lr=0.25, decay_vectors=False, momentum=0.0, weight_decay=0.5)
+    options = grouped(**required, backbone_lr=0.25, decay_vectors=False, momentum=0.0, weight_decay=0.5)
     model = random_arrays(eqx.filter_eval_shape(tiny_train.build, "", 3, ""))
     ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if isinstance(leaf, jax.Array) else None, model)
     optimizer = script.make_optimizer(options, optax.constant_schedule(0.1))
@@ -123,4 +123,4 @@ def test_the_optimiser_has_its_groups(tmp_path):
 def test_refusals(shapes, tmp_path, options, message):
     annotations, images = str(shapes / "train/annotations.json"), str(shapes / "train/images")
     with pytest.raises(SystemExit, match=re.escape(message)):
-        script.main(script.Options(train_annotations=annotations, train_images=images, output=tmp_path, **options))
+        script.main(grouped(train_annotations=annotations, train_images=images, output=tmp_path, **options))

@@ -1,4 +1,4 @@
-"""The training step: gradients by hand, frozen leaves, weighting, randomness, devices."""
+"""The training step: hand-computed gradients, frozen leaves, weighting, randomness, devices."""
 
 import re
 
@@ -14,7 +14,7 @@ from detectax_eqx import Batch, Images, Targets, WeightedSum, train
 
 
 class Toy(eqx.Module):
-    """Predicts a number for each box: `boxes @ weight + bias`, times a frozen `scale`."""
+    """Predicts one number per box: `boxes @ weight + bias`, times a frozen `scale`."""
 
     weight: jax.Array
     bias: jax.Array
@@ -30,13 +30,13 @@ def toy(key):
     return Toy(jr.normal(key, (4,)), jnp.array([0.3]), jnp.array([1.5]), "toy")
 
 
-# Flags in the places of arrays.
+# Flags in place of arrays.
 TRAINABLE = Toy(True, True, False, "toy", False)  # pyright: ignore[reportArgumentType]
 ALL = Toy(True, True, True, "toy", False)  # pyright: ignore[reportArgumentType]
 
 
 def make_batch(boxes, box_valid, *, valid=None, overflow=None):
-    """A batch of `boxes` (b, n, 4) on images of nothing; NumPy, as a loader gives it."""
+    """A batch of `boxes` (b, n, 4) on arbitrary images, in NumPy as from a loader."""
     boxes, box_valid = np.asarray(boxes, np.float32), np.asarray(box_valid, bool)
     b, n = box_valid.shape
     sizes = np.full((b, 2), 8, np.int32)
@@ -55,7 +55,7 @@ def make_batch(boxes, box_valid, *, valid=None, overflow=None):
 
 
 def squares(model, example, *, key):
-    """Half the squared prediction over valid boxes, and a term that is 2 * bias for each image."""
+    """Half the squared prediction over valid boxes, and a term of 2 * bias per image."""
     valid = example.targets.valid
     total = jnp.sum(jnp.where(valid, 0.5 * model(example.targets.boxes) ** 2, 0.0))
     return {
@@ -65,7 +65,7 @@ def squares(model, example, *, key):
 
 
 def noise(model, example, *, key):
-    """A loss that is its randomness."""
+    """A loss that is a random number times the bias."""
     return {"noise": WeightedSum(jr.normal(key) * model.bias[0], jnp.ones(()))}
 
 
@@ -80,7 +80,7 @@ def test_gradient_and_metrics_are_those_computed_by_hand(getkey):
     state = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=getkey())
     step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
     state, metrics = step(state, make_batch(BOXES, BOX_VALID, overflow=[0, 3, 0, 2]))
-    chosen = BOXES[np.asarray(BOX_VALID)]  # 6 boxes of the whole batch, each weighing a sixth
+    chosen = BOXES[np.asarray(BOX_VALID)]  # 6 boxes in the whole batch, each with a weight of 1/6
     prediction = (chosen @ w + b) * s
     grad_w, grad_b = (prediction * s) @ chosen / 6, np.sum(prediction * s) / 6 + 2
     np.testing.assert_allclose(state.model.weight, w - 0.1 * grad_w, atol=1e-5)
@@ -98,7 +98,7 @@ def test_gradient_and_metrics_are_those_computed_by_hand(getkey):
 
 
 def test_no_copy_of_the_parameters_is_kept(getkey):
-    """The norms of a step are read before it changes the parameters in place, so that one set of them is enough."""
+    """A step reads the norms before it updates the parameters in place, so that one copy of them is enough."""
     side = 700
 
     def loss(model, example, *, key):
@@ -125,7 +125,7 @@ def test_frozen_leaves_stay_bit_for_bit_under_weight_decay(getkey):
         state, _ = step(state, make_batch(BOXES, BOX_VALID))
     assert np.asarray(state.model.scale).tobytes() == before[0]
     assert np.asarray(state.model.weight).tobytes() != before[1]
-    assert np.asarray(model.weight).tobytes() == before[1]  # the model given at the start is not consumed
+    assert np.asarray(model.weight).tobytes() == before[1]  # the model given at the start is not donated
     assert state.model.name == "toy" and state.model.activation is jax.nn.relu
 
 
@@ -144,7 +144,7 @@ def test_one_trace_and_the_state_is_donated(getkey):
 
 
 def test_a_step_within_another_program(getkey):
-    """Where its own options of compilation would be refused."""
+    """There, the step's own compiler options would be rejected."""
     optimizer = train.sgd(0.1)
     state = train.init_train_state(toy(getkey()), optimizer, trainable=ALL, key=getkey())
     step = train.make_train_step(squares, optimizer, trainable=ALL)
@@ -156,7 +156,7 @@ def test_a_step_within_another_program(getkey):
 
 
 def test_invalid_examples_count_nothing(getkey):
-    """Even where they hold what has no finite derivative."""
+    """Even if they hold values without a finite derivative."""
     model, key, optimizer = toy(getkey()), getkey(), train.sgd(0.1)
 
     def roots(model, example, *, key):
@@ -213,7 +213,7 @@ def test_two_devices_give_what_one_gives(getkey):
     mesh = train.make_mesh(jax.devices()[:2])
     two = train.shard_state(one, mesh)
     one = train.init_train_state(model, optimizer, trainable=TRAINABLE, key=key)
-    # The second device has nothing but fillers, which may hold anything.
+    # The second device has only padding examples, which may hold anything.
     boxes = np.concatenate([BOXES[:2], np.full((2, 3, 4), np.nan)])
     batch = make_batch(boxes, BOX_VALID, valid=[1, 1, 0, 0])
     sharded = train.shard_batch(batch, mesh)
@@ -229,7 +229,7 @@ def test_two_devices_give_what_one_gives(getkey):
 
 
 def assert_same(one, two, *, atol=0.0):
-    """Arrays of two trees are equal, to the last bit if `atol` is 0."""
+    """Checks that the arrays of two trees are equal, to the last bit if `atol` is 0."""
     leaves = (jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (one, two))
     for a, b in zip(*leaves, strict=True):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -240,7 +240,7 @@ def assert_same(one, two, *, atol=0.0):
 @pytest.mark.parametrize("accumulate", [2, 4])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_accumulated_parts_give_the_whole_batchs_update(getkey, accumulate, devices):
-    """Parts of unlike counts, one of them without a valid example, and random numbers in the loss."""
+    """Parts have different counts, one has no valid example, and the loss uses random numbers."""
 
     def noisy(model, example, *, key):
         return squares(model, example, key=key) | noise(model, example, key=key)
@@ -262,7 +262,7 @@ def test_accumulated_parts_give_the_whole_batchs_update(getkey, accumulate, devi
 
 
 def test_a_count_without_its_total_takes_no_gradient(getkey):
-    """`count` is a constant, whatever it was computed from: at once and in parts."""
+    """`count` is a constant, whatever it is computed from, both at once and in parts."""
     model, key, optimizer = toy(getkey()), getkey(), optax.sgd(0.1)
 
     def weighted(model, example, *, key):
@@ -293,7 +293,7 @@ def test_the_average_follows_the_model(getkey):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
 def test_an_update_that_is_not_finite_is_not_made(getkey, poison):
-    """Bit for bit: the run with the bad batch goes on as the one that never saw it, but for the step."""
+    """Bit for bit: a run with a bad batch continues like one that never saw it, except for the step count."""
     model, key = toy(getkey()), getkey()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), train.adamw(0.1, weight_decay=0.1))
     step = train.make_train_step(squares, optimizer, trainable=TRAINABLE)
@@ -353,5 +353,5 @@ def test_refusals(getkey):
         trainable=TRAINABLE,
     )
     state = train.init_train_state(toy(getkey()), optimizer, trainable=TRAINABLE, key=getkey())
-    with pytest.raises(ValueError, match="names a term 'loss'"):
+    with pytest.raises(ValueError, match="has a term 'loss'"):
         step(state, make_batch(BOXES, BOX_VALID))

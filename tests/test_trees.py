@@ -1,4 +1,4 @@
-"""Arrays of a PyTree by name, and replacing them completely or not at all."""
+"""Naming the arrays of a PyTree, and replacing all of them or none."""
 
 from dataclasses import replace
 

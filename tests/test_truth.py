@@ -1,4 +1,4 @@
-"""One checked dataset is the truth of training, evaluation, analysis and report, which take results in every form."""
+"""Training, evaluation, analysis and report share one checked dataset as ground truth, and take results in any form."""
 
 import copy
 import json
@@ -24,12 +24,12 @@ from .test_report import content_of
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "data" / "coco-mini" / "annotations" / "instances_val2017.json"
 KINDS = ("bbox", "segm")
-_shared = tiny_train._shared  # puts the scripts on the path
+_shared = tiny_train._shared  # makes the scripts importable
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Annotation file and images of a few shapes; the truth moved by a pixel or two as detections."""
+    """Annotations and images of a few shapes; the objects, moved by up to two pixels, serve as detections."""
     folder = tmp_path_factory.mktemp("truth")
     annotations, images = data.write_shapes_dataset(folder, num_images=6, seed=3, image_size=(64, 96))
     content = json.loads(annotations.read_text())
@@ -48,7 +48,7 @@ def numbers_of(metrics):
     return {kind: (one.numbers, one.per_class) for kind, one in metrics.items()}
 
 
-# What an annotation is repaired for: its box and segmentation, and those that it then counts with, or `None`.
+# By reason of repair: an annotation's box and segmentation, and those that it counts with afterwards, or `None`.
 SQUARE, WHOLE = [[30, 30, 40, 30, 40, 42, 30, 42]], [90, 30, 6, 12]
 REPAIRS = {
     "box of no area": ([30, 30, -10, 12], SQUARE, None),
@@ -90,7 +90,7 @@ def test_what_was_repaired_counts_as_repaired_everywhere(shapes, kind, tmp_path)
 
 
 def test_training_goes_on_with_a_repaired_validation_annotation(tmp_path):
-    """The run that died after its first epoch, at the box of negative width that loading had dropped."""
+    """Such a run used to fail after its first epoch, on a box of negative width that loading had dropped."""
     for name in ("train", "val"):
         data.write_shapes_dataset(tmp_path / name, num_images=4, seed=0, image_size=(64, 64))
     path = tmp_path / "val" / "annotations.json"
@@ -135,7 +135,7 @@ def problems(call):
 
 
 def test_evaluation_refuses_what_loading_refuses(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # so that the file's name is what messages call a dictionary
+    monkeypatch.chdir(tmp_path)  # so that messages name the file and a dictionary alike
     path, refused = tmp_path / "annotations", 0
     for field in malformed.FIELDS:
         for what, value in malformed.VALUES.items():
@@ -144,7 +144,7 @@ def test_evaluation_refuses_what_loading_refuses(tmp_path, monkeypatch):
             path.write_text(json.dumps(content))
             expected = problems(lambda: data.load_coco(path, tmp_path, check_images=False))
             if (field[-1] == "file_name" and what in ("missing", "null")) or (field, what) == (("images", 0), "object"):
-                continue  # a name is not missed where images are not read
+                continue  # without reading images, no file name is needed
             for truth in (path.name, content):
                 calls = [lambda t=truth: load_annotations(t), lambda t=truth: evaluate.evaluate_coco(t, [])]
                 calls.append(lambda t=truth: evaluate.analyze_errors(t, []))
@@ -162,7 +162,7 @@ def test_odd_polygons_are_refused():
 
 
 def test_polygons_that_never_end_are_refused():
-    """pycocotools walks along the outline in fifths of a pixel."""
+    """pycocotools walks along the outline in steps of a fifth of a pixel."""
     annotations = make_annotations((1, 1, A, {"segmentation": [[0, 0, 9e8, 0, 9e8, 9e8]]}))
     with pytest.raises(DatasetError, match="annotation 1: wrong polygon: its outline is 27"):
         load_annotations(annotations)
@@ -242,12 +242,12 @@ RUNS = [
     ([10, 2391], "add up to 2401, not to 40·60"),
     ([10, 2389], "add up to 2399, not to 40·60"),
     ([2410, -10], "not all ≥ 0|negative run length, -10"),
-    ([2**40], f"add up to {2**40}|too large|no list of integers"),
+    ([2**40], f"add up to {2**40}|too large|nor a list of integers"),
 ]
 
 
 def compressed(counts):
-    """COCO's text of these run lengths, whatever they add up to."""
+    """COCO's compressed text for run lengths, whatever their sum."""
     text = ""
     for i, count in enumerate(counts):
         number = count - counts[i - 2] if i > 2 else count
@@ -263,7 +263,7 @@ def compressed(counts):
 @pytest.mark.parametrize("counts, message", RUNS)
 @pytest.mark.parametrize("form", [list, compressed, lambda counts: compressed(counts).encode()])
 def test_run_lengths_must_add_up(counts, message, form, tmp_path):
-    """pycocotools loops for ever over some of these."""
+    """pycocotools loops forever on some of these."""
     truth = make_annotations((1, 1, A), images=1)
     truth["images"][0] |= {"height": SIZE[0], "width": SIZE[1]}
     mask = {"size": [*SIZE], "counts": form(counts)}
@@ -341,7 +341,7 @@ def run_evaluate(folder, *options):
 
 @pytest.fixture
 def crowded(tmp_path):
-    """200 objects in an image, all found."""
+    """200 objects in one image, all of them detected."""
     annotations, images = data.write_shapes_dataset(tmp_path, num_images=1, image_size=(200, 400))
     content = json.loads(annotations.read_text())
     boxes = [[20.0 * (i % 20), 20.0 * (i // 20), 18.0, 18.0] for i in range(200)]
@@ -394,7 +394,7 @@ def test_no_ground_truth_prints_dashes(crowded, capsys):
     empty = load_annotations(folder / "truth.json")
     lines = evaluate.format_errors(evaluate.analyze_errors(empty, results)).splitlines()
     assert lines[0] == "AP at IoU 0.50: –" and all(line.endswith("–") for line in lines[2:])
-    assert evaluate.evaluate_coco(empty, results).numbers["AP"] == -1  # in JSON it stays a number
+    assert evaluate.evaluate_coco(empty, results).numbers["AP"] == -1  # it stays a number in JSON
 
 
 @pytest.mark.parametrize("form", ["polygons", "run lengths", "text", "masks alone"])

@@ -1,4 +1,4 @@
-"""The smallest detector with all that a detector has, for tests that compile whole training steps."""
+"""A minimal but complete detector, for tests that compile whole training steps."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ SAMPLING = models.TwoStageSampling(pre_nms_top_n=24, post_nms_top_n=24, rpn_samp
 
 
 class Pyramid(eqx.Module):
-    """The least that is a backbone: three maps, each of a strided convolution of the one before."""
+    """A minimal backbone: three feature maps, each a strided convolution of the previous one."""
 
     convs: tuple[nn.Conv2d, ...]
     channels = 16
@@ -58,7 +58,7 @@ def fcos(backbone, key):
 
 
 def build(detector=mask_rcnn):
-    """A tiny detector, by default a Mask R-CNN whose proposals differ by more than rounding could move them."""
+    """Builds a tiny detector, by default a Mask R-CNN whose proposals differ by more than rounding errors."""
 
     def make():
         keys = jr.split(jr.key(0), 3)
@@ -69,7 +69,7 @@ def build(detector=mask_rcnn):
 
 
 def random_arrays(shapes):
-    """A model of shapes, filled: the usual initialisation takes longer to compile than the training step."""
+    """Fills a tree of shapes with random arrays. The usual initialisation compiles longer than a training step."""
     draw = np.random.default_rng(0)
 
     def fill(leaf):
@@ -96,7 +96,7 @@ def loss(model, example, *, key):
 
 
 def make_batch(k):
-    """Batch `k` of random images, one of them a filler."""
+    """Batch `k` of random images, one of which is padding (`valid` is false)."""
     draw = np.random.default_rng(k)
     corner, side = draw.uniform(0, 30, (IMAGES, 4, 2)), draw.uniform(8, 30, (IMAGES, 4, 2))
     boxes = np.concatenate([corner, corner + side], axis=2).astype(np.float32)

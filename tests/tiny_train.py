@@ -1,11 +1,11 @@
-"""experiments/train.py with a detector so small that a step takes milliseconds; the killing test runs it.
+"""Runs experiments/train.py with a detector so small that a step takes milliseconds; test_kill.py runs it.
 
     python tests/tiny_train.py [train.py's options] [--die-after | --stop-after | --interrupt-after PLACE:N]
 
-Everything but the detector's width is the script's own. The last option makes the process kill itself, as `kill -9`
-does, or send itself SIGTERM, or SIGINT as Ctrl-C does, the N-th time that it comes to one of four places: when a
-checkpoint's arrays are written and it has no index yet; when a checkpoint was moved away and the new one of its step is
-not yet in its place; before a step; and amid an evaluation.
+Only the width of the detector differs from the script. The last option makes the process send itself SIGKILL (as
+`kill -9` does), SIGTERM, or SIGINT (as Ctrl-C does) the N-th time that it reaches PLACE. The four places are: `arrays`,
+after the arrays of a checkpoint are written and before its index is; `replacing`, after a checkpoint is moved away and
+before the new one of the same step takes its place; `stepping`, before a step; and `evaluating`, during an evaluation.
 """
 
 import itertools
@@ -28,6 +28,7 @@ import equinox as eqx
 import jax
 import jax.random as jr
 import train as script
+from _options import grouped as grouped
 
 from detectax_eqx import models, nn, train, zoo
 from detectax_eqx.evaluate import _detect
@@ -62,7 +63,7 @@ def build(
     anchor_sizes=None,
     aspect_ratios=None,
 ):
-    """A Faster R-CNN on a ResNet-18 of an eighth of the width, or a Mask R-CNN if the name says so."""
+    """A Faster R-CNN on a ResNet-18 of one eighth of the usual width, or a Mask R-CNN if `name` starts with "mask"."""
     anchor_sizes = tuple((size,) for size in anchor_sizes or (8.0, 16.0, 32.0, 48.0, 64.0))
     with_masks = name.startswith("mask")
     return _build(with_masks, num_classes, jr.key(seed), checkpoint, anchor_sizes, aspect_ratios or (0.5, 1.0, 2.0))
@@ -73,12 +74,12 @@ def _in_zoo(name, num_classes, *, key, norm, checkpoint, anchor_sizes=None, aspe
     return _build(name.startswith("mask"), num_classes, key, checkpoint, sizes, aspect_ratios or (0.5, 1.0, 2.0))
 
 
-# In place of the zoo's detectors, tiny ones of the same names.
+# Tiny detectors that replace the zoo's detectors of the same names.
 SMALL = {name: partial(_in_zoo, name) for name in zoo.names()}
 
 
 def shrink(monkeypatch):
-    """Lets the zoo build tiny detectors."""
+    """Makes the zoo build tiny detectors."""
     monkeypatch.setattr(_detectors, "_DETECTORS", SMALL)
 
 
@@ -94,7 +95,7 @@ def _build(with_masks, num_classes, key, checkpoint, anchor_sizes, aspect_ratios
 
 
 def command(shapes, output, *options):
-    """The command line of a run on what `write_shapes_dataset` wrote to `shapes/train` and `shapes/val`."""
+    """The command line of a run on datasets from `write_shapes_dataset` in `shapes/train` and `shapes/val`."""
     paths = {"output": output, "cache": output / "cache"}
     for kind in ("train", "val"):
         paths |= {f"{kind}-annotations": shapes / kind / "annotations.json", f"{kind}-images": shapes / kind / "images"}
@@ -103,7 +104,7 @@ def command(shapes, output, *options):
 
 
 class CountingStep:
-    """A step that counts and changes nothing else, and so needs no compiling."""
+    """A training step that only increments the step counter, and therefore needs no compilation."""
 
     def __call__(self, state, batch):
         metrics = dict.fromkeys(("loss", "overflow", "invalid", "skipped"), 0.0)
@@ -115,13 +116,13 @@ class CountingStep:
 
 @contextmanager
 def no_training():
-    """Within it, a step of the script is a `CountingStep`."""
+    """A context in which the script trains with a `CountingStep`."""
     with mock.patch.object(train, "make_train_step", lambda *arguments, **options: CountingStep()):
         yield
 
 
 def members():
-    """The options that make two processes one run, for each of the two."""
+    """The options for each of two processes that take part in one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -129,25 +130,25 @@ def members():
 
 
 def start(shapes, output, *options, **environment):
-    """Starts `command`, with these variables set."""
+    """Starts `command` with these environment variables set."""
     environment = os.environ | environment
     arguments = command(shapes, output, *options)
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def finish(*processes):
-    """What each printed, and its exit status."""
+    """Waits for the processes. Returns their outputs and their exit statuses."""
     try:
         outputs = [process.communicate()[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()  # one may wait for another that failed
+            process.kill()  # a process may still be waiting for one that failed
             process.wait()
     return outputs, [process.returncode for process in processes]
 
 
 def saved_arrays(output):
-    """The arrays of a run's last checkpoint by name."""
+    """The arrays of a run's last checkpoint, as a dictionary of names to arrays."""
     path = train.latest_checkpoint(output / "last")
     assert path is not None
     leaves = json.loads((path / "index.json").read_text())["content"]["leaves"]
@@ -155,7 +156,7 @@ def saved_arrays(output):
     return _checkpoint.read_arrays(path / "arrays", forms)
 
 
-# The function after whose call it happens, and how its last argument ends.
+# (owner, function, suffix): the signal follows a call of the function whose last argument ends with the suffix.
 PLACES = {
     "arrays": (_checkpoint, "write_arrays", ""),
     "replacing": (Path, "rename", ".replaced"),
@@ -168,7 +169,7 @@ SIGNALS = {"--die-after": signal.SIGKILL, "--stop-after": signal.SIGTERM, "--int
 
 
 def signal_after(place, number, kind):
-    """Makes the process send itself a signal when it has come to a place for the `number`-th time."""
+    """Makes the process send itself the signal `kind` when it reaches `place` for the `number`-th time."""
     owner, name, suffix = PLACES[place]
     original, calls = getattr(owner, name), itertools.count(1)
 
@@ -187,4 +188,4 @@ if __name__ == "__main__":
         signal_after(place, int(number), SIGNALS[sys.argv[-2]])
         del sys.argv[-2:]
     _detectors._DETECTORS = SMALL
-    _shared.run(script.main, script.Options, script.__doc__, defaults=script.options_to_resume)
+    _shared.run(script.main, script.Options, script.__doc__, defaults=script.given_before)

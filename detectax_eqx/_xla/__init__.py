@@ -1,4 +1,4 @@
-"""Everything that exists only because of a compiler. README.md says what each part answers and how to measure it."""
+"""Workarounds for compilers, and nothing else. README.md gives the reason for each and how to measure it."""
 
 from ._chunks import map_chunks as map_chunks
 from ._convolution import convolve as convolve

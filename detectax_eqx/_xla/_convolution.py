@@ -1,16 +1,17 @@
-"""Batched convolution whose gradients are fast on CPU too.
+"""Batched convolution whose gradients are also fast on CPU.
 
-XLA's own falls short there in five ways; README.md gives the figures.
+XLA's convolution has five shortcomings on CPU; README.md gives the figures.
 
-- Inside a loop or a condition only channels-last operands reach its fast kernels.
+- Inside a loop or a condition, only channels-last operands reach its fast kernels.
 - Weight gradients of large maps run at a fraction of the forward pass's rate.
-- A 1×1 kernel as one product over a whole batch has its operands transposed in memory, back and forth.
-- 3×3 kernels of many channels are applied directly, not by Winograd's algorithm.
-- Gradients of kernels and biases are scheduled after those of all images, and their operands kept until then.
+- A 1×1 convolution as a single product over the batch transposes its operands in memory, back and forth.
+- 3×3 kernels with many channels are applied directly instead of by Winograd's algorithm.
+- Gradients of kernels and biases are scheduled after the gradients of all images, and their operands are kept until
+  then.
 
-So this is a primitive, bilinear in image and weight, which has forms of its own on CPU and is XLA's convolution, with
-XLA's gradients, elsewhere. It is no `custom_vjp` because there `vmap` would make a weight gradient per example of a
-batch, to be summed afterwards; here they are summed within the products.
+`convolve` is therefore a primitive, bilinear in image and weight. It has its own implementations on CPU; elsewhere it
+is XLA's convolution with XLA's gradients. It is not a `custom_vjp`: under `vmap` that would compute one weight gradient
+per example and sum them afterwards, whereas here the sum is part of the products.
 """
 
 from functools import partial, reduce
@@ -28,12 +29,13 @@ from ._varying import varying_like
 from ._winograd import convolve_3x3, weight_gradient_3x3
 
 
-# Pixels per step of the weight gradient: with 256 channels a megabyte, which a core's cache holds. Between 1,000 and
-# 2,000 makes no difference.
+# Pixels per step of the weight gradient. With 256 channels they take 1 MB, which fits a core's cache. Values from 1,000
+# to 2,000 are equally fast.
 BLOCK_PIXELS = 1000
-# Up to this many images the gradient of a 1×1 kernel is one product per image; with more, programs grow too long.
-IMAGES_APART = 8
-# From this many channels on, in and out, Winograd's algorithm is faster: with 128 it is as fast, with 64 slower.
+# Up to this many images, the gradient of a 1×1 kernel is one product per image. With more, programs become too long.
+MAX_SEPARATE_IMAGES = 8
+# Minimum number of input and output channels for Winograd's algorithm. With 128 it is as fast as the direct form, with
+# 64 slower.
 WINOGRAD_CHANNELS = 256
 
 
@@ -45,14 +47,14 @@ def convolve(
     stride: int,
     padding: int,
 ) -> Float[Array, "n o h2 w2"]:
-    """Cross-correlates `n` maps with a kernel, zero-padded on all sides, and adds the bias."""
+    """Cross-correlates `n` maps, zero-padded on all sides, with a kernel and adds the bias."""
     parameters = (weight,) if bias is None else (weight, bias.astype(weight.dtype))
-    x, *parameters = varying_like((x, *parameters))  # so that a gradient is added up over devices where it has to be
+    x, *parameters = varying_like((x, *parameters))  # so that gradients are summed over devices where needed
     run = _convolve_and_add if is_plain("convolution") else _convolve_p.bind
     return run(x, *parameters, stride=stride, padding=padding)
 
 
-# The functions below are jitted, so that both forms are traced once for all convolutions of the same shapes.
+# The functions below are jitted so that both forms are traced once for all convolutions of the same shapes.
 @partial(jax.jit, static_argnames=("stride", "padding"))
 def _convolve(x, weight, *, stride, padding):
     def cpu(x, weight):
@@ -72,7 +74,7 @@ def _image_gradient(cotangent, x, weight, *, stride, padding):
 
 @partial(jax.jit, static_argnames=("image", "stride", "padding"))
 def _gradient_in_image(cotangent, weight, image, *, stride, padding):
-    """The cotangent, spread out by the stride, convolved with the kernel turned by 180 degrees."""
+    """Convolves the cotangent, dilated by the stride, with the kernel rotated by 180 degrees."""
 
     def cpu(cotangent, weight):
         if _is_pointwise(weight, stride, padding):
@@ -81,8 +83,8 @@ def _gradient_in_image(cotangent, weight, image, *, stride, padding):
             (k - 1 - padding, size + padding - (stride * (out - 1) + 1))
             for k, size, out in zip(weight.shape[2:], image.shape[2:], cotangent.shape[2:], strict=True)
         ]
-        turned = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
-        return _channels_last(cotangent.transpose(0, 2, 3, 1), turned, pads, spread=stride).transpose(0, 3, 1, 2)
+        rotated = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)  # (kh, kw, o, i)
+        return _channels_last(cotangent.transpose(0, 2, 3, 1), rotated, pads, spread=stride).transpose(0, 3, 1, 2)
 
     def default(cotangent, weight):
         forward = partial(_by_xla, weight=weight, stride=stride, padding=padding)
@@ -97,7 +99,7 @@ def _weight_gradient(cotangent, x, weight, *, stride, padding):
 
 @partial(jax.jit, static_argnames=("weight", "stride", "padding"))
 def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
-    """The image convolved with the cotangent, spread out by the stride; the batch is summed over, as channels are."""
+    """Convolves the image with the cotangent dilated by the stride. The batch takes the role of the channels."""
     kernel = weight.shape[2:]
 
     def cpu(cotangent, x):
@@ -122,34 +124,34 @@ def _gradient_in_weight(cotangent, x, weight, *, stride, padding):
 
 
 def _weight_gradient_by_blocks(cotangent, x, kernel, padding):
-    """For each row of the kernel, the product of the cotangent with the pixels that its taps read, side by side.
+    """Computes one product per kernel row: the cotangent times the concatenated pixels that the row's taps read.
 
-    One block of rows at a time, which all taps then read from the cache.
+    Works on one block of rows at a time, so that all taps read it from the cache.
     """
     n, channels, height, width = cotangent.shape
     rows = min(height, -(-BLOCK_PIXELS // (n * width)))
     steps = -(-height // rows)
-    below = steps * rows - height
-    image = jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (padding, padding + below), (padding, padding), (0, 0)))
-    cotangent = jnp.pad(cotangent.transpose(0, 2, 3, 1), ((0, 0), (0, below), (0, 0), (0, 0)))
+    extra = steps * rows - height
+    image = jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (padding, padding + extra), (padding, padding), (0, 0)))
+    cotangent = jnp.pad(cotangent.transpose(0, 2, 3, 1), ((0, 0), (0, extra), (0, 0), (0, 0)))
 
     def add(totals, step):
         block = lax.dynamic_slice_in_dim(image, step * rows, rows + kernel[0] - 1, 1)
-        left = lax.dynamic_slice_in_dim(cotangent, step * rows, rows, 1).reshape(-1, channels).T
-        left = lax.optimization_barrier(left)  # transposed once, not in each of the products
-        seen = [
+        transposed = lax.dynamic_slice_in_dim(cotangent, step * rows, rows, 1).reshape(-1, channels).T
+        transposed = lax.optimization_barrier(transposed)  # transposed once, not in each product
+        inputs = [  # one per kernel row, (n, rows, width, kw i)
             jnp.concatenate([block[:, i : i + rows, j : j + width] for j in range(kernel[1])], axis=-1)
             for i in range(kernel[0])
         ]
-        product = partial(jnp.matmul, left, preferred_element_type=zeros.dtype)
-        return [total + product(s.reshape(-1, s.shape[-1])) for total, s in zip(totals, seen, strict=True)], None
+        product = partial(jnp.matmul, transposed, preferred_element_type=zeros.dtype)
+        return [total + product(s.reshape(-1, s.shape[-1])) for total, s in zip(totals, inputs, strict=True)], None
 
-    # Sums over many steps are accumulated in float32 or better.
+    # Sums over many steps are accumulated in at least float32.
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     zeros = varying_like(jnp.zeros((channels, kernel[1] * x.shape[1]), dtype), cotangent, x)
     totals, _ = lax.scan(add, [zeros] * kernel[0], jnp.arange(steps, dtype=jnp.int32))
-    by_tap = jnp.stack(totals).reshape(kernel[0], channels, kernel[1], -1)
-    return by_tap.transpose(1, 3, 0, 2).astype(x.dtype)
+    by_tap = jnp.stack(totals).reshape(kernel[0], channels, kernel[1], -1)  # (kh, o, kw, i)
+    return by_tap.transpose(1, 3, 0, 2).astype(x.dtype)  # (kh, o, kw, i) -> (o, i, kh, kw)
 
 
 def _by_xla(x, weight, *, stride, padding):
@@ -159,7 +161,7 @@ def _by_xla(x, weight, *, stride, padding):
 
 
 def _channels_last(x, weight, pads, *, stride=1, spread=1, dilation=1):
-    """The convolution in NHWC and HWIO, the one form that is fast on CPU anywhere in a program."""
+    """Convolves in NHWC and HWIO, the only layout that is fast on CPU everywhere in a program."""
     if stride == spread == dilation == 1 and _by_winograd(weight.shape[:2], weight.shape[2:], pads, x.dtype):
         return convolve_3x3(x, weight)
     return lax.conv_general_dilated(
@@ -174,7 +176,7 @@ def _channels_last(x, weight, pads, *, stride=1, spread=1, dilation=1):
 
 
 def _by_winograd(kernel, channels, pads, dtype):
-    """Whether Winograd's algorithm suits such a kernel; its transforms are too inexact for half precision."""
+    """Whether to use Winograd's algorithm. Its transforms are too inexact for half precision."""
     if is_plain("winograd"):
         return False
     same = tuple(kernel) == (3, 3) and tuple(pads) == ((1, 1), (1, 1))
@@ -186,17 +188,17 @@ def _is_pointwise(weight, stride, padding):
 
 
 def _products(subscripts, matrix, maps):
-    """A matrix times the pixels `p` of every map `n`."""
+    """Multiplies a matrix by the pixels `p` of each map `n`."""
     pixels = maps.reshape(*maps.shape[:2], -1)
-    # A copy of the matrix per map: products with slices would save the slices beside the maps for the backward pass.
+    # Broadcast the matrix over the maps: a product per map would save its slice as a residual, in addition to the maps.
     matrices = jnp.broadcast_to(matrix, (maps.shape[0], *matrix.shape))
     return jnp.einsum(subscripts, matrices, pixels).reshape(maps.shape[0], -1, *maps.shape[2:])
 
 
 def _sum_of_products(a, b):
-    """Products over the pixels `p` of two maps, added up over all pairs of maps `n`."""
+    """Sums products over the pixels `p` of two maps, and over all pairs of maps `n`."""
     a, b = (maps.reshape(*maps.shape[:2], -1) for maps in (a, b))
-    if len(a) > IMAGES_APART:
+    if len(a) > MAX_SEPARATE_IMAGES:
         return jnp.einsum("nop,nip->oi", a, b)
     return reduce(jnp.add, [jnp.einsum("op,ip->oi", *pair) for pair in zip(a, b, strict=True)])
 
@@ -222,7 +224,7 @@ def _batch(args, dims, **options):
 
 
 def _flat(x, dim):
-    """Maps of all examples of a batch."""
+    """Merges the batch axis `dim` into the axis of maps."""
     x = jnp.moveaxis(x, dim, 0)
     return x.reshape(-1, *x.shape[2:])
 
@@ -241,7 +243,7 @@ def _differentiate(primals, tangents, **options):
     return y, reduce(jnp.add, parts)
 
 
-# Bilinear without a bias. With one it is never transposed: its derivative has none, or is the primitive below.
+# Bilinear without a bias. With one it is never transposed: its derivative has no bias, or is the primitive below.
 _convolve_p = Primitive("convolve")
 _convolve_p.def_impl(_convolve_and_add)
 _convolve_p.def_abstract_eval(_abstract)
@@ -251,7 +253,8 @@ ad.defbilinear(_convolve_p, _image_gradient, _weight_gradient)
 ad.primitive_jvps[_convolve_p] = _differentiate
 
 
-# Where image and kernel both have a tangent, the derivative is one primitive, so that all gradients are one unit.
+# If image and kernel both have a tangent, the derivative is one primitive, so that all gradients form one scheduling
+# unit.
 
 
 def _derivative(x, weight, dx, dweight, *dbias, **options):

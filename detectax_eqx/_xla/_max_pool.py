@@ -11,14 +11,14 @@ from ._plain import is_plain
 
 
 def max_pool(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int) -> Float[Array, "c h2 w2"]:
-    """The largest value of each window; padding never wins.
+    """Computes the maximum of each window; padding is never the maximum.
 
-    The gradient goes to the first of equals, as with XLA's `reduce_window`, whose gradient (`select_and_scatter`) takes
-    three times as long on CPU.
+    Among equal values, the first gets the gradient, as with XLA's `reduce_window`, whose gradient
+    (`select_and_scatter`) takes three times as long on CPU.
     """
     if is_plain("max_pool"):
         return _by_reduce_window(x, kernel_size, stride, padding)
-    # Of columns first, then of rows: (c, h, w) to (c, h, w2) to (c, h2, w2).
+    # Over columns first, then over rows: (c, h, w) -> (c, h, w2) -> (c, h2, w2).
     x = jnp.pad(x, ((0, 0), *((padding, padding),) * 2), constant_values=-jnp.inf)
     for axis in (2, 1):
         steps = (x.shape[axis] - kernel_size) // stride

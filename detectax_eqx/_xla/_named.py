@@ -1,4 +1,4 @@
-"""Calls that a traced program shows by name."""
+"""Function calls that keep a name in a traced program."""
 
 from collections.abc import Callable, Hashable
 from functools import cache, partial
@@ -8,10 +8,10 @@ import jax
 
 
 def named_call(function: Callable[..., Any], *arrays: Any, **options: Hashable) -> Any:
-    """`function(*arrays, **options)`, in a traced program one call of the function's name and options.
+    """Computes `function(*arrays, **options)` as one call named after the function and its options.
 
-    So a reader of the program, an exporter or a profiler, recognises it: `_keep` with `top=3` is the call
-    `keep(top=3)`, whose operands are the leaves of `arrays`.
+    Exporters and profilers can then recognise it in a traced program: `_keep` with `top=3` is the call `keep(top=3)`,
+    whose operands are the leaves of `arrays`.
 
     >>> def _double(x, *, times): return x * 2 * times
     >>> jaxpr = jax.make_jaxpr(lambda x: named_call(_double, x, times=3))(1.0)

@@ -8,10 +8,10 @@ from ._plain import is_plain
 
 
 def first_true(mask: Bool[Array, " n"], size: int) -> tuple[Int32[Array, " {size}"], Int32[Array, ""]]:
-    """Positions of the first `size` that are true, and how many of them there are; the other positions mean nothing.
+    """Returns the positions of the first `size` true elements, and their number; positions beyond it are undefined.
 
-    `jnp.nonzero`, whose scatter takes five times as long on CPU. The mask is read as words of 32 bits, a running count
-    of their bits says in which word an output lies, and halving the word five times says where.
+    Replaces `jnp.nonzero`, whose scatter takes five times as long on CPU. The mask is packed into 32-bit words. A
+    cumulative count of bits selects the word of each output, and five halvings of the word locate its bit.
     """
     if is_plain("nonzero"):
         positions = jnp.nonzero(mask, size=size, fill_value=0)[0].astype(jnp.int32)
@@ -20,10 +20,10 @@ def first_true(mask: Bool[Array, " n"], size: int) -> tuple[Int32[Array, " {size
     words = (bits << jnp.arange(32, dtype=jnp.uint32)[None]).sum(axis=1, dtype=jnp.uint32)
     ends = jnp.cumsum(_count_bits(words))
     outputs = jnp.arange(size, dtype=jnp.int32)
-    at = jnp.searchsorted(ends, outputs, side="right", method="scan_unrolled").astype(jnp.int32)
-    at = jnp.minimum(at, words.size - 1)
-    word, position = words[at], at * 32
-    rank = outputs - (ends[at] - _count_bits(word))
+    index = jnp.searchsorted(ends, outputs, side="right", method="scan_unrolled").astype(jnp.int32)
+    index = jnp.minimum(index, words.size - 1)
+    word, position = words[index], index * 32
+    rank = outputs - (ends[index] - _count_bits(word))  # of the output among the word's bits
     for half in (16, 8, 4, 2, 1):
         low = word & ((1 << half) - 1)
         upper = rank >= _count_bits(low)

@@ -1,8 +1,8 @@
 """The switch that replaces the tricks of this package with plain operations.
 
-The environment variable `DETECTAX_PLAIN` is read once, at import. `1` turns every trick off; a list such as
-`winograd,rematerialisation` turns those off alone, so that each can be measured. Results stay the same.
-`plain_operations` does so for what is traced within it.
+The environment variable `DETECTAX_PLAIN` is read once, at import. `1` turns off all tricks; a list such as
+`winograd,rematerialisation` turns off only those, so that each can be measured. Results stay the same.
+`plain_operations` does the same for code traced inside its context.
 """
 
 import os
@@ -34,7 +34,7 @@ TRICKS: tuple[Trick, ...] = get_args(Trick)
 
 
 def parse(value: str) -> frozenset[str]:
-    """The tricks that a value of `DETECTAX_PLAIN` turns off.
+    """Parses a value of `DETECTAX_PLAIN` to the set of tricks that it turns off.
 
     >>> sorted(parse("winograd,pooling"))
     ['pooling', 'winograd']
@@ -47,7 +47,7 @@ def parse(value: str) -> frozenset[str]:
     return off
 
 
-# A part of the key of every cache of traced functions: what was traced with a trick is not used without it.
+# Part of the key of JAX's tracing caches, so that a function traced with a trick is not reused without it.
 _off = jax.make_user_context(parse(os.environ.get("DETECTAX_PLAIN", "")))
 
 
@@ -58,14 +58,14 @@ def is_plain(trick: Trick) -> bool:
 
 @contextmanager
 def plain_operations(tricks: Collection[Trick] = TRICKS) -> Iterator[None]:
-    """Turns `tricks` off, and all others on, for what is traced within it."""
+    """Turns `tricks` off, and all others on, for code traced inside the context."""
     with _off(frozenset(tricks)):
         yield
 
 
 def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], trick: Trick = "platforms") -> Any:
-    """`default(*args)`, or on CPU `cpu(*args)`, which computes the same another way.
+    """Computes `cpu(*args)` on CPU and `default(*args)` elsewhere; both must give the same result.
 
-    The choice is made when a program is lowered, so that one traced program serves every platform.
+    The choice is made at lowering, so that one traced program serves all platforms.
     """
     return default(*args) if is_plain(trick) else lax.platform_dependent(*args, cpu=cpu, default=default)

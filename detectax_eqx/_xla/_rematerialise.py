@@ -13,11 +13,11 @@ from ._undivided import undivided
 
 
 def rematerialise(block: Callable[..., Any], x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
-    """`block(x)`, whose backward pass recomputes the intermediate values that it needs.
+    """Computes `block(x)`, and recomputes its intermediate values in the backward pass.
 
-    `jax.checkpoint` alone is undone by XLA's CPU compiler: common-subexpression elimination merges both computations
-    and keeps the results of the first. So the recomputation runs as one scheduling unit. The inner checkpoint delays
-    it until its results are needed; the outer one keeps the operands of the unit's condition from being copied and
+    XLA's CPU compiler undoes `jax.checkpoint` alone: common-subexpression elimination merges both computations and
+    keeps the results of the first. The recomputation therefore runs as one scheduling unit. The inner checkpoint delays
+    it until its results are needed. The outer one prevents the operands of the unit's condition from being copied and
     saved.
     """
     arrays, static = eqx.partition(block, eqx.is_array)
@@ -31,6 +31,6 @@ def rematerialise(block: Callable[..., Any], x: Float[Array, "i h w"]) -> Float[
 
 
 def rematerialise_stem(stem: Callable[..., Any], x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
-    """`rematerialise` of a network's first block, on CPU alone: on TPU the program takes more memory with it."""
+    """Applies `rematerialise` to a network's first block, on CPU only: on TPU it makes the program take more memory."""
     recomputed = partial(rematerialise, stem)
     return by_platform(x, cpu=recomputed, default=lambda x: stem(x), trick="rematerialisation")

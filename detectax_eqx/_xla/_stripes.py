@@ -1,4 +1,4 @@
-"""Images of which only some rows are drawn."""
+"""Drawing of images that skips empty rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,17 @@ from ._plain import by_platform
 from ._varying import varying_like
 
 
-# Rows that are drawn at a time; 16 and 64 are as fast.
+# Rows drawn per iteration; 16 and 64 are equally fast.
 STRIPE_ROWS = 32
 
 
 def draw_stripes(draw: Callable[..., Array], empty: Callable[..., Array], vertical: Array, *others: Any) -> Array:
-    """`draw(vertical, *others)`: `n` images `(n, h, w)` whose row `i` depends on `vertical[:, i]` alone.
+    """Computes `draw(vertical, *others)`: `n` images `(n, h, w)` whose row `i` depends only on `vertical[:, i]`.
 
-    - `vertical`: `(n, h, s)`; a row of zeros draws `empty(*others)`, `(n, 1, w)`.
+    - `vertical`: `(n, h, s)`. Where it is zero, the row must equal `empty(*others)`, of shape `(n, 1, w)`.
     - `others`: arrays whose first axis is the images, or `None`.
 
-    On CPU, rows before the first and after the last that is not zeros are filled with `empty` and not computed.
+    On CPU, rows before the first and after the last nonzero one are filled with `empty` instead of being computed.
     """
 
     @custom_vmap
@@ -46,12 +46,12 @@ def draw_stripes(draw: Callable[..., Array], empty: Callable[..., Array], vertic
 
             return lax.fori_loop(0, -(-count[i] // rows), draw_stripe, out)
 
-        nothing = varying_like(empty(*images[1:]), images)
-        return lax.fori_loop(0, n, draw_image, jnp.broadcast_to(nothing, (n, height, nothing.shape[2])))
+        background = varying_like(empty(*images[1:]), images)
+        return lax.fori_loop(0, n, draw_image, jnp.broadcast_to(background, (n, height, background.shape[2])))
 
     @by_stripes.def_vmap
     def _(size, batched, *images):
-        """One stack of all images of the batch."""
+        """Merges the batch axis into the axis of images."""
         images = jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), images, tuple(batched))
         drawn = by_stripes(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), images))
         return drawn.reshape(images[0].shape[:2] + drawn.shape[1:]), True

@@ -1,4 +1,4 @@
-"""Scheduling units: computations that XLA's CPU compiler may not take apart."""
+"""Scheduling units: computations that XLA's CPU compiler must not split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,12 @@ from ._unvmap import unvmap_max
 
 
 def undivided(function: Callable, *args: Any) -> Any:
-    """`function(*args)`, which runs as one scheduling unit on CPU: XLA may neither merge nor reorder its parts.
+    """Computes `function(*args)` as one scheduling unit on CPU: XLA can neither merge nor reorder its parts.
 
-    An `optimization_barrier` does not do that: XLA's CPU compiler drops it before common-subexpression elimination and
-    scheduling. So the function is one branch of a condition, on what is always true of the first number, and under
-    `vmap` on that of any example. On other platforms it is called directly.
+    An `optimization_barrier` is not enough, because XLA's CPU compiler drops it before common-subexpression elimination
+    and scheduling. The function is therefore a branch of a condition that is always true but depends on the first
+    number of `args`; under `vmap`, it is true if it holds for any example. On other platforms the function is called
+    directly.
     """
 
     def cpu(*args):

@@ -1,4 +1,4 @@
-"""Control flow that stays common to a batch."""
+"""Control flow that is shared by all examples of a batch."""
 
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Int
@@ -7,10 +7,10 @@ from ._plain import is_plain
 
 
 def unvmap_max(x: Int[Array, ""] | Bool[Array, ""]) -> Int[Array, ""] | Bool[Array, ""]:
-    """`x`, not negative, or under `vmap` the maximum of the batch: a loop's bound or a condition.
+    """Returns `x`, or under `vmap` its maximum over the batch, for use as a loop bound or a condition.
 
-    With a value per example instead, `vmap` runs both branches of a condition, and selects the whole carry of a loop in
-    every iteration.
+    `x` must not be negative. With one value per example instead, `vmap` runs both branches of a condition and applies a
+    select to the whole carry of a loop in every iteration.
 
     >>> import jax
     >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Types of arrays under `shard_map`."""
+"""Varying axes of arrays under `shard_map`."""
 
 import jax
 from jax import lax
@@ -6,11 +6,11 @@ from jaxtyping import Array, PyTree
 
 
 def varying_like(tree: PyTree, *others: PyTree) -> PyTree:
-    """`tree`, marked as varying over every mesh axis that an array of it or of `others` varies over.
+    """Marks `tree` as varying over each mesh axis that any array of `tree` or `others` varies over.
 
-    Under `jax.shard_map`, the type of an array says over which axes of the mesh its values may differ between devices,
-    and a loop's carry must keep its type. A carry that starts from a constant varies over none, until it takes on what
-    the step computes from the arguments. Outside `shard_map` this does nothing.
+    Under `jax.shard_map`, the type of an array includes the mesh axes over which its values may differ between devices,
+    and the carry of a loop must keep its type. A constant initial carry varies over no axis, but the carry computed by
+    a step from the arguments does. Outside `shard_map` this does nothing.
     """
     axes = frozenset[str]().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves((tree, others))))
 

@@ -1,4 +1,4 @@
-"""The ways in which files write a box, and which of them the numbers of a file look like."""
+"""Box formats of annotation files: conversion to COCO's, and detection of a wrong one."""
 
 from typing import Any, Literal, get_args, no_type_check
 
@@ -8,20 +8,23 @@ from jaxtyping import Bool, Float64
 from ._report import Collector
 
 
-# COCO's own, in pixels, and what other tools put into "bbox". Fractions are those of the image's width and height.
+# COCO's own format, in pixels, and those that other tools write into "bbox". The normalised ones hold fractions of the
+# image's width and height.
 BoxFormat = Literal["xywh", "xyxy", "cxcywh", "normalized_xywh", "normalized_xyxy", "normalized_cxcywh"]
 LAYOUTS = {"xywh": "[x, y, width, height]", "xyxy": "[x0, y0, x1, y1]", "cxcywh": "[center x, center y, width, height]"}
 NORMALIZED = "normalized_"
-# Numbers beyond this are left as they are.
+# Larger numbers are not converted.
 LARGEST = 1e18
 
-# A box fits its image under a format if it reaches out of it by no more than this part of the image's side,
+# A box is plausible under a format if it extends beyond its image by at most this fraction of the image's side, and has
+# a side longer than one pixel.
 SLACK = 0.02
-# and has a side of more than a pixel. A format is refused if this part of the boxes do not fit under it,
+# A format is rejected if at least this fraction of the boxes, and at least this many of them, are implausible under it:
+# fewer may be individual mistakes.
 MISFITS = 0.1
-# and this number of them, as fewer may be slips,
 FEWEST_MISFITS = 5
-# while this part fits under another. Slips go to either side of an image, those of a wrong format to one side.
+# It is rejected only if at least this fraction of the boxes is plausible under another format. Individual mistakes
+# extend beyond any side of an image, a wrong format always beyond the same side.
 FITTING = 0.95
 
 
@@ -29,7 +32,7 @@ FITTING = 0.95
 def to_corners(
     box: list[float], box_format: BoxFormat, width: float, height: float
 ) -> tuple[float, float, float, float]:
-    """`(x0, y0, x1, y1)` in pixels of a box in an image of this size. All may be arrays.
+    """Converts a box in an image of this size to `(x0, y0, x1, y1)` in pixels. All numbers may be arrays.
 
     >>> to_corners([0.5, 0.5, 0.2, 0.4], "normalized_cxcywh", 100, 10)
     (40.0, 3.0, 60.0, 7.0)
@@ -47,9 +50,9 @@ def to_corners(
 
 @no_type_check
 def to_coco(entry: dict[str, Any], box_format: BoxFormat, width: int, height: int) -> dict[str, Any]:
-    """An annotation with its box as COCO has it, and where it is of fractions, its area and polygons too.
+    """Converts an annotation's box to COCO's format and, for a normalised format, its area and polygons to pixels.
 
-    What is no number stays as it is, to be refused by the checks of each field.
+    Values that are not numbers are left unchanged; the checks of each field reject them later.
 
     >>> to_coco({"bbox": [0.1, 0.5, 0.3, 0.75], "area": 0.05}, "normalized_xyxy", 100, 40)
     {'bbox': [10.0, 20.0, 20.0, 10.0], 'area': 200.0}
@@ -74,7 +77,7 @@ def _scale(polygon: Any, width: int, height: int) -> Any:
 
 
 def _are_numbers(values: list) -> bool:
-    """Whether these can be computed with: an integer of JSON may be too large for a float."""
+    """Whether all values are numbers of a usable size: an integer in JSON may be too large for a float."""
     return all(type(value) in (int, float) and -LARGEST < value < LARGEST for value in values)
 
 
@@ -84,11 +87,13 @@ def check_box_format(
     box_format: BoxFormat,
     problems: Collector,
 ) -> None:
-    """Notes an error if the boxes of a file look like another format than the one they are read as.
+    """Records an error if the boxes of a file appear to be in a format other than `box_format`.
 
-    A tenth of the boxes, and five or more, have to be impossible or of no more than a pixel as they are read, while
-    nearly all are sound in another format. Fewer boxes than that could be slips: they are clipped or dropped, and
-    counted. `image_sizes`: `(height, width)` of the image of each box.
+    This is the case if at least a tenth of the boxes, and at least five, are implausible under `box_format` (outside
+    their image, without an area, or no larger than a pixel), while nearly all are plausible under another format. Fewer
+    implausible boxes may be individual mistakes: they are clipped or dropped, and counted.
+
+    - `image_sizes`: `(height, width)` of the image of each box.
     """
     misfits = int((~_fit(boxes, image_sizes, box_format)).sum())
     total = len(boxes)
@@ -103,7 +108,7 @@ def check_box_format(
     names = " or ".join(f'"{other}"' for other in likely)
     problems.error(
         "boxes in another format",
-        f'{misfits:,} of {total:,} are no sound "bbox" as {read}, and {best:,} are as {seen}.',
+        f'{misfits:,} of {total:,} are not a valid "bbox" as {read}, but {best:,} are valid as {seen}.',
         f"Pass box_format={names} (--box-format on the command line), or convert them.",
     )
 
@@ -111,7 +116,7 @@ def check_box_format(
 def _fit(
     boxes: Float64[np.ndarray, "n 4"], image_sizes: Float64[np.ndarray, "n 2"], box_format: BoxFormat
 ) -> Bool[np.ndarray, " n"]:
-    """Which boxes have an area within their image under a format."""
+    """Which boxes are plausible under a format: within their image, and with an area."""
     height, width = image_sizes.T  # (n,) each
     x0, y0, x1, y1 = to_corners(boxes.T, box_format, width, height)
     inside = (x0 >= -SLACK * width) & (y0 >= -SLACK * height)

@@ -1,4 +1,4 @@
-"""Canvas buckets: the few static shapes that images of all sizes are sorted into."""
+"""Canvas buckets: the small set of static shapes that images of all sizes are sorted into."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,19 +7,20 @@ import numpy as np
 from jaxtyping import Int64
 
 
-# `(height, width)` for images whose short side becomes 800 unless the long one would exceed 1333: wide, tall, and
-# nearly square, the last for images that a random scale makes larger than that.
+# `(height, width)` for images whose short side is resized to 800 unless the long side would then exceed 1333: wide,
+# tall and nearly square. The last also holds images that a random scale enlarges beyond those sizes.
 CANVASES = ((800, 1344), (1344, 800), (1088, 1088))
-# Backbones halve an image five times.
+# Backbones halve the resolution five times.
 STRIDE = 32
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Images that share a program: a batch holds images of one bucket.
+    """Images that share one compiled program. All images of a batch belong to the same bucket.
 
-    - `canvas`: `(height, width)` that the network sees. `source`: that of the padded images as they come from disk.
-    - `indices`: positions of its images in their dataset.
+    - `canvas`: `(height, width)` of the network's input. `source`: `(height, width)` of the padded images as read from
+      disk.
+    - `indices`: positions of the bucket's images in their dataset.
     """
 
     canvas: tuple[int, int]
@@ -35,15 +36,16 @@ def make_buckets(
     max_size: float = 1333,
     max_source: int | None = None,
 ) -> tuple[Bucket, ...]:
-    """Sorts images into buckets by their sizes alone.
+    """Sorts images into buckets by size.
 
-    An image goes to the smallest canvas that holds it after its resize by `min(min_size / short, max_size / long)`; if
-    none does, to the one that shrinks it least. A bucket's source canvas is the smallest whose sides are multiples of
-    32 and that holds all of its images as they are on disk. Canvases that get no image make no bucket.
+    Each image is assigned to the smallest canvas that holds it after a resize by `min(min_size / short,
+    max_size / long)`, or, if none does, to the canvas that shrinks it least. A bucket's source canvas is the smallest
+    one that holds all of the bucket's images at their size on disk and whose sides are multiples of 32. Canvases
+    without images yield no bucket.
 
     - `sizes`: `(height, width)` of each image, such as a dataset's `sizes`.
-    - `max_source`: longest side of a source canvas, a multiple of 32. Images that exceed it are shrunk while they are
-      read, so that one enormous image does not make a whole bucket's batches as large. `None`: no limit.
+    - `max_source`: longest side of a source canvas, a multiple of 32. Larger images are shrunk while they are read, so
+      that one very large image does not enlarge every batch of its bucket. `None`: no limit.
 
     Raises a `ValueError` if a size is not positive or `max_source` is not a multiple of 32.
 
@@ -77,8 +79,8 @@ def make_buckets(
 def _choose(
     sizes: Int64[np.ndarray, "n 2"], canvases: Int64[np.ndarray, "b 2"], min_size: float, max_size: float
 ) -> Int64[np.ndarray, " n"]:
-    """The canvas of each image. `canvases` are in ascending order of area."""
-    scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))
-    resized = np.maximum(np.floor(sizes * scale[:, None]), 1)
+    """Returns the position of each image's canvas. `canvases` must be in ascending order of area."""
+    scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))  # (n,)
+    resized = np.maximum(np.floor(sizes * scale[:, None]), 1)  # (n, 2)
     fit = np.minimum(1.0, (canvases[None] / resized[:, None]).min(axis=2))  # (n, b); 1 where the canvas holds it
-    return fit.argmax(axis=1)  # the first of equals, that is, the smallest
+    return fit.argmax(axis=1)  # on ties the first, i.e. the smallest canvas

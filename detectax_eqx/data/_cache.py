@@ -1,4 +1,4 @@
-"""Decoded images, packed into one store and checked when they are read."""
+"""A cache of decoded images, packed into one store and verified on reading."""
 
 import hashlib
 from collections import Counter
@@ -15,23 +15,25 @@ from jaxtyping import Int64, UInt8
 from ._dataset import CocoDataset
 
 
-# A row is a header of four int64 and the pixels: size and time of the image's file, height and width on the canvas.
+# A row is a header of four int64 values, then the pixels. The header holds the size and modification time of the image
+# file, and the image's height and width on the canvas.
 HEADER = 32
-# What is written goes to the store in parts of this size, so that it is packed into few files.
+# Bytes per transaction. Rows are written in transactions of this size, so that they are packed into few files.
 PART = 2**26
 
 
 class ImageCache:
-    """The images of a dataset as the loader lays them on their source canvas, in an OCDBT store of zarr3 arrays.
+    """The decoded images of a dataset, padded to their source canvas, in an OCDBT store of zarr3 arrays.
 
-    A row of an array is one image, compressed without loss, under a checksum. It is used if the checksum is right and
-    size and time of the image's file are those at its writing; otherwise the image is decoded and written again. Images
-    in a store of their own (http, gs, s3) are taken not to change.
+    Each row of an array is one image with a checksum, compressed losslessly. A row is used if its checksum is correct
+    and the image file still has the size and modification time recorded in it. Otherwise the image is decoded and
+    written again. Remote images (http, gs, s3) are assumed not to change.
 
-    What is written becomes visible in parts, each whole or not at all: a process may be killed at any moment, and
-    several may use a folder at a time. Another Pillow or another list of images makes arrays of its own.
+    Rows become visible in atomic transactions: a process may be killed at any time, and several processes may use the
+    same folder. A different Pillow version or list of images uses separate arrays.
 
-    - `counts`: how many images were `found`, and how many `added`, rebuilt as they had `changed`, or as `damaged`.
+    - `counts`: how many images were `found`, `added`, or rebuilt because the file had `changed` or the row was
+      `damaged`.
     """
 
     def __init__(self, folder: Path, dataset: CocoDataset):
@@ -39,7 +41,7 @@ class ImageCache:
         self._images = dataset.images
         names = [[PIL.__version__], *([str(image.path), image.height, image.width] for image in dataset.images)]
         self._name = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
-        # One context for all, with room for the nodes that lead to the images.
+        # One context for all arrays; its pool has room for the index nodes that lead to the images.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 2**24}})
         self._arrays: dict[tuple[int, ...], Any] = {}
         self._lock, self._writing = Lock(), Lock()
@@ -49,9 +51,10 @@ class ImageCache:
     def fill(
         self, index: int, canvas: UInt8[np.ndarray, "h w 3"], draw: Callable[[], tuple[int, int]]
     ) -> tuple[int, int]:
-        """Puts image `index` on a black canvas and returns its height and width.
+        """Copies image `index` onto a black canvas and returns its height and width there.
 
-        `draw` does that where the store cannot. `flush` makes sure that what it did is then in the store.
+        An image that is not in the store is decoded by `draw` and then added. Call `flush` to write the last ones to
+        disk.
         """
         image = self._images[index]
         if not isinstance(image.path, Path):
@@ -60,7 +63,7 @@ class ImageCache:
             status = image.path.stat()
             stamp = status.st_size, status.st_mtime_ns
         else:
-            return draw()  # which has words for it
+            return draw()  # it reports the missing file
         array = self._array(canvas.shape)
         if index in self._part_images:
             self.flush()
@@ -75,9 +78,10 @@ class ImageCache:
     def _read(
         self, array: Any, index: int, stamp: tuple[int, int], canvas: UInt8[np.ndarray, "h w 3"]
     ) -> tuple[tuple[int, int] | None, str]:
+        """Reads a row onto the canvas. Returns the image's size, or `None`, and the key of `counts`."""
         try:
             row = array[index].read().result()
-        except ValueError:  # of a checksum, or of what leads to the row
+        except ValueError:  # a wrong checksum, or a damaged index
             return None, "damaged"
         *stored, height, width = row[:HEADER].view(np.int64).tolist()
         if not height:
@@ -102,13 +106,13 @@ class ImageCache:
                 self._commit()
 
     def flush(self) -> None:
-        """Writes what is not yet in the store. Raises an `OSError` that says what to do if that fails."""
+        """Writes all pending rows to the store. Raises an `OSError` with a remedy if that fails."""
         with self._writing:
             if self._part_size:
                 self._commit()
 
     def _new_part(self) -> None:
-        """What is written next is not in the store until it is committed."""
+        """Opens a new transaction: rows written from now on become visible when it is committed."""
         self._part, self._part_size, self._part_images = ts.Transaction(atomic=True), 0, set()
 
     def _commit(self) -> None:
@@ -132,15 +136,15 @@ class ImageCache:
 
     def _error(self, error: ValueError) -> OSError:
         return OSError(
-            f"The cache {self._folder} cannot be used: {error}. Make room there or give another folder; if it is "
-            f"damaged, delete it: it is rebuilt."
+            f"The cache {self._folder} cannot be used: {error}. Free up space or choose another folder. If it is "
+            f"damaged, delete it: it will be rebuilt."
         )
 
 
 def _spec(folder: Path, name: str, number: int, shape: tuple[int, ...]) -> dict[str, Any]:
     row = HEADER + shape[0] * shape[1] * shape[2]
-    # LZ4 costs less than reading what it saves: the black parts of canvases, and little else.
-    squeezed = {"cname": "lz4", "clevel": 1, "shuffle": "noshuffle", "typesize": 1, "blocksize": 0}
+    # LZ4 takes less time than reading the bytes that it saves, which are mostly the black padding of the canvases.
+    compression = {"cname": "lz4", "clevel": 1, "shuffle": "noshuffle", "typesize": 1, "blocksize": 0}
     return {
         "driver": "zarr3",
         "kvstore": {
@@ -154,7 +158,7 @@ def _spec(folder: Path, name: str, number: int, shape: tuple[int, ...]) -> dict[
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, row]}},
             "codecs": [
                 {"name": "bytes"},
-                {"name": "blosc", "configuration": squeezed},
+                {"name": "blosc", "configuration": compression},
                 {"name": "crc32c"},
             ],
         },

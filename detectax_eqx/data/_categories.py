@@ -1,4 +1,4 @@
-"""Whether a model and a file, or two files, mean the same by their category ids."""
+"""Checks that a model and a file, or two files, assign the same category names to the same ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from ._store import to_location
 from ._validate import parse_categories
 
 
-# A message lists this many differences and counts the rest.
+# An error message lists at most this many differences, followed by the number of the others.
 MAX_LISTED = 3
 
 
@@ -23,12 +23,12 @@ def check_categories(
     same_ids: bool = True,
     allow_renamed: bool = False,
 ) -> None:
-    """Raises a `DatasetError` if the categories `found` in a file are not those that are `known`, by id and name.
+    """Raises a `DatasetError` if the categories `found` in a file differ from the `known` ones in id or name.
 
-    - `found_in`, `known_in`: what messages call the two.
-    - `same_ids`: both have to have the same ids. Otherwise, either may have ids that the other lacks, as long as one is
-      in both.
-    - `allow_renamed`: compare ids alone.
+    - `found_in`, `known_in`: names of the two sources for error messages.
+    - `same_ids`: require the same ids in both. Otherwise, each may have ids that the other lacks, as long as they share
+      at least one.
+    - `allow_renamed`: compare ids only, not names.
 
     >>> model, file = [Category(1, "cat"), Category(2, "dog")], [Category(1, "dog"), Category(2, "cat")]
     >>> check_categories(file, model, found_in="val.json", known_in="the model")
@@ -39,7 +39,7 @@ def check_categories(
     differences = []
     if same_ids or not ours.keys() & theirs.keys():
         for one, other, place in ((ours, theirs, found_in), (theirs, ours, known_in)):
-            differences += [f'id {id} ("{one[id]}") is in {place} alone' for id in sorted(one.keys() - other.keys())]
+            differences += [f'id {id} ("{one[id]}") is only in {place}' for id in sorted(one.keys() - other.keys())]
     if not allow_renamed:
         renamed = sorted(id for id in ours.keys() & theirs.keys() if ours[id] != theirs[id])
         differences += [f'id {id} is "{ours[id]}" in {found_in} and "{theirs[id]}" in {known_in}' for id in renamed]
@@ -54,16 +54,16 @@ def check_categories(
     rest = f", and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
     remedy = "Make ids and names the same"
     if ours.keys() == theirs.keys() or (not same_ids and ours.keys() & theirs.keys()):
-        remedy += f"; if only names were changed, allow_renamed=True (--allow-renamed) takes those of {found_in}"
+        remedy += f"; if only names have changed, allow_renamed=True (--allow-renamed) uses those of {found_in}"
     raise DatasetError(
         f"{found_in} and {known_in} disagree on categories: {'; '.join(differences[:MAX_LISTED])}{rest}. {remedy}."
     )
 
 
 def read_categories(annotations: str | Path) -> tuple[Category, ...]:
-    """The categories of a COCO-format file, sorted by id, whatever else is in it.
+    """Reads the categories of a COCO-format file, sorted by id. The rest of the file is not checked.
 
-    Raises a `DatasetError` if they are not as they should be, and what `read_annotations` raises.
+    Raises a `DatasetError` if the categories are missing or malformed, and whatever `read_annotations` raises.
 
     >>> import tempfile
     >>> from detectax_eqx.data import write_shapes_dataset

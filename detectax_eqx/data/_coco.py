@@ -1,4 +1,4 @@
-"""Reading a COCO-format dataset, so that what is wrong with it is known before anything is trained on it."""
+"""Reads COCO-format datasets and checks them, so that problems are reported before training."""
 
 import json
 import os
@@ -17,41 +17,44 @@ from ._store import Location, read_bytes, to_location
 from ._validate import Annotation, parse_annotations, parse_categories, parse_images, parse_parts
 
 
-# Looking at image files waits for the disk or the network more than it computes.
+# Checking image files is bound by the disk or the network rather than by computation.
 CHECKING_THREADS = 8
-# Enough to see that folder, rights and sizes are right.
+# Number of remote images to check: enough to verify the folder, the permissions and the annotated sizes.
 CHECKED_IN_STORE = 16
 
 
 def load_coco(
     annotations: str | Path, images: str | Path, *, check_images: bool = True, box_format: BoxFormat = "xywh"
 ) -> CocoDataset:
-    """Reads a COCO-format annotation file, and checks it and its images.
+    """Reads a COCO-format annotation file and checks it together with its images.
 
-    Segmentations are optional, and may be polygons or run-length encodings, compressed or not; `"segmentation": []`
-    means none. `iscrowd` is 0 unless given. Category ids may have gaps.
+    Segmentations are optional: polygons, or run-length encodings, compressed or not. `"segmentation": []` means none.
+    `iscrowd` defaults to 0. Category ids may have gaps.
 
-    Repaired in memory, and listed in the result's `report`: a box that reaches out of its image is clipped; one of no
-    area, or outside its image, is dropped with its annotation; of a segmentation in several pieces, those with fewer
-    than three points are dropped; the annotation id 0 becomes the smallest one that is free. Kept as it is, and listed
-    there too: a box with a side of less than a pixel; a file under two image ids. Everything else is an error: an image
-    that is missing, truncated or of another size than annotated; an unknown image or category; an id that is used
-    twice, or a negative annotation id; boxes in another format than `box_format`; a polygon of odd length or with fewer
-    than three points; a malformed run-length encoding; numbers that are not finite, values of a wrong type, and missing
-    keys.
+    The following problems are repaired in memory and listed in the result's `report`. Boxes that extend beyond their
+    image are clipped. Boxes without an area or outside their image are dropped together with their annotation. If a
+    segmentation has several polygons, those with fewer than three points are dropped. The annotation id 0 is replaced
+    by the smallest free id.
 
-    - `annotations`: the JSON file. `images`: the folder that the images' `file_name` is relative to. Either may be a
-      URL of http, https, gs or s3.
-    - `check_images`: look at every image file: it has to be there, to end as its format ends, and to have the
-      annotated size. Damage within a file shows when it is decoded. Of images in a store, which would take a request
-      each, a few are looked at. Without it, only the annotations are checked.
-    - `box_format`: how `bbox` is written. COCO's is `"xywh"`; `"xyxy"` holds two corners, `"cxcywh"` the centre and the
-      size. `"normalized_xywh"` and so on hold fractions of the image's width and height, and so do the polygons. Boxes
-      look like another format if a tenth of them, and five or more, are impossible in this one, and nearly all are
-      sound in that one; in a file of fewer boxes, a mistake shows in the `report` alone.
+    Boxes with a side shorter than one pixel, and files listed under two image ids, are reported but left unchanged.
 
-    Raises a `DatasetError` that lists every problem with its file, image id and annotation id, and what to do, and a
-    `ConnectionError` with URL and status if a store does not answer.
+    Everything else is an error: images that are missing, truncated or not of the annotated size; unknown images or
+    categories; duplicate ids; negative annotation ids; boxes in a format other than `box_format`; polygons of odd
+    length or with fewer than three points; malformed run-length encodings; numbers that are not finite; values of a
+    wrong type; missing keys.
+
+    - `annotations`: the JSON file. `images`: the folder that each `file_name` is relative to. Either may be an http,
+      https, gs or s3 URL.
+    - `check_images`: check that every image file exists, ends as its format requires and has the annotated size. Damage
+      inside a file is only detected on decoding. For remote images, which cost one request each, only a sample is
+      checked. If `False`, only the annotations are checked.
+    - `box_format`: the format of `bbox`. COCO's is `"xywh"`; `"xyxy"` holds two corners, `"cxcywh"` the centre and the
+      size. In the normalised formats (`"normalized_xywh"`, …), boxes and polygons hold fractions of the image's width
+      and height. A wrong format is detected if at least a tenth of the boxes, and at least five, are implausible in it
+      while nearly all are plausible in another. In files with fewer boxes, it shows only in the `report`.
+
+    Raises a `DatasetError` that lists every problem with its file, image id, annotation id and remedy, and a
+    `ConnectionError` with the URL and status if a server does not answer.
 
     >>> import tempfile
     >>> from detectax_eqx.data import write_shapes_dataset
@@ -69,15 +72,15 @@ def load_coco(
 def load_annotations(
     annotations: str | os.PathLike | Mapping[str, Any], *, box_format: BoxFormat = "xywh"
 ) -> CocoDataset:
-    """Reads and checks a COCO-format annotation file just as `load_coco` does, but looks for no images.
+    """Reads and checks a COCO-format annotation file as `load_coco` does, but without its images.
 
-    What comes out is the truth for an evaluation. A file name is not required of its images.
+    The result can serve as the ground truth of an evaluation. Image entries need no `file_name`.
 
-    - `annotations`: the JSON file, by its path or URL; or its content, which is read as JSON holds it: a tuple is a
-      list, and a NumPy number a number.
-    - `box_format`: as for `load_coco`.
+    - `annotations`: path or URL of the JSON file, or its content as a mapping. A mapping is first converted to JSON
+      types: tuples become lists, NumPy numbers become plain numbers.
+    - `box_format`: see `load_coco`.
 
-    Raises a `DatasetError` as `load_coco` does.
+    Raises the same errors as `load_coco`.
 
     >>> content = {
     ...     "images": [{"id": 1, "width": 100, "height": 100}],
@@ -91,16 +94,16 @@ def load_annotations(
     if not isinstance(annotations, Mapping):
         path = annotations if isinstance(annotations, str) else Path(annotations)
         return _parse(read_annotations(path), to_location(path), None, box_format, check_images=False)
-    file = Path("annotations")  # what messages call it
+    file = Path("annotations")  # its name in error messages
     try:
         content = json.loads(json.dumps(dict(annotations), default=_to_json))
     except (TypeError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{file}: what JSON cannot hold: {error}.") from error
+        raise DatasetError(f"{file}: it has a value that JSON cannot hold: {error}.") from error
     return _parse(content, file, None, box_format, check_images=False)
 
 
 def _to_json(value: Any) -> Any:
-    """What a dictionary in memory may hold beside JSON: NumPy's numbers and arrays, compressed run lengths as bytes."""
+    """Converts the non-JSON types that a mapping may hold: NumPy numbers and arrays, and run lengths as bytes."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, bytes):
@@ -113,14 +116,14 @@ def _to_json(value: Any) -> Any:
 def _parse(
     content: dict[str, Any], file: Location, folder: Location | None, box_format: BoxFormat, *, check_images: bool
 ) -> CocoDataset:
-    """A checked dataset. `folder`: of the images; `None` if they are not to be read."""
+    """Checks the content of a file and returns the dataset. `folder`: of the images; `None` if they are not needed."""
     problems = Collector(file)
     image_entries, annotation_entries, category_entries = parse_parts(content, file)
     categories = parse_categories(category_entries, problems)
     records = parse_images(image_entries, folder, problems)
     known = {entry["id"] for entry in image_entries if isinstance(entry, dict) and type(entry.get("id")) is int}
     labels = {category.id: label for label, category in enumerate(categories)}
-    found = parse_annotations(annotation_entries, {r.id: r for r in records}, known, labels, problems, box_format)
+    by_image = parse_annotations(annotation_entries, {r.id: r for r in records}, known, labels, problems, box_format)
     if check_images:
         _check_files(records, problems)
     return CocoDataset(
@@ -128,15 +131,15 @@ def _parse(
         categories=categories,
         annotations_path=file,
         report=problems.report(),
-        _objects=tuple(_to_objects(found[record.id]) for record in records),
+        _objects=tuple(_to_objects(by_image[record.id]) for record in records),
     )
 
 
 def read_annotations(path: str | Path) -> dict[str, Any]:
-    """The content of a COCO-format file, by its path or URL, as it is: `load_coco` checks it.
+    """Reads the content of a COCO-format file from a path or URL, without checking it. Use `load_coco` to check it.
 
-    Raises a `DatasetError` that names the file if there is none, or if it is no JSON object, and a `ConnectionError`
-    with URL and status if a store does not answer.
+    Raises a `DatasetError` that names the file if it does not exist or does not hold a JSON object, and a
+    `ConnectionError` with the URL and status if a server does not answer.
 
     >>> import tempfile
     >>> from detectax_eqx.data import write_shapes_dataset
@@ -155,7 +158,7 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{file}: cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise DatasetError(f"{file}: a COCO file is a JSON object, this is a {type(content).__name__}.")
+        raise DatasetError(f"{file}: a COCO file must hold a JSON object, but this is a {type(content).__name__}.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""A dataset in memory: images, categories and objects, as NumPy arrays."""
+"""An in-memory dataset: image records, categories, and objects as NumPy arrays."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,13 @@ from ._report import Report
 from ._store import Location
 
 
-# Polygons as arrays of `(x, y)` points, a run-length encoding as pycocotools has it, or nothing.
+# Polygons as arrays of `(x, y)` points, a run-length encoding in pycocotools' format, or `None`.
 Segmentation = tuple[np.ndarray, ...] | dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image: its id, where it lies (a path or a URL), and its size in the pixels that its annotations refer to."""
+    """An image: its id, its path or URL, and its size in the pixel coordinates of its annotations."""
 
     id: int
     path: Location
@@ -27,13 +27,13 @@ class ImageRecord:
 
     @property
     def file(self) -> str:
-        """The name of its file, for messages."""
+        """The name of the image file, for messages."""
         return self.path.name if isinstance(self.path, Path) else unquote(self.path.rsplit("/", 1)[-1])
 
 
 @dataclass(frozen=True)
 class Category:
-    """A class of objects: the dataset's own id and its name."""
+    """A class of objects: its id in the dataset and its name."""
 
     id: int
     name: str
@@ -41,14 +41,15 @@ class Category:
 
 @dataclass(frozen=True)
 class Objects:
-    """The `n` objects of an image, in the file's order.
+    """The `n` objects of an image, in the order of the annotation file.
 
     - `boxes`: `(x0, y0, x1, y1)` in pixels, within the image and with an area.
-    - `labels`: positions in the dataset's categories. `crowd`: marks groups that stand for many objects.
-    - `annotation_ids`: the file's. `segmentations`: polygons, each an array of `(x, y)` points; or a dictionary with
-      `size` and compressed `counts` as pycocotools has it; or `None`.
-    - `boxes_xywh`: `(x, y, width, height)` for evaluation: the file's own numbers, in its precision, unless the box was
-      repaired. `areas`: the file's, by which COCO sorts objects into small, medium and large; NaN where it has none.
+    - `labels`: positions in the dataset's categories. `crowd`: true for regions that stand for many objects.
+    - `annotation_ids`: ids from the file. `segmentations`: for each object, polygons, each an array of `(x, y)` points;
+      or a dictionary with `size` and compressed `counts`, as in pycocotools; or `None`.
+    - `boxes_xywh`: `(x, y, width, height)` for evaluation: the unmodified numbers of the file, at its precision, unless
+      the box was repaired. `areas`: areas from the file, by which COCO classifies objects as small, medium or large;
+      NaN where the file has none.
     """
 
     boxes: Float32[np.ndarray, "n 4"]
@@ -62,10 +63,10 @@ class Objects:
 
 @dataclass(frozen=True, eq=False)
 class CocoDataset:
-    """A COCO-format dataset that was checked. `load_coco` makes it, and `load_annotations` one without images.
+    """A checked COCO-format dataset, created by `load_coco`, or by `load_annotations` without images.
 
-    - `categories`: sorted by id. Label `k` means `categories[k]`, so gaps in the ids are no concern.
-    - `report`: what was repaired in memory. The file is left as it is.
+    - `categories`: sorted by id. Label `k` stands for `categories[k]`, so that ids may have gaps.
+    - `report`: the repairs made in memory. The file itself is not modified.
     """
 
     images: tuple[ImageRecord, ...]
@@ -79,7 +80,7 @@ class CocoDataset:
 
     @property
     def num_classes(self) -> int:
-        """The number of categories, those without a single object included."""
+        """The number of categories, including those without objects."""
         return len(self.categories)
 
     @property
@@ -89,7 +90,7 @@ class CocoDataset:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """The `(height, width)` of each image, as `make_buckets` takes them."""
+        """The `(height, width)` of each image, for `make_buckets`."""
         return tuple((image.height, image.width) for image in self.images)
 
     def objects(self, index: int) -> Objects:

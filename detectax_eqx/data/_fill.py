@@ -1,4 +1,4 @@
-"""A batch as plain arrays, which threads fill, one place each, and which become `Images` or a `Batch` at the end."""
+"""Batches under construction: plain arrays that threads fill, one slot per image, and then `Images` or a `Batch`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from ._report import DatasetError
 
 @dataclass(frozen=True)
 class Pictures:
-    """The arrays of `Images`."""
+    """The arrays of an `Images` under construction."""
 
     pixels: UInt8[np.ndarray, "b h w 3"]
     sizes: Int32[np.ndarray, "b 2"]
@@ -30,7 +30,7 @@ class Pictures:
     canvas: tuple[int, int]
 
     def fill(self, slot: int, dataset: CocoDataset, cache: ImageCache | None = None) -> None:
-        """Decodes the image of one place. Raises a `DatasetError` that names it, or a store's `OSError`."""
+        """Decodes the image of one slot. Raises a `DatasetError` that names it, or a store's `OSError`."""
         record = dataset.images[self.indices[slot]]
         canvas = self.pixels[slot]
         draw = partial(_draw, record, canvas)
@@ -44,7 +44,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Examples:
-    """The arrays of a `Batch`; `present` are the valid rows of its targets."""
+    """The arrays of a `Batch` under construction. `present`: the valid rows of its targets."""
 
     pictures: Pictures
     boxes: Float32[np.ndarray, "b n 4"]
@@ -58,7 +58,7 @@ class Examples:
         return self.pictures.valid
 
     def fill(self, slot: int, dataset: CocoDataset, cache: ImageCache | None = None) -> None:
-        """Decodes the image of one place and writes its objects. Raises what `Pictures.fill` raises."""
+        """Decodes the image of one slot and writes its objects. Raises the same errors as `Pictures.fill`."""
         self.pictures.fill(slot, dataset, cache)
         index = int(self.pictures.indices[slot])
         with _named(dataset.images[index]):
@@ -66,22 +66,23 @@ class Examples:
 
     def _write_objects(self, slot: int, dataset: CocoDataset, index: int) -> None:
         record, objects = dataset.images[index], dataset.objects(index)
-        kept = np.flatnonzero(~objects.crowd)
-        self.overflow[slot] = max(0, len(kept) - self.present.shape[1])
-        kept = kept[: self.present.shape[1]]
+        capacity = self.present.shape[1]
+        non_crowd = np.flatnonzero(~objects.crowd)
+        self.overflow[slot] = max(0, len(non_crowd) - capacity)
+        non_crowd = non_crowd[:capacity]
         height, width = self.pictures.sizes[slot].tolist()
-        ratio = np.array([width / record.width, height / record.height] * 2, np.float32)
-        self.boxes[slot, : len(kept)] = objects.boxes[kept] * ratio
-        self.labels[slot, : len(kept)] = objects.labels[kept]
-        self.present[slot, : len(kept)] = True
+        ratio = np.array([width / record.width, height / record.height] * 2, np.float32)  # (4,), for (x0, y0, x1, y1)
+        self.boxes[slot, : len(non_crowd)] = objects.boxes[non_crowd] * ratio
+        self.labels[slot, : len(non_crowd)] = objects.labels[non_crowd]
+        self.present[slot, : len(non_crowd)] = True
         if self.masks is not None:
-            for row, i in enumerate(kept):
+            for row, i in enumerate(non_crowd):
                 self.masks[slot, row] = mask_in_box(
                     objects.segmentations[i], objects.boxes[i], size=self.masks.shape[-1]
                 )
 
     def clear(self, slot: int) -> None:
-        """Leaves one place without picture and objects, not valid."""
+        """Empties one slot: a black image without objects that is not `valid`."""
         self.pictures.pixels[slot] = 0
         for array in (self.pictures.valid, self.present, self.overflow):
             array[slot] = 0
@@ -93,21 +94,21 @@ class Examples:
 
 
 def blank_pictures(indices: Int[np.ndarray, " n"], batch_size: int, bucket: Bucket) -> Pictures:
-    """Black pictures in the places of those images, and fillers up to the size of the batch."""
-    filler = batch_size - len(indices)
+    """Returns a batch of black images with slots for the images of these `indices`, padded to the batch size."""
+    padding = batch_size - len(indices)
     sizes = np.tile(np.array(bucket.source, np.int32), (batch_size, 1))
     return Pictures(
         pixels=np.zeros((batch_size, *bucket.source, 3), np.uint8),
         sizes=sizes,
         original_sizes=sizes.copy(),
-        indices=np.pad(indices, (0, filler)).astype(np.int32),
+        indices=np.pad(indices, (0, padding)).astype(np.int32),
         valid=np.arange(batch_size) < len(indices),
         canvas=bucket.canvas,
     )
 
 
 def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None) -> Examples:
-    """Those pictures without any object."""
+    """Returns `pictures` with room for `max_objects` objects per image, all of them absent."""
     shape = len(pictures.valid), max_objects
     return Examples(
         pictures=pictures,
@@ -120,7 +121,7 @@ def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None) 
 
 
 def _draw(record: ImageRecord, canvas: UInt8[np.ndarray, "h w 3"]) -> tuple[int, int]:
-    """Puts an image into the corner of a black canvas, shrunk if it is too large, and returns its height and width."""
+    """Decodes an image into the top left corner of a black canvas, shrunk to fit. Returns its height and width."""
     image = open_rgb(record.path, (record.height, record.width))
     scale = min(1.0, canvas.shape[0] / record.height, canvas.shape[1] / record.width)
     if scale < 1:
@@ -132,10 +133,10 @@ def _draw(record: ImageRecord, canvas: UInt8[np.ndarray, "h w 3"]) -> tuple[int,
 
 @contextmanager
 def _named(record: ImageRecord) -> Iterator[None]:
-    """Within it, an error that is not the image's, the store's or the cache's becomes one that names the image."""
+    """Converts any error but a `DatasetError` or `OSError` to a `DatasetError` that names the image."""
     try:
         yield
     except (DatasetError, OSError):
         raise
     except Exception as error:
-        raise DatasetError(f"{record.path}: image {record.id} cannot be made an example of: {error}") from error
+        raise DatasetError(f"{record.path}: image {record.id} cannot be converted to an example: {error}") from error

@@ -1,4 +1,4 @@
-"""Image files to RGB pixels, whatever their mode and orientation."""
+"""Reads image files of any mode and orientation as RGB pixels."""
 
 import os
 from io import BufferedReader, BytesIO
@@ -15,7 +15,8 @@ from ._store import Location, read_bytes, to_location
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-# What undoes each EXIF orientation (EXIF 2.32, section 4.6.4): a camera held sideways stores its rows as columns.
+# The transposition that undoes each EXIF orientation (EXIF 2.32, section 4.6.4): a camera held sideways stores the rows
+# of an image as columns.
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,16 +26,16 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Those that exchange width and height.
+# The orientations that swap width and height.
 SIDEWAYS = (5, 6, 7, 8)
-# The last bytes of a file that was written to its end.
+# The last bytes of a complete file.
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
-# What Pillow says of an image beyond its limit.
+# What Pillow raises for an image that exceeds its pixel limit.
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files of a folder, at any depth, by name: those with a suffix of `IMAGE_SUFFIXES`."""
+    """Lists the image files in a folder and its subfolders, sorted: those whose suffix is in `IMAGE_SUFFIXES`."""
     files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
     return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
@@ -42,22 +43,22 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 def read_image(
     path: str | Path | Image.Image, *, size: tuple[int, int] | None = None, max_pixels: int | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file, a URL of http, gs or s3, or a Pillow image as RGB, as `(h, w, 3)` uint8.
+    """Reads an image from a file, an http, https, gs or s3 URL, or a Pillow image, as `(h, w, 3)` uint8 RGB.
 
-    Gray, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped, the colours below it stay. 16-bit gray
-    is scaled, 65535 becoming 255, not clipped. Of an animation, the first frame is read.
+    Gray, palette, CMYK and 1-bit images are converted to RGB. An alpha channel is dropped without blending. 16-bit gray
+    is scaled, not clipped: 65535 becomes 255. Only the first frame of an animation is read.
 
-    An EXIF orientation is applied, so that the image stands as viewers show it. `size`, if given, is the `(height,
-    width)` in whose pixels the image was annotated, and decides: if only the size as stored equals it, the annotator
-    did not see the orientation, so it is not applied. Where both sizes are equal, it is applied.
+    The EXIF orientation is applied, so that the image has the orientation in which viewers show it. If `size` is given,
+    it is the `(height, width)` that the annotations refer to. The orientation is then ignored if only the size before
+    applying it equals `size`, since the annotator did not see it. If both sizes are equal, it is applied.
 
-    A few bytes can stand for gigabytes of pixels. Beyond Pillow's limit of 179 million pixels, an image is therefore
-    read only if it has the annotated `size`, which vouches for it, or no more pixels than `max_pixels`, if given.
+    A small file can decompress to gigabytes of pixels. An image beyond Pillow's limit of 179 million pixels is
+    therefore read only if it has the annotated `size`, or at most `max_pixels` pixels.
 
-    Raises a `BadImageError` (a `DatasetError`) that names the file if it is missing, truncated or no image, if it holds
-    32-bit numbers beyond 0..65535 or fractions, whose range is not known, if neither size equals `size`, or if it has
-    too many pixels; a `ValueError` if `max_pixels` is not positive; and a `ConnectionError` with URL and status if a
-    store does not give it.
+    Raises a `BadImageError` (a `DatasetError`) that names the file if it is missing, truncated or not an image, if it
+    holds 32-bit integers outside 0..65535 or floating-point values, whose range is unknown, if its size equals `size`
+    neither before nor after the orientation is applied, or if it has too many pixels. Raises a `ValueError` if
+    `max_pixels` is not positive, and a `ConnectionError` with the URL and status if a server does not return the image.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -74,11 +75,11 @@ def read_image(
 
 
 def open_rgb(location: Location, size: tuple[int, int] | None, max_pixels: int | None = None) -> Image.Image:
-    """What `read_image` does, the pixels still being Pillow's."""
+    """Reads an image as `read_image` does, but returns a Pillow image."""
     allowed = max_pixels if size is None else max(max_pixels or 0, size[0] * size[1])
     try:
         with allow_pixels(allowed), _open(location) as file, _checked(file) as image:
-            # Before any pixel is decoded: a few bytes can stand for gigabytes of them.
+            # Check before decoding: a small file can decompress to gigabytes of pixels.
             if size is not None and size not in ((image.height, image.width), (image.width, image.height)):
                 raise _wrong_size(location, (image.height, image.width), size)
             if allowed is not None and image.height * image.width > allowed:
@@ -106,7 +107,7 @@ def _open(location: Location) -> BufferedReader | BytesIO:
 
 
 def _checked(file: BufferedReader | BytesIO) -> Image.Image:
-    """The image in a file. PNG has checksums, which Pillow looks at only if asked, and then ends its reading."""
+    """Opens an image. The checksums of a PNG are verified, after which Pillow requires the file to be opened again."""
     image = Image.open(file)
     if image.format != "PNG":
         return image
@@ -116,17 +117,17 @@ def _checked(file: BufferedReader | BytesIO) -> Image.Image:
 
 
 def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | None:
-    """A quick look at an image: is it there, whole, and of that `(height, width)`, by `read_image`'s rule?
+    """Checks quickly that an image exists, is complete and has this `(height, width)`, by the rule of `read_image`.
 
-    JPEG and PNG files that end as they must are not decoded, others are, and so is what a store holds.
+    Local JPEG and PNG files with the right last bytes are not decoded. All other images, and remote ones, are.
 
-    Returns what is wrong, and what to do about it, or `None`.
+    Returns the problem and its remedy, or `None`.
     """
     if not isinstance(location, Path):
         try:
             open_rgb(location, size)
         except BadImageError as error:
-            return str(error), "Put it there, write it again, or correct its entry and the folder."
+            return str(error), "Add the file, write it again, or correct its entry and the folder."
         return None
     try:
         with allow_pixels(size[0] * size[1]), Image.open(location) as image:
@@ -138,7 +139,7 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
         what = error if isinstance(error, BadImageError) else _bomb(location, size, error)
         return str(what), 'Correct "width" and "height", and check that the boxes belong to this image.'
     except FileNotFoundError:
-        remedy = "Put it there, correct the folder, or remove the image's entry."
+        remedy = "Add the file, correct the folder, or remove the image's entry."
         return f"{location}: no such image file.", _backslash(location).strip() or remedy
     except Exception as error:
         return f"{location}: cannot be read as an image: {error}.", "Fetch or write the file again."
@@ -155,12 +156,12 @@ def _last_bytes(path: Path, count: int) -> bytes:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # garbage where EXIF should be says nothing about the pixels
+    except Exception:  # malformed EXIF data does not affect the pixels
         return 1
 
 
 def _is_upright(image: Image.Image, location: Location, size: tuple[int, int] | None) -> bool:
-    """Whether the size refers to the image as shown (true) or as stored. Raises a `BadImageError` if to neither."""
+    """Whether `size` is that of the image as shown (true) or as stored (false). Raises a `BadImageError` otherwise."""
     stored = image.height, image.width
     shown = (image.width, image.height) if _orientation(image) in SIDEWAYS else stored
     if size is None or shown == size:
@@ -171,12 +172,12 @@ def _is_upright(image: Image.Image, location: Location, size: tuple[int, int] | 
 
 
 def _backslash(location: Location) -> str:
-    """What is wrong with a name that was written on Windows; empty if it was not."""
+    """A hint for a file name with Windows path separators; empty for other names."""
     name = location.name if isinstance(location, Path) else unquote(location.rsplit("/", 1)[-1])
     if "\\" not in name:
         return ""
     right = name.replace("\\", "/")
-    return f' Its "file_name" has a backslash, which separates folders on Windows only: write "{right}".'
+    return f' Its "file_name" has a backslash, which is a path separator on Windows only: write "{right}".'
 
 
 def _bomb(location: Location, size: tuple[int, int] | None, error: Exception) -> BadImageError:
@@ -196,7 +197,7 @@ def _wrong_size(location: Location, found: tuple[int, int], size: tuple[int, int
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # I;16, I;16B, I: Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # I;16, I;16B, I: Pillow's conversion clips at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"32-bit values {values.min()}..{values.max()} have no known range; save it with 16 bits")

@@ -1,4 +1,4 @@
-"""What the limits on sizes and counts cut from a dataset, known before anything is trained on it."""
+"""Counts what the limits on sizes and object numbers remove from a dataset, before training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ from ._buckets import CANVASES, STRIDE, Bucket
 from ._dataset import CocoDataset
 
 
-# A bilinear resize by a half uses every pixel; by less, it skips some. What is larger is averaged down on reading.
+# A bilinear resize by 1/2 uses every pixel; a smaller factor skips some. Larger images are averaged down on reading.
 SOURCE_PER_CANVAS = 2
-# Sides of a resized image are rounded down to whole pixels, which is no limit's doing.
+# Sides of a resized image are rounded down to whole pixels, which does not count as shrinking.
 ROUNDING = 1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Counts of what each limit cuts.
+    """The number of images and objects that each limit affects.
 
-    - `images`, `objects`: in all; crowds are not objects.
-    - `objects_dropped`, `images_with_drops`: objects beyond `max_objects`, and in how many images they are.
-    - `shrunk_on_reading`: images larger than their bucket's source canvas. `largest_source` is its longest side.
-    - `shrunk_to_fit`: images that are made smaller than `min_size` and `max_size` ask for, as no canvas holds them.
-    - `below_a_pixel`: objects with a side of less than a pixel once their image has its final size.
+    - `images`, `objects`: totals. Crowds do not count as objects.
+    - `objects_dropped`, `images_with_drops`: objects in excess of `max_objects`, and the number of images with any.
+    - `largest_source`: the longest side of any bucket's source canvas. `shrunk_on_reading`: images larger than their
+      bucket's.
+    - `shrunk_to_fit`: images resized to less than `min_size` and `max_size` ask for, because no canvas holds them.
+    - `below_a_pixel`: objects with a side shorter than one pixel after their image is resized.
 
-    `str` says all of it that is not 0, one line for each limit.
+    `str` gives one line for each count that is not 0.
     """
 
     images: int
@@ -40,37 +41,38 @@ class Limits:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One line for each limit that cuts something."""
-        found = []
+        """One line for each limit that has an effect."""
+        lines = []
         if self.objects_dropped:
-            found.append(
+            lines.append(
                 f"max_objects={self.max_objects} leaves out {self.objects_dropped:,} of {self.objects:,} objects, in "
                 f"{self.images_with_drops:,} of {self.images:,} images"
             )
         if self.shrunk_on_reading:
-            found.append(
+            lines.append(
                 f"{self.shrunk_on_reading:,} of {self.images:,} images are larger than {self.largest_source} pixels "
                 "and are shrunk on reading"
             )
         if self.shrunk_to_fit:
-            found.append(
-                f"{self.shrunk_to_fit:,} of {self.images:,} images fit on no canvas at their size and are shrunk more"
+            lines.append(
+                f"{self.shrunk_to_fit:,} of {self.images:,} images do not fit any canvas at their target size and are "
+                "shrunk further"
             )
         if self.below_a_pixel:
-            found.append(f"{self.below_a_pixel:,} of {self.objects:,} objects are less than a pixel wide or high")
-        return tuple(found)
+            lines.append(f"{self.below_a_pixel:,} of {self.objects:,} objects are less than a pixel wide or high")
+        return tuple(lines)
 
     def __str__(self) -> str:
-        return "\n".join(self.lines) or "no limit cuts anything"
+        return "\n".join(self.lines) or "no limit has an effect"
 
 
 def source_limit(canvases: Sequence[tuple[int, int]] = CANVASES) -> int:
-    """The longest side that a source image needs for these canvases: twice their longest, a multiple of 32.
+    """Returns the longest side that source images need for these canvases: twice their longest side, a multiple of 32.
 
-    Pass it to `make_buckets` as `max_source`, for training and for evaluation alike. The resize to the canvas then
-    shrinks by no more than a half, which uses every pixel.
+    Pass it to `make_buckets` as `max_source`, both for training and for evaluation. The resize to the canvas then
+    shrinks by at most a factor of 2, which uses every pixel.
 
-    Raises a `ValueError` if there is no canvas, or one has a side that is not positive.
+    Raises a `ValueError` if `canvases` is empty or a side is not positive.
 
     >>> source_limit([(800, 1344), (1344, 800)]), source_limit([(2048, 3072)])
     (2688, 6144)
@@ -88,9 +90,9 @@ def describe_limits(
     min_size: int = 800,
     max_size: int = 1333,
 ) -> Limits:
-    """Counts what each limit will cut from a dataset, from its sizes and boxes alone: no image is read.
+    """Counts the images and objects that each limit affects. Only sizes and boxes are used; no image is read.
 
-    - `buckets`: `make_buckets(dataset.sizes, …)`. `min_size`, `max_size`: what they were made with.
+    - `buckets`: `make_buckets(dataset.sizes, …)`. `min_size`, `max_size`: the values that the buckets were made with.
     - `max_objects`: as for `Loader`. `None`: no limit.
 
     Raises a `ValueError` if `max_objects`, `min_size` or `max_size` is not positive.
@@ -108,13 +110,13 @@ def describe_limits(
         if number is not None and number < 1:
             raise ValueError(f"{name} must be positive, got {number}.")
     boxes = [objects.boxes[~objects.crowd] for objects in map(dataset.objects, range(len(dataset)))]
-    counts = np.array([len(part) for part in boxes], np.int64)
+    counts = np.array([len(of_image) for of_image in boxes], np.int64)
     dropped = np.maximum(counts - max_objects, 0) if max_objects is not None else np.zeros_like(counts)
     on_reading, to_fit, tiny = 0, 0, 0
     sizes = dataset.sizes
     for bucket in buckets:
         for index in bucket.indices:
-            size = np.array(sizes[index], np.float64)  # (2,)
+            size = np.array(sizes[index], np.float64)  # (height, width)
             wanted = size * min(min_size / size.min(), max_size / size.max())
             fit = min(1.0, *(np.array(bucket.canvas) / np.floor(np.maximum(wanted, 1))))
             on_reading += bool((size > bucket.source).any())

@@ -1,4 +1,4 @@
-"""Batches of images with their ground truth, read by threads ahead of time."""
+"""Batches of images with their ground truth, read ahead by threads."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,32 +19,32 @@ from ._order import BatchOrder
 from ._report import BadImageError, DatasetError
 
 
-# What is filled: pictures alone, or with their ground truth.
+# The batch that is filled: images only, or images with their ground truth.
 _FillT = TypeVar("_FillT", Pictures, Examples)
 
 
 class Loader:
-    """Training batches of one size each, in an endless sequence that the seed determines.
+    """An endless sequence of training batches of constant batch size, determined by the seed.
 
-    A batch holds images of one bucket. Batch `k` is a pure function of `(seed, k)`, whatever the number of threads and
-    wherever the reading starts. Batches of different buckets are mixed; what is left of a bucket at the end of a pass
-    opens its first batch in the next one, so that every image is used equally often (a bucket with fewer images than
-    a batch is repeated within it).
+    All images of a batch are from the same bucket. Batch `k` is a pure function of `(seed, k)`, independent of the
+    number of threads and of where reading starts. Batches of different buckets are interleaved. Images of a bucket that
+    do not fill a batch at the end of an epoch start its first batch in the next one, so that every image is used
+    equally often. A bucket with fewer images than a batch is repeated within the batch.
 
-    - `batch_size`: images a batch, always. `buckets`: `make_buckets(dataset.sizes, …)`.
-    - `shuffle`: draw a new order in each pass.
-    - `max_objects`: rows of the targets. An image's objects beyond it, in the file's order, are left out and counted in
-      `overflow`. Crowds are never among them.
-    - `mask_size`: side of the masks, each in its box's frame; `None` for boxes only.
-    - `num_threads`: that read images. `prefetch`: batches read ahead of the one in use.
-    - `drop_empty`: leave out images without objects. Otherwise they teach what background is.
-    - `rows`: which of a batch's images to read, where several processes share them; default all.
-    - `max_bad_images`: that many images may turn out to be unreadable. Their places in the batches are not `valid`; one
-      more is an error that lists them.
-    - `cache`: a folder that decoded images are kept in, to be read about twice as fast from then on; see `ImageCache`.
+    - `batch_size`: images per batch. `buckets`: `make_buckets(dataset.sizes, …)`.
+    - `shuffle`: draw a new order in each epoch.
+    - `max_objects`: rows of the targets. Further objects of an image, in the file's order, are dropped and counted in
+      `overflow`. Crowds are always left out and not counted.
+    - `mask_size`: side of the masks, each in the frame of its box; `None` for boxes only.
+    - `num_threads`: threads that read images. `prefetch`: batches read ahead of the one in use.
+    - `drop_empty`: leave out images without objects. By default they are kept, as examples of background.
+    - `rows`: the rows of each batch to read if several processes share it. Default: all.
+    - `max_bad_images`: the number of unreadable images to tolerate. Their rows in the batches are not `valid`. One more
+      raises an error that lists them.
+    - `cache`: a folder in which to keep decoded images, which are then read about twice as fast; see `ImageCache`.
 
-    Raises a `ValueError` if an option is out of its range, if the buckets are not those of the dataset or no image is
-    left, and a `DatasetError` if masks are asked for and an object has none.
+    Raises a `ValueError` if an option is out of range, if the buckets do not match the dataset, or if no image is left.
+    Raises a `DatasetError` if `mask_size` is given and an object has no segmentation.
 
     >>> import tempfile
     >>> from detectax_eqx.data import load_coco, make_buckets, write_shapes_dataset
@@ -88,7 +88,7 @@ class Loader:
         self._dataset = dataset
         self._buckets = [bucket for bucket, group in zip(buckets, groups, strict=True) if group]
         if not self._buckets:
-            raise ValueError("no image is left: drop_empty leaves out images without objects, and none has any.")
+            raise ValueError("no image is left: drop_empty removes images without objects, and no image has any.")
         self._order = BatchOrder(
             [group for group in groups if group], batch_size=batch_size, seed=seed, shuffle=shuffle
         )
@@ -102,37 +102,37 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches a pass: the number of images over the batch size, rounded, and at least 1."""
+        """Batches per epoch: the number of images divided by the batch size, rounded, and at least 1."""
         return self._order.steps_per_epoch
 
     def indices(self, k: int) -> Int[np.ndarray, " b"]:
-        """The images of batch `k`, all rows of it, by their position in the dataset."""
+        """Returns the positions in the dataset of the images in all rows of batch `k`."""
         return self._order(k)[1]
 
     @property
     def bad_images(self) -> tuple[BadImageError, ...]:
-        """What was wrong with each image that could not be read, in the order of the batches that wanted them."""
+        """The error of each image that could not be read, in batch order."""
         return tuple(self._bad_images.values())
 
     @property
     def cache_counts(self) -> dict[str, int]:
-        """How many images the cache had: `ImageCache.counts`. Empty without one."""
+        """The counts of the image cache, see `ImageCache`. Empty without a cache."""
         return {} if self._cache is None else dict(self._cache.counts)
 
     def batch(self, k: int) -> Batch:
-        """Batch `k`, counted over all passes.
+        """Returns batch `k`, counted across all epochs.
 
-        Raises a `DatasetError` that names the images that cannot be read, if they are more than `max_bad_images`, and a
-        `ConnectionError` if a store does not answer.
+        Raises a `DatasetError` that names the unreadable images if there are more than `max_bad_images`, and a
+        `ConnectionError` if a server does not answer.
         """
         ((_, batch),) = self.iterate(k, k + 1)
         return batch
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Generator[tuple[int, Batch], None, None]:
-        """`(k, batch(k))` for `k` from `start` up to `stop`, or without end, read ahead by threads.
+        """Yields `(k, batch(k))` for `k` from `start` up to but excluding `stop`, or forever, read ahead by threads.
 
-        The threads end when the iterator is exhausted, closed or dropped. Raises what `batch` raises, when the batch
-        concerned is asked for.
+        The threads end when the iterator is exhausted, closed or garbage-collected. Raises the same errors as `batch`,
+        when the affected batch is requested.
         """
         steps = count(start) if stop is None else range(start, stop)
         empty = ((k, self._empty(k)) for k in steps)
@@ -140,14 +140,14 @@ class Loader:
         return ((k, examples.done()) for k, examples in filled)
 
     def _leave_out(self, examples: Examples, slot: int, error: BadImageError) -> None:
-        """Notes an image that cannot be read, and empties its place. That depends on the image alone."""
+        """Records an unreadable image and empties its slot. Whether a slot is emptied depends only on its image."""
         self._bad_images.setdefault(int(examples.pictures.indices[slot]), error)
         if len(self._bad_images) > self._max_bad_images:
             if not self._max_bad_images:
                 raise error
             errors = "\n".join(f"  {error}" for error in self._bad_images.values())
             raise DatasetError(
-                f"More images than max_bad_images={self._max_bad_images} cannot be read; repair them, or remove "
+                f"More images than max_bad_images={self._max_bad_images} cannot be read. Repair them, or remove "
                 f"them from the annotations:\n{errors}"
             )
         examples.clear(slot)
@@ -168,11 +168,11 @@ def eval_batches(
     prefetch: int = 2,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[Images, None, None]:
-    """Every image once, bucket by bucket, each bucket's last batch filled up with black images that are not `valid`.
+    """Yields every image once, bucket by bucket. Each bucket's last batch is padded with black images, not `valid`.
 
-    There are `sum(ceil(len(bucket.indices) / batch_size))` batches. Options, errors and threads are `Loader`'s.
+    There are `sum(ceil(len(bucket.indices) / batch_size))` batches. Options, errors and threads are as for `Loader`.
 
-    - `shard`: `(i, n)` for the batches `i`, `i + n`, `i + 2n`, …: those of one of `n` processes.
+    - `shard`: `(i, n)` for the batches `i`, `i + n`, `i + 2n`, …, i.e. the share of process `i` of `n`.
 
     >>> import tempfile
     >>> from detectax_eqx.data import load_coco, make_buckets, write_shapes_dataset
@@ -192,7 +192,7 @@ def eval_batches(
     )
 
     def refuse(pictures: Pictures, slot: int, error: BadImageError) -> None:
-        raise error  # to leave an image out would change the numbers
+        raise error  # leaving an image out would change the metrics
 
     filled = _read_ahead(enumerate(black), dataset, num_threads, prefetch, refuse, None)
     return (pictures.done() for _, pictures in filled)
@@ -206,9 +206,9 @@ def _read_ahead(
     on_bad: Callable[[_FillT, int, BadImageError], None],
     cache: ImageCache | None,
 ) -> Generator[tuple[int, _FillT], None, None]:
-    """Fills batches in order. `prefetch` of them are in work while another is with the caller.
+    """Fills batches in order, with `prefetch` batches in progress while the caller uses another.
 
-    `on_bad` is called for each image that cannot be read, in the order of the batches and within them.
+    `on_bad` is called for each image that cannot be read, in batch and slot order.
     """
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="detectax-data")
     pending: deque[tuple[int, _FillT, list[Future]]] = deque()
@@ -236,7 +236,7 @@ def _read_ahead(
 
 
 def _has_objects(dataset: CocoDataset, index: int) -> bool:
-    return not bool(dataset.objects(index).crowd.all())  # all of none is true
+    return not bool(dataset.objects(index).crowd.all())  # all() of an empty array is true
 
 
 def _check(dataset: CocoDataset, buckets: Sequence[Bucket], **numbers: int) -> None:
@@ -245,7 +245,7 @@ def _check(dataset: CocoDataset, buckets: Sequence[Bucket], **numbers: int) -> N
             raise ValueError(f"{name} must be positive, got {number}.")
     if sorted(index for bucket in buckets for index in bucket.indices) != list(range(len(dataset))):
         raise ValueError(
-            f"buckets are not those of this dataset of {len(dataset)} images: make_buckets(dataset.sizes)."
+            f"buckets do not match this dataset of {len(dataset)} images: use make_buckets(dataset.sizes)."
         )
 
 
@@ -257,5 +257,5 @@ def _check_masks(dataset: CocoDataset, mask_size: int) -> None:
                 raise DatasetError(
                     f"{dataset.annotations_path}: image {image.id} ({image.file}), annotation "
                     f"{objects.annotation_ids[i]}: has no segmentation, but mask_size={mask_size} asks for masks. "
-                    "Pass mask_size=None, or add it."
+                    "Pass mask_size=None, or add a segmentation."
                 )

@@ -1,20 +1,20 @@
-"""Pixels to polygons: the outlines of a mask."""
+"""Traces the outlines of a mask as polygons."""
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
 
 def trace_outlines(mask: Bool[np.ndarray, "h w"]) -> tuple[list[Float64[np.ndarray, "p 2"]], bool]:
-    """The outlines of a mask's connected parts, as polygons through pixel corners, and whether a part has a hole.
+    """Traces the connected components of a mask. Returns polygons through pixel corners, and whether there is a hole.
 
-    Pixels that touch at a corner only belong to different parts. A hole's outline is not among the polygons: COCO's
-    polygons have none. Without a hole, the polygons cover the mask exactly.
+    Components are 4-connected: pixels that touch only at a corner belong to different ones. The outlines of holes are
+    not returned, since COCO's polygons cannot have holes. Without holes, the polygons cover the mask exactly.
 
     >>> outlines, has_hole = trace_outlines(np.array([[False, True, True]]))
     >>> outlines[0].tolist(), has_hole
     ([[1.0, 0.0], [3.0, 0.0], [3.0, 1.0], [1.0, 1.0]], False)
     """
-    # Walk along the cracks between pixels, the mask to the right: clockwise round a part, as y points down.
+    # Walk along the cracks between pixels with the mask on the right: clockwise around a component, as y points down.
     padded = np.pad(mask, 1)
     inner = padded[1:-1, 1:-1]
     cracks: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -33,7 +33,7 @@ def trace_outlines(mask: Bool[np.ndarray, "h w"]) -> tuple[list[Float64[np.ndarr
         heading, corners = (0, 0), []
         while True:
             ends = cracks[at]
-            # At a corner where two parts touch, the right turn stays with the part it came along.
+            # At a corner where two components touch, the right turn stays with the current component.
             end = ends[0] if len(ends) == 1 else max(ends, key=lambda end, h=heading, at=at: _turn(h, at, end))
             ends.remove(end)
             if not ends:
@@ -53,7 +53,7 @@ def trace_outlines(mask: Bool[np.ndarray, "h w"]) -> tuple[list[Float64[np.ndarr
 
 
 def signed_area(points: Float64[np.ndarray, "p 2"]) -> float:
-    """The area of a polygon, negative if its points run counter-clockwise as seen with y pointing down.
+    """Returns the area of a polygon, negative if its points run counter-clockwise with y pointing down.
 
     >>> signed_area(np.array([[0.0, 0.0], [2.0, 0.0], [2.0, 1.0], [0.0, 1.0]]))
     2.0
@@ -63,5 +63,5 @@ def signed_area(points: Float64[np.ndarray, "p 2"]) -> float:
 
 
 def _turn(heading: tuple[int, int], at: tuple[int, int], end: tuple[int, int]) -> int:
-    """1 for a turn to the right, -1 to the left, with y pointing down."""
+    """Returns 1 for a right turn and -1 for a left turn, with y pointing down."""
     return heading[0] * (end[1] - at[1]) - heading[1] * (end[0] - at[0])

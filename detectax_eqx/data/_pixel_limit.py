@@ -1,4 +1,4 @@
-"""Pillow's limit on the pixels of an image, raised for those images that are known to be large."""
+"""Raises Pillow's limit on the number of pixels for images that are known to be large."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 class _Raised:
-    """The numbers allowed at the moment, by all threads: Pillow has one limit for the whole process."""
+    """The pixel numbers that all threads currently allow: Pillow has one limit for the whole process."""
 
     def __init__(self):
         self._lock = Lock()
@@ -36,10 +36,10 @@ _raised = _Raised()
 
 @contextmanager
 def allow_pixels(pixels: int | None) -> Generator[None, None, None]:
-    """Lets Pillow open and load an image of this many pixels within the `with` block. `None`: of its own limit.
+    """Lets Pillow open and load an image of up to `pixels` pixels within the `with` block. `None`: keep Pillow's limit.
 
-    Another thread may open as large an image meanwhile, so whoever calls this compares the size found with the one
-    allowed before loading.
+    The limit also applies to other threads in the meantime. Callers must therefore compare an image's actual size with
+    the one they allow before they load it.
     """
     if pixels is None:
         yield

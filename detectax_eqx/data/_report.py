@@ -1,4 +1,4 @@
-"""What is wrong with a dataset: where it was found, what it is and what to do about it."""
+"""Problems of a dataset: the location, description and remedy of each."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from ._store import Location
 
 
-# An error lists this many problems in full and counts the rest.
+# An error message lists at most this many problems, followed by the number of the others.
 MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a dataset.
+    """One problem of a dataset.
 
-    - `kind`: a few words, the same for all problems of a kind; a report counts by it.
-    - `file`: the annotation file. `image_id`, `annotation_id`, `image_file`: where in it, as far as that is known.
-    - `what`: what was found. `remedy`: what to do about it, or what was done.
+    - `kind`: a few words, the same for all problems of a kind. Reports count problems by kind.
+    - `file`: the annotation file. `image_id`, `annotation_id`, `image_file`: the location in it, as far as known.
+    - `what`: a description of the problem. `remedy`: what to do about it, or what was done.
     """
 
     kind: str
@@ -41,8 +41,8 @@ class Problem:
 class Report:
     """The problems of a dataset.
 
-    - `errors`: with them it cannot be used. A dataset that was loaded has none.
-    - `repairs`: they were made in memory. `notes`: what looks like a mistake, and was left as it is.
+    - `errors`: problems that make the dataset unusable. A dataset that was loaded has none.
+    - `repairs`: problems that were repaired in memory. `notes`: possible mistakes, which were left unchanged.
     """
 
     errors: tuple[Problem, ...] = ()
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many repairs and notes there are of each kind."""
+        """The number of repairs and notes of each kind."""
         return dict(Counter(problem.kind for problem in (*self.repairs, *self.notes)))
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Report:
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used, or a file of it that cannot be read. `problems` lists what is wrong, if known."""
+    """A dataset cannot be used, or one of its files cannot be read. `problems` lists the causes, if known."""
 
     def __init__(self, message: str, problems: tuple[Problem, ...] = ()):
         super().__init__(message)
@@ -72,11 +72,11 @@ class DatasetError(ValueError):
 
 
 class BadImageError(DatasetError):
-    """An image file that is missing, damaged, or of another size than annotated."""
+    """An image file is missing, damaged, or not of the annotated size."""
 
 
 class Collector:
-    """Gathers problems while a dataset is read, so that all are reported at once."""
+    """Collects problems while a dataset is read, so that all are reported at once."""
 
     def __init__(self, file: Location):
         self.file = file
@@ -85,19 +85,19 @@ class Collector:
         self.notes: list[Problem] = []
 
     def error(self, kind: str, what: str, remedy: str, **where: object) -> None:
-        """Notes a problem that nothing but the dataset's owner can fix. `where`: `Problem`'s last three fields."""
+        """Records a problem that only the user can fix. `where`: the last three fields of `Problem`."""
         self.errors.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def repair(self, kind: str, what: str, remedy: str, **where: object) -> None:
-        """Notes a problem that was repaired. `where`: `Problem`'s last three fields."""
+        """Records a problem that was repaired. `where`: the last three fields of `Problem`."""
         self.repairs.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def note(self, kind: str, what: str, remedy: str, **where: object) -> None:
-        """Notes what looks like a mistake but need not be one. `where`: `Problem`'s last three fields."""
+        """Records a possible mistake. `where`: the last three fields of `Problem`."""
         self.notes.append(Problem(kind, self.file, what, remedy, **where))  # type: ignore[arg-type]
 
     def report(self) -> Report:
-        """All that was gathered, or a `DatasetError` listing what could not be repaired."""
+        """Returns the repairs and notes. Raises a `DatasetError` that lists the errors if there are any."""
         if self.errors:
             listed = [f"  {problem}" for problem in self.errors[:MAX_LISTED]]
             if len(self.errors) > MAX_LISTED:

@@ -1,4 +1,4 @@
-"""One segmentation by itself: checked as those of an annotation file are, and as run lengths."""
+"""Checks and encodes single segmentations, independently of an annotation file."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from ._validate import check_segmentation
 
 
 def parse_segmentation(value: Any, image_size: tuple[int, int]) -> Segmentation:
-    """A segmentation in any of COCO's forms, checked by the rules of `load_coco`.
+    """Parses a segmentation in any of COCO's formats and checks it by the rules of `load_coco`.
 
     - `value`: polygons `[[x1, y1, x2, y2, …], …]`, or run lengths, compressed (text or bytes) or as a list. `None` and
       `[]` mean none.
-    - `image_size`: `(height, width)`. Run lengths have to be of this size and to add up to it.
+    - `image_size`: `(height, width)`. Run lengths must state this size and add up to it.
 
-    Raises a `ValueError` that says what is wrong with it and what to do.
+    Raises a `ValueError` that describes the problem and its remedy.
 
     >>> parse_segmentation({"size": [2, 3], "counts": [1, 3, 2]}, (2, 3))
     {'size': [2, 3], 'counts': b'132'}
@@ -33,7 +33,7 @@ def parse_segmentation(value: Any, image_size: tuple[int, int]) -> Segmentation:
 
 
 def encode_segmentation(segmentation: Segmentation, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Polygons, or run lengths, of an image of `(height, width)` as compressed run lengths.
+    """Encodes polygons or run lengths of an image of size `(height, width)` as compressed run lengths.
 
     Raises a `ValueError` if there is no segmentation.
 
@@ -51,7 +51,7 @@ def encode_segmentation(segmentation: Segmentation, image_size: tuple[int, int])
 
 
 def _lists(value: Any) -> Any:
-    """Tuples and arrays as the lists that JSON has."""
+    """Converts tuples and arrays to lists, as JSON has them."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A synthetic dataset in COCO format: coloured shapes on noisy ground, some hiding parts of others."""
+"""A synthetic dataset in COCO format: coloured shapes on a noisy background, which partly occlude each other."""
 
 import colorsys
 import json
@@ -14,20 +14,20 @@ from ._masks import polygon_coverage
 from ._outline import signed_area, trace_outlines
 
 
-# COCO's ranges of object size, as the square root of the area, kept clear of the borders at 32 and 96 so that hiding a
-# part of a shape seldom moves it from one to the next.
+# COCO's ranges of object size, as the square root of the area. They keep a distance from the limits at 32 and 96, so
+# that occlusion seldom moves a shape into another range.
 SIZE_RANGES = ((10.0, 30.0), (36.0, 90.0), (100.0, 180.0))
-# How often each is tried. Large shapes hide much, and few fit.
+# The probability of trying each range. Large shapes occlude much, and few of them fit.
 SIZE_SHARES = (0.45, 0.45, 0.1)
-# A shape is placed where it leaves at least this part of every other visible.
+# A shape is placed only where at least this fraction of every other shape stays visible.
 MIN_VISIBLE = 0.5
-# Specks of fewer pixels that a shape leaves of another are nothing that an annotator would outline.
+# Visible pieces of fewer pixels are dropped from the annotation, as an annotator would not outline them.
 MIN_PIECE = 6
 ATTEMPTS = 20
 
 
 class _Shape(NamedTuple):
-    """A shape in an image: its form, the visible part of each pixel, and its outline while nothing hides any of it."""
+    """A shape in an image: its kind and unoccluded area, and the coverage and outlines of its visible part."""
 
     kind: int
     area: float
@@ -47,18 +47,19 @@ def write_shapes_dataset(
 ) -> tuple[Path, Path]:
     """Writes images of circles, squares, triangles and stars with their boxes and polygons, in COCO format.
 
-    Shapes are turned at random and are of COCO's three size ranges, as far as they fit the image; later ones hide parts
-    of earlier ones, at most half. Polygons, boxes and areas are those of the visible part. Category ids are 1, 3, 4 and
-    7, to have gaps as COCO's have. The same arguments give the same dataset; image `i` depends on `seed` and `i` alone.
+    Shapes are rotated at random and drawn from COCO's three size ranges, as far as they fit the image. Later shapes
+    occlude up to half of earlier ones. Polygons, boxes and areas describe the visible part. Category ids are 1, 3, 4
+    and 7, with gaps as in COCO. The same arguments give the same dataset; for given options, image `i` depends only on
+    `seed` and `i`.
 
-    - `image_size`: `(height, width)`. `max_objects`: an image has from one up to this many, if they find a place.
-    - `class_colors`: each class has a hue of its own, somewhat varied, so that a detector learns within minutes;
-      otherwise hues are random and form alone tells the class.
-    - `suffix`: `.png`, or `.jpg` for images that are compressed with loss.
+    - `image_size`: `(height, width)`. `max_objects`: an image has between one and this many objects, if there is room.
+    - `class_colors`: give each class its own hue, slightly varied, so that a detector learns within minutes. Otherwise
+      hues are random, and only the form distinguishes the classes.
+    - `suffix`: `.png`, or `.jpg` for lossy compression.
 
-    Returns the annotation file and the folder of images, as `load_coco` takes them.
+    Returns the annotation file and the image folder, the arguments of `load_coco`.
 
-    Raises a `ValueError` if an option is out of its range.
+    Raises a `ValueError` if an option is out of range.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,7 @@ def _draw_image(
 
 
 def _ground(rng: np.random.Generator, image_size: tuple[int, int]) -> Float64[np.ndarray, "h w 3"]:
-    """Dull colours that change slowly, with stripes across."""
+    """Draws a background of muted colours that vary slowly, with stripes."""
     height, width = image_size
     patches = Image.fromarray(rng.integers(50, 170, (4, 4, 3), np.uint8))
     ground = np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC), np.float64)
@@ -128,7 +129,7 @@ def _ground(rng: np.random.Generator, image_size: tuple[int, int]) -> Float64[np
 
 
 def _place(rng: np.random.Generator, image_size: tuple[int, int], shapes: list[_Shape]) -> list[_Shape] | None:
-    """The shapes with a new one on top, or `None` if what was drawn does not fit or hides too much."""
+    """Adds a random shape on top. Returns all shapes, or `None` if the new one does not fit or occludes too much."""
     kind = int(rng.integers(len(KINDS)))
     low, high = SIZE_RANGES[rng.choice(len(SIZE_RANGES), p=SIZE_SHARES)]
     outline = KINDS[kind][2]()
@@ -137,23 +138,23 @@ def _place(rng: np.random.Generator, image_size: tuple[int, int], shapes: list[_
     outline = outline @ turn.T * (rng.uniform(low, high) / np.sqrt(signed_area(outline)))
     outline -= outline.min(axis=0)
     height, width = image_size
-    room = np.array([width, height]) - outline.max(axis=0)
+    room = np.array([width, height]) - outline.max(axis=0)  # (x, y)
     if room.min() <= 0:
         return None
     outline = np.round(outline + rng.uniform(0, room), 2)
     coverage = polygon_coverage(outline, size=image_size)
-    kept = []
+    updated = []
     for shape in shapes:
         if not np.any(shape.coverage * coverage):
-            kept.append(shape)
+            updated.append(shape)
             continue
         visible = shape.coverage * (1 - coverage)
         outlines, has_hole = trace_outlines(visible >= 0.5)
         outlines = [outline for outline in outlines if signed_area(outline) >= MIN_PIECE]
         if has_hole or not outlines or visible.sum() < MIN_VISIBLE * shape.area:
             return None
-        kept.append(shape._replace(coverage=visible, outlines=outlines))
-    return [*kept, _Shape(kind, float(coverage.sum()), coverage, [outline])]
+        updated.append(shape._replace(coverage=visible, outlines=outlines))
+    return [*updated, _Shape(kind, float(coverage.sum()), coverage, [outline])]
 
 
 def _annotate(shape: _Shape) -> dict[str, Any]:

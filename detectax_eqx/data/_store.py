@@ -1,4 +1,4 @@
-"""Files wherever they lie: on disk, or in a store of http, Google or Amazon, by their URLs."""
+"""Reads files from disk, or from an http(s), Google Cloud Storage or Amazon S3 URL."""
 
 import re
 from functools import cache, lru_cache
@@ -9,17 +9,18 @@ from urllib.parse import quote, unquote
 import tensorstore as ts
 
 
-# A string is a URL.
+# A `Path` on disk, or a URL as a string.
 Location = Path | str
 
 SCHEMES = ("http://", "https://", "gs://", "s3://")
-# A server that stumbles gets some five seconds; with tensorstore's own 32 retries it would be a quarter of an hour.
+# Failed requests are retried for about five seconds. With tensorstore's default of 32 retries, it would be a quarter of
+# an hour.
 RETRIES = {"max_retries": 4, "initial_delay": "300ms", "max_delay": "3s"}
-TIMEOUT = 120.0  # seconds for a file
+TIMEOUT = 120.0  # seconds per file
 
 
 def to_location(path: str | Path) -> Location:
-    """A path, or the URL as it is.
+    """Converts a path to a `Path`. URLs are returned unchanged.
 
     >>> to_location("http://host/images/"), str(to_location("images/"))
     ('http://host/images/', 'images')
@@ -28,7 +29,7 @@ def to_location(path: str | Path) -> Location:
 
 
 def join(folder: Location, name: str) -> Location:
-    """Where a file of a folder lies.
+    """Returns the location of a file in a folder.
 
     >>> join("http://host/images", "a b.jpg")
     'http://host/images/a%20b.jpg'
@@ -37,23 +38,23 @@ def join(folder: Location, name: str) -> Location:
 
 
 def read_bytes(location: Location) -> bytes:
-    """The content of a file.
+    """Reads the content of a file.
 
-    Raises a `FileNotFoundError` if there is none, and a `ConnectionError` with URL and status if a store does not give
-    it, after some retries where these may help.
+    Raises a `FileNotFoundError` if the file does not exist, and a `ConnectionError` with the URL and status if a server
+    does not return it, after retrying if the error may be transient.
     """
     if isinstance(location, Path):
         return location.read_bytes()
     folder, name = location.rsplit("/", 1)
     try:
-        found = _open(f"{folder}/").read(unquote(name)).result(timeout=TIMEOUT)
+        result = _open(f"{folder}/").read(unquote(name)).result(timeout=TIMEOUT)
     except TimeoutError:
         raise ConnectionError(f"{location}: no answer within {TIMEOUT:.0f} seconds.") from None
     except ValueError as error:
         raise ConnectionError(f"{location}: {_reason(str(error))}.") from error
-    if found.state == "missing":
+    if result.state == "missing":
         raise FileNotFoundError(f"{location}: the store has no such file.")
-    return found.value
+    return result.value
 
 
 @lru_cache(maxsize=64)
@@ -63,12 +64,12 @@ def _open(folder: str) -> ts.KvStore:
 
 @cache
 def _context() -> ts.Context:
-    """One for all, whose connections are used again."""
+    """One context for all requests, so that connections are reused."""
     return ts.Context({f"{kind}_request_retries": RETRIES for kind in ("http", "gcs", "s3")})
 
 
 def _reason(message: str) -> str:
-    """What went wrong, out of tensorstore's message."""
+    """Extracts the cause from an error message of tensorstore."""
     if code := re.search(r"\[(?:HTTP code |http_response_code=')(\d+)", message):
         return f"HTTP status {code[1]} ({responses.get(int(code[1]), 'unknown')})"
     if trouble := re.search(r"CURL error ([^:]+)", message):

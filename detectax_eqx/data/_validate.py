@@ -1,7 +1,7 @@
-"""The checks that each part of a COCO-format file has to pass, and what is made of it.
+"""Checks and parses the parts of a COCO-format file.
 
-A file may hold a million annotations. What is called for each of them is left out of the package's checking of types,
-which would take ten times as long as the checks themselves.
+A file may hold a million annotations. Functions that are called for each of them are excluded from the package's
+runtime type checking, which would take ten times as long as the checks themselves.
 """
 
 import math
@@ -19,17 +19,17 @@ from ._report import Collector, DatasetError
 from ._store import Location, join
 
 
-# Coordinates and areas beyond this are no measurement in pixels; NaN and infinities do not compare as less either.
+# Larger coordinates and areas cannot be measurements in pixels. NaN and infinities fail the comparison with it, too.
 LARGEST = 1e9
-# Annotations are rounded to hundredths of a pixel; reaching out by less is no mistake of theirs.
+# Annotations are rounded to hundredths of a pixel, so extending beyond an image by less is not a mistake.
 ROUNDING = 0.01
-# pycocotools counts pixels in 32 bits, and walks along a polygon's outline in fifths of a pixel.
+# pycocotools counts pixels in 32 bits and walks along the outline of a polygon in steps of 1/5 pixel.
 MOST_PIXELS, LONGEST_OUTLINE = 2**32 - 1, 4e6
-IDS_FIT = "Ids have to fit into 64 bits, with a sign: renumber."
+IDS_FIT = "Ids must fit into signed 64-bit integers: renumber."
 
 
 class Annotation(NamedTuple):
-    """An annotation that passed: its box as `(x0, y0, x1, y1)` and its label; box and area as evaluation takes them."""
+    """A valid annotation. `box`: `(x0, y0, x1, y1)`. `box_xywh`, `area`: the numbers that evaluation uses."""
 
     id: int
     box: tuple[float, float, float, float]
@@ -41,11 +41,11 @@ class Annotation(NamedTuple):
 
 
 def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, list]:
-    """The file's lists of images, annotations and categories. Raises a `DatasetError` if there are none such."""
+    """Returns the lists of images, annotations and categories. Raises a `DatasetError` if one is missing or invalid."""
     parts = []
     for key in ("images", "annotations", "categories"):
         if key not in content:
-            raise DatasetError(f'{file}: has no "{key}"; add it, as a list.')
+            raise DatasetError(f'{file}: has no "{key}". Add it, as a list.')
         if not isinstance(content[key], list):
             raise DatasetError(f'{file}: "{key}" must be a list, but is a {type(content[key]).__name__}.')
         parts.append(content[key])
@@ -56,7 +56,7 @@ def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, li
 
 
 def parse_images(entries: list, folder: Location | None, problems: Collector) -> list[ImageRecord]:
-    """Those images that have an id of their own, a file name and a size. Without a folder, names may be missing."""
+    """Returns the valid images: with a unique id, a file name and a size. Without a folder, the name is optional."""
     images, seen, files = [], set(), {}
     required = ("id", "width", "height") if folder is None else ("id", "file_name", "width", "height")
     for position, entry in enumerate(entries):
@@ -79,7 +79,7 @@ def parse_images(entries: list, folder: Location | None, problems: Collector) ->
             what = f'"width" and "height" are {_show(entry["width"])} and {_show(entry["height"])}.'
             problems.error("wrong image size", what, "Make them positive integers.", **where)
         elif entry["width"] * entry["height"] > MOST_PIXELS:
-            what = f"{entry['width']}×{entry['height']} are more pixels than a run-length encoding counts."
+            what = f"{entry['width']}×{entry['height']} are more pixels than a run-length encoding can count."
             problems.error("wrong image size", what, "Correct the size, or cut the image into tiles.", **where)
         else:
             path = Path(name) if folder is None else join(folder, name)
@@ -94,7 +94,7 @@ def parse_images(entries: list, folder: Location | None, problems: Collector) ->
 
 
 def parse_categories(entries: list, problems: Collector) -> tuple[Category, ...]:
-    """The categories, sorted by id."""
+    """Returns the valid categories, sorted by id."""
     categories: dict[int, Category] = {}
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict) or not _is_int(entry.get("id")) or not isinstance(entry.get("name"), str):
@@ -118,15 +118,16 @@ def parse_annotations(
     problems: Collector,
     box_format: BoxFormat = "xywh",
 ) -> dict[int, list[Annotation]]:
-    """The sound annotations of each image, by its id.
+    """Returns the valid annotations of each image, by image id.
 
-    - `images`: those that passed, by id. `known_images`: the ids of all, so that an image's mistake is reported once.
-    - `labels`: of each category id. `box_format`: how the boxes are written; if they look like another format, that is
-      an error.
+    - `images`: the valid images by id. `known_images`: the ids of all images, so that the annotations of an invalid
+      image are not reported as well.
+    - `labels`: the label of each category id. `box_format`: the format of the boxes. It is an error if they appear to
+      be in another one.
     """
-    found: dict[int, list[Annotation]] = {id: [] for id in images}
+    by_image: dict[int, list[Annotation]] = {id: [] for id in images}
     seen: set[int] = set()
-    boxes, box_images = [], []  # as written, and the image of each
+    boxes, box_images = [], []  # boxes as in the file, and the size of each one's image
     ids = {entry["id"] for entry in entries if isinstance(entry, dict) and _is_int(entry.get("id"))}
     spare_id = next(id for id in count(1) if id not in ids)
     for position, entry in enumerate(entries):
@@ -157,25 +158,25 @@ def parse_annotations(
         if sound and whole and fits and box is not None:
             label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
             if id == 0:
-                what = 'evaluation with pycocotools takes 0 for "no match".'
-                problems.repair("annotation id 0", what, f"Renumbered {spare_id}.", **where)
+                what = 'pycocotools uses 0 for "no match".'
+                problems.repair("annotation id 0", what, f"Renumbered to {spare_id}.", **where)
                 id = spare_id
             exact = _exact_box_and_area(entry, image)
-            found[image.id].append(Annotation(id, box, label, crowd, segmentation, *exact))
+            by_image[image.id].append(Annotation(id, box, label, crowd, segmentation, *exact))
     check_box_format(
         np.array(boxes, np.float64).reshape(-1, 4),
         np.array(box_images, np.float64).reshape(-1, 2),
         box_format,
         problems,
     )
-    return found
+    return by_image
 
 
 @no_type_check
 def _exact_box_and_area(entry: dict, image: ImageRecord) -> tuple[tuple[float, float, float, float], float]:
-    """Box and area for evaluation: the file's numbers as they are, unless the box is clipped, and NaN for no area.
+    """Returns the box and area for evaluation: the file's numbers unless the box is clipped. A missing area is NaN.
 
-    An object is no larger than its clipped box.
+    The area is limited to that of the clipped box.
     """
     x, y, width, height = (float(number) for number in entry["bbox"])
     area = float(entry.get("area", math.nan))
@@ -188,7 +189,7 @@ def _exact_box_and_area(entry: dict, image: ImageRecord) -> tuple[tuple[float, f
 
 @no_type_check
 def _reaches_out(bbox: list, image: ImageRecord) -> bool:
-    """Whether a box reaches out of its image by more than rounding explains."""
+    """Whether a box extends beyond its image by more than rounding can explain."""
     x, y, width, height = bbox
     return min(x, y) < -ROUNDING or x + width > image.width + ROUNDING or y + height > image.height + ROUNDING
 
@@ -197,7 +198,7 @@ def _reaches_out(bbox: list, image: ImageRecord) -> bool:
 def _check_ids(
     entry: dict, image_known: bool, seen: set[int], labels: dict[int, int], problems: Collector, where: dict[str, Any]
 ) -> bool:
-    """Whether an annotation's ids and its plain fields are right."""
+    """Whether the ids, `iscrowd` and `area` of an annotation are valid."""
     before = len(problems.errors)
     id, category = entry["id"], entry["category_id"]
     if not _is_int(id):
@@ -228,7 +229,7 @@ def _check_ids(
 def _parse_box(
     bbox: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[tuple[float, float, float, float] | None, bool]:
-    """The box clipped to its image, or `None` if it is to be dropped; and false if it cannot be understood."""
+    """Returns the box clipped to its image, or `None` to drop it; and whether it could be parsed."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not _are_numbers(bbox):
         what = f'"bbox" is {_show(bbox)}.'
         problems.error("wrong box", what, "Make it [x, y, width, height], four finite numbers.", **where)
@@ -241,11 +242,11 @@ def _parse_box(
         problems.repair("box of no area", f"{text} has no area.", "Dropped.", **where)
         return None, True
     if x1 <= x0 or y1 <= y0:
-        what = f"{text} lies beside its {image.width}×{image.height} image, or is too thin to have an area."
+        what = f"{text} lies outside its {image.width}×{image.height} image, or is too thin to have an area."
         problems.repair("box outside the image", what, "Dropped.", **where)
         return None, True
     if _reaches_out(bbox, image):
-        what = f"{text} reaches out of its {image.width}×{image.height} image."
+        what = f"{text} extends beyond its {image.width}×{image.height} image."
         problems.repair("box partly outside", what, "Clipped.", **where)
     if x1 - x0 < 1 or y1 - y0 < 1:
         what = f"{text} is {x1 - x0:.2g}×{y1 - y0:.2g} pixels within its image."
@@ -257,7 +258,7 @@ def _parse_box(
 def check_segmentation(
     value: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[Segmentation, bool]:
-    """The segmentation, if there is one; and false if it cannot be understood."""
+    """Returns the segmentation, or `None` if there is none; and whether it could be parsed."""
     if value is None or value == []:
         return None, True
     if isinstance(value, dict):
@@ -284,7 +285,7 @@ def check_segmentation(
             what, remedy = f"it has {len(polygon)} numbers: {_show(polygon)}.", "Give an x and a y for each point."
             problems.error("polygon of odd length", what, remedy, **where)
         elif len(polygon) < 6 and len(value) == 1:
-            what, remedy = f"{_show(polygon)} has {len(polygon) // 2} of them.", "Give three or more."
+            what, remedy = f"{_show(polygon)} has only {len(polygon) // 2}.", "Give three or more."
             problems.error("polygon with fewer than 3 points", what, remedy, **where)
         elif len(polygon) < 6:
             what = f"{_show(polygon)} is one of {len(value)} pieces."
@@ -295,13 +296,13 @@ def check_segmentation(
         else:
             polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2))
     if not polygons and len(problems.errors) == before:
-        problems.error("polygon with fewer than 3 points", "no piece has three.", "Give three or more.", **where)
+        problems.error("polygon with fewer than 3 points", "no piece has three points.", "Give three or more.", **where)
     return tuple(polygons), len(problems.errors) == before
 
 
 @no_type_check
 def _outline_length(polygon: list) -> float:
-    """At most the steps along either axis that a walk around a polygon takes; exact where they might be too many."""
+    """Returns the outline's length, max(|dx|, |dy|) summed over the edges; or an upper bound if that is small."""
     bound = (max(polygon) - min(polygon)) * len(polygon) / 2
     if bound <= LONGEST_OUTLINE:
         return bound
@@ -311,17 +312,17 @@ def _outline_length(polygon: list) -> float:
 
 @no_type_check
 def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
-    """A run-length encoding with compressed counts. Raises a `ValueError` that says what is wrong with it."""
+    """Returns a run-length encoding with compressed counts. Raises a `ValueError` that describes a malformed one."""
     size, counts = rle.get("size"), rle.get("counts")
     if size != [image.height, image.width]:
-        raise ValueError(f'its "size" is {_show(size)}, that of its image is [{image.height}, {image.width}]')
+        raise ValueError(f'its "size" is {_show(size)}, but that of its image is [{image.height}, {image.width}]')
     if isinstance(counts, str):
         text = counts.encode("utf-8")
         runs = rle_counts(text)
     elif isinstance(counts, list) and counts and _are_numbers(counts) and float not in map(type, counts):
         text, runs = None, np.asarray(counts, np.int64)
     else:
-        raise ValueError(f'its "counts" are {_show(counts)}, no string and no list of integers')
+        raise ValueError(f'its "counts" are {_show(counts)}, neither a string nor a list of integers')
     if runs.min() < 0:
         raise ValueError("its counts are not all ≥ 0")
     if runs.sum() != image.height * image.width:
@@ -333,7 +334,7 @@ def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
 
 @no_type_check
 def _has(entry: dict, keys: tuple[str, ...], problems: Collector, where: dict[str, Any]) -> bool:
-    """Whether all keys are there, none being null."""
+    """Whether all keys are present and not null."""
     missing = [key for key in keys if entry.get(key) is None]
     for key in missing:
         problems.error("missing key", f'there is no "{key}".', "Add it.", **where)
@@ -347,7 +348,7 @@ def _name(entry: dict) -> str | None:
 
 @no_type_check
 def _is_int(value: Any) -> bool:
-    return type(value) is int  # JSON's true is not 1
+    return type(value) is int  # rejects bool, a subclass of int
 
 
 @no_type_check

@@ -1,4 +1,4 @@
-"""Pictures of detections and of ground truth, and plots of how well they agree."""
+"""Draws detections and ground truth, and plots evaluation results."""
 
 from ._color import class_color as class_color
 from ._pictures import (

@@ -1,4 +1,4 @@
-"""Fonts for names in any script: the one asked for, Pillow's, and installed ones for what those lack."""
+"""Fonts for class names in any script: the requested font, Pillow's default, and installed fonts as a fallback."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ from PIL import ImageDraw, ImageFont
 
 
 FontFile = str | os.PathLike
-# A code point that Unicode keeps free of characters: what a font draws for it is what it draws for any that it lacks.
+# A Unicode noncharacter. Fonts draw it as they draw any character that they lack.
 _NO_CHARACTER = "\uffff"
-# Installed fonts of many characters by their files' names, for systems without fontconfig (macOS, Windows).
+# File names of installed fonts with a large character set, for systems without fontconfig (macOS, Windows).
 _INSTALLED = (
     *("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf"),
     *("PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf"),
@@ -24,20 +24,20 @@ _INSTALLED = (
 
 
 class Face(NamedTuple):
-    """How text is drawn: the font file asked for, if any, and the height in pixels."""
+    """How to draw text: the requested font file, if any, and the font size in pixels."""
 
     font: str | None
     size: int
 
 
 def face(image_size: tuple[int, int], font_size: int | None, font: FontFile | None) -> Face:
-    """The face of labels: of `font_size` pixels, or in proportion to the image's `(height, width)`."""
+    """Returns the face of labels, of `font_size` pixels or in proportion to the image's `(height, width)`."""
     size = max(10, round(min(image_size) / 38)) if font_size is None else font_size
     return Face(None if font is None else os.fspath(font), size)
 
 
 def measure(text: str, face: Face) -> tuple[float, int, int]:
-    """Width of a text, and the pixels above and below its baseline, which all texts in one font have in common."""
+    """Returns the width of a text and the pixels above and below its baseline, which depend only on its fonts."""
     runs = _runs(text, face)
     fonts = [_fonts(face)[0], *(font for _, font in runs)]
     above = max(font.getmetrics()[0] for font in fonts)
@@ -48,7 +48,7 @@ def measure(text: str, face: Face) -> tuple[float, int, int]:
 def write(
     canvas: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, face: Face, ink: tuple[int, int, int]
 ) -> None:
-    """Draws a text with its upper left corner there, each part in the first font that has its characters."""
+    """Draws a text with its top left corner at `corner`, each part in the first font that has its characters."""
     x, y = corner
     baseline = y + measure(text, face)[1]
     for part, font in _runs(text, face):
@@ -57,7 +57,7 @@ def write(
 
 
 def drawable(names: Sequence[str], face: Face) -> list[str]:
-    """The names as they can be drawn: characters that no font has are escaped, as `\\u732b`, with one warning."""
+    """Escapes the characters that no font has, for example as `\\u732b`, with a single warning."""
     return escape(
         names,
         lambda character: _font_of(character, face) is not None,
@@ -66,11 +66,11 @@ def drawable(names: Sequence[str], face: Face) -> list[str]:
 
 
 def escape(names: Iterable[str], has: Callable[[str], bool], remedy: str) -> list[str]:
-    """The names with every character escaped that `has` says no font has, so that no two are drawn alike.
+    """Escapes every character for which `has` is false, so that different names remain distinguishable.
 
-    Those that are no signs, such as line breaks, are escaped too. One warning lists the others.
+    Unprintable characters such as line breaks are escaped as well. A single warning lists the printable ones.
     """
-    names = [unicodedata.normalize("NFC", name) for name in names]  # an accent and its letter as one character
+    names = [unicodedata.normalize("NFC", name) for name in names]  # combines letters with their accents
     characters = [character for character in sorted(set("".join(names))) if not _is_blank(character)]
     missing = [character for character in characters if character.isprintable() and not has(character)]
     controls = [character for character in characters if not character.isprintable()]
@@ -78,7 +78,7 @@ def escape(names: Iterable[str], has: Callable[[str], bool], remedy: str) -> lis
     if missing:
         listed, example = " ".join(missing), escaped[missing[0]]
         warnings.warn(
-            f"No font at hand has the characters {listed}: they are drawn as {example} and so on. {remedy}",
+            f"No available font has the characters {listed}: they are drawn as {example} and so on. {remedy}",
             stacklevel=2,
         )
     return ["".join(escaped.get(character, character) for character in name) for name in names]
@@ -86,29 +86,29 @@ def escape(names: Iterable[str], has: Callable[[str], bool], remedy: str) -> lis
 
 @lru_cache(maxsize=4096)
 def installed_font(character: str) -> str | None:
-    """The file of an installed font that has a character, or `None`."""
-    found = (path for path in _candidates(character) if has(_load(path, 20), character))
-    return next(found, None)
+    """Returns the file of an installed font that has a character, or `None`."""
+    matches = (path for path in _candidates(character) if has(_load(path, 20), character))
+    return next(matches, None)
 
 
 def has(font: ImageFont.FreeTypeFont | None, character: str) -> bool:
-    """Whether a font has a character: whether it draws another sign for it than for one that cannot be."""
+    """Whether a font has a character, i.e. draws it differently from a code point that no font has."""
     if font is None:
         return False
-    signs = []
-    for sign in (character, _NO_CHARACTER):
-        mask: Any = font.getmask(sign)
-        signs.append((font.getlength(sign), font.getbbox(sign), bytes(mask)))
-    return signs[0] != signs[1]
+    glyphs = []
+    for code_point in (character, _NO_CHARACTER):
+        mask: Any = font.getmask(code_point)
+        glyphs.append((font.getlength(code_point), font.getbbox(code_point), bytes(mask)))
+    return glyphs[0] != glyphs[1]
 
 
 def _is_blank(character: str) -> bool:
-    """Whether a character needs no sign of its own: spaces, joiners and marks of direction."""
+    """Whether a character has no glyph of its own: spaces, joiners and directional marks."""
     return character == " " or unicodedata.category(character) in ("Zs", "Cf")
 
 
 def _runs(text: str, face: Face) -> list[tuple[str, ImageFont.FreeTypeFont]]:
-    """The text in parts, each with the font that has its characters; blanks go with what is before them."""
+    """Splits a text into runs, each with a font that has its characters. Blanks belong to the run before them."""
     first, runs = _fonts(face)[0], []
     for character in text:
         font = runs[-1][1] if runs and _is_blank(character) else _font_of(character, face) or first
@@ -130,8 +130,8 @@ def _font_of(character: str, face: Face) -> ImageFont.FreeTypeFont | None:
 
 @lru_cache(maxsize=64)
 def _fonts(face: Face) -> tuple[ImageFont.FreeTypeFont, ...]:
-    """The font asked for, and Pillow's."""
-    default: Any = ImageFont.load_default(face.size)  # with a size, always one with outlines
+    """Returns the requested font, if any, and Pillow's default."""
+    default: Any = ImageFont.load_default(face.size)  # with a size, always a scalable font
     if face.font is None:
         return (default,)
     if not os.path.isfile(face.font):
@@ -144,7 +144,7 @@ def _fonts(face: Face) -> tuple[ImageFont.FreeTypeFont, ...]:
 
 @lru_cache(maxsize=64)
 def _load(path: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """An installed font, or `None` if there is none or it has no outlines."""
+    """Loads an installed font. Returns `None` if it is missing or not scalable."""
     try:
         return ImageFont.truetype(path, size)
     except OSError:
@@ -152,14 +152,14 @@ def _load(path: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _candidates(character: str) -> list[str]:
-    """Files of installed fonts that may have a character."""
+    """Returns the files of installed fonts that may have a character."""
     if (program := shutil.which("fc-list")) is None:
         return list(_INSTALLED)
     pattern = f":charset={ord(character):x}:scalable=true"
     try:
-        found = subprocess.run([program, pattern, "file"], capture_output=True, text=True, timeout=10, check=True)
+        listing = subprocess.run([program, pattern, "file"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return list(_INSTALLED)
-    files = [line.rstrip(": ") for line in found.stdout.splitlines()]
-    # Upright and regular ones first: their names are the shortest of a family's.
+    files = [line.rstrip(": ") for line in listing.stdout.splitlines()]
+    # Upright regular fonts first: they have the shortest names of their families.
     return sorted(files, key=lambda path: (len(os.path.basename(path)), path))

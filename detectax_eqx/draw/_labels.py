@@ -1,4 +1,4 @@
-"""Outlines of boxes, and labels that make room for each other."""
+"""Draws box outlines, and labels that avoid each other."""
 
 import math
 
@@ -10,11 +10,11 @@ from ._color import luminance
 from ._fonts import Face, measure, write
 
 
-_PADDING = 2  # pixels of a label's background around its text
+_PADDING = 2  # pixels between a label's text and the edge of its background
 
 
 def corners(box: Float64[np.ndarray, " 4"], image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The first and last pixel that a box covers within the image: what lies beyond is drawn at the border."""
+    """Returns the first and last pixel that a box covers in the image. Sides outside the image move to its border."""
     height, width = image_size
     x0, y0, x1, y1 = np.nan_to_num(box).clip(0, [width, height] * 2)
     left, top = min(round(x0), width - 1), min(round(y0), height - 1)
@@ -28,7 +28,7 @@ def outline(
     line_width: int,
     image_size: tuple[int, int],
 ) -> None:
-    """The box in its colour, within a thin dark line that sets it off from a ground of the same colour."""
+    """Draws a box in its colour, with a thin black line around it for contrast with a background of the same colour."""
     left, top, right, bottom = corners(box, image_size)
     canvas.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0))
     canvas.rectangle((left, top, right, bottom), outline=color, width=line_width)
@@ -42,7 +42,7 @@ def place(
     line_width: int,
     image_size: tuple[int, int],
 ) -> tuple[int, int, int, int]:
-    """Where a label goes, in the image: above its box, or else inside it or below, where it covers others the least."""
+    """Returns the position of a label: above its box, inside it or below, where it overlaps other labels least."""
     height, width = image_size
     left, top, right, bottom = corners(box, image_size)
     text_width, above, below = measure(text, face)
@@ -58,7 +58,7 @@ def place(
 
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
-    """Pixels that two rectangles share."""
+    """Returns the area of the intersection of two rectangles, in pixels."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
@@ -69,7 +69,7 @@ def label(
     place: tuple[int, int, int, int],
     color: tuple[int, int, int],
 ) -> None:
-    """Text on a ground of the class's colour, black or white as that can be read."""
+    """Draws text on a background of the class colour, in black or white for contrast."""
     left, top, right, bottom = place
     canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
     ink = (0, 0, 0) if luminance(color) > 128 else (255, 255, 255)

@@ -1,4 +1,4 @@
-"""Pictures of detections and of ground truth: boxes, masks, class names, scores."""
+"""Draws detections and ground truth: boxes, masks, class names and scores."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from ._fonts import Face, FontFile, drawable, face, measure, write
 from ._labels import label, outline, place
 
 
-# Width and gap of a crowd's stripes, in widths of a line.
+# Width of a crowd's stripes and of the gaps between them, in line widths.
 _STRIPE = 3
 # Pixels between the two halves of a comparison.
 _GAP = 6
 
 
 class _Style(NamedTuple):
-    """How objects are drawn, see `draw_detections`."""
+    """Drawing options, see `draw_detections`."""
 
     mask_threshold: float
     mask_opacity: float
@@ -34,7 +34,7 @@ class _Style(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The objects to draw, best first. `frames` are the boxes that masks fill; a crowd is striped."""
+    """The objects to draw, best first. `frames`: the boxes that the masks fill. `crowd`: drawn with stripes."""
 
     boxes: Float64[np.ndarray, "n 4"]
     labels: Int[np.ndarray, " n"]
@@ -56,17 +56,17 @@ def draw_detections(
     font_size: int | None = None,
     font: FontFile | None = None,
 ) -> Image.Image:
-    """A picture of what was found: masks, boxes, and a label with class name and score for each.
+    """Draws detections on an image: masks, boxes, and a label with the class name and score of each.
 
-    - `image`: RGB. `detections`: of this one image, boxes in its pixels; boxes may reach beyond it.
-    - `class_names`: by label; a label without a name is shown as its number.
+    - `image`: RGB. `detections`: those of this image, with boxes in its pixels, which may extend beyond it.
+    - `class_names`: by label. A label without a name is shown as its number.
     - `score_threshold`: only detections with at least this score are drawn, the best on top.
-    - `mask_threshold`, `mask_opacity`: what counts as the object, and how much its colour covers.
-    - `line_width`, `font_size`: in pixels, by default in proportion to the image.
-    - `font`: a TrueType or OpenType file. Default Pillow's font. Characters that it lacks are taken from an installed
-      font that has them; those that no font has are drawn escaped, as `\\u732b`, with a warning.
+    - `mask_threshold`: mask values above it belong to the object. `mask_opacity`: opacity of its colour, 0..1.
+    - `line_width`, `font_size`: in pixels, by default in proportion to the image size.
+    - `font`: a TrueType or OpenType file. Default: Pillow's font. Characters that it lacks are drawn in an installed
+      font that has them, or escaped, for example as `\\u732b`, with a warning if no font has them.
 
-    A class has the same colour in every picture. An image without detections comes back as it was.
+    A class has the same colour in every picture. An image without detections is returned unchanged.
 
     >>> boxes, scores = np.array([[4, 4, 30, 20]], np.float32), np.array([0.9], np.float32)
     >>> detections = Detections(boxes, scores, np.array([0], np.int32), np.array([True]))
@@ -90,10 +90,10 @@ def draw_targets(
     font_size: int | None = None,
     font: FontFile | None = None,
 ) -> Image.Image:
-    """A picture of the ground truth of one image, as `draw_detections` draws what was found.
+    """Draws the ground truth of an image in the style of `draw_detections`, with the same options.
 
-    - `crowd`: which rows are regions that hold many objects, as `data.Objects.crowd`; they are striped.
-    - `class_names`: by label; a class whose name is empty gets no label.
+    - `crowd`: rows that stand for a group of objects, such as `data.Objects.crowd`. They are drawn with stripes.
+    - `class_names`: by label. A class whose name is empty gets no label.
 
     >>> boxes = np.array([[4, 4, 30, 20]], np.float32)
     >>> targets = Targets(boxes, np.array([0], np.int32), np.array([True]))
@@ -119,9 +119,9 @@ def draw_comparison(
     font: FontFile | None = None,
     titles: tuple[str, str] = ("ground truth", "prediction"),
 ) -> Image.Image:
-    """The same image twice, side by side under its titles: the ground truth at left, what was found at right.
+    """Draws an image twice, side by side under titles: the ground truth on the left, the detections on the right.
 
-    The other arguments are those of `draw_detections` and `draw_targets`. Boxes of both are in pixels of `image`.
+    The other arguments are as for `draw_detections` and `draw_targets`. All boxes are in pixels of `image`.
 
     >>> box, label, true = np.array([[4, 4, 30, 20]], np.float32), np.array([0], np.int32), np.array([True])
     >>> targets, found = Targets(box, label, true), Detections(box, np.array([0.9], np.float32), label, true)
@@ -187,7 +187,7 @@ def _rows_of_targets(
 
 
 def _drawable(names: Sequence[str] | None, image: np.ndarray, style: _Style) -> Sequence[str] | None:
-    """All names as they can be drawn, not those of this picture alone: a run has one warning."""
+    """Escapes all class names, not only those in this picture, so that a run warns only once."""
     return None if names is None else drawable(names, style.face(image))
 
 
@@ -196,7 +196,7 @@ def _class_name(label: int, names: Sequence[str] | None) -> str:
 
 
 def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Image.Image:
-    """Masks below boxes below labels; of each, the first row comes on top."""
+    """Draws masks, then boxes, then labels on top. Within each, the first row is drawn last."""
     if not 0 <= style.mask_opacity <= 1:
         raise ValueError(f"mask_opacity must be in 0..1, got {style.mask_opacity}.")
     if style.line_width is not None and style.line_width < 1:
@@ -207,7 +207,7 @@ def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Imag
     colors = [class_color(int(label)) for label in rows.labels]
     order = range(len(rows.boxes) - 1, -1, -1)
     pixels = image.copy()
-    whole = np.ones((1, 1), np.float32)  # the mask of a crowd that has a box only
+    whole = np.ones((1, 1), np.float32)  # the mask of a crowd without one
     for row in order:
         if rows.masks is not None or rows.crowd[row]:
             mask = whole if rows.masks is None else rows.masks[row]
@@ -217,7 +217,7 @@ def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Imag
     canvas = ImageDraw.Draw(picture)
     for row in order:
         outline(canvas, rows.boxes[row], colors[row], line_width, (height, width))
-    # Labels are placed best first, so that the best has the best place, and drawn the other way round.
+    # Labels are placed best first, so that the best one gets the best position, and drawn in reverse order.
     placed = []
     named = [row for row in range(len(rows.boxes)) if rows.texts[row]]
     for row in named:
@@ -235,9 +235,9 @@ def _blend(
     style: _Style,
     stripe: int | None,
 ) -> None:
-    """Tints the pixels under a mask filling `frame`, and draws its contour. Only what lies in the image is resized.
+    """Tints the pixels under a mask that fills `frame`, and draws its contour. Only the part in the image is resized.
 
-    - `stripe`: width in pixels of slanted stripes that are tinted instead, or `None`.
+    - `stripe`: if given, only diagonal stripes of this width in pixels are tinted.
     """
     height, width = pixels.shape[:2]
     x0, y0, x1, y1 = frame.tolist()
@@ -266,7 +266,7 @@ def _blend(
 
 
 def _eroded(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """The pixels whose four neighbours belong to the mask as well."""
+    """Returns the pixels whose four neighbours all belong to the mask."""
     around = np.pad(mask, 1)
     return around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
 

@@ -1,4 +1,4 @@
-"""Plots of an evaluation, from plain arrays. They need matplotlib: `pip install 'detectax_eqx[plot]'`."""
+"""Plots evaluation results from plain arrays. Requires matplotlib: `pip install 'detectax_eqx[plot]'`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from ._color import class_color
 from ._fonts import FontFile, escape, installed_font
 
 
-# Imported where it is used, so that pictures can be drawn without matplotlib; a plain type for the checker of types.
+# matplotlib is imported where it is used, so that pictures can be drawn without it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 else:
@@ -26,12 +26,12 @@ def plot_precision_recall(
     font: FontFile | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The precision of each class against recall, in the colour that pictures give it, and their mean in black.
+    """Plots the precision of each class against recall, in its `class_color`, and the mean over classes in black.
 
-    - `precision`, `recall`: 0..1, as `evaluate.analyze_errors` gives them; a class without objects, -1, is left out.
-    - `class_names`: by row of `precision`. More than twelve are not listed.
-    - `font`: a font file for them, see `draw_detections`. Default matplotlib's setting `font.family`.
-    - `ax`: where to draw. Default a new figure.
+    - `precision`, `recall`: 0..1, from `evaluate.analyze_errors`. Classes without objects, marked by -1, are left out.
+    - `class_names`: by row of `precision`. There is no legend for more than twelve classes.
+    - `font`: a font file for the names, see `draw_detections`. Default: matplotlib's `font.family` setting.
+    - `ax`: the axes to draw on. Default: a new figure.
 
     >>> recall = np.linspace(0, 1, 11)
     >>> ax = plot_precision_recall(1 - recall[None] ** 2, recall, class_names=["cat"])
@@ -42,7 +42,7 @@ def plot_precision_recall(
     rows = np.flatnonzero(precision.max(axis=1, initial=-1) >= 0)
     names, text = _legible(class_names, font)
     for k in rows.tolist():
-        color = np.array(class_color(k)) / 255 * 0.85  # a little darker than on pictures: the ground is white
+        color = np.array(class_color(k)) / 255 * 0.85  # slightly darker than in pictures, for the white background
         ax.plot(recall, precision[k], color=color, linewidth=1.4, label=f"{names[k]} {precision[k].mean():.2f}")
     if len(rows):
         mean = precision[rows].mean(axis=0)
@@ -61,11 +61,11 @@ def plot_confusion(
     font: FontFile | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """A confusion matrix as `evaluate.confusion_matrix` gives it: counts, shaded by their share of the row.
+    """Plots a confusion matrix: counts, shaded by their fraction of the row.
 
-    - `class_names`: of the `k1 - 1` classes.
-    - `font`: a font file for them, see `draw_detections`. Default matplotlib's setting `font.family`.
-    - `ax`: where to draw. Default a new figure.
+    - `counts`: the output of `evaluate.confusion_matrix`. `class_names`: of the `k1 - 1` classes.
+    - `font`: a font file for the names, see `draw_detections`. Default: matplotlib's `font.family` setting.
+    - `ax`: the axes to draw on. Default: a new figure.
 
     >>> ax = plot_confusion(np.array([[8, 2], [1, 0]]), class_names=["cat"])
     >>> [text.get_text() for text in ax.texts]
@@ -85,12 +85,12 @@ def plot_confusion(
     names, text = _legible(class_names, font)
     ax.set_xticks(places, [*names, "missed"], rotation=60, ha="right", rotation_mode="anchor", **text)
     ax.set_yticks(places, [*names, "background"], **text)
-    ax.set(xlabel="found as", ylabel="is")
+    ax.set(xlabel="predicted class", ylabel="true class")
     return ax
 
 
 def plot_error_costs(costs: Mapping[str, float], *, ax: Axes | None = None) -> Axes:
-    """What each kind of error costs, as bars. `costs`: in AP, 0..1, as `evaluate.ErrorAnalysis.costs`.
+    """Plots the cost of each kind of error as bars. `costs`: in AP, 0..1, from `evaluate.ErrorAnalysis.costs`.
 
     >>> ax = plot_error_costs({"missed": 0.25, "background": 0.1})
     >>> [text.get_text() for text in ax.texts]
@@ -113,11 +113,11 @@ def plot_calibration(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """How often detections of about the same score are right; scores that mean what they say lie on the diagonal.
+    """Plots a reliability diagram: precision against score. Calibrated scores lie on the diagonal.
 
-    - `scores`, `precision`, `counts`: of each bin, as `evaluate.calibration` gives them; empty bins are left out. The
-      area of a dot goes with its bin's count.
-    - `ax`: where to draw. Default a new figure.
+    - `scores`, `precision`, `counts`: of each bin, from `evaluate.calibration`. Empty bins are left out. The area of a
+      dot grows with the count of its bin.
+    - `ax`: the axes to draw on. Default: a new figure.
 
     >>> ax = plot_calibration(np.array([0.2, 0.8]), np.array([0.1, 0.9]), np.array([5, 20]))
     >>> ax.get_xlabel(), ax.get_ylabel()
@@ -134,7 +134,7 @@ def plot_calibration(
 
 
 def _legible(names: Sequence[str], font: FontFile | None) -> tuple[list[str], dict[str, Any]]:
-    """The names as they can be drawn, and the settings of matplotlib's texts that draw them so, `$` included."""
+    """Returns the names, escaped where necessary, and matplotlib text settings to draw them, with `$` as plain text."""
     from matplotlib import font_manager, rcParams
 
     def add(path: str) -> None:
@@ -157,7 +157,7 @@ def _legible(names: Sequence[str], font: FontFile | None) -> tuple[list[str], di
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The given axes, or those of a new figure of `size` inches."""
+    """Returns the given axes, or those of a new figure of `size` inches."""
     if ax is not None:
         return ax
     try:

@@ -1,4 +1,4 @@
-"""COCO evaluation: results in original pixels, the twelve numbers, AP of every class, and what errors cost."""
+"""COCO evaluation: results in original pixels, the twelve metrics, AP per class, and error analysis."""
 
 from ._coco_eval import (
     ClassMetrics as ClassMetrics,

@@ -1,6 +1,7 @@
-"""The checks that results have to pass, before pycocotools' C code sees them.
+"""Checks detection results before they reach pycocotools' C code.
 
-There may be a million: what is called for each of them is left out of the package's checking of types.
+There may be a million results. Functions that are called for each of them are excluded from the package's runtime type
+checking.
 """
 
 import math
@@ -15,20 +16,21 @@ from pycocotools import mask as rle
 from ..data import CocoDataset, decode_counts, encode_segmentation, parse_segmentation
 
 
-# Coordinates beyond this are no measurement in pixels.
+# Larger coordinates cannot be measurements in pixels.
 LARGEST = 1e9
-# Compressed run lengths are looked at this many masks at a time.
+# Compressed run lengths are checked this many masks at a time.
 CHUNK = 10_000
-# Polygons in a file of results are looked at without their image, whose size matters to run lengths alone.
+# The image size with which polygons in a results file are checked, without the annotations. Only run lengths need the
+# actual size.
 ANY_SIZE = 1, 1
 
 
 @dataclass(frozen=True)
 class CheckedResults:
-    """`n` results that passed.
+    """`n` valid results.
 
     - `images`, `labels`: positions in the dataset's images and categories.
-    - `boxes_xywh`: NaN where there is none. `masks`: compressed run lengths as pycocotools has them, or `None`.
+    - `boxes_xywh`: NaN where a result has no box. `masks`: compressed run lengths in pycocotools' format, or `None`.
     """
 
     images: Int64[np.ndarray, " n"]
@@ -39,9 +41,9 @@ class CheckedResults:
 
 
 def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Literal["bbox", "segm"]) -> CheckedResults:
-    """Results as columns. All that a result has is checked, whether this kind of evaluation looks at it or not.
+    """Checks results and converts them to columns. Boxes and masks are both checked, even if `iou_type` needs only one.
 
-    Raises a `ValueError` that names the first result with something wrong, its image and the value.
+    Raises a `ValueError` that names the first invalid result, its image and the value.
     """
     check_fields(results)
     index_of = {image.id: index for index, image in enumerate(dataset.images)}
@@ -53,7 +55,7 @@ def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Lit
     if iou_type == "bbox":
         _require(results, "bbox", _is_there, "has no bbox of four numbers: {value}.")
     else:
-        _require(results, "segmentation", _is_there, "has no segmentation. Evaluate boxes, or leave it out.")
+        _require(results, "segmentation", _is_there, "has no segmentation. Evaluate boxes instead, or remove it.")
     images = [index_of[result["image_id"]] for result in results]
     boxes = [result["bbox"] if result.get("bbox") is not None else (np.nan,) * 4 for result in results]
     sizes = dataset.sizes
@@ -67,9 +69,9 @@ def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Lit
 
 
 def check_fields(results: Sequence[Any]) -> None:
-    """That every result has what COCO's results format wants, in the right types, whatever the dataset.
+    """Checks that every result has the fields of COCO's results format, with the right types, without a dataset.
 
-    Raises a `ValueError` that names the first result with something wrong, its image and the value.
+    Raises a `ValueError` that names the first invalid result, its image and the value.
     """
     for position, result in enumerate(results):
         if not isinstance(result, Mapping):
@@ -83,7 +85,7 @@ def check_fields(results: Sequence[Any]) -> None:
 
 
 def check_masks(results: Sequence[Any]) -> None:
-    """That masks are well-formed, and run lengths add up to the size that they state themselves.
+    """Checks that masks are well-formed and that run lengths add up to the size that they state.
 
     Raises a `ValueError` as `check_fields` does.
     """
@@ -99,7 +101,7 @@ def check_masks(results: Sequence[Any]) -> None:
 
 @no_type_check
 def _masks(results: Sequence[Any], sizes: list[tuple[int, int]]) -> list[dict[str, Any] | None]:
-    """The masks of all results, for images of these sizes, as compressed run lengths."""
+    """Checks the masks of all results, for images of these sizes, and encodes them as compressed run lengths."""
     masks, compressed = [], []
     for position, (result, size) in enumerate(zip(results, sizes, strict=True)):
         value = result.get("segmentation")
@@ -131,11 +133,11 @@ def _check_size(results: Sequence[Any], position: int, got: Any, size: tuple[int
 
 @no_type_check
 def _check_sums(results: Sequence[Any], rows: list[int], masks: list[dict[str, Any]]) -> None:
-    """That compressed run lengths can be read and add up to their masks' pixels."""
+    """Checks that compressed run lengths can be decoded and add up to the number of pixels of their masks."""
     try:
         runs, counts = decode_counts([masks[row]["counts"] for row in rows])
     except ValueError:
-        for row in rows:  # which of them it is
+        for row in rows:  # find the malformed one
             try:
                 decode_counts([masks[row]["counts"]])
             except ValueError as error:
@@ -154,7 +156,7 @@ def _check_sums(results: Sequence[Any], rows: list[int], masks: list[dict[str, A
 
 @no_type_check
 def _require(results: Sequence[Any], field: str, check: Callable[[Any], bool], words: str) -> None:
-    """Raises a `ValueError` with these words for the first result whose field does not pass."""
+    """Raises a `ValueError` with the message `words` for the first result whose field fails the check."""
     for position, result in enumerate(results):
         value = result.get(field)
         if not check(value):
@@ -191,7 +193,7 @@ def _is_number(value: Any) -> bool:
 
 @no_type_check
 def _is_array(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a value is an array of numbers, NumPy's or JAX's, of a shape."""
+    """Whether a value is a NumPy or JAX array of numbers with this shape."""
     return getattr(value, "shape", None) == shape and np.asarray(value).dtype.kind not in "bOSU"
 
 
@@ -199,13 +201,13 @@ def _is_array(value: Any, shape: tuple[int, ...]) -> bool:
 def _is_score(value: Any) -> bool:
     try:
         return _is_number(value) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 @no_type_check
 def _is_four(value: Any) -> bool:
-    """Four numbers, or nothing."""
+    """Whether a value is four numbers or `None`."""
     if value is None:
         return True
     if not isinstance(value, list | tuple):
@@ -221,16 +223,16 @@ def _is_box(value: Any) -> bool:
         x, y, width, height = map(float, value)
     except OverflowError:
         return False
-    # NaN does not compare as less.
+    # NaN fails these comparisons.
     return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= width < LARGEST and 0 <= height < LARGEST
 
 
 def _show(value: object) -> str:
-    text = " ".join(repr(value).split())  # an array's has lines
+    text = " ".join(repr(value).split())  # the repr of an array has line breaks
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def mask_areas(masks: Sequence[dict[str, Any]]) -> Float64[np.ndarray, " n"]:
-    """The pixels of each mask."""
-    area: Any = rle.area  # whose answer for more than 255 at once is an error
+    """Returns the area of each mask in pixels."""
+    area: Any = rle.area  # fails for more than 255 masks at once
     return np.array([float(area(mask)) for mask in masks], np.float64)

@@ -1,4 +1,4 @@
-"""COCO's evaluation by pycocotools, with its pitfalls guarded."""
+"""COCO evaluation with pycocotools, guarded against its pitfalls."""
 
 import contextlib
 import io
@@ -15,7 +15,9 @@ from ._prepare import Truth, prepare
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """AP over IoU .50:.95 and AP at IoU .50 of one category, and the first for its small, medium and large objects.
+    """AP of one category.
+
+    - `ap`: over IoU .50:.95. `ap50`: at IoU .50. `aps`, `apm`, `apl`: `ap` for small, medium and large objects.
 
     Each is -1 if the ground truth has no such object.
     """
@@ -31,13 +33,14 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """What `evaluate_coco` gives. `dataclasses.asdict` makes it fit for JSON.
+    """The output of `evaluate_coco`. `dataclasses.asdict` converts it to values that JSON can hold.
 
-    - `numbers`: COCO's twelve, 0..1, in their usual order: `AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl`. One
-      that no ground truth bears on (no large object, say) is -1, as in pycocotools. `AR100` is called after
-      `max_detections`.
+    - `numbers`: COCO's twelve metrics, 0..1, in the usual order: `AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl`.
+      A metric without ground truth (for example without large objects) is -1, as in pycocotools. The number in `AR100`
+      is `max_detections`.
     - `per_class`: in the order of the category ids.
-    - `iou_type`: `"bbox"` or `"segm"`. `max_detections`: best detections of each category an image that count.
+    - `iou_type`: `"bbox"` or `"segm"`. `max_detections`: the number of best detections that count, per category and
+      image.
     """
 
     numbers: dict[str, float]
@@ -54,28 +57,27 @@ def evaluate_coco(
     image_ids: Sequence[int] | None = None,
     max_detections: int = 100,
 ) -> CocoMetrics:
-    """COCO's twelve numbers, and the AP of every category, as pycocotools computes them.
+    """Computes COCO's twelve metrics and the AP of every category with pycocotools.
 
-    - `annotations`: a dataset that `data.load_coco` made; or a COCO JSON file, its URL, or its content, which
-      `data.load_annotations` then reads by the same rules: what is repaired there is repaired here, and what is refused
-      there is refused.
-    - `results`: detections in COCO's results format (`to_coco_results`), in pixels of the original images. Each needs
-      `bbox` for boxes and `segmentation` for masks, in any form of COCO's. It may be empty.
-    - `image_ids`: evaluate these images only. Default all. Results on others are left aside.
+    - `annotations`: a dataset from `data.load_coco`, or the path, URL or content of a COCO JSON file, which is read by
+      `data.load_annotations` with the same repairs and errors.
+    - `results`: detections in COCO's results format (`to_coco_results`), in pixels of the original images. Each needs a
+      `bbox` for boxes or a `segmentation` for masks, in any of COCO's formats. The list may be empty.
+    - `image_ids`: evaluate only these images and ignore results on others. Default: all.
 
-    Boxes and areas of the truth are the file's own numbers, so that those of a sound file give pycocotools' results to
-    the last bit. The exception is a box that reaches out of its image by more than .01 pixels: it counts as clipped, as
-    it does in training. A dataset without objects gives -1, which tables print as a dash.
+    Ground-truth boxes and areas are the unmodified numbers of the file, so that a valid file gives the same metrics as
+    pycocotools to the last bit. The exceptions are boxes that extend beyond their image by more than .01 pixels: they
+    are clipped, as in training. A dataset without objects gives -1, which tables print as a dash.
 
-    Neither argument is changed and nothing is printed. What pycocotools takes silently or fails at is dealt with: no
-    detections at all give zeros; any number of `max_detections` above 10 is possible; ids of images and categories may
-    be any that fit into 64 bits; missing `iscrowd` and `area` are 0 and the box's, or the mask's. Areas of detected
-    masks are the masks', also where results have boxes too.
+    The arguments are not modified and nothing is printed. Cases that pycocotools fails on or silently mishandles are
+    covered. Without detections, metrics are zero. `max_detections` may be any number above 10. Image and category ids
+    may be any 64-bit integers. A missing `iscrowd` is 0, a missing `area` is that of the box or mask. The area of a
+    detected mask is that of the mask, even if the result also has a box.
 
-    Raises a `data.DatasetError` for annotations as `data.load_coco` does, and a `ValueError` that names position, image
-    and value for a result with: a field of a wrong type, a number that is not finite, a box of negative size, an image
-    or category that the annotations do not have, a missing box or segmentation, a mask of another size than its image,
-    run lengths that do not add up to it. All that a result has is checked, its mask also where boxes are evaluated.
+    Raises a `data.DatasetError` for invalid annotations, as `data.load_coco` does. Raises a `ValueError` with position,
+    image and value for a result that has a field of a wrong type, a number that is not finite, a box of negative size,
+    an unknown image or category, no box or no segmentation, a mask that is not of its image's size, or run lengths that
+    do not add up to that size. Masks are checked even if boxes are evaluated.
 
     >>> annotations = {
     ...     "images": [{"id": 1, "width": 100, "height": 100}],
@@ -115,7 +117,7 @@ def evaluate_coco(
 
 
 def format_metrics(metrics: CocoMetrics) -> str:
-    """The twelve numbers as the table that pycocotools prints, with a dash for one that is not defined.
+    """Formats the twelve metrics as the table that pycocotools prints, with a dash for undefined ones.
 
     >>> metrics = CocoMetrics({name: 0.5 for name, *_ in _rows(100)}, (), "bbox", 100)
     >>> print(format_metrics(metrics).splitlines()[1].strip())
@@ -133,7 +135,7 @@ def format_metrics(metrics: CocoMetrics) -> str:
 
 
 def format_per_class(metrics: CocoMetrics) -> str:
-    """AP, AP50 and AP by size of every category as a table; a dash where the ground truth has no such object.
+    """Formats AP, AP50 and AP by size of every category as a table, with a dash where there is no ground truth.
 
     >>> print(format_per_class(CocoMetrics({}, (ClassMetrics(7, "cat", 0.5, -1.0),), "bbox", 100)))
     category     AP   AP50    APs    APm    APl
@@ -149,7 +151,7 @@ def format_per_class(metrics: CocoMetrics) -> str:
 
 
 def format_number(value: float) -> str:
-    """A metric in 0..1 with three digits; a dash for -1, which stands for one that no ground truth bears on.
+    """Formats a metric in 0..1 with three digits, or as a dash if it is -1, i.e. without ground truth.
 
     >>> format_number(0.12345), format_number(-1.0)
     ('0.123', '–')
@@ -158,9 +160,9 @@ def format_number(value: float) -> str:
 
 
 def _rows(max_detections: int) -> tuple[tuple[str, str, float | None, str, int], ...]:
-    """The rows of the table: name, what, IoU threshold (`None`: the mean over .50:.95), area, limit of detections.
+    """Returns the rows of the table: name, kind, IoU threshold (`None`: the mean over .50:.95), area, detection limit.
 
-    The limit is a position among 1, 10 and `max_detections`.
+    The limit is a position in `(1, 10, max_detections)`.
     """
     return (
         ("AP", "precision", None, "all", 2),
@@ -181,18 +183,18 @@ def _rows(max_detections: int) -> tuple[tuple[str, str, float | None, str, int],
 def _select(
     evaluation: COCOeval, kind: str, threshold: float | None, area: str, limit: int
 ) -> Float64[np.ndarray, "t ..."]:
-    """Precision (threshold, recall, category) or recall (threshold, category) of one row of the table."""
+    """Returns the precision (threshold, recall, category) or recall (threshold, category) for one row of the table."""
     params = evaluation.params
     values = evaluation.eval[kind][..., params.areaRngLbl.index(area), limit]
     return values if threshold is None else values[np.isclose(params.iouThrs, threshold)]
 
 
 def _class_mean(evaluation: COCOeval, k: int, threshold: float | None, area: str) -> float:
-    """The AP of the category at position `k`."""
+    """Returns the AP of the category at position `k`."""
     return mean_defined(_select(evaluation, "precision", threshold, area, 2)[:, :, k])
 
 
 def mean_defined(values: Float64[np.ndarray, "..."]) -> float:
-    """The mean of what is defined, that is not -1; -1 if nothing is."""
+    """Returns the mean of the values other than -1, which marks undefined ones, or -1 if there are none."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0

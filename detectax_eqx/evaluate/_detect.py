@@ -1,4 +1,4 @@
-"""Detection over a whole dataset."""
+"""Runs a detector on a whole dataset."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,20 +27,21 @@ def detect_dataset(
     num_threads: int = 2,
     on_images: Callable[[int], Any] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """The detections in every image of a dataset, in COCO's results format.
+    """Runs a detector on every image of a dataset and returns the detections in COCO's results format.
 
-    Every device looks at `batch_size` images at a time. Several processes share the images, and each returns all
-    results.
+    Every device processes `batch_size` images at a time. Several processes share the images, and each of them returns
+    all results.
 
-    - `category_ids`: of each label; by default the dataset's, which must have as many classes as the model.
-    - `canvases`: what images are laid on, see `data.make_buckets`.
+    - `category_ids`: the category id of each label. Default: the dataset's, which must have as many classes as the
+      model.
+    - `canvases`: the canvases that images are padded to, see `data.make_buckets`.
     - `selection`, `score_threshold`, `max_detections`: as for `models.detect`.
-    - `num_threads`: that decode images. `on_images`: called with the number of images that were done.
+    - `num_threads`: threads that decode images. `on_images`: called after each batch with its number of images.
     """
     if category_ids is None:
         category_ids = dataset.category_ids
     if len(category_ids) != model.num_classes:
-        raise ValueError(f"category_ids must be {model.num_classes}, one per class of the model: {len(category_ids)}.")
+        raise ValueError(f"category_ids must have {model.num_classes} ids, one per class, got {len(category_ids)}.")
     mesh = make_mesh(jax.local_devices())
     model = shard_state(model, mesh)
     buckets = make_buckets(
@@ -69,9 +70,9 @@ def detect_dataset(
 
 
 def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of all processes, which must call it together."""
+    """Gathers the results of all processes, which must all call this function."""
     text = np.frombuffer(json.dumps(results).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(text.size))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - text.size)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - text.size)))  # (processes, longest)
     parts = [json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)]
     return [result for part in parts for result in part]

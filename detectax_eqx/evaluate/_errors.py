@@ -1,4 +1,4 @@
-"""What each kind of error costs in AP, as TIDE defines them (Bolya et al. 2020, arXiv:2008.08115)."""
+"""The cost in AP of each kind of error, as defined by TIDE (Bolya et al. 2020, arXiv:2008.08115)."""
 
 import contextlib
 import io
@@ -15,22 +15,22 @@ from ._coco_eval import mean_defined
 from ._prepare import Prepared, Truth, prepare
 
 
-# The paper's main errors (section 2.2). What is called missed is an object, the others are false detections.
+# The paper's main error types (section 2.2). Missed errors are objects, all others are false detections.
 ERROR_KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
-# Verdicts on a detection besides the kinds of error, which are positions in `ERROR_KINDS`.
+# Verdicts on detections that are not errors. Verdicts on errors are positions in `ERROR_KINDS`.
 RIGHT, IGNORED = -1, -2
 _CLASSIFICATION, _LOCALIZATION, _BOTH, _DUPLICATE, _BACKGROUND = range(5)
 
 
 @dataclass(frozen=True)
 class JudgedDetections:
-    """The `n` detections that count, by class and within a class by image.
+    """The `n` detections that count, ordered by class and then by image.
 
     - `results`: position of each in the results. `image_ids`, `labels` (positions in the categories), `scores`.
-    - `verdicts`: position in `ERROR_KINDS`, or `RIGHT`, or `IGNORED` for one on a crowd.
-    - `objects`: row of the object found, or that the error is about; -1 if there is none. `ious`: with that object; of
-      a detection without one the largest with any.
-    - `rivals`: row of the object of another class that it covers best, -1 if none by the foreground IoU.
+    - `verdicts`: position in `ERROR_KINDS`, or `RIGHT`, or `IGNORED` for a detection on a crowd.
+    - `objects`: row of the object that was found or that the error is about; -1 if there is none.
+    - `ious`: IoU with that object, or the largest IoU with any object if there is none.
+    - `rivals`: row of the object of another class with the largest IoU, or -1 if that is below the foreground IoU.
     """
 
     results: Int64[np.ndarray, " n"]
@@ -45,11 +45,11 @@ class JudgedDetections:
 
 @dataclass(frozen=True)
 class JudgedObjects:
-    """The `m` objects of the ground truth, crowds left out.
+    """The `m` objects of the ground truth, without crowds.
 
     - `annotation_ids`, `image_ids`, `labels` (positions in the categories).
-    - `found`: a detection of its class is right about it. `missed`: none is, nor does a classification or localization
-      error point at it.
+    - `found`: matched by a correct detection. `missed`: not found, and no classification or localization error is about
+      it.
     """
 
     annotation_ids: Int64[np.ndarray, " m"]
@@ -61,13 +61,14 @@ class JudgedObjects:
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """What `analyze_errors` gives, for `k` categories in the order of their ids.
+    """The output of `analyze_errors`, for `k` categories in the order of their ids.
 
-    - `ap`: AP at the foreground IoU, exactly as pycocotools has it (AP50 by default). -1 without ground truth.
-    - `costs`: by kind of error, how much AP is lost to it: what it would rise by if that kind alone were corrected.
+    - `ap`: AP at the foreground IoU (AP50 by default), exactly as computed by pycocotools. -1 without ground truth.
+    - `costs`: the AP lost to each kind of error, i.e. the gain in AP if only that kind were corrected.
     - `false_positive_cost`, `false_negative_cost`: the same for all false detections, and for all objects not found.
-    - `class_ap`: AP of each class, -1 where there is no object. `class_costs`: by class and kind; 0 in such rows.
-    - `precision`: of each class at each `recall` (0, .01, … 1), the best at that recall or beyond; -1 without objects.
+    - `class_ap`: AP of each class, -1 without objects. `class_costs`: costs by class and kind, 0 without objects.
+    - `precision`: for each class and each `recall` (0, .01, … 1), the best precision at that recall or a higher one; -1
+      without objects.
     - `foreground_iou`, `background_iou`: the thresholds used.
     """
 
@@ -97,25 +98,25 @@ def analyze_errors(
     image_ids: Sequence[int] | None = None,
     max_detections: int = 100,
 ) -> ErrorAnalysis:
-    """Sorts every false detection and every object not found into kinds of error, and says what each kind costs.
+    """Classifies all false detections and missed objects by kind of error, and computes the cost of each kind in AP.
 
-    pycocotools matches detections with objects at `foreground_iou`, as for AP50. A detection left over is, the first
-    that applies:
+    Detections are matched to objects by pycocotools at `foreground_iou`, as for AP50. An unmatched detection is of the
+    first kind that applies:
 
-    - localization: its IoU with the best object of its class is at least `background_iou`, below `foreground_iou`;
-    - classification: that with the best object of another class reaches `foreground_iou`;
-    - duplicate: an object of its class, which a better detection has found, reaches `foreground_iou`;
-    - background: no object reaches `background_iou`;
-    - both: what remains: an object of another class between the two.
+    - localization: its largest IoU with an object of its class is at least `background_iou` and below `foreground_iou`;
+    - classification: its largest IoU with an object of another class is at least `foreground_iou`;
+    - duplicate: its IoU with an object of its class, found by a better detection, is at least `foreground_iou`;
+    - background: its IoU with every object is below `background_iou`;
+    - both: otherwise, i.e. its largest IoU is with an object of another class and between the thresholds.
 
-    An object is missed if it is not found and no classification or localization error is about it. Correcting a kind
-    means (section 2.3): classification and localization errors become right, the best about each object that was not
-    found, the others vanish; both, duplicate and background errors vanish; missed objects no longer count. A class of
-    which then none remains has AP 1, or 0 with false detections left. Costs do not add up to what is lacking to 1: the
-    paper says why.
+    An object is missed if it is not found and no classification or localization error is about it. The errors of a kind
+    are corrected as in section 2.3. For classification or localization, the best error about each object that was not
+    found becomes correct, and the others are removed. Both, duplicate and background errors are removed. Missed objects
+    no longer count. A class left without objects has AP 1, or 0 if it has false detections left. The costs do not add
+    up to 1 - AP, for reasons given in the paper.
 
-    The other arguments, what is guarded and what raises a `ValueError` are as in `evaluate_coco`; further, thresholds
-    must be 0 < `background_iou` < `foreground_iou` <= 1.
+    Other arguments, guarded cases and errors are as in `evaluate_coco`. In addition, a `ValueError` is raised unless
+    0 < `background_iou` < `foreground_iou` <= 1.
 
     >>> annotations = {
     ...     "images": [{"id": 1, "width": 100, "height": 100}],
@@ -128,8 +129,8 @@ def analyze_errors(
     (0.0, {'classification': 1.0})
     """
     if not 0 < background_iou < foreground_iou <= 1:
-        got = f"background_iou {background_iou} and foreground_iou {foreground_iou}"
-        raise ValueError(f"background_iou must be above 0 and below foreground_iou, that at most 1, got {got}.")
+        got = f"background_iou={background_iou} and foreground_iou={foreground_iou}"
+        raise ValueError(f"background_iou must be above 0 and below foreground_iou, and that at most 1, got {got}.")
     if max_detections < 1:
         raise ValueError(f"max_detections must be positive, got {max_detections}.")
     prepared = prepare(annotations, results, iou_type=iou_type, image_ids=image_ids)
@@ -142,7 +143,7 @@ def analyze_errors(
     detections, objects = _judge(prepared, foreground_iou, background_iou)
     recall = np.asarray(params.recThrs, np.float64)
     base, corrected, no_false, none_missed = _precisions(detections, objects, recall, num_classes=len(categories))
-    ap = mean_defined(base.T)  # in the order in which pycocotools adds
+    ap = mean_defined(base.T)  # transposed, so that values are summed in the same order as in pycocotools
     class_ap = base.mean(axis=1)
     return ErrorAnalysis(
         category_ids=tuple(category.id for category in categories),
@@ -165,8 +166,8 @@ def analyze_errors(
 def _precisions(
     detections: Any, objects: Any, recall: Float64[np.ndarray, " r"], *, num_classes: int
 ) -> tuple[Any, list[Any], Any, Any]:
-    """The precision at each recall of each class, `(k, r)`: as found, with each kind of error corrected, without any
-    false detection, and without any missed object."""
+    """Returns precision at each recall of each class, `(k, r)`, four times: for the detections as they are, with each
+    kind of error corrected, without false detections, and without missed objects."""
     counts = np.bincount(objects.labels, minlength=num_classes)
     as_found = _Outcome(detections.labels, detections.verdicts == RIGHT, detections.verdicts == IGNORED, counts)
 
@@ -181,7 +182,7 @@ def _precisions(
 
 
 class _Outcome(NamedTuple):
-    """What AP depends on: of each detection its label, and whether it is right or left out; objects of each class."""
+    """What AP depends on: the label of each detection, whether it is right or ignored, and the objects per class."""
 
     labels: Int64[np.ndarray, " n"]
     right: Bool[np.ndarray, " n"]
@@ -190,7 +191,7 @@ class _Outcome(NamedTuple):
 
 
 def _corrected(kind: int, outcome: _Outcome, detections: JudgedDetections, objects: JudgedObjects) -> _Outcome:
-    """The outcome without the errors of a kind."""
+    """Returns the outcome with the errors of one kind corrected."""
     if ERROR_KINDS[kind] == "missed":
         missed = np.bincount(objects.labels[objects.missed], minlength=len(outcome.counts))
         return outcome._replace(counts=outcome.counts - missed)
@@ -210,7 +211,7 @@ def _corrected(kind: int, outcome: _Outcome, detections: JudgedDetections, objec
 def _precision(
     outcome: _Outcome, scores: Float64[np.ndarray, " n"], recall: Float64[np.ndarray, " r"], *, counted: np.ndarray
 ) -> Float64[np.ndarray, "k r"]:
-    """Precision of each class at each recall, by pycocotools' `accumulate` to the last bit; -1 if not `counted`."""
+    """Returns precision of each class at each recall, bit for bit as pycocotools' `accumulate`; -1 if not `counted`."""
     precision = np.full((len(outcome.counts), len(recall)), -1.0)
     by_class = np.argsort(outcome.labels, kind="stable")
     bounds = np.searchsorted(outcome.labels[by_class], np.arange(len(outcome.counts) + 1))
@@ -224,16 +225,16 @@ def _precision(
         right = np.cumsum(outcome.right[rows]).astype(np.float64)
         wrong = np.cumsum(~outcome.right[rows]).astype(np.float64)
         share = right / (wrong + right + np.spacing(1))
-        share = np.maximum.accumulate(share[::-1])[::-1]
+        share = np.maximum.accumulate(share[::-1])[::-1]  # the maximum at this rank or a later one
         at = np.searchsorted(right / outcome.counts[k], recall, side="left")
         precision[k] = np.append(share, 0.0)[at]
     return precision
 
 
 def _judge(prepared: Prepared, foreground_iou: float, background_iou: float) -> tuple[JudgedDetections, JudgedObjects]:
-    """Every detection and every object as flat tables, in pycocotools' order, and what is to be said of each."""
-    found, truth = [], []
-    row_of = {0: -1}  # of each annotation; pycocotools' 0 is no match
+    """Returns all detections and objects as flat tables, in pycocotools' order, with a verdict on each."""
+    detected, truth = [], []
+    row_of = {0: -1}  # row in `truth` of each annotation; pycocotools uses id 0 for no match
     for entry in filter(None, prepared.evaluation.evalImgs):
         image, label = entry["image_id"] - 1, entry["category_id"] - 1
         for annotation, match, ignored in zip(entry["gtIds"], entry["gtMatches"][0], entry["gtIgnore"], strict=True):
@@ -244,17 +245,17 @@ def _judge(prepared: Prepared, foreground_iou: float, background_iou: float) -> 
             entry["dtIds"], entry["dtMatches"][0], entry["dtIgnore"][0], entry["dtScores"], strict=True
         ):
             verdict = IGNORED if ignored else RIGHT if match > 0 else _BACKGROUND
-            found.append((result - 1, image, label, verdict, row_of[int(match)], score))
+            detected.append((result - 1, image, label, verdict, row_of[int(match)], score))
     annotations, object_images, object_labels, is_found = (
         np.array(column, np.int64) for column in (zip(*truth, strict=True) if truth else [()] * 4)
     )
-    *columns, scores = zip(*found, strict=True) if found else [()] * 6
+    *columns, scores = zip(*detected, strict=True) if detected else [()] * 6
     rows, images, detected_labels, verdicts, owners = (np.array(column, np.int64) for column in columns)
-    ious, rivals = np.zeros(len(found)), np.full(len(found), -1)
+    ious, rivals = np.zeros(len(detected)), np.full(len(detected), -1)
     pointed_at = np.zeros(len(truth), bool)
     for d, o in _by_image(images, object_images):
-        overlap = _overlaps(prepared.evaluation, rows[d], annotations[o])
-        same = detected_labels[d][:, None] == object_labels[o][None]
+        overlap = _overlaps(prepared.evaluation, rows[d], annotations[o])  # (d, o)
+        same = detected_labels[d][:, None] == object_labels[o][None]  # (d, o)
         own, other = np.where(same, overlap, 0.0), np.where(same, 0.0, overlap)
         best_own, best_other, any_iou = own.max(axis=1), other.max(axis=1), overlap.max(axis=1)
         own_row, other_row = o[own.argmax(axis=1)], o[other.argmax(axis=1)]
@@ -303,7 +304,7 @@ def _judge(prepared: Prepared, foreground_iou: float, background_iou: float) -> 
 def _by_image(
     of_detections: Int64[np.ndarray, " n"], of_objects: Int64[np.ndarray, " m"]
 ) -> Iterator[tuple[Int64[np.ndarray, " d"], Int64[np.ndarray, " o"]]]:
-    """The rows of the detections and of the objects of each image that has both, ascending."""
+    """Yields the rows of the detections and of the objects for each image that has both, in ascending order."""
     by_detection, by_object = np.argsort(of_detections, kind="stable"), np.argsort(of_objects, kind="stable")
     images = np.intersect1d(of_detections, of_objects)
     groups = []
@@ -316,7 +317,7 @@ def _by_image(
 def _overlaps(
     evaluation: COCOeval, results: Int64[np.ndarray, " d"], annotations: Int64[np.ndarray, " o"]
 ) -> Float64[np.ndarray, "d o"]:
-    """The IoU of each detection with each object of an image."""
+    """Returns the IoU of each detection with each object of an image."""
     key = "bbox" if evaluation.params.iouType == "bbox" else "segmentation"
     detected: Any = [evaluation.cocoDt.anns[int(row) + 1][key] for row in results]
     objects: Any = [evaluation.cocoGt.anns[int(row) + 1][key] for row in annotations]

@@ -1,4 +1,4 @@
-"""A checked dataset and checked results as pycocotools takes them."""
+"""Converts checked datasets and results to pycocotools' format."""
 
 import contextlib
 import io
@@ -16,18 +16,19 @@ from ..data import CocoDataset, encode_segmentation, load_annotations
 from ._checks import check_results, mask_areas
 
 
-# The truth of an evaluation: a dataset, or what `load_annotations` makes one of.
+# The ground truth of an evaluation: a dataset, or an argument of `load_annotations`.
 Truth = CocoDataset | str | os.PathLike | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """pycocotools' evaluation, still to be run, and what its numbers stand for.
+    """A pycocotools evaluation that has not been run yet, and the original ids behind its ids.
 
-    It knows images by their rank among the sorted ids, from 1, and categories by their label, from 1: pycocotools
-    turns large ids into floats. Annotations and results are counted from 1 too, as it takes a match with id 0 for none.
+    In the evaluation, the id of an image is its rank in the sorted ids, from 1, and that of a category is its label
+    plus 1, since pycocotools converts large ids to floats. Annotations and results are also numbered from 1, since
+    pycocotools treats a match with id 0 as no match.
 
-    - `image_ids`: by rank. `annotation_ids`: of the annotations as they are counted.
+    - `image_ids`: the original image ids by rank. `annotation_ids`: the original annotation ids by number.
     """
 
     evaluation: COCOeval
@@ -43,7 +44,7 @@ def prepare(
     iou_type: Literal["bbox", "segm"],
     image_ids: Sequence[int] | None,
 ) -> Prepared:
-    """An evaluation of checked results on a checked dataset."""
+    """Checks the dataset and the results, and sets up their evaluation."""
     dataset = annotations if isinstance(annotations, CocoDataset) else load_annotations(annotations)
     for kind, entries in (("images", dataset.images), ("categories", dataset.categories)):
         if not entries:
@@ -82,9 +83,9 @@ def prepare(
 def _truth(
     dataset: CocoDataset, rank: Int64[np.ndarray, " i"], iou_type: str
 ) -> tuple[list[dict[str, Any]], Int64[np.ndarray, " m"]]:
-    """The dataset's objects as pycocotools has annotations, and the ids that they have in the file.
+    """Returns the dataset's objects as pycocotools annotations, and their ids in the file.
 
-    The area is the file's. Where it has none, it is that of the box, or of the mask.
+    Areas are those of the file or, where it has none, those of the boxes or masks.
     """
     entries, ids = [], []
     for index, image in enumerate(dataset.images):
@@ -95,7 +96,7 @@ def _truth(
             missing = [segmentation is None for segmentation in objects.segmentations]
             if any(missing):
                 id = objects.annotation_ids[missing.index(True)]
-                what = "has no segmentation. Evaluate boxes, or leave it out."
+                what = "has no segmentation. Evaluate boxes instead, or remove it."
                 raise ValueError(f"{dataset.annotations_path}: annotation {id} of image {image.id} {what}")
             size = image.height, image.width
             shapes = [encode_segmentation(segmentation, size) for segmentation in objects.segmentations]
@@ -115,7 +116,7 @@ def _entries(
     iou_type: str,
     shapes: Sequence[Any],
 ) -> list[dict[str, Any]]:
-    """Annotations or results as pycocotools has them, still without ids."""
+    """Returns annotations or results in pycocotools' format, without ids."""
     key = "bbox" if iou_type == "bbox" else "segmentation"
     columns = ranks.tolist(), (labels + 1).tolist(), areas.tolist(), crowd.astype(np.int64).tolist(), shapes
     return [
@@ -125,7 +126,7 @@ def _entries(
 
 
 def _index(base: dict[str, list[Any]], entries: list[dict[str, Any]]) -> COCO:
-    """pycocotools' index of annotations or results."""
+    """Numbers annotations or results from 1 and indexes them with pycocotools."""
     for id, entry in enumerate(entries, start=1):
         entry["id"] = id
     coco = COCO()

@@ -1,4 +1,4 @@
-"""Detections in COCO's results format, in pixels of the original images."""
+"""Converts detections to COCO's results format, in pixels of the original images."""
 
 import json
 import os
@@ -18,9 +18,10 @@ from ..ops import paste_masks
 from ._checks import check_fields, check_masks
 
 
-# Masks are pasted this many at a time, or fewer if they are large: a single program for each canvas, of bounded memory.
+# Masks are pasted in chunks of this size, or smaller on a large canvas: one program per canvas, with bounded memory.
 _CHUNK, _CHUNK_PIXELS = 16, 2**24
-# Canvas of an original larger than its batch's: its size rounded up, so that few programs serve many sizes.
+# If the original image is larger than the batch's canvas, its size is rounded up to a multiple of this, so that a few
+# programs serve many sizes.
 _CANVAS_STEP = 256
 
 
@@ -32,18 +33,19 @@ def to_coco_results(
     category_ids: Sequence[int],
     mask_threshold: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """The detections of a batch as a list that `evaluate_coco` and pycocotools' `loadRes` take, and JSON can hold.
+    """Converts the detections of a batch to COCO's results format, for `evaluate_coco`, pycocotools' `loadRes` or JSON.
 
-    - `detections`: batched as `images` are, boxes in their pixels. Images and rows that are not valid give nothing.
-    - `image_ids`: the id of every image of the dataset, by its position there (`images.indices`).
+    - `detections`: with the same batch axis as `images`, and boxes in pixels of `images`. Images and rows that are not
+      valid are skipped.
+    - `image_ids`: the id of every image of the dataset, by its position in the dataset (`images.indices`).
     - `category_ids`: the category id of every label.
-    - `mask_threshold`: a pixel belongs to a mask if its probability is above. Masks are pasted into their boxes
-      (`detectax_eqx.ops.paste_masks`) at the original image's resolution, and given as compressed run lengths.
+    - `mask_threshold`: a pixel belongs to a mask if its probability is above this. Masks are pasted into their boxes
+      (`detectax_eqx.ops.paste_masks`) at the resolution of the original image and encoded as compressed run lengths.
 
-    Each result has `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and `segmentation` if there are
-    masks, in the order of the detections. Boxes and masks are mapped to `images.original_sizes`.
+    Returns results in the order of the detections. Each has `image_id`, `category_id`, `bbox` (x, y, width, height),
+    `score`, and `segmentation` if there are masks. Boxes and masks are scaled to `images.original_sizes`.
 
-    Raises a `ValueError` if a label has no category id, or an image's index no image id.
+    Raises a `ValueError` if a label has no category id, or an image index has no image id.
 
     >>> pixels, sizes, ones = np.zeros((1, 64, 96, 3), np.uint8), np.array([[60, 80]], np.int32), np.ones(1, np.int32)
     >>> images = Images(pixels, sizes, 2 * sizes, ones, ones > 0, canvas=(64, 96))
@@ -62,7 +64,7 @@ def to_coco_results(
     masks = None if detections.masks is None else np.asarray(detections.masks)
     originals, indices = np.asarray(images.original_sizes), np.asarray(images.indices)
     source = images.pixels.shape[-3], images.pixels.shape[-2]
-    boxes = boxes * (originals / sizes.clip(1))[:, None, [1, 0, 1, 0]]
+    boxes = boxes * (originals / sizes.clip(1))[:, None, [1, 0, 1, 0]]  # (b, n, 4) * (b, 1, 4)
     results, paste = [], {}
     for i, row in np.argwhere(np.asarray(detections.valid) & np.asarray(images.valid)[:, None]):
         label, index = int(labels[i, row]), int(indices[i])
@@ -92,7 +94,7 @@ def to_coco_results(
 
 
 def encode_mask(mask: Bool[np.ndarray, "h w"]) -> dict[str, Any]:
-    """A mask as COCO's compressed run lengths, with text for JSON instead of bytes.
+    """Encodes a mask as COCO's compressed run lengths, as a string instead of bytes, for JSON.
 
     >>> encode_mask(np.array([[False, True], [False, True]]))
     {'size': [2, 2], 'counts': '22'}
@@ -102,9 +104,9 @@ def encode_mask(mask: Bool[np.ndarray, "h w"]) -> dict[str, Any]:
 
 
 def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes results as JSON. The file appears complete or not at all: it is written beside, then renamed.
+    """Writes results to a JSON file atomically: a temporary file is written and then renamed.
 
-    Raises a `ValueError` for a number that is not finite, which JSON has no place for.
+    Raises a `ValueError` for a number that is not finite, which JSON cannot represent.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -117,12 +119,12 @@ def write_results(results: Sequence[Mapping[str, Any]], path: str | os.PathLike)
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The results in a JSON file, checked as far as that is possible without the annotations.
+    """Reads results from a JSON file and checks them as far as possible without the annotations.
 
-    Raises a `ValueError` that names the file if it is not JSON, or not a list of objects; and in addition position,
-    image and value for the first result with: an `image_id`, `category_id` or `score` that is missing or of a wrong
+    Raises a `ValueError` that names the file if it is not JSON or not a list of objects. The error also names position,
+    image and value of the first result that has a missing `image_id`, `category_id` or `score`, a field of a wrong
     type, a number that is not finite, a box of negative size, a malformed mask, or run lengths that do not add up to
-    its size.
+    the mask's size.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +147,7 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _canvas(original: Int32[np.ndarray, " 2"], source: tuple[int, int]) -> tuple[int, int]:
-    """The size of canvas on which an image's masks are pasted: its batch's, unless the original is larger."""
+    """Returns the canvas size for pasting an image's masks: that of its batch, unless the original image is larger."""
     height, width = (int(side) for side in original)
     if height <= source[0] and width <= source[1]:
         return source
@@ -155,7 +157,7 @@ def _canvas(original: Int32[np.ndarray, " 2"], source: tuple[int, int]) -> tuple
 def _paste(
     masks: Float[np.ndarray, "n s t"], boxes: Float[np.ndarray, "n 4"], canvas: tuple[int, int], threshold: float
 ) -> Iterator[Bool[np.ndarray, "h w"]]:
-    """The masks on the canvas one by one, computed in chunks of one shape."""
+    """Yields the masks pasted onto the canvas one by one, computed in chunks of equal shape."""
     size = min(_CHUNK, max(1, _CHUNK_PIXELS // (canvas[0] * canvas[1])))
     for start in range(0, len(masks), size):
         chunk = slice(start, start + size)

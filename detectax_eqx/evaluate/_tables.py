@@ -1,4 +1,4 @@
-"""Views of an error analysis: confusion matrix, calibration, tidy rows, a table to print."""
+"""Views of an error analysis: confusion matrix, calibration, rows for data frames, and a text table."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,11 @@ from ._errors import ERROR_KINDS, IGNORED, RIGHT, ErrorAnalysis
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often detections of about the same score are right, in `b` bins of equal width over 0..1.
+    """The calibration of scores, in `b` bins of equal width over 0..1.
 
-    - `scores`, `precision`: mean score and share of right detections in each bin, 0 in one without any. `counts`.
-    - `error`: the expected calibration error, the mean over detections of their bin's |precision - score|.
+    - `scores`, `precision`: mean score and fraction of correct detections in each bin, 0 in empty bins.
+    - `counts`: number of detections in each bin.
+    - `error`: the expected calibration error, i.e. |precision - score| of the bins, averaged over detections.
     """
 
     scores: Float64[np.ndarray, " b"]
@@ -24,12 +25,12 @@ class Calibration:
 
 
 def confusion_matrix(analysis: ErrorAnalysis, *, score_threshold: float = 0.5) -> Int64[np.ndarray, "k1 k1"]:
-    """How often an object of one class (row) was found as another (column), among detections of at least that score.
+    """Counts how often objects of one class (row) are detected as another (column), with at least the score threshold.
 
-    The last column counts objects that nothing was found for, the last row detections that found nothing: of
-    background, and duplicates. What is right lies on the diagonal; of the others each, best first, claims the object of
-    another class that it covers best, if by the foreground IoU and not yet found or claimed. Detections on crowds are
-    left out.
+    The last column counts objects without a detection, the last row detections without an object: background and
+    duplicates. Correct detections lie on the diagonal. Each of the others, best first, claims the object of another
+    class with the largest IoU, if that reaches the foreground IoU and the object is not yet found or claimed.
+    Detections on crowds are left out.
 
     Raises a `ValueError` unless 0 <= `score_threshold` <= 1.
 
@@ -45,28 +46,28 @@ def confusion_matrix(analysis: ErrorAnalysis, *, score_threshold: float = 0.5) -
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}.")
-    found, objects = analysis.detections, analysis.objects
-    none = len(analysis.class_names)
-    counts = np.zeros((none + 1, none + 1), np.int64)
-    seen = found.scores >= score_threshold
+    detections, objects = analysis.detections, analysis.objects
+    background = len(analysis.class_names)
+    counts = np.zeros((background + 1, background + 1), np.int64)
+    confident = detections.scores >= score_threshold
     claimed = np.zeros(len(objects.labels), bool)
-    right = seen & (found.verdicts == RIGHT)
-    claimed[found.objects[right]] = True
-    counts += np.diag(np.bincount(found.labels[right], minlength=none + 1))
-    wrong = np.flatnonzero(seen & (found.verdicts >= 0))
-    for row in wrong[np.argsort(-found.scores[wrong], kind="stable")]:
-        rival = found.rivals[row]
+    right = confident & (detections.verdicts == RIGHT)
+    claimed[detections.objects[right]] = True
+    counts += np.diag(np.bincount(detections.labels[right], minlength=background + 1))
+    wrong = np.flatnonzero(confident & (detections.verdicts >= 0))
+    for row in wrong[np.argsort(-detections.scores[wrong], kind="stable")]:
+        rival = detections.rivals[row]
         if rival >= 0 and not claimed[rival]:
             claimed[rival] = True
-            counts[objects.labels[rival], found.labels[row]] += 1
+            counts[objects.labels[rival], detections.labels[row]] += 1
         else:
-            counts[none, found.labels[row]] += 1
-    counts[:, none] += np.bincount(objects.labels[~claimed], minlength=none + 1)
+            counts[background, detections.labels[row]] += 1
+    counts[:, background] += np.bincount(objects.labels[~claimed], minlength=background + 1)
     return counts
 
 
 def calibration(analysis: ErrorAnalysis, *, num_bins: int = 10) -> Calibration:
-    """How far scores can be read as the chance of being right, that is of being matched at the foreground IoU.
+    """Measures how well scores predict the probability that a detection is correct, i.e. matched at the foreground IoU.
 
     Detections on crowds are left out. A score of 1 belongs to the last bin.
 
@@ -95,11 +96,11 @@ def calibration(analysis: ErrorAnalysis, *, num_bins: int = 10) -> Calibration:
 
 
 def error_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
-    """One row for each detection and each missed object, as `pandas.DataFrame` takes them.
+    """Returns one row for each detection and each missed object, for example for `pandas.DataFrame`.
 
-    `image_id`, `category` (its name), `verdict` (`"right"`, `"ignored"` or a kind of error), `score`, `iou`, `object`
-    (the category of the object found or that the error is about), `result` (its position in the results) and
-    `annotation` (the id of the object's); `None` where there is none.
+    The fields are `image_id`, `category` (a name), `verdict` (`"right"`, `"ignored"` or a kind of error), `score`,
+    `iou`, `object` (category name of the object that was found or that the error is about), `result` (position in the
+    results) and `annotation` (annotation id of the object). Fields that do not apply are `None`.
 
     >>> from detectax_eqx.evaluate import analyze_errors
     >>> annotations = {
@@ -110,20 +111,20 @@ def error_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
     >>> [row["verdict"] for row in error_rows(analyze_errors(annotations, []))]
     ['missed']
     """
-    names, found, objects = analysis.class_names, analysis.detections, analysis.objects
+    names, detections, objects = analysis.class_names, analysis.detections, analysis.objects
     verdicts = {RIGHT: "right", IGNORED: "ignored"} | dict(enumerate(ERROR_KINDS))
     rows: list[dict[str, Any]] = []
-    for i in range(len(found.results)):
-        at = int(found.objects[i])
+    for i in range(len(detections.results)):
+        at = int(detections.objects[i])
         rows.append(
             {
-                "image_id": int(found.image_ids[i]),
-                "category": names[found.labels[i]],
-                "verdict": verdicts[int(found.verdicts[i])],
-                "score": float(found.scores[i]),
-                "iou": float(found.ious[i]),
+                "image_id": int(detections.image_ids[i]),
+                "category": names[detections.labels[i]],
+                "verdict": verdicts[int(detections.verdicts[i])],
+                "score": float(detections.scores[i]),
+                "iou": float(detections.ious[i]),
                 "object": names[objects.labels[at]] if at >= 0 else None,
-                "result": int(found.results[i]),
+                "result": int(detections.results[i]),
                 "annotation": int(objects.annotation_ids[at]) if at >= 0 else None,
             }
         )
@@ -145,7 +146,7 @@ def error_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
 
 
 def class_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
-    """One row for each class: `category`, `objects`, `detections`, `ap`, and the cost of each kind of error in its AP.
+    """Returns one row per class: `category`, `objects`, `detections`, `ap`, and the cost of each kind of error in AP.
 
     >>> from detectax_eqx.evaluate import analyze_errors
     >>> annotations = {
@@ -174,7 +175,7 @@ def class_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
 
 
 def format_errors(analysis: ErrorAnalysis) -> str:
-    """The cost and the number of each kind of error as a table, in points of AP; dashes if there are no objects.
+    """Formats number and cost, in points of AP, of each kind of error as a table. Without objects, costs are dashes.
 
     >>> from detectax_eqx.evaluate import analyze_errors
     >>> annotations = {
@@ -184,24 +185,24 @@ def format_errors(analysis: ErrorAnalysis) -> str:
     ... }
     >>> print(format_errors(analyze_errors(annotations, [])))  # doctest: +ELLIPSIS
     AP at IoU 0.50: 0.0
-    error           count  cost in AP
-    classification      0         0.0
+    error            count  cost in AP
+    classification       0         0.0
     ...
-    missed              1       100.0
-    all false           0         0.0
-    all not found       1       100.0
+    missed               1       100.0
+    false positives      0         0.0
+    false negatives      1       100.0
     """
     verdicts = analysis.detections.verdicts
     points = (lambda value: f"{100 * value:.1f}") if analysis.ap >= 0 else lambda _: "–"
     lines = [
         f"AP at IoU {analysis.foreground_iou:.2f}: {points(analysis.ap)}",
-        f"{'error':<14} {'count':>6}  {'cost in AP':>10}",
+        f"{'error':<15} {'count':>6}  {'cost in AP':>10}",
     ]
     rows = [(name, int((verdicts == kind).sum()), analysis.costs[name]) for kind, name in enumerate(ERROR_KINDS[:-1])]
     rows += [
         ("missed", int(analysis.objects.missed.sum()), analysis.costs["missed"]),
-        ("all false", int((verdicts >= 0).sum()), analysis.false_positive_cost),
-        ("all not found", int((~analysis.objects.found).sum()), analysis.false_negative_cost),
+        ("false positives", int((verdicts >= 0).sum()), analysis.false_positive_cost),
+        ("false negatives", int((~analysis.objects.found).sum()), analysis.false_negative_cost),
     ]
-    lines += [f"{name:<14} {count:>6}  {points(cost):>10}" for name, count, cost in rows]
+    lines += [f"{name:<15} {count:>6}  {points(cost):>10}" for name, count, cost in rows]
     return "\n".join(lines)

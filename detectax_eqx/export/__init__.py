@@ -1,4 +1,4 @@
-"""Ways out of Python: a detector as a file that other runtimes run."""
+"""Exports detectors to files that other runtimes can run: ONNX, TFLite and StableHLO."""
 
 from ._compare import ExportError as ExportError, compare_detections as compare_detections
 from ._edge import (

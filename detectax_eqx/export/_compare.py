@@ -1,4 +1,4 @@
-"""Detections of two runtimes in one image, matched and compared."""
+"""Matches and compares the detections of two runtimes in one image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,18 +7,18 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 
-# How far a runtime may be from JAX: pixels, scores, and probabilities of mask pixels.
+# Largest differences allowed between a runtime and JAX: pixels, scores, and probabilities of mask pixels.
 BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 1e-2
-# From this IoU on, two detections of a label are one that both sides found; what they differ by is then compared.
+# Two detections with the same label and at least this IoU match; their differences are then compared.
 MATCH_IOU = 0.5
-# So close to the threshold of suppression, rounding decides whether an overlap suppresses.
+# An IoU this close to the NMS threshold may fall on either side of it through rounding.
 IOU_TOLERANCE = 1e-4
-# Up to this score, a detection that only one side has may come from a proposal that rounding moved over a threshold.
+# Up to this score, a detection without a match may come from a proposal that rounding moved across a threshold.
 UNMATCHED_SCORE = 0.1
 
 
 class ExportError(ValueError):
-    """What was exported does not give what the model gives; the message names the output."""
+    """The outputs of an exported file differ from those of the model. The message names the output that differs."""
 
 
 def compare_detections(
@@ -31,17 +31,23 @@ def compare_detections(
     max_detections: int = 100,
     unmatched_score: float = UNMATCHED_SCORE,
 ) -> tuple[int, int]:
-    """Compares an exported file's detections in one image with the model's. Returns how many match, and do not.
+    """Compares an exported file's detections in one image with the model's.
 
-    Matched ones, see `match_detections`, must agree within .05 pixels, 1e-4 in score and .01 in mask probability. One
-    side may have a detection that the other lacks where rounding decides: if its score is at most `unmatched_score`, or
-    exceeds by at most 1e-4 the `score_threshold` or, where the other side is full, the lowest of its `max_detections`;
-    or if its IoU with a better detection of the other side, of its label, is within 1e-4 of `nms_threshold`.
+    Returns the number of matched pairs and the number of unmatched detections. Matched pairs, see `match_detections`,
+    must agree within .05 pixels, 1e-4 in score and .01 in mask probability. A detection may be unmatched if rounding
+    can explain it, that is, if
 
-    - `found`, `expected`: the file's and the model's `boxes`, `scores`, `labels`, and `masks` if there are any, valid
-      rows alone. `where`: what messages call the image.
+    - its score is at most `unmatched_score`;
+    - its score is at most 1e-4 above `score_threshold`, or above the lowest score of the other side if that side
+      already has `max_detections`;
+    - or its IoU with a detection of the other side that has its label and at least its score is within 1e-4 of
+      `nms_threshold`.
 
-    Raises an `ExportError` that names the image, and the score and box of what differs.
+    - `found`, `expected`: `boxes`, `scores`, `labels` and, if there are any, `masks` of the file and of the model.
+      Valid rows only.
+    - `where`: the name of the image in messages.
+
+    Raises an `ExportError` that names the image and gives the score and box of the detection that differs.
 
     >>> one = {"boxes": np.array([[0.0, 0.0, 10.0, 10.0]]), "scores": np.array([0.9]), "labels": np.array([1])}
     >>> compare_detections(one, one, where="street.jpg")
@@ -50,18 +56,18 @@ def compare_detections(
     rows, other_rows = match_detections(found, expected)
     sides = ((expected, other_rows, found, "the file lacks"), (found, rows, expected, "the model does not make"))
     unmatched = 0
-    for one, taken, other, what in sides:
+    for detections, matched_rows, other, problem in sides:
         limit = max(unmatched_score, score_threshold + SCORE_TOLERANCE)
         if len(other["scores"]) >= max_detections:
             limit = max(limit, float(np.min(other["scores"])) + SCORE_TOLERANCE)
-        for row in np.setdiff1d(np.arange(len(one["scores"])), taken).tolist():
+        for row in np.setdiff1d(np.arange(len(detections["scores"])), matched_rows).tolist():
             unmatched += 1
-            excused = one["scores"][row] <= limit or _at_threshold(one, row, other, nms_threshold)
-            if not excused:  # also where the score is NaN
+            excused = detections["scores"][row] <= limit or _at_threshold(detections, row, other, nms_threshold)
+            if not excused:  # also true if the score is NaN
                 raise ExportError(
-                    f"valid differs on {where}: {what} the detection {describe(one, row)}. Rounding excuses scores of "
-                    f"up to {limit:.4g}. If you can do without this one, set unmatched_score (--unmatched-score of "
-                    "export.py) or the score threshold above it."
+                    f"valid differs on {where}: {problem} the detection {describe(detections, row)}. Rounding can "
+                    f"explain this only for scores up to {limit:.4g}. To accept this detection, set unmatched_score "
+                    "(--unmatched-score of export.py) or the score threshold above its score."
                 )
     tolerances = {"boxes": BOX_TOLERANCE, "scores": SCORE_TOLERANCE, "masks": MASK_TOLERANCE}
     for name, tolerance in tolerances.items():
@@ -69,7 +75,7 @@ def compare_detections(
             continue
         difference = np.abs(np.asarray(found[name])[rows] - np.asarray(expected[name])[other_rows])
         worst = difference.reshape(len(rows), -1).max(axis=1)
-        if not worst.max() <= tolerance:  # also where it is NaN
+        if not worst.max() <= tolerance:  # also true for NaN
             row = other_rows[int(np.nan_to_num(worst, nan=np.inf).argmax())]
             raise ExportError(
                 f"{name} differ on {where} by {worst.max():.2g}, more than {tolerance:g}, in the model's detection "
@@ -79,22 +85,23 @@ def compare_detections(
 
 
 def check_counts(matched: int, unmatched: int, *, images: int) -> None:
-    """Refuses a file that has little in common with the model, though no image's comparison did: all scores are low.
+    """Rejects a file that shares few detections with the model, even if every image passed `compare_detections`.
 
-    Raises an `ExportError` if more detections are one side's alone than are of both, and than there are `images`.
+    This happens if all scores are low. Raises an `ExportError` if the unmatched detections outnumber both the matched
+    ones and the `images`.
     """
     if unmatched > max(matched, images):
         raise ExportError(
-            f"valid differs: of the detections in {images} images, {matched} are the model's and the file's, and "
-            f"{unmatched} of one alone. All of these have low scores: compare on images that show objects."
+            f"valid differs: of the detections in {images} images, {matched} match and {unmatched} appear on one side "
+            "only, all of them with low scores. Compare on images that show objects."
         )
 
 
 def match_detections(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Rows of `found` and of `expected` that are the same object: equal labels, and an IoU of at least .5 or boxes
-    within .05 pixels.
+    """Matches the detections of two sides. Returns the rows of `found` and of `expected` that form the pairs.
 
-    The closest boxes are matched first, of equally close ones those of the closest scores.
+    Two detections can match if their labels are equal and either their IoU is at least .5 or their boxes are within
+    .05 pixels. The closest boxes are matched first; ties are broken by the closest scores.
 
     >>> boxes = np.array([[0, 0, 10, 10], [20, 0, 30, 10]], np.float32)
     >>> one = {"boxes": boxes, "scores": np.array([0.9, 0.8]), "labels": np.array([1, 2])}
@@ -103,7 +110,7 @@ def match_detections(found: Mapping[str, Any], expected: Mapping[str, Any]) -> t
     ([1], [0])
     """
     boxes, other_boxes = (np.asarray(side["boxes"], np.float32).reshape(-1, 4) for side in (found, expected))
-    distance = np.abs(boxes[:, None] - other_boxes[None]).max(axis=2)  # (n, m): pixels between corners
+    distance = np.abs(boxes[:, None] - other_boxes[None]).max(axis=2)  # (n, m) largest coordinate difference in pixels
     score_distance = np.abs(np.asarray(found["scores"])[:, None] - np.asarray(expected["scores"])[None])
     rows: list[int] = []
     other_rows: list[int] = []
@@ -119,14 +126,14 @@ def match_detections(found: Mapping[str, Any], expected: Mapping[str, Any]) -> t
 
 
 def _possible(found: Mapping[str, Any], expected: Mapping[str, Any], boxes: Any, other: Any) -> Bool[np.ndarray, "n m"]:
-    """Which rows may be matched. Boxes within the tolerance may: one without area has no IoU."""
+    """Which pairs can match. Boxes within the tolerance always can, since a box without area has no IoU."""
     same_label = np.asarray(found["labels"])[:, None] == np.asarray(expected["labels"])[None]
     close = (np.abs(boxes[:, None] - other[None]) <= BOX_TOLERANCE).all(axis=2)
     return same_label & ((_iou(boxes, other) >= MATCH_IOU) | close)
 
 
 def _at_threshold(one: Mapping[str, Any], row: int, other: Mapping[str, Any], nms_threshold: float) -> bool:
-    """Whether a better detection of the other side overlaps this one by the threshold itself, but for rounding."""
+    """Whether the IoU with a better detection of the same label equals the NMS threshold up to rounding."""
     boxes, other_boxes = (np.asarray(side["boxes"], np.float32).reshape(-1, 4) for side in (one, other))
     better = np.asarray(other["scores"]) >= one["scores"][row] - SCORE_TOLERANCE
     rivals = better & (np.asarray(other["labels"]) == one["labels"][row])
@@ -135,16 +142,16 @@ def _at_threshold(one: Mapping[str, Any], row: int, other: Mapping[str, Any], nm
 
 
 def _iou(boxes: np.ndarray, other: np.ndarray) -> Float[np.ndarray, "n m"]:
-    """Intersection over union of every pair, 0 where there is no area."""
+    """Pairwise intersection over union, 0 where the union has no area."""
     low, high = np.maximum(boxes[:, None, :2], other[None, :, :2]), np.minimum(boxes[:, None, 2:], other[None, :, 2:])
-    intersection = np.maximum(high - low, 0).prod(axis=2)
+    intersection = np.maximum(high - low, 0).prod(axis=2)  # (n, m)
     areas, other_areas = ((side[:, 2:] - side[:, :2]).prod(axis=1) for side in (boxes, other))
     union = areas[:, None] + other_areas[None] - intersection
     return np.where(union > 0, intersection / np.where(union > 0, union, 1), 0)
 
 
 def describe(detections: Mapping[str, Any], row: int) -> str:
-    """One detection in words."""
+    """The label, score and box of one detection, as text."""
     x0, y0, x1, y1 = np.asarray(detections["boxes"])[row].tolist()
     label, score = int(detections["labels"][row]), float(detections["scores"][row])
     return f"of label {label}, score {score:.4g}, box ({x0:.1f}, {y0:.1f}, {x1:.1f}, {y1:.1f})"
@@ -157,7 +164,7 @@ def valid_rows(outputs: Mapping[str, Any], image: int) -> dict[str, np.ndarray]:
 
 
 def name_of(names: Sequence[str], position: int, count: int) -> str:
-    """What messages call an image: its own name if it has one."""
+    """The name of an image in messages: its own if `names` are given, otherwise its position."""
     if position >= count:
         return "a black image"
     return names[position] if names else f"image {position}"

@@ -1,4 +1,4 @@
-"""A box detector's network as full-integer TFLite files, with decoding, suppression and RoIAlign on the host."""
+"""Exports a box detector's network to full-integer TFLite files; decoding, NMS and RoIAlign run on the host."""
 # pyright: reportMissingImports=false
 
 import json
@@ -38,8 +38,8 @@ from ._program import Shape, about_model, resize_rule
 
 NETWORK, BOX_HEAD = "network.tflite", "box_head.tflite"
 SIGNATURE = "serving_default"
-# What the Edge TPU of Coral computes, by TFLite's names: the table "Supported operations" of coral.ai/docs/edgetpu/
-# models-intro. Each has conditions of its own there; the Edge TPU compiler has the last word.
+# TFLite names of the operators that the Coral Edge TPU supports, from the table "Supported operations" of
+# coral.ai/docs/edgetpu/models-intro. Each operator has further conditions there; the Edge TPU compiler decides.
 EDGE_TPU_OPERATORS = {
     "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "EXPAND_DIMS", "FULLY_CONNECTED",
     "L2_NORMALIZATION", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PACK", "PAD", "PRELU",
@@ -58,24 +58,27 @@ def save_tflite(
     class_names: Sequence[str],
     selection: Selection | None = None,
 ) -> None:
-    """Writes `network.tflite`, `box_head.tflite` and `about.json` to a folder, weights and activations in int8.
+    """Writes `network.tflite`, `box_head.tflite` and `about.json` to a folder, with int8 weights and activations.
 
-    - The network maps an image on its canvas, normalised, `(1, h, w, c)`, to `features0`, …, `logits0`, … and
-      `deltas0`, … of the pyramid's levels, channels last.
+    - The network maps a normalised image on its canvas, `(1, h, w, c)`, to `features0`, …, `logits0`, … and
+      `deltas0`, … of the pyramid levels, channels last.
     - The box head maps the pooled features of all proposals, `(n, c * s * s)`, to `logits` and `deltas`.
 
-    All inputs and outputs are int8, with the scales that the files say. What goes before, between and after is
-    `TFLiteDetector`'s.
+    All inputs and outputs are int8; the files hold their quantisation scales. `TFLiteDetector` runs the steps before,
+    between and after the two networks.
 
-    - `model`: a two-stage detector of boxes alone. `selection`: its `TwoStageSelection`; default its own.
-    - `images`: some dozens like those that are to come, on which ranges are measured.
+    - `model`: a two-stage detector that predicts boxes only.
+    - `selection`: which detections are kept, a `TwoStageSelection`; default `model.selection`.
+    - `images`: a few dozen representative images, used to calibrate the quantisation ranges.
 
-    Raises a `ValueError` for another detector, a batch other than 1 or without images, and an `ImportError` that names
-    the extra `edge` if it is missing.
+    Raises a `ValueError` for any other detector, for a batch other than 1, and if there are no images. Raises an
+    `ImportError` that names the extra `edge` if it is not installed.
     """
     require("edge")
     if shape.batch != 1 or not images:
-        raise ValueError(f"batch must be 1 and images at least one, got {shape.batch} and {len(images)}.")
+        raise ValueError(
+            f"batch must be 1 and images must hold at least one image, got {shape.batch} and {len(images)}."
+        )
     about = about_model(model, class_names, selection) | {"shape": asdict(shape)}
     host = _Host(model, selection, shape)
     detector = two_stage_parts(fold_norms(model), selection).model
@@ -110,11 +113,11 @@ def save_tflite(
 
 
 class TFLiteDetector:
-    """A detector from a folder of `save_tflite`, in the LiteRT interpreter; `model` gives its anchors and scales.
+    """Runs the files of `save_tflite` in the LiteRT interpreter. `model` supplies the anchors and scales.
 
-    A call takes an image of any size that fits the source and gives `Detections` in its pixels.
+    Calling it with an image of any size that fits the source returns `Detections` in the image's pixels.
 
-    Raises a `ValueError` if the model's preprocessing is not that of the files.
+    Raises a `ValueError` if the model's preprocessing differs from that of the files.
     """
 
     def __init__(self, model: AbstractDetector, folder: str | os.PathLike):
@@ -134,32 +137,32 @@ class TFLiteDetector:
         self._files = {file: Interpreter(str(Path(folder) / file)) for file in (NETWORK, BOX_HEAD)}
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"]) -> Detections:
-        """Detections in the image."""
+        """Returns the detections in the image, in its pixels."""
         pixels, size = self._host.prepare(image)
         proposals, pooled = self._host.pool(self._run(NETWORK, image=pixels), size)
         outputs = self._run(BOX_HEAD, pooled=pooled)
         return self._host.detections(outputs, proposals, size, jnp.asarray(image.shape[:2], jnp.int32))
 
     def operators(self) -> set[str]:
-        """TFLite's names of the operators in both files; those beyond `EDGE_TPU_OPERATORS` run on the host's CPU."""
-        found = {detail["op_name"] for file in self._files.values() for detail in file._get_ops_details()}
-        # What the interpreter hands to a CPU library is listed once more, under this name.
-        return found - {"DELEGATE"}
+        """TFLite names of the operators in both files. Those not in `EDGE_TPU_OPERATORS` run on the host's CPU."""
+        names = {detail["op_name"] for file in self._files.values() for detail in file._get_ops_details()}
+        # The interpreter lists operators that it delegates to a CPU library a second time, under this name.
+        return names - {"DELEGATE"}
 
     def _run(self, file: str, **inputs: Any) -> dict[str, Array]:
         runner = self._files[file].get_signature_runner(SIGNATURE)
         ((name, array),), details = inputs.items(), runner.get_input_details()
         scale, zero = details[name]["quantization"]
-        steps = np.clip(np.rint(np.asarray(array) / scale) + zero, -128, 127).astype(np.int8)
+        quantized = np.clip(np.rint(np.asarray(array) / scale) + zero, -128, 127).astype(np.int8)
         scales = {name: detail["quantization"] for name, detail in runner.get_output_details().items()}
         return {
             name: jnp.asarray((output.astype(np.float32) - scales[name][1]) * np.float32(scales[name][0]))
-            for name, output in runner(**{name: steps}).items()
+            for name, output in runner(**{name: quantized}).items()
         }
 
 
 class _Host:
-    """What is left to the host: resizing, proposals, RoIAlign, suppression."""
+    """The steps that run on the host: resizing, proposals, RoIAlign and NMS."""
 
     def __init__(self, model: AbstractDetector, selection: Selection | None, shape: Shape):
         self._model, self.selection = two_stage_parts(model, selection)
@@ -169,7 +172,7 @@ class _Host:
         self._prepare = eqx.filter_jit(_prepare)
 
     def prepare(self, image: UInt8[np.ndarray, "h w c"]) -> tuple[Float[Array, "1 ch cw c"], Int32[Array, " 2"]]:
-        """The image on its canvas, normalised, and its size there."""
+        """Resizes and normalises an image on its canvas. Returns it with its size on the canvas."""
         height, width = image.shape[:2]
         padded = np.zeros((*self._shape.source, self._shape.channels), np.uint8)
         padded[:height, :width] = image
@@ -178,7 +181,7 @@ class _Host:
         return self._prepare(self._model, jnp.asarray(padded), image_size, size, self._shape.canvas), size
 
     def pool(self, outputs: Mapping[str, Array], size: Int32[Array, " 2"]) -> tuple[Proposals, Float[Array, "n i"]]:
-        """The proposals in the network's outputs, and their features."""
+        """Returns the proposals from the network's outputs, and their pooled features."""
         return self._pool(self._model, dict(outputs), size, self._shape.canvas, self.selection)
 
     def detections(
@@ -188,7 +191,7 @@ class _Host:
         size: Int32[Array, " 2"],
         image_size: Int32[Array, " 2"],
     ) -> Detections:
-        """The detections in the box head's outputs."""
+        """Decodes the box head's outputs and applies NMS. Returns detections in the image's own pixels."""
         weights = self._model.box_head.weights
         return self._detections(dict(outputs), proposals, size, image_size, self.selection, weights)
 
@@ -202,7 +205,7 @@ def _pool(model, outputs, size, canvas, selection):
     levels = range(len(model.rpn.anchor_sizes))
     features = tuple(outputs[f"features{i}"][0].transpose(2, 0, 1) for i in levels[:-1])
     shapes = [outputs[f"logits{i}"].shape for i in levels]
-    # The anchors of the model's own head on maps of these sizes.
+    # Running the RPN on zeros of these sizes yields its anchors.
     blank = [jnp.zeros((model.backbone.channels, *shape[1:3])) for shape in shapes]
     anchors = model.rpn(blank, canvas).anchors
     logits = tuple(outputs[f"logits{i}"].reshape(-1) for i in levels)
@@ -221,7 +224,7 @@ def _pool(model, outputs, size, canvas, selection):
 
 
 def _detections(outputs, proposals, size, image_size, selection, weights):
-    found = box_detections(
+    detections = box_detections(
         outputs["logits"],
         outputs["deltas"].reshape(*outputs["logits"].shape, 4),
         proposals,
@@ -233,11 +236,11 @@ def _detections(outputs, proposals, size, image_size, selection, weights):
         weights=weights,
     )
     ratio = image_size.astype(jnp.float32) / size.astype(jnp.float32)
-    return replace(found, boxes=found.boxes * jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])[None])
+    return replace(detections, boxes=detections.boxes * jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])[None])
 
 
 def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: jax.ShapeDtypeStruct) -> bytes:
-    """A function of one array as a float TFLite file, by way of StableHLO."""
+    """Converts a function of one array to a float TFLite model, via StableHLO."""
     from litert_converter import converter_api_ext as converter
     from litert_converter.mlir import ir, passmanager
 
@@ -268,22 +271,25 @@ def _to_tflite(function: Callable[..., dict[str, Array]], name: str, example: ja
 
 
 def _write_int8(path: Path, model: bytes, samples: list[dict[str, np.ndarray]]) -> None:
-    """Quantises a float TFLite file, inputs and outputs included, with ranges seen on samples of its input."""
+    """Quantises a float TFLite model, including its inputs and outputs, with ranges measured on sample inputs."""
     from ai_edge_quantizer import quantizer, recipe
 
     quantize = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
     with warnings.catch_warnings():
-        # Ranges are read off all tensors, against which the interpreter warns for its memory.
+        # Calibration reads every tensor; the interpreter warns about the memory that this takes.
         warnings.filterwarnings("ignore", message="(?s).*experimental_preserve_all_tensors", category=UserWarning)
         ranges = quantize.calibrate({SIGNATURE: samples})
         quantize.quantize(ranges).export_model(path, overwrite=True)
 
 
 def _convolve(x, weight, *bias, stride, padding):
-    """Of one map, channels last, as TFLite has it: transposes of neighbours cancel, and the bias is the operator's."""
+    """A convolution of one map with channels last, TFLite's layout.
+
+    The transposes between adjacent operators cancel, and the bias becomes part of the convolution operator.
+    """
     y = lax.conv_general_dilated(
-        x[0].transpose(1, 2, 0)[None],
-        weight.transpose(2, 3, 1, 0),
+        x[0].transpose(1, 2, 0)[None],  # (1, h, w, c)
+        weight.transpose(2, 3, 1, 0),  # (o, i, kh, kw) -> (kh, kw, i, o)
         (stride, stride),
         ((padding, padding),) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -292,7 +298,7 @@ def _convolve(x, weight, *bias, stride, padding):
 
 
 def _max_pool(x, *, window_dimensions, window_strides, padding, **_):
-    """Of a map `(c, h, w)`, padded with 0: what is pooled went through a ReLU."""
+    """Max pooling of a map `(c, h, w)`. Padding with 0 is correct because the input comes from a ReLU."""
     channels_last = [1, 2, 0]
     x = jnp.pad(x.transpose(channels_last), [padding[i] for i in channels_last])[None]
     window, strides = ((1, *(sizes[i] for i in channels_last)) for sizes in (window_dimensions, window_strides))
@@ -300,15 +306,15 @@ def _max_pool(x, *, window_dimensions, window_strides, padding, **_):
 
 
 def _slice(x, *, start_indices, limit_indices, strides):
-    """Of a map `(c, h, w)`: what a convolution of 1x1 with a stride sees of it."""
+    """A slice of a map `(c, h, w)`: the positions that a strided 1×1 convolution reads."""
     channels_last = [1, 2, 0]
     cuts = (sizes and [sizes[i] for i in channels_last] for sizes in (start_indices, limit_indices, strides))
     return lax.slice(x.transpose(channels_last), *cuts).transpose(2, 0, 1)
 
 
 def _upsample(x):
-    """By concatenation, which edge accelerators have."""
+    """Nearest-neighbour upsampling by 2 through concatenation, an operator that edge accelerators support."""
     x = x.transpose(1, 2, 0)
     height, width, channels = x.shape
-    x = jnp.concatenate([x, x], axis=2).reshape(height, 1, 2 * width * channels)
+    x = jnp.concatenate([x, x], axis=2).reshape(height, 1, 2 * width * channels)  # each column twice
     return jnp.concatenate([x, x], axis=1).reshape(2 * height, 2 * width, channels).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Optional packages, and what to install where one is missing."""
+"""Checks for optional packages."""
 
 import logging
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 
-# What each extra of pyproject.toml brings, by the names under which it is imported.
+# The modules that each extra of pyproject.toml installs, by import name.
 EXTRAS = {
     "onnx": ("jax2onnx", "onnx", "onnxruntime"),
     "edge": ("litert_converter", "ai_edge_quantizer", "ai_edge_litert"),
@@ -14,7 +14,7 @@ EXTRAS = {
 
 
 def require(extra: str) -> None:
-    """Raises an `ImportError` that names the extra and how to install it, unless all that it brings is there.
+    """Raises an `ImportError` with the install command unless every module of the extra is installed.
 
     >>> require("onxx")
     Traceback (most recent call last):
@@ -24,13 +24,13 @@ def require(extra: str) -> None:
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"{', '.join(missing)} is missing, which the extra {extra!r} brings: pip install 'detectax_eqx[{extra}]'."
+            f"{', '.join(missing)} is missing. Install the extra {extra!r}: pip install 'detectax_eqx[{extra}]'."
         )
 
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Within it, the library's logger `name` passes on errors only."""
+    """A context in which the logger `name` reports errors only."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

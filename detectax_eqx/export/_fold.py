@@ -1,4 +1,4 @@
-"""What a program need not compute: frozen norms go into the convolutions before them, and constants are worked out."""
+"""Simplifies programs for export: folds frozen norms into convolutions, and folds constants."""
 
 import ast
 import math
@@ -17,16 +17,16 @@ from ..nn import Conv2d, FrozenBatchNorm
 
 Module = TypeVar("Module")
 
-# A constant of more numbers is left for the runtime to work out, rather than make the file so much larger.
+# Constants with more elements than this are not folded, since they would enlarge the file: the runtime computes them.
 LARGEST_CONSTANT = 2**20
 CONTROL_FLOW = ("scan", "while", "cond")
 
 
 def fold_norms(model: Module) -> Module:
-    """A copy of `model` that has each `FrozenBatchNorm` within the weight and bias of its convolution.
+    """Returns a copy of `model` with each `FrozenBatchNorm` folded into the weight and bias of its convolution.
 
-    That is the norm of a module's field `norm1` and the convolution of `conv1`, say. Other norms depend on the image,
-    and stay.
+    Norms and convolutions are paired by field name, for example `norm1` with `conv1`. Other norms depend on the image
+    and are left unchanged.
 
     >>> import jax.numpy as jnp, jax.random as jr
     >>> from detectax_eqx.nn import resnet18
@@ -53,6 +53,7 @@ def _pairs(node: Any) -> Iterator[tuple[Conv2d, FrozenBatchNorm]]:
 
 
 def _folded(conv: Conv2d, norm: FrozenBatchNorm) -> Conv2d:
+    # (w * x + b - mean) * scale + norm.bias = (w * scale) * x + shift
     scale = norm.weight * lax.rsqrt(norm.running_var + norm.eps)
     shift = norm.bias - norm.running_mean * scale
     if conv.bias is not None:
@@ -65,18 +66,19 @@ Rewrites = Mapping[str, Callable[..., Any]]
 
 
 def trace(function: Callable[..., Any], *specs: Any) -> core.ClosedJaxpr:
-    """The program of `function` in plain operations, in which a convolution is one, `convolve`, with its bias."""
+    """Traces `function` to plain operations. A convolution and its bias become one operation, `convolve`."""
     with plain_operations([trick for trick in TRICKS if trick != "convolution"]):
         return jax.make_jaxpr(function)(*specs)
 
 
 def fold_constants(jaxpr: core.ClosedJaxpr, *, rewrites: Rewrites | None = None) -> core.ClosedJaxpr:
-    """The same program with constants computed, unused operations left out, and functions within it opened up.
+    """Returns the same program with constants folded, unused operations removed and inner functions inlined.
 
-    Anchors are most of it. A converter that takes time for each operation has a third of them left.
+    Most of the folded operations compute anchors. About a third of the operations remain, which matters for converters
+    whose running time grows with their number.
 
-    - `rewrites`: functions that replace operations, by name, outside of loops and branches. Of a primitive they take
-      operands and parameters, of a named call (`_xla.named_call`) operands and options.
+    - `rewrites`: functions that replace operations outside loops and branches, by name. A replacement takes the
+      operands and parameters of a primitive, or the operands and options of a named call (`_xla.named_call`).
     """
 
     def run(*arguments: Any) -> list[Any]:
@@ -104,7 +106,10 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, rewrites: Rewrites
 
 
 def _needed(jaxpr: core.Jaxpr) -> list[Any]:
-    """The operations that the results come from. Those that lay out features for `ops.roi_align` may be no more."""
+    """The operations that the results depend on.
+
+    After rewriting, the operations that lay out features for `ops.roi_align` may be unused.
+    """
     needed, eqns = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}, []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(var in needed for var in eqn.outvars):
@@ -114,7 +119,7 @@ def _needed(jaxpr: core.Jaxpr) -> list[Any]:
 
 
 def _named(eqn: Any) -> tuple[str, dict[str, Any]]:
-    """What an operation is called, and its parameters or, if it is a named call, its options."""
+    """The name of an operation, and its parameters or, for a named call, its options."""
     called = eqn.params.get("name", "")
     if not called.endswith(")"):
         return eqn.primitive.name, eqn.params

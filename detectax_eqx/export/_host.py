@@ -1,4 +1,4 @@
-"""Suppression on the host, in NumPy alone, for runtimes that have no operator for it."""
+"""Non-maximum suppression in NumPy, for runtimes that have no operator for it."""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -13,10 +13,11 @@ def host_nms(
     iou_threshold: float,
     max_outputs: int,
 ) -> Int[np.ndarray, " m"]:
-    """Rows that class-aware suppression keeps, best score first, at most `max_outputs`: those of `ops.nms_indices`.
+    """Class-aware NMS. Returns at most `max_outputs` rows, highest score first, as `ops.nms_indices` does.
 
-    To be copied into a program that has no JAX. A box is dropped if its IoU with a kept one of its label is greater
-    than `iou_threshold`; of equal scores the earlier row comes first. Rows that are not `valid` are not looked at.
+    The function depends on NumPy only, so it can be copied into a program without JAX. A box is dropped if its IoU with
+    a kept box of the same label is greater than `iou_threshold`. Equal scores are ordered by row. Rows that are not
+    `valid` are ignored.
 
     >>> boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10]], np.float32)
     >>> scores, ones = np.array([0.8, 0.9, 0.7], np.float32), np.ones(3, np.int32)

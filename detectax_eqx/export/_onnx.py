@@ -1,4 +1,4 @@
-"""A detector as one ONNX file, which is compared with the model before it is kept."""
+"""Exports a detector to one ONNX file, and compares the file with the model before it is kept."""
 # pyright: reportMissingImports=false
 
 import json
@@ -38,27 +38,27 @@ def save_onnx(
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
 ) -> None:
-    """Writes a detector to an ONNX file: resizing, network, suppression, RoIAlign and masks, in operators of its own.
+    """Writes a detector to an ONNX file, including resizing, NMS, RoIAlign and masks, using standard ONNX operators.
 
-    Inputs are `images`, uint8 `(b, h, w, c)` padded to `shape.source`, RGB where c is 3, and `image_sizes`, their int32
-    `(height, width)`, `(b, 2)`. Outputs are `boxes`, `scores`, `labels`, `valid` and `masks` if the model has them, as
-    `Detections` has them. The file's metadata holds `class_names`, `shape`, `preprocessing` and
+    The inputs are `images`, uint8 `(b, h, w, c)` padded to `shape.source` and RGB if c is 3, and `image_sizes`, their
+    `(height, width)` as int32 `(b, 2)`. The outputs are `boxes`, `scores`, `labels`, `valid` and, if the model predicts
+    them, `masks`, as in `Detections`. The metadata of the file holds `class_names`, `shape`, `preprocessing` and
     `selection` as JSON.
 
-    - `images`: real ones, on which onnxruntime's detections are compared with the model's before the file is kept. A
-      black one is added to them, if the model finds nothing in it.
+    - `images`: real images. Before the file is kept, onnxruntime's detections in them are compared with the model's. A
+      black image is added if the model detects nothing in it.
     - `selection`: which detections the file keeps; default `model.selection`, see `detection_program`.
-    - `unmatched_score`: the score up to which a detection may be the file's or the model's alone. Rounding differs
-      between runtimes, and may move the overlap of two proposals, or the rank of one, over a threshold.
-    - `image_names`: what errors call the images; default their positions.
+    - `unmatched_score`: the score up to which a detection of the file or of the model may be unmatched. Rounding
+      differs between runtimes, and can move the overlap of two proposals, or the rank of one, across a threshold.
+    - `image_names`: the names of the images in error messages; default their positions.
 
-    The function needs the extra `onnx`. The mask head runs on all `max_detections` boxes, not only on those that are
-    valid. The file appears complete or not at all.
+    The function needs the extra `onnx`. The mask head runs on all `max_detections` boxes, including invalid ones. The
+    file is written atomically.
 
-    Raises an `ExportError` if a detection differs by over .05 pixels, 1e-4 in its score or .01 in its mask, or if one
-    of a score above `unmatched_score` has no counterpart of its label and an IoU of at least .5; a `ValueError` if
-    `class_names` are not as many as the model's classes, an image does not fit, or `unmatched_score` is not in 0..1; an
-    `ImportError` that names the extra if it is missing.
+    Raises an `ExportError` if a detection differs by more than .05 pixels, 1e-4 in its score or .01 in its mask, or if
+    a detection with a score above `unmatched_score` has no counterpart with its label and an IoU of at least .5. Raises
+    a `ValueError` if the number of `class_names` differs from the model's number of classes, if an image does not fit,
+    or if `unmatched_score` is not in 0..1. Raises an `ImportError` that names the extra if it is not installed.
     """
     require("onnx")
     import onnx
@@ -82,9 +82,10 @@ def save_onnx(
 
 
 def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
-    """The `onnx.ModelProto` of a file of `save_onnx`, and its `class_names`, `shape`, `preprocessing`, `selection`.
+    """Reads a file written by `save_onnx`. Returns the `onnx.ModelProto` and a dictionary of its metadata.
 
-    The last two are dictionaries of the fields of the model's dataclasses.
+    The metadata holds `class_names`, `shape`, `preprocessing` and `selection`. The last two are dictionaries of the
+    fields of the model's dataclasses.
     """
     require("onnx")
     import onnx
@@ -97,7 +98,7 @@ def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
 
 
 def to_proto(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Any:
-    """The detector as an `onnx.ModelProto`."""
+    """Converts the detector to an `onnx.ModelProto`."""
     folded = fold_norms(model)
     program = image_program(folded, shape, selection)
     specs = {
@@ -119,10 +120,11 @@ def convert(
     batch: int | None = None,
     calls: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Any:
-    """A function of `model` from arrays like `specs`, in order, to arrays by name, as an `onnx.ModelProto`.
+    """Converts a function to an `onnx.ModelProto`. It takes arrays like `specs`, in order, and returns arrays by name.
 
-    - `batch`: of how many examples the file is, if the function is of one.
-    - `calls`: what to put in the place of named calls, other than ONNX's own operators.
+    - `model`: the model that the function runs. It supplies the number of classes and the names of the weights.
+    - `batch`: the batch size of the file, if the function takes a single example.
+    - `calls`: replacements for named calls, by name. They take precedence over ONNX operators.
     """
     import jax2onnx
 
@@ -137,12 +139,12 @@ def convert(
         names[:] = outputs
         return list(outputs.values())
 
-    # Named calls are of one example, other operations become ONNX's best in a batch.
+    # Named calls are replaced per example, before batching. Primitives map best to ONNX operators after batching.
     jaxpr = fold_constants(trace(run, *specs.values()), rewrites=operators.calls | dict(calls or {}))
     if batch is not None:
         specs = {name: jax.ShapeDtypeStruct((batch, *spec.shape), spec.dtype) for name, spec in specs.items()}
         jaxpr = jax.make_jaxpr(jax.vmap(jax.extend.core.jaxpr_as_fun(jaxpr)))(*specs.values())
-    # onnx_ir warns of each intermediate value of which jax2onnx noted a shape and no dtype; runtimes infer both.
+    # onnx_ir warns about each intermediate value for which jax2onnx recorded a shape but no dtype; runtimes infer both.
     with quiet("onnx_ir.serde"):
         proto = jax2onnx.to_onnx(
             jax.extend.core.jaxpr_as_fun(fold_constants(jaxpr, rewrites=operators.primitives)),
@@ -158,7 +160,7 @@ def convert(
 
 
 def _name_weights(proto: Any, leaves: dict[str, Any]) -> None:
-    """Calls the file's weights what they are called in the model, instead of by numbers."""
+    """Renames the weights of the file from numbers to their names in the model."""
     from onnx import numpy_helper
 
     names = {(leaf.shape, np.asarray(leaf).tobytes()): name for name, leaf in leaves.items() if leaf.size > 1}
@@ -183,7 +185,10 @@ def compare_onnx(
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
 ) -> None:
-    """Runs a file of `save_onnx` in onnxruntime and compares with the model; arguments and errors are those of it."""
+    """Runs a file of `save_onnx` in onnxruntime and compares its detections with the model's.
+
+    The arguments and errors are those of `save_onnx`.
+    """
     require("onnx")
     if not 0 <= unmatched_score <= 1:
         raise ValueError(f"unmatched_score must be in 0..1, got {unmatched_score}.")
@@ -193,16 +198,16 @@ def compare_onnx(
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     arrays, static = eqx.partition(model, eqx.is_array)
 
-    # The weights are an argument: of constants XLA would fold transposes, slowly and with warnings.
+    # The weights are passed as arguments. XLA would fold transposes of constants, slowly and with warnings.
     @jax.jit
     def jitted(arrays, images, sizes):
         return detection_program(eqx.combine(arrays, static), shape, chosen)(images, sizes)
 
     run = partial(jitted, arrays)
-    # Black has no objects. A model that sees some nonetheless gives each of many places the same score.
+    # A black image shows no objects. A model that detects some anyway gives many locations the same score.
     black = np.zeros((*(min(32, side) for side in shape.source), shape.channels), np.uint8)
     padded, sizes = pad_images([black], shape)
-    everything = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
+    compared = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
     limits = {
         "score_threshold": chosen.score_threshold,
         "nms_threshold": getattr(chosen, "nms_threshold", 1.0),  # 1: a detector without suppression
@@ -210,23 +215,24 @@ def compare_onnx(
         "unmatched_score": unmatched_score,
     }
     counts = np.zeros(2, int)
-    for start in range(0, len(everything), shape.batch):
-        some = everything[start : start + shape.batch]
-        padded, sizes = pad_images(some, shape)
-        wanted = jax.tree.leaves(run(jnp.asarray(padded), jnp.asarray(sizes)))
+    for start in range(0, len(compared), shape.batch):
+        batch = compared[start : start + shape.batch]
+        padded, sizes = pad_images(batch, shape)
+        reference = jax.tree.leaves(run(jnp.asarray(padded), jnp.asarray(sizes)))
         outputs = session.run(None, {"images": padded, "image_sizes": sizes})
-        named: list[dict[str, Any]] = [dict(zip(OUTPUTS, arrays, strict=False)) for arrays in (wanted, outputs)]
+        named: list[dict[str, Any]] = [dict(zip(OUTPUTS, arrays, strict=False)) for arrays in (reference, outputs)]
         expected, found = named
-        for i in range(len(some)):
+        for i in range(len(batch)):
             where = name_of(image_names, start + i, len(images))
             counts += compare_detections(valid_rows(found, i), valid_rows(expected, i), where=where, **limits)
-    check_counts(*counts.tolist(), images=len(everything))
+    check_counts(*counts.tolist(), images=len(compared))
 
 
 def pad_images(images: Sequence[UInt8[np.ndarray, "_ _ c"]], shape: Shape) -> tuple[UInt8[np.ndarray, "b h w c"], Any]:
-    """Images padded to the shape of a program, and their sizes; what is missing of the batch is a black pixel.
+    """Pads images to the shape of a program. Returns them with their sizes. Missing images become one black pixel.
 
-    Raises a `ValueError` if one is larger than the source or of other channels, or there are more than the batch holds.
+    Raises a `ValueError` if an image is larger than the source or has a different number of channels, or if there are
+    more images than `shape.batch`.
     """
     if len(images) > shape.batch:
         raise ValueError(f"images must be at most {shape.batch}, the program's batch, got {len(images)}.")

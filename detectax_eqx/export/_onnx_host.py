@@ -1,4 +1,4 @@
-"""A detector as two ONNX files with suppression left to the host between and after them."""
+"""Exports a detector to two ONNX files; the host runs NMS after each of them."""
 # pyright: reportMissingImports=false
 
 import json
@@ -34,7 +34,7 @@ from ._parts import two_stage_parts
 from ._program import Shape, about_model, resize_rule
 
 
-TORCHVISIONS = TwoStageSelection()
+DEFAULT_SELECTION = TwoStageSelection()
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
@@ -47,21 +47,23 @@ def save_onnx_parts(
     selection: Selection | None = None,
     num_candidates: int = 1000,
 ) -> None:
-    """Writes `proposals.onnx` and `detections.onnx` to a folder: no suppression, no loop, no output of varying length.
+    """Writes `proposals.onnx` and `detections.onnx` to a folder.
 
-    The first makes of an image the best boxes of each level and the features; the second makes of the proposals that
-    are left of them the `num_candidates` best detections. `host_detections` runs between them and after.
+    The files contain no NMS, no loops and no outputs of varying length. The first file maps an image to its features
+    and the highest-scoring boxes of each level. The second file maps the proposals that remain after NMS to the
+    `num_candidates` highest-scoring detections. `host_detections` runs both files, with NMS after each.
 
-    - `model`: a two-stage detector of boxes alone. `selection`: its `TwoStageSelection`; default its own.
+    - `model`: a two-stage detector that predicts boxes only.
+    - `selection`: which detections are kept, a `TwoStageSelection`; default `model.selection`.
 
-    Raises a `ValueError` for another detector or a batch other than 1, and an `ImportError` that names the extra `onnx`
-    if it is missing.
+    Raises a `ValueError` for any other detector or for a batch other than 1, and an `ImportError` that names the extra
+    `onnx` if it is not installed.
     """
     require("onnx")
     import onnx
 
     if shape.batch != 1:
-        raise ValueError(f"batch must be 1 where suppression is left to the host, got {shape.batch}.")
+        raise ValueError(f"batch must be 1 if NMS runs on the host, got {shape.batch}.")
     metadata = about_model(model, class_names, selection) | {"shape": asdict(shape)}
     folded = fold_norms(model)
     parts = two_stage_parts(folded, selection)
@@ -91,14 +93,14 @@ def save_onnx_parts(
 
 
 def _proposals(parts, shape, size_on_canvas, images, image_sizes):
-    """What the first file computes: the best boxes of each level, and the features."""
+    """The program of the first file: the highest-scoring boxes of each level, and the features."""
     detector, chosen = parts
     resized = size_on_canvas(image_sizes[0])
     pixels = resize_image(
         images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
     )
     rois, _, output = extract(detector, pixels, resized)
-    found = [
+    proposals = [
         propose(
             RPNOutput((logits,), (deltas,), (anchors,)),
             resized.astype(jnp.float32),
@@ -109,22 +111,22 @@ def _proposals(parts, shape, size_on_canvas, images, image_sizes):
         )
         for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True)
     ]
-    levels = [jnp.full(one.scores.shape, i, jnp.int32) for i, one in enumerate(found)]
+    level_indices = [jnp.full(level.scores.shape, i, jnp.int32) for i, level in enumerate(proposals)]
     return {
-        "boxes": jnp.concatenate([one.boxes for one in found]),
-        "scores": jnp.concatenate([one.scores for one in found]),
-        "labels": jnp.concatenate(levels),
-        "valid": jnp.concatenate([one.valid for one in found]),
+        "boxes": jnp.concatenate([level.boxes for level in proposals]),
+        "scores": jnp.concatenate([level.scores for level in proposals]),
+        "labels": jnp.concatenate(level_indices),
+        "valid": jnp.concatenate([level.valid for level in proposals]),
         "resized": resized,
     } | {f"features{i}": feature for i, feature in enumerate(rois.maps)}
 
 
 def _detections(parts, num_candidates, proposals, valid, resized, *features):
-    """What the second file computes: the best detections in the proposals, before suppression."""
+    """The program of the second file: the highest-scoring detections from the proposals, before NMS."""
     detector, chosen = parts
     head = detector.box_head
     logits, deltas = head(roi_features(detector, features).pool(proposals, output_size=head.pool_size))
-    found = box_detections(
+    candidates = box_detections(
         logits,
         deltas,
         Proposals(proposals, jnp.zeros(valid.shape), valid),
@@ -134,11 +136,11 @@ def _detections(parts, num_candidates, proposals, valid, resized, *features):
         min_size=chosen.box_min_size,
         weights=head.weights,
     )
-    return {name: getattr(found, name) for name in ("boxes", "scores", "labels", "valid")}
+    return {name: getattr(candidates, name) for name in ("boxes", "scores", "labels", "valid")}
 
 
 def _best_indices(boxes, scores, *rest, iou_threshold, max_outputs):
-    """`nms_indices` without suppression: the best of the valid rows."""
+    """Replaces `nms_indices` by the highest-scoring valid rows, without suppression."""
     valid = rest[-1]
     scores = jnp.where(valid, scores, -1.0)
     if max_outputs > scores.shape[0]:
@@ -153,26 +155,26 @@ def host_detections(
     image: UInt8[np.ndarray, "h w c"],
     *,
     shape: Shape,
-    selection: TwoStageSelection = TORCHVISIONS,
+    selection: TwoStageSelection = DEFAULT_SELECTION,
 ) -> dict[str, np.ndarray]:
-    """`boxes`, `scores` and `labels` in an image, by the two files of `save_onnx_parts` and `host_nms`.
+    """Runs the two files of `save_onnx_parts` and `host_nms` on an image. Returns `boxes`, `scores` and `labels`.
 
-    - `proposals`, `detections`: run the files, from inputs by name to outputs by name.
-    - `selection`: that of the files.
+    - `proposals`, `detections`: functions that run the two files, from inputs by name to outputs by name.
+    - `selection`: the selection that the files were written with.
     """
     padded = np.zeros((1, *shape.source, shape.channels), np.uint8)
     padded[0, : image.shape[0], : image.shape[1]] = image
     sizes = np.array([image.shape[:2]], np.int32)
-    found = dict(proposals({"images": padded, "image_sizes": sizes}))
-    boxes, scores, levels, valid = (found.pop(name) for name in ("boxes", "scores", "labels", "valid"))
-    # Suppression is within a level; the second file takes this many proposals over all levels.
+    outputs = dict(proposals({"images": padded, "image_sizes": sizes}))
+    boxes, scores, levels, valid = (outputs.pop(name) for name in ("boxes", "scores", "labels", "valid"))
+    # NMS treats each level separately. The second file takes this many proposals from all levels together.
     capacity = selection.post_nms_top_n
     kept = host_nms(boxes, scores, levels, valid, iou_threshold=selection.rpn_nms_threshold, max_outputs=capacity)
-    chosen = np.zeros((capacity, 4), np.float32)
-    chosen[: len(kept)] = boxes[kept]
-    resized = found["resized"]
-    found = detections(found | {"proposals": chosen, "proposals_valid": np.arange(capacity) < len(kept)})
-    boxes, scores, labels, valid = (found[name] for name in ("boxes", "scores", "labels", "valid"))
+    padded_boxes = np.zeros((capacity, 4), np.float32)
+    padded_boxes[: len(kept)] = boxes[kept]
+    resized = outputs["resized"]
+    candidates = detections(outputs | {"proposals": padded_boxes, "proposals_valid": np.arange(capacity) < len(kept)})
+    boxes, scores, labels, valid = (candidates[name] for name in ("boxes", "scores", "labels", "valid"))
     kept = host_nms(
         boxes, scores, labels, valid, iou_threshold=selection.nms_threshold, max_outputs=selection.max_detections
     )

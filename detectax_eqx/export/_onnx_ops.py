@@ -1,7 +1,7 @@
-"""What ONNX has operators for, in place of named calls and primitives, and how these become a graph.
+"""ONNX operators that replace named calls and primitives, and their conversion to a graph.
 
-Suppression and RoIAlign are functions written in ONNX, in its text syntax. In a traced program they are primitives that
-are known by their shapes alone; jax2onnx makes a call of each, and `with_functions` puts the function there.
+NMS and RoIAlign are functions in ONNX's text syntax. In a traced program each is a primitive that declares only the
+shapes and dtypes of its results. jax2onnx converts the primitive to a call, and `with_functions` inlines the function.
 """
 # pyright: reportMissingImports=false
 
@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jaxtyping import Array
 
 
-# An array of a traced program, or a constant.
+# An array in a traced program, or a constant.
 Operand = Any
 DOMAIN, OPSET = "detectax_eqx", 18
 
@@ -31,7 +31,7 @@ _call_p.def_abstract_eval(lambda *operands, function, results: [ShapedArray(*res
 
 @cache
 def register_calls() -> None:
-    """Teaches jax2onnx that a call becomes a node of that name in this package's domain."""
+    """Registers a jax2onnx plugin that converts each call to a node of that name in this package's domain."""
     from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
     @register_primitive(jaxpr_primitive=_call_p.name)
@@ -47,20 +47,20 @@ def register_calls() -> None:
 
 
 class Operators:
-    """ONNX's operators for the named calls and the primitives of a program, and the text of the functions they call."""
+    """ONNX operators for the named calls and primitives of a program, and the text of the functions that they call."""
 
     def __init__(self, num_classes: int):
         self.functions: dict[str, str] = {}
         self.num_classes = num_classes
-        # Of one example.
+        # Replacements of named calls, for one example.
         self.calls: dict[str, Callable[..., Any]] = {
             "nms_indices": one_by_one(self._nms_indices),
             "roi_align": one_by_one(self._roi_align),
             "upsample_nearest": self._upsample_nearest,
-            "gather": one_by_one(lax.gather_p.bind),  # jax2onnx's has no batch
+            "gather": one_by_one(lax.gather_p.bind),  # jax2onnx does not support a batched gather
             "dynamic_slice": one_by_one(lax.dynamic_slice_p.bind),
         }
-        # Of a batch.
+        # Replacements of primitives, for a batch.
         self.primitives: dict[str, Callable[..., Any]] = {
             "convolve": self._convolve,
             "dot_general": self._dot_general,
@@ -72,45 +72,45 @@ class Operators:
     def _call(
         self, text: str, operands: Sequence[Operand], results: Sequence[tuple[tuple[int, ...], Any]]
     ) -> list[Array]:
-        """A call of the ONNX function `text`, whose name is to be `NAME`; the same text is one function."""
+        """Calls the ONNX function `text`, which must be named `NAME`. Calls with the same text share one function."""
         name = self.functions.setdefault(text, f"Function{len(self.functions)}")
         params = {"function": name, "results": tuple((shape, np.dtype(dtype)) for shape, dtype in results)}
 
         return _call_p.bind(*operands, **params)
 
     def _convolve(self, x: Operand, weight: Operand, *bias: Operand, stride: int, padding: int) -> Array:
-        """Maps `(n, i, h, w)`."""
+        """Convolves maps `(n, i, h, w)` with a weight `(o, i, kh, kw)`."""
         names = ["x", "w", "b"][: 2 + len(bias)]
         line = f"y = Conv <strides = {_list(stride, 2)}, pads = {_list(padding, 4)}> ({', '.join(names)})"
         sides = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
         return self._operator([line], [x, weight, *bias], names, (len(x), len(weight), *sides))
 
     def _dot_general(self, x: Operand, y: Operand, *, dimension_numbers: Any, **options: Any) -> Array:
-        """A linear layer's `(…, i)` times `(o, i)`, which is one operator with the weight as it is."""
+        """Converts a linear layer, `(…, i)` times `(o, i)`, to one Gemm operator that takes the weight as it is."""
         if dimension_numbers != (((x.ndim - 1,), (1,)), ((), ())) or y.ndim != 2 or x.ndim < 2:
             return lax.dot_general_p.bind(x, y, dimension_numbers=dimension_numbers, **options)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # (n, i)
         product = self._operator(["z = Gemm <transB = 1> (x, y)"], [rows, y], ["x", "y"], (len(rows), len(y)))
         return product.reshape(*x.shape[:-1], len(y))
 
     def _max_pool(self, x: Operand, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> Array:
-        """Windows over the last two axes."""
+        """Max pooling over the last two axes."""
         pads = [low for low, _ in padding[-2:]] + [high for _, high in padding[-2:]]
         kernel, strides = list(window_dimensions[-2:]), list(window_strides[-2:])
         sides = [(side + pads[i] + pads[i + 2] - kernel[i]) // strides[i] + 1 for i, side in enumerate(x.shape[-2:])]
-        maps = x.reshape(-1, *x.shape[-3:])
+        maps = x.reshape(-1, *x.shape[-3:])  # (n, c, h, w)
         line = f"y = MaxPool <kernel_shape = {kernel}, strides = {strides}, pads = {pads}> (x)"
         pooled = self._operator([line], [maps], ["x"], (*maps.shape[:2], *sides))
         return pooled.reshape(*x.shape[:-2], *sides)
 
     def _max(self, x: Operand, y: Operand) -> Array:
-        """`max(x, 0)` is an operator that runtimes fuse with the one before."""
+        """Converts `max(x, 0)` to Relu, which runtimes fuse with the preceding operator."""
         if isinstance(y, Tracer) or np.ndim(y) or y != 0:
             return lax.max_p.bind(x, y)
         return self._operator(["y = Relu (x)"], [x], ["x"], x.shape)
 
     def _upsample_nearest(self, x: Operand) -> Array:
-        """A map `(c, h, w)`."""
+        """Nearest-neighbour upsampling of a map `(c, h, w)` by 2."""
         options = 'mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"'
         lines = [
             "scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()",
@@ -127,7 +127,7 @@ class Operators:
     def _operator(
         self, lines: Sequence[str], operands: Sequence[Operand], names: Sequence[str], shape: tuple[int, ...]
     ) -> Array:
-        """The result, of `shape`, of lines of ONNX on operands of these names; the last line is that of the result."""
+        """Evaluates lines of ONNX on named operands. The last line defines the result, which has shape `shape`."""
         text = _function(names, [lines[-1].split(" = ")[0]], lines)
         return self._call(text, operands, [(shape, operands[0].dtype)])[0]
 
@@ -139,7 +139,7 @@ class Operators:
         sampling_ratio: int,
         aligned: bool,
     ) -> Array:
-        *features, _, boxes, level = operands  # without the cells, which are the same features
+        *features, _, boxes, level = operands  # the skipped operand holds the same features as cells
         rows, columns = output_size
         mode = "half_pixel" if aligned else "output_half_pixel"
         lines = ["minus = Constant <value_ints = [-1]> ()", "first = Constant <value_ints = [0]> ()"]
@@ -158,7 +158,7 @@ class Operators:
             ]
         maps = [f"features{k}" for k in range(len(scales))]
         rows_of, pooled = ([f"{name}{k}" for k in range(len(scales))] for name in ("rows", "pooled"))
-        # Rows were taken level by level: a sort of their positions puts them back.
+        # The pooled rows are grouped by level. Sorting their positions restores the original order.
         lines += [
             f"order = Concat <axis = 0> ({', '.join(rows_of)})",
             f"all = Concat <axis = 0> ({', '.join(pooled)})",
@@ -173,7 +173,7 @@ class Operators:
     def _nms_indices(
         self, boxes: Operand, scores: Operand, *rest: Operand, iou_threshold: float, max_outputs: int
     ) -> tuple[Array, Array]:
-        """`rest` are labels, validity, or both."""
+        """NMS as an ONNX function. `rest` holds the labels, the validity, or both."""
         labels = next((x for x in rest if x.dtype != bool), None)
         valid = ~jnp.isnan(scores)
         for given in (x for x in rest if x.dtype == bool):
@@ -184,7 +184,7 @@ class Operators:
             "two = Constant <value_ints = [2]> ()",
             f"most = Constant <value_ints = [{max_outputs}]> ()",
             f"threshold = Constant <value = float {{{iou_threshold!r}}}> ()",
-            # Only the valid rows are looked at, as many as there are.
+            # Only the valid rows are considered.
             "found = NonZero (valid)",
             "rows = Reshape (found, minus)",
             "some_boxes = Gather (boxes, rows)",
@@ -194,7 +194,7 @@ class Operators:
         if labels is None:
             lines += ["both = Constant <value_ints = [0, 1]> ()", "class_scores = Unsqueeze (some_scores, both)"]
         else:
-            # A class at a time, in which rows of other classes are below every score.
+            # One row of scores per class. Boxes of other classes get a score below all valid scores.
             lines += [
                 f"classes = Constant <value = int32[{self.num_classes},1] "
                 f"{{{', '.join(map(str, range(self.num_classes)))}}}> ()",
@@ -206,12 +206,12 @@ class Operators:
             ]
         lines += [
             "count = Shape (rows)",
-            # A score is at least 0, and has to exceed the threshold.
+            # NonMaxSuppression keeps scores that exceed its threshold. Valid scores are at least 0.
             "above = Constant <value = float {-0.5}> ()",
             "selected = NonMaxSuppression (one_boxes, class_scores, count, threshold, above)",
             "column = Gather <axis = 1> (selected, two)",
             "unordered = Reshape (column, minus)",
-            # Best first, and of equals the earlier row: sorted by row, then by score.
+            # Highest score first, ties by row: sorted by row, then by score.
             "kept = Shape (unordered)",
             "by_row, ignored = TopK <largest = 0> (unordered, kept)",
             "kept_scores = Gather (some_scores, by_row)",
@@ -237,7 +237,7 @@ class Operators:
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays and options, which under `vmap` is called for one example after the other."""
+    """Wraps `function` of arrays and options so that `vmap` calls it once per example and stacks the results."""
 
     def call(*arrays: Operand, **options: Any) -> Any:
         mapped = custom_vmap(lambda *arrays: function(*arrays, **options))
@@ -257,10 +257,10 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _logistic(x: Operand, **_: Any) -> Array:
-    """onnxruntime's Sigmoid is off by 1e-7 in absolute terms and not monotonic.
+    """A sigmoid without onnxruntime's Sigmoid, which has an absolute error of 1e-7 and is not monotonic.
 
-    Below a logit of -10, where a sure detector has most of its proposals, it swaps their ranks, and suppression then
-    keeps others.
+    Below a logit of -10, where a confident detector has most of its proposals, it changes the order of their scores, so
+    NMS keeps different boxes.
     """
     return 1 / (1 + jnp.exp(-x))
 
@@ -278,7 +278,7 @@ def _function(inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str
 
 
 def with_functions(proto: Any, functions: dict[str, str]) -> Any:
-    """The `onnx.ModelProto` with the functions put in the place of their calls."""
+    """Inlines the functions into an `onnx.ModelProto`, in place of their calls."""
     import onnx.helper
     import onnx.inliner
     import onnx.parser
@@ -290,8 +290,8 @@ def with_functions(proto: Any, functions: dict[str, str]) -> Any:
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     proto = onnx.inliner.inline_local_functions(proto)
     for i, node in enumerate(proto.graph.node):
-        node.name = f"{node.op_type}_{i}"  # what was put in has none
-    kept = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
+        node.name = f"{node.op_type}_{i}"  # inlined nodes have no names
+    opsets = [opset for opset in proto.opset_import if opset.domain != DOMAIN]
     del proto.opset_import[:]
-    proto.opset_import.extend(kept)
+    proto.opset_import.extend(opsets)
     return proto

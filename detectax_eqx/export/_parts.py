@@ -1,4 +1,4 @@
-"""What a detector needs so that it can be cut in two where suppression and RoIAlign are left to the host."""
+"""Checks that a detector can be split into two parts, with NMS or RoIAlign on the host between them."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from ._program import checked_selection
 
 
 class Parts(NamedTuple):
-    """A two-stage detector, as the functions that take it apart know it, and which of its detections are kept."""
+    """A two-stage detector that can be split, and its selection."""
 
     model: TwoStage
     selection: TwoStageSelection
 
 
 def two_stage_parts(model: AbstractDetector, selection: Selection | None) -> Parts:
-    """The detector and `selection`, or else its own.
+    """Returns the detector with `selection`, or with the model's own if that is `None`.
 
-    Raises a `ValueError` unless it has region proposals and a box head, and nothing but boxes to find.
+    Raises a `ValueError` unless the model has region proposals and a box head, and predicts boxes only.
     """
     if not isinstance(model, TwoStage) or model.needs != {"boxes"}:
         raise ValueError(

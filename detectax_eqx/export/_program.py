@@ -1,4 +1,4 @@
-"""The whole detector as one function of padded images and their sizes, which is what leaves the toolkit."""
+"""The program that is exported: the whole detector as one function of padded images and their sizes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,17 +14,18 @@ from ..models import AbstractDetector, Selection, detect, selected
 
 
 Program = Callable[[UInt8[Array, "*b h w c"], Int32[Array, "*b 2"]], Detections]
-# Sizes are tabled in 16 bits.
+# The table of sizes is int16.
 LARGEST_SIDE = np.iinfo(np.int16).max
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The static shape in which an exported program takes images.
+    """The static shape of the images that an exported program takes.
 
-    - `batch`: images at a time. `source`: `(height, width)` to which they are padded, bottom and right.
-    - `canvas`: `(height, width)` that the network sees, multiples of its backbone's `divisor`.
-    - `channels`: of an image, 3 for RGB.
+    - `batch`: the number of images per call.
+    - `source`: the `(height, width)` to which images are padded at the bottom and right.
+    - `canvas`: the `(height, width)` of the network's input, multiples of its backbone's `divisor`.
+    - `channels`: the number of channels of an image, 3 for RGB.
     """
 
     batch: int
@@ -40,12 +41,12 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Such as `1x480x640-800x1344`."""
+        """Batch, source and canvas, such as `1x480x640-800x1344`."""
         return "{}x{}x{}-{}x{}".format(self.batch, *self.source, *self.canvas)
 
 
 def checked_selection(model: AbstractDetector, selection: Selection | None) -> Selection:
-    """`selection`, or else the model's own, which a file then has for good.
+    """Returns `selection`, or the model's own if it is `None`. It is fixed once a file is exported.
 
     Raises a `ValueError` for counts that are not positive and thresholds outside 0..1.
     """
@@ -62,9 +63,9 @@ def checked_selection(model: AbstractDetector, selection: Selection | None) -> S
 def about_model(
     model: AbstractDetector, class_names: Sequence[str], selection: Selection | None = None
 ) -> dict[str, Any]:
-    """What every file says of its model: `class_names`, `preprocessing` and `selection`.
+    """The metadata of every exported file: `class_names`, `preprocessing` and `selection`.
 
-    Raises a `ValueError` unless there is a name for each of the model's classes.
+    Raises a `ValueError` unless there is one name per class of the model.
     """
     if len(class_names) != model.num_classes:
         raise ValueError(f"class_names must name the model's {model.num_classes} classes, got {len(class_names)}.")
@@ -76,17 +77,17 @@ def about_model(
 
 
 def detection_program(model: AbstractDetector, shape: Shape, selection: Selection | None = None) -> Program:
-    """A function from padded images and their `(height, width)` to detections in each image's own pixels.
+    """Returns a function from padded images and their `(height, width)` to detections in each image's own pixels.
 
-    Unlike `models.detect` it finds out for itself to which size an image is to be resized: in a table of all sizes that
-    fit the source, since the rule of `model.preprocessing` needs the host's double precision. An image that would not
-    fit the canvas is made to.
+    Unlike `models.detect`, the function computes the size to which each image is resized. It looks the size up in a
+    table of all sizes that fit the source, because the rule of `model.preprocessing` needs the host's double precision.
+    An image that would exceed the canvas is scaled down to fit.
 
-    - `selection`: which detections are kept, the detector's own dataclass; default `model.selection`. `models.selected`
-      makes one with some fields replaced.
+    - `selection`: which detections are kept, an instance of the detector's selection class; default `model.selection`.
+      `models.selected` returns a copy with some fields replaced.
 
-    Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`, and a selection with
-    counts that are not positive or thresholds outside 0..1.
+    Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`, and for a selection
+    with counts that are not positive or thresholds outside 0..1.
     """
     return jax.vmap(image_program(model, shape, selection))
 
@@ -110,7 +111,7 @@ def image_program(model: AbstractDetector, shape: Shape, selection: Selection | 
 
 
 def resize_rule(model: AbstractDetector, shape: Shape) -> Callable[[Int32[Array, " 2"]], Int32[Array, " 2"]]:
-    """A function from an image's size to its size on the canvas, by a table of every size that fits the source.
+    """Returns a function from an image's size to its size on the canvas, a lookup in a table of all sizes that fit.
 
     Raises a `ValueError` for a canvas whose sides are not multiples of `model.backbone.divisor`.
     """
@@ -120,7 +121,7 @@ def resize_rule(model: AbstractDetector, shape: Shape) -> Callable[[Int32[Array,
     table = model.preprocessing.resize.table(shape.source, canvas=shape.canvas).astype(np.int16).reshape(-1, 2)
 
     def size_on_canvas(source_size: Int32[Array, " 2"]) -> Int32[Array, " 2"]:
-        row = (source_size[0] - 1) * shape.source[1] + source_size[1] - 1
+        row = (source_size[0] - 1) * shape.source[1] + source_size[1] - 1  # sizes start at 1
         return jnp.asarray(table)[row].astype(jnp.int32)
 
     return size_on_canvas

@@ -1,4 +1,4 @@
-"""An ONNX file with its network in 8-bit integers."""
+"""Quantises the network of an ONNX file to 8-bit integers."""
 # pyright: reportMissingImports=false
 
 import os
@@ -13,8 +13,8 @@ from ._extras import require
 from ._onnx import pad_images, read_onnx
 
 
-# What detectors call layers whose outputs are scores and places: a step of 8 bits in them moves boxes by pixels. They
-# are small. `deltas` are also a box head's `box_deltas`.
+# Names of the layers whose outputs are scores or coordinates, where one 8-bit quantisation step moves boxes by pixels.
+# These layers are small. `deltas` also matches the `box_deltas` of a box head.
 KEPT_IN_FLOAT = ("objectness", "class_logits", "deltas", "distances", "centerness", "mask_logits")
 
 
@@ -25,18 +25,19 @@ def quantize_onnx(
     images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     kept_in_float: Sequence[str] = KEPT_IN_FLOAT,
 ) -> None:
-    """Writes a copy of a file of `save_onnx` whose convolutions and linear layers compute in 8-bit integers.
+    """Writes a copy of a file of `save_onnx` in which convolutions and linear layers use 8-bit integers.
 
-    Static quantisation by onnxruntime: weights int8 with a scale for each output channel, activations uint8 with ranges
-    seen on `images`, as pairs of QuantizeLinear and DequantizeLinear, which runtimes turn into integer kernels. Inputs,
-    outputs and metadata are those of the source; how much accuracy it costs is yours to evaluate.
+    Uses onnxruntime's static quantisation. Weights are int8 with one scale per output channel, and activations are
+    uint8 with ranges calibrated on `images`. They are stored as pairs of QuantizeLinear and DequantizeLinear, which
+    runtimes convert to integer kernels. Inputs, outputs and metadata are those of the source. Evaluate the quantised
+    file to measure the loss in accuracy.
 
-    - `images`: some dozens like those that are to come.
-    - `kept_in_float`: parts of names of weights whose layers stay as they are; default the last layers of this
-      package's heads, by the names that their fields have. A detector of your own may call them otherwise.
+    - `images`: a few dozen representative images.
+    - `kept_in_float`: a layer stays in floating point if the name of its weight contains one of these strings. The
+      default names the last layers of this package's heads; a custom detector may use other names.
 
-    Raises a `ValueError` if there are no images, or one does not fit; an `ImportError` that names the extra `onnx` if
-    it is missing.
+    Raises a `ValueError` if there are no images or if one does not fit, and an `ImportError` that names the extra
+    `onnx` if it is not installed.
     """
     require("onnx")
     if not images:
@@ -47,8 +48,8 @@ def quantize_onnx(
     proto, about = read_onnx(source)
     shape, metadata = about["shape"], {entry.key: entry.value for entry in proto.metadata_props}
     _own_biases(proto)
-    # onnxruntime advises pre-processing unless a model says that it had some. This one needs none: its shapes are
-    # known and its norms folded.
+    # onnxruntime recommends pre-processing unless the metadata declares that it was done. It is unnecessary here:
+    # shapes are known and norms are folded.
     onnx.helper.set_model_props(proto, metadata | {"onnx.quant.pre_process": "onnxruntime.quant"})
 
     class Reader(CalibrationDataReader):
@@ -81,9 +82,9 @@ def quantize_onnx(
 
 
 def _own_biases(proto: Any) -> None:
-    """Gives each layer a bias of its own: its scale depends on that of the layer's input.
+    """Copies shared biases so that each layer has its own, since a bias's scale depends on that of the layer's input.
 
-    Layers that are shared by the levels of a pyramid would otherwise run in floats.
+    Otherwise layers shared by the pyramid levels would run in floating point.
     """
     biases, seen = {tensor.name: tensor for tensor in proto.graph.initializer}, set()
     for node in proto.graph.node:
@@ -96,19 +97,19 @@ def _own_biases(proto: Any) -> None:
 
 
 def _network(proto: Any, kept_in_float: Sequence[str]) -> list[str]:
-    """Names of the nodes to quantise: layers with weights, their activations, sums that a convolution is part of."""
-    makers = {output: node for node in proto.graph.node for output in node.output}
+    """Names of the nodes to quantise: layers with weights, activations, max pooling and sums with a layer's output."""
+    producers = {output: node for node in proto.graph.node for output in node.output}
 
     def is_layer(node: Any) -> bool:
         return node is not None and node.op_type in ("Conv", "Gemm")
 
-    chosen = []
+    names = []
     for node in proto.graph.node:
-        before = [makers.get(name) for name in node.input]
+        inputs = [producers.get(name) for name in node.input]
         if is_layer(node):
-            wanted = not any(part in name for name in node.input for part in kept_in_float)
+            quantized = not any(part in name for name in node.input for part in kept_in_float)
         else:
-            wanted = node.op_type in ("Relu", "MaxPool") or (node.op_type == "Add" and any(map(is_layer, before)))
-        if wanted:
-            chosen.append(node.name)
-    return chosen
+            quantized = node.op_type in ("Relu", "MaxPool") or (node.op_type == "Add" and any(map(is_layer, inputs)))
+        if quantized:
+            names.append(node.name)
+    return names

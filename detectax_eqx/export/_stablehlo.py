@@ -1,4 +1,4 @@
-"""A detector as StableHLO programs and weights in one `.npz` file, which JAX and NumPy alone can run."""
+"""Exports a detector as StableHLO programs and weights in one `.npz` file that needs only JAX and NumPy to run."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from ._program import Shape, about_model, detection_program
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# RoIAlign says how its features lie in memory. XLA itself understands that, but JAX does not vouch for it.
+# RoIAlign constrains the memory layout of its features. XLA implements this custom call, but JAX does not guarantee its
+# stability.
 LAYOUT = export.DisabledSafetyCheck.custom_call("LayoutConstraint")
 
 
@@ -31,27 +32,28 @@ def save_stablehlo(
     platforms: Sequence[str] = PLATFORMS,
     any_batch: bool = False,
 ) -> None:
-    """Writes a detector to a `.npz` file with a program for each of `shapes`, all of which share its weights.
+    """Writes a detector to a `.npz` file with one program for each of `shapes`. The programs share the weights.
 
-    The detector may be an `AbstractDetector` of your own that JAX can trace.
+    The detector may be any `AbstractDetector` that JAX can trace.
 
-    The file holds
-    - `about`: JSON as bytes: `class_names`, `shapes`, `preprocessing`, `selection`, `platforms`, `outputs`, and with
-      what it was written.
-    - `weights/0`, `weights/1`, …: the arrays that every program takes first, as a list.
-    - `programs/NAME`, for each shape's `name`: what `jax.export.deserialize` takes. Its call takes the weights, images
-      uint8 `(b, h, w, c)` and their `(height, width)` int32 `(b, 2)`, and gives `outputs`: boxes, scores, labels, valid
-      and, if the model has them, masks, as `Detections` has them.
+    The file holds:
+
+    - `about`: JSON as bytes, with `class_names`, `shapes`, `preprocessing`, `selection`, `platforms`, `outputs`,
+      `num_weights`, and the JAX version and calling convention with which the file was written.
+    - `weights/0`, `weights/1`, …: the arrays that every program takes as its first argument, as a list.
+    - `programs/NAME`, for each shape's `name`: the input of `jax.export.deserialize`. Calling the deserialised program
+      takes the weights, uint8 images `(b, h, w, c)` and their int32 `(height, width)`, `(b, 2)`. It returns `outputs`:
+      boxes, scores, labels, valid and, if the model predicts them, masks, as in `Detections`.
+
+    `experiments/run_stablehlo.py` runs the file without this package. The file is written atomically: it is first
+    written under a temporary name in the same folder, then renamed.
 
     - `selection`: which detections the programs keep; default `model.selection`, see `detection_program`.
-    - `any_batch`: the programs take any number of images; the `batch` of `shapes` is not looked at, and is null in
-      `about`. JAX compiles such a program for each number that it is called with.
+    - `any_batch`: whether the programs take any number of images. If so, the `batch` of `shapes` is ignored, and is
+      null in `about`. JAX compiles such a program once per batch size.
 
-    `experiments/run_stablehlo.py` is a script that runs it, without this package. The file appears complete or not at
-    all: it is written beside, then renamed.
-
-    Raises a `ValueError` if `class_names` are not as many as the model's classes, if there is no shape, for weights of
-    a type that NumPy has not, and in the cases of `detection_program`.
+    Raises a `ValueError` if the number of `class_names` differs from the model's number of classes, if `shapes` is
+    empty, for weights of a dtype that NumPy does not define, and in the cases of `detection_program`.
     """
     about = about_model(model, class_names, selection)
     if not shapes:
@@ -59,7 +61,7 @@ def save_stablehlo(
     weights, rebuild = jax.tree.flatten(eqx.filter(model, eqx.is_array))
     foreign = {str(array.dtype) for array in weights if array.dtype.kind not in "fiub"}
     if foreign:
-        raise ValueError(f"weights must be of NumPy's own types, got {', '.join(sorted(foreign))}: cast them first.")
+        raise ValueError(f"weights must have NumPy dtypes, got {', '.join(sorted(foreign))}: cast them first.")
     static = eqx.filter(model, eqx.is_array, inverse=True)
     programs = {}
     for shape in shapes:

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Writes files atomically: they appear complete or not at all."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from typing import Any
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Generator[Path, None, None]:
-    """Within the `with` block, a path beside `path` to write to. At its end the file takes its place, synced to disk.
+    """Yields a temporary path to write to, which is synced to disk and replaces `path` at the end of the `with` block.
 
-    If the block raises, or the process is killed, `path` is what it was before.
+    If the block raises or the process is killed, `path` is unchanged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -33,7 +33,7 @@ def whole_file(path: str | os.PathLike) -> Generator[Path, None, None]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file whole. What JSON has no form for, such as a path, is written as text.
+    """Writes a JSON file atomically. Values that JSON cannot represent, such as paths, are written as strings.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

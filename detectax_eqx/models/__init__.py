@@ -1,4 +1,4 @@
-"""Detectors: Faster R-CNN and Mask R-CNN, their losses, and detection in an image of any size."""
+"""Detectors: Faster R-CNN, Mask R-CNN, RetinaNet and FCOS, their losses, and detection in images of any size."""
 
 from ._box_head import (
     BoxHead as BoxHead,

@@ -1,4 +1,4 @@
-"""The second stage: what is in a proposal, and where exactly. Head, sampling, loss, detections."""
+"""The second stage, which classifies proposals and refines their boxes: head, sampling, loss and detections."""
 
 import equinox as eqx
 import jax
@@ -21,17 +21,19 @@ from ..ops import (
 from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_size
 
 
-# Standard deviations of the deltas of matched proposals on COCO are about .1 and .2 (arXiv:1504.08083, Fast R-CNN).
+# The inverse of the standard deviations of matched proposals' deltas on COCO, about 0.1 for offsets and 0.2 for sizes
+# (Fast R-CNN, arXiv:1504.08083).
 BOX_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)
 
 
 class BoxHead(eqx.Module):
-    """Two fully connected layers on a proposal's features, then a class and, for each class, a box.
+    """Two fully connected layers on a proposal's features, followed by class logits and one box per class.
 
-    Outputs have `num_classes + 1` entries, background first, as torchvision's weights do; the box of the background is
+    Outputs have `num_classes + 1` entries, background first, to match torchvision's weights. The background's box is
     never used.
 
-    - `weights`: of the box coder. `smooth_l1_beta`: of the box regression loss; 0 is L1, Detectron2's.
+    - `weights`: of the box coder.
+    - `smooth_l1_beta`: of the box regression loss; 0 gives the L1 loss, as in Detectron2.
     """
 
     fc6: eqx.nn.Linear
@@ -54,7 +56,12 @@ class BoxHead(eqx.Module):
         weights: Weights = BOX_WEIGHTS,
         smooth_l1_beta: float = SMOOTH_L1_BETA,
     ):
-        """`pool_size`: side of the RoI's feature patch, in bins."""
+        """Initialises the head.
+
+        - `num_classes`: foreground classes.
+        - `pool_size`: side of the pooled features, in bins.
+        - `hidden_size`: width of the two fully connected layers.
+        """
         if num_classes < 1:
             raise ValueError(f"num_classes counts foreground classes and must be at least 1, got {num_classes}.")
         keys = jr.split(key, 4)
@@ -68,7 +75,7 @@ class BoxHead(eqx.Module):
         self.smooth_l1_beta = smooth_l1_beta
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
-        """Class logits and box deltas, background at index 0, in float32."""
+        """Returns class logits and box deltas in float32, background at index 0."""
         x = features.reshape(features.shape[0], -1)  # (p, c s s)
         x = relu(_linear(self.fc6, x))
         x = relu(_linear(self.fc7, x))
@@ -83,7 +90,10 @@ def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]
 
 
 class SampledProposals(eqx.Module):
-    """The proposals that a loss looks at, positives first, and the object that each was matched with."""
+    """The proposals sampled for the loss, positives first.
+
+    `matched` is the index of the object that each is matched to.
+    """
 
     boxes: Float[Array, "s 4"]
     valid: Bool[Array, " s"]
@@ -100,7 +110,7 @@ def sample_proposals(
     positive_fraction: float = 0.25,
     positive_iou: float = 0.5,
 ) -> SampledProposals:
-    """A balanced sample of the proposals and of the objects' own boxes, which are added so that there are positives.
+    """Draws a balanced sample of proposals. The objects' own boxes are added first, so that there are positives.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> proposals = Proposals(boxes, jnp.array([0.9, 0.8]), jnp.array([True, True]))
@@ -135,11 +145,12 @@ def box_loss(
     weights: Weights = BOX_WEIGHTS,
     beta: float = SMOOTH_L1_BETA,
 ) -> dict[str, WeightedSum]:
-    """Cross entropy and box regression of the sampled proposals: `loss_classifier`, `loss_box_reg`.
+    """Computes the classification and box losses of the sampled proposals: `loss_classifier`, `loss_box_reg`.
 
-    Both are counted by the number of sampled proposals, as in torchvision; only positives have a box to regress to.
-    `weights` are the box coder's, `beta` the smooth L1 loss's.
-    A label outside of the classes is a `ValueError`, or NaN in a compiled program (`Targets.check_labels`).
+    Both are normalised by the number of sampled proposals, as in torchvision. Only positives contribute to the box
+    loss. A label out of range raises a `ValueError`, or gives NaN in a compiled program (`Targets.check_labels`).
+
+    - `weights`: of the box coder. `beta`: of the smooth L1 loss.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
@@ -151,13 +162,13 @@ def box_loss(
     num_classes = logits.shape[1] - 1
     targets.check_labels(num_classes)
     matched = targets.labels[sampled.matched]  # (s,)
-    matched = jnp.where(matched < 0, num_classes, matched)  # one too large gives NaN, where -1 would be background
+    matched = jnp.where(matched < 0, num_classes, matched)  # out of range gives NaN; -1 + 1 would be background
     labels = jnp.where(sampled.positive, matched + 1, 0)
     log_probabilities = jax.nn.log_softmax(logits)
     class_losses = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]  # -log p of each label, (s,)
-    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)
+    target_deltas = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)  # (s, 4)
     predicted = jnp.take_along_axis(deltas, labels[:, None, None], axis=1)[:, 0]  # (s, k + 1, 4) -> (s, 4)
-    box_losses = smooth_l1_loss(predicted, wanted, beta=beta).sum(axis=1)  # (s,)
+    box_losses = smooth_l1_loss(predicted, target_deltas, beta=beta).sum(axis=1)  # (s,)
     count = sampled.valid.sum().astype(jnp.float32)
     return {
         "loss_classifier": WeightedSum(jnp.where(sampled.valid, class_losses, 0.0).sum(), count),
@@ -177,10 +188,10 @@ def box_detections(
     min_size: float = 1e-2,
     weights: Weights = BOX_WEIGHTS,
 ) -> Detections:
-    """The best boxes after non-maximum suppression within each class, in canvas pixels, without masks.
+    """Selects the best boxes with non-maximum suppression per class, in canvas pixels, without masks.
 
-    Every proposal may yield a detection of every class whose softmax score exceeds `score_threshold`; boxes are clipped
-    to the image and those with a side below `min_size` pixels dropped. No candidate is cut off before suppression.
+    A proposal yields one candidate for each class whose softmax score exceeds `score_threshold`. Boxes are clipped to
+    the image, and those with a side below `min_size` pixels are dropped. All remaining candidates enter suppression.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> proposals = Proposals(boxes, jnp.array([0.9]), jnp.array([True]))
@@ -194,12 +205,12 @@ def box_detections(
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
     num_proposals, num_classes = logits.shape[0], logits.shape[1] - 1
-    scores = jax.nn.softmax(logits)[:, 1:]  # (p, k), without the background
+    scores = jax.nn.softmax(logits)[:, 1:]  # (p, k), background removed
     boxes = decode_boxes(
         deltas[:, 1:].reshape(-1, 4), jnp.repeat(proposals.boxes, num_classes, axis=0), weights=weights
     )
     boxes = clip_boxes(boxes, image_size)
-    scores = scores.reshape(-1)  # (p k), the classes of a proposal side by side
+    scores = scores.reshape(-1)  # (p, k) -> (p k)
     labels = jnp.tile(jnp.arange(num_classes, dtype=jnp.int32), num_proposals)  # (p k)
     candidates = jnp.repeat(proposals.valid, num_classes) & (scores > score_threshold) & has_size(boxes, min_size)
     keep, valid = nms_indices(

@@ -1,4 +1,4 @@
-"""What dense detectors share: towers of convolutions, anchors of all levels, and the choice of the best predictions."""
+"""Shared parts of dense detectors: convolution towers, anchors of all levels, selection, and the class loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from ..nn import Conv2d, Initializer, Norm, relu
 from ..ops import anchor_grid, clip_boxes, nms_indices, sigmoid_focal_loss
 
 
-# The rare foreground starts with this probability: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
+# Initial probability of the rare foreground: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
 PRIOR = 0.01
 
 
 class ConvTower(eqx.Module):
-    """3×3 convolutions of one width, each followed by a norm, if there is one, and a ReLU."""
+    """A stack of 3×3 convolutions of equal width, each followed by an optional norm and a ReLU."""
 
     convs: tuple[Conv2d, ...]
     norms: tuple[Callable, ...] | None
@@ -48,18 +48,19 @@ class ConvTower(eqx.Module):
 
 
 def start_rare(class_logits: Conv2d) -> Conv2d:
-    """The layer with a bias that gives each class the probability `PRIOR` where the features say nothing."""
+    """Sets the bias so that each class has probability `PRIOR` where the features contribute nothing."""
+    # sigmoid(-log((1 - p) / p)) = p
     bias = jnp.full(class_logits.weight.shape[0], -math.log((1 - PRIOR) / PRIOR), class_logits.weight.dtype)
     return eqx.tree_at(lambda conv: conv.bias, class_logits, bias)
 
 
 def by_anchor(x: Float[Array, "_ h w"], num_values: int) -> Float32[Array, "a {num_values}"]:
-    """A head's map as a row per anchor: cells row by row, the anchors of a cell, then their values, in float32."""
+    """Rearranges a head's map to one float32 row per anchor: cells in row-major order, then the anchors of a cell."""
     return rearrange(x, "(a v) h w -> (h w a) v", v=num_values).astype(jnp.float32)
 
 
 def maps_by_anchor(x: Float[Array, "_ h w"], num_classes: int) -> Float[Array, "a {num_classes} p"]:
-    """A head's map of class logits, for each of a cell's anchors and each class: the `p` cells, row by row."""
+    """Rearranges a map of class logits to (anchors per cell, classes, cells), with `p` cells in row-major order."""
     return rearrange(x, "(a k) h w -> a k (h w)", k=num_classes)
 
 
@@ -70,31 +71,32 @@ def level_anchors(
     sizes: Sequence[Sequence[float]],
     aspect_ratios: Sequence[float],
 ) -> tuple[Float[Array, "_ 4"], ...]:
-    """The anchors of each level in canvas pixels; `sizes` has a tuple per level.
+    """Returns the anchors of each level in canvas pixels; `sizes` has one tuple per level.
 
-    The stride is torchvision's: the whole quotient of the sides, which for a level of odd size is not a power of two.
+    The stride is torchvision's: the integer quotient of the canvas's and the map's side, which is not a power of two
+    for a level of odd size.
     """
     if len(features) != len(sizes):
-        raise ValueError(f"anchor_sizes has {len(sizes)} levels, the backbone {len(features)}.")
+        raise ValueError(f"anchor_sizes has {len(sizes)} levels, but the backbone has {len(features)}.")
     return tuple(
         anchor_grid(
             (x.shape[1], x.shape[2]),
             stride=(canvas[0] // x.shape[1], canvas[1] // x.shape[2]),
-            sizes=of_level,
+            sizes=level_sizes,
             aspect_ratios=aspect_ratios,
         )
-        for x, of_level in zip(features, sizes, strict=True)
+        for x, level_sizes in zip(features, sizes, strict=True)
     )
 
 
 @dataclass(frozen=True)
 class DenseSelection:
-    """Which predictions a dense detector keeps; each detector has defaults of its own.
+    """Which predictions a dense detector keeps; each detector has its own defaults.
 
-    - `score_threshold`: detections need a score above it, 0..1.
-    - `nms_threshold`: IoU above which the lower of two detections of a class is dropped.
-    - `max_detections`: detections per image.
-    - `top_n`: candidates per level before suppression.
+    - `score_threshold`: score in 0..1 above which detections are kept.
+    - `nms_threshold`: IoU above which the lower-scoring of two detections of a class is dropped.
+    - `max_detections`: maximum number of detections per image.
+    - `top_n`: number of candidates per level before suppression.
     """
 
     score_threshold: float = 0.05
@@ -110,26 +112,27 @@ def dense_detections(
     canvas_size: Int32[Array, " 2"],
     selection: DenseSelection,
 ) -> Detections:
-    """The best predictions of all levels after suppression within each class, in canvas pixels.
+    """Selects the best predictions of all levels with non-maximum suppression per class, in canvas pixels.
 
-    - `scores`: of class logits and of what else is known of an anchor, 0..1; it must rise with each logit.
-    - `decode`: deltas and anchors to boxes, which are clipped to the picture of `(height, width)` `canvas_size`.
-    - `levels`: class logits of `maps_by_anchor`, and with a row per anchor, cells row by row: anything else that
-      `scores` needs, deltas and anchors.
+    - `scores`: maps class logits and the extra inputs of each anchor to scores in 0..1; must increase with each logit.
+    - `decode`: maps deltas and anchors to boxes, which are clipped to the image of `canvas_size` = `(height, width)`.
+    - `levels`: for each level, class logits from `maps_by_anchor`, then three arrays with one row per anchor, cells in
+      row-major order: the extra inputs of `scores`, the deltas and the anchors.
 
-    torchvision's rule: of each level the `top_n` best of all pairs of anchor and class above the threshold.
+    As in torchvision, each level contributes its `top_n` best pairs of anchor and class above the threshold.
     """
     boxes, best, labels = [], [], []
-    for logits, more, deltas, anchors in levels:
+    for logits, extra, deltas, anchors in levels:
         num_anchors, num_classes, num_cells = logits.shape
-        # A pair among the best `top_n` is of an anchor whose best pair is: no more anchors need be looked at.
+        # The `top_n` best pairs belong to the `top_n` anchors with the best single pair: only those are scored in full.
         highest = rearrange(logits.max(axis=1), "a p -> (p a) 1").astype(jnp.float32)
-        _, rows = lax.top_k(scores(highest, more)[:, 0], min(selection.top_n, len(highest)))
+        _, rows = lax.top_k(scores(highest, extra)[:, 0], min(selection.top_n, len(highest)))
         rows = jnp.sort(rows)  # (r,), r = min(top_n, p a)
+        # logits is (a, k, p): class 0 of an anchor lies at anchor * k * p + cell, the next class p entries further.
         first = rows % num_anchors * num_classes * num_cells + rows // num_anchors  # row = cell * anchors + anchor
-        step = num_cells * jnp.arange(num_classes, dtype=rows.dtype)[None]
-        chosen = logits.reshape(-1)[first[:, None] + step].astype(jnp.float32)  # (r, k)
-        pairs = scores(chosen, more[rows]).reshape(-1)  # (r k)
+        offsets = num_cells * jnp.arange(num_classes, dtype=rows.dtype)[None]
+        row_logits = logits.reshape(-1)[first[:, None] + offsets].astype(jnp.float32)  # (r, k)
+        pairs = scores(row_logits, extra[rows]).reshape(-1)  # (r k)
         level_scores, pair = lax.top_k(pairs, min(selection.top_n, pairs.shape[0]))
         row = rows[pair // num_classes]  # pair = row * k + class
         boxes.append(clip_boxes(decode(deltas[row], anchors[row]), canvas_size.astype(jnp.float32)))
@@ -155,20 +158,20 @@ def dense_detections(
 def class_loss(
     levels: Sequence[Float[Array, "_ k _"]], labels: Int32[Array, " n"], counted: Bool[Array, " n"]
 ) -> Float32[Array, ""]:
-    """The focal loss of all classes and all anchors that are `counted`, added up.
+    """Sums the focal loss over all classes and over the anchors that are `counted`.
 
-    - `levels`: class logits of `maps_by_anchor`. `labels`: of the `n` anchors of all levels, cells row by row; -1 for
-      an anchor without an object.
+    - `levels`: class logits from `maps_by_anchor`.
+    - `labels`: class of each of the `n` anchors of all levels, cells in row-major order; -1 without an object.
 
-    Large as they are, the logits stay where they lie: labels go to them.
+    The logits are large and keep their layout; the labels are rearranged to match.
     """
     total, first = jnp.zeros((), jnp.float32), 0
     for logits in levels:
         num_anchors, num_classes, num_cells = logits.shape
-        of_level = slice(first, first + num_anchors * num_cells)
-        own, used = (rearrange(x[of_level], "(p a) -> a 1 p", a=num_anchors) for x in (labels, counted))
-        wanted = own == jnp.arange(num_classes, dtype=own.dtype)[None, :, None]  # (a, k, p)
-        losses = sigmoid_focal_loss(logits.astype(jnp.float32), wanted.astype(jnp.float32))
-        total += jnp.where(used, losses, 0.0).sum()
-        first = of_level.stop
+        level = slice(first, first + num_anchors * num_cells)
+        level_labels, level_counted = (rearrange(x[level], "(p a) -> a 1 p", a=num_anchors) for x in (labels, counted))
+        one_hot = level_labels == jnp.arange(num_classes, dtype=level_labels.dtype)[None, :, None]  # (a, k, p)
+        losses = sigmoid_focal_loss(logits.astype(jnp.float32), one_hot.astype(jnp.float32))
+        total += jnp.where(level_counted, losses, 0.0).sum()
+        first = level.stop
     return total

@@ -1,4 +1,4 @@
-"""From an image as it was decoded to detections in its own pixels, in one program."""
+"""Detection in images of any size, resize included, with boxes in the pixels of the image."""
 
 import warnings
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ..ops import resize_image
 from ._detector import AbstractDetector, Selection, SelectionT
 
 
-# No picture has so few rows and more channels than this: then channels come first.
+# An image with at most this many rows but more channels is taken to be channels first.
 MAX_CHANNELS_FIRST = 4
 
 
@@ -33,22 +33,22 @@ def detect(
     source_size: Int32[Array, " 2"] | None = None,
     canvas_size: Int32[Array, " 2"] | None = None,
 ) -> Detections:
-    """Finds the objects in an image of any size; boxes are in that image's pixels.
+    """Detects objects in an image of any size; boxes are in the pixels of that image.
 
-    The image is resized by `model.preprocessing` and laid on a canvas of zeros, by default the smallest whose sides are
-    multiples of `model.backbone.divisor`. Everything is one program: `eqx.filter_jit(detect)` compiles once for each
-    shape of image, and `jax.vmap` runs a stack of images. Called outside of `jit` it runs operation by operation, some
-    sixty times slower, and warns once.
+    The image is resized by `model.preprocessing` and placed on a canvas of zeros, by default the smallest whose sides
+    are multiples of `model.backbone.divisor`. `eqx.filter_jit(detect)` compiles one program per image shape, and
+    `jax.vmap` maps over a stack of images. Outside `jit`, operations run one by one, which is about sixty times
+    slower, and a warning is issued once.
 
-    - `image`: uint8 `(h, w, c)`, with as many channels as the model takes, usually RGB.
-    - `canvas`: `(height, width)` that the network sees. An image too large for it is a `ValueError`.
-    - `selection`: which detections are kept, the detector's own dataclass; default `model.selection`.
+    - `image`: uint8 `(h, w, c)`, with as many channels as the model expects, usually RGB.
+    - `canvas`: `(height, width)` of the network's input. Raises a `ValueError` if the image does not fit.
+    - `selection`: which detections to keep, an instance of the detector's own dataclass; default `model.selection`.
       `score_threshold` and `max_detections`, if given, replace its fields.
-    - `source_size`, `canvas_size`: for images padded bottom and right to a common shape, so that one program serves
-      many sizes: each image's `(height, width)` within `image`, and after its resize by `model.preprocessing.resize`,
-      both traced. Then `canvas` is required, and it must hold `canvas_size`.
+    - `source_size`, `canvas_size`: for images padded at the bottom and right to a common shape, so that one program
+      serves many sizes. They are the image's `(height, width)` within `image`, and after its resize by
+      `model.preprocessing.resize`; both are traced. `canvas` is then required and must hold `canvas_size`.
 
-    Masks, if the model has any, stay in the frame of their box; `detectax_eqx.ops.paste_masks` puts them on an image.
+    Masks, if any, stay in the frame of their box; `detectax_eqx.ops.paste_masks` pastes them onto an image.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
@@ -62,7 +62,7 @@ def detect(
     """
     if image.shape[0] <= MAX_CHANNELS_FIRST < image.shape[2]:
         raise ValueError(
-            f"image has shape {image.shape}: channels come last, (h, w, c), and here they seem to come first. "
+            f"image has shape {image.shape}: expected (h, w, c), but channels seem to come first. "
             f"Use image.transpose(1, 2, 0)."
         )
     if (source_size is None) != (canvas_size is None) or (source_size is not None and canvas is None):
@@ -74,7 +74,7 @@ def detect(
         if canvas[0] < static_size[0] or canvas[1] < static_size[1]:
             raise ValueError(
                 f"canvas {canvas} is too small for an image resized to {static_size}. "
-                f"Use at least {smallest}, or a model whose preprocessing resizes to less."
+                f"Use at least {smallest}, or a model whose preprocessing resizes to a smaller size."
             )
         source_size = jnp.array(image.shape[:2], jnp.int32)
         canvas_size = jnp.array(static_size, jnp.int32)
@@ -87,7 +87,7 @@ def detect(
     chosen = selected(model, selection, score_threshold=score_threshold, max_detections=max_detections)
     detections = model(pixels, canvas_size, selection=chosen)
     ratio = source_size.astype(jnp.float32) / canvas_size.astype(jnp.float32)
-    scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
+    scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])  # (4,): x y x y
     points = detections.keypoints
     if points is not None:
         points = points * jnp.concatenate([scale[:2], jnp.ones(1, jnp.float32)])[None, None]
@@ -96,16 +96,16 @@ def detect(
 
 @cache
 def _advise_jit() -> None:
-    """Warns, once per process."""
+    """Warns once per process."""
     warnings.warn(
-        "detect runs without jit, operation by operation, which is many times slower. "
+        "detect was called outside jit and runs operation by operation, which is many times slower. "
         "Compile it: detect = eqx.filter_jit(detectax_eqx.models.detect).",
         stacklevel=2,
     )
 
 
 def smallest_canvas(size: tuple[int, int], *, divisor: int) -> tuple[int, int]:
-    """The smallest `(height, width)` of multiples of `divisor` that holds `size`.
+    """Returns the smallest `(height, width)` that holds `size` and whose sides are multiples of `divisor`.
 
     >>> smallest_canvas((800, 1066), divisor=32)
     (800, 1088)
@@ -114,9 +114,9 @@ def smallest_canvas(size: tuple[int, int], *, divisor: int) -> tuple[int, int]:
 
 
 def selected(model: AbstractDetector[SelectionT], selection: SelectionT | None = None, **fields: Any) -> SelectionT:
-    """`selection`, or else the model's own, with those of `fields` that are not `None` replaced.
+    """Returns `selection`, by default the model's own, with those `fields` replaced that are not `None`.
 
-    Raises a `ValueError` that lists the fields there are if one is unknown.
+    Raises a `ValueError` that lists the known fields if one is unknown.
     """
     selection = model.selection if selection is None else selection
     given = {name: value for name, value in fields.items() if value is not None}
@@ -137,12 +137,12 @@ def detect_batch(
     max_detections: int | None = None,
     mesh: Mesh | None = None,
 ) -> Detections:
-    """`detect` for every one of a batch of images on the host, compiled once for each shape; boxes in their pixels.
+    """Runs `detect` on a batch of images on the host, compiled once per shape; boxes are in the pixels of each image.
 
-    An image that would not fit `images.canvas` is shrunk until it does.
+    An image that does not fit `images.canvas` is shrunk until it does.
 
     - `selection`, `score_threshold`, `max_detections`: as for `detect`.
-    - `mesh`: devices to spread the images over, each working on its own; they must divide the batch.
+    - `mesh`: devices to shard the images over, each processing its own; their number must divide the batch size.
 
     >>> import jax.random as jr
     >>> from detectax_eqx import Images
@@ -180,7 +180,7 @@ def _detect_images(model, images, source_sizes, canvas_sizes, canvas, selection,
 
         return jax.vmap(one)(*images)
 
-    if mesh is not None:  # each device detects in its own images, and none leaves it
+    if mesh is not None:  # each device processes its own images, without communication
         whole, spread = PartitionSpec(), PartitionSpec(mesh.axis_names)
         run = jax.shard_map(run, mesh=mesh, in_specs=(whole, spread, spread, spread), out_specs=spread, check_vma=False)
     return run(arrays, jnp.asarray(images), jnp.asarray(source_sizes), jnp.asarray(canvas_sizes))

@@ -1,4 +1,4 @@
-"""The contract between a detector and everything that uses one: detection, training, evaluation, export."""
+"""The interface of detectors, which detection, training, evaluation and export rely on."""
 
 import abc
 from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
@@ -13,10 +13,10 @@ from ._preprocessing import Preprocessing
 
 @runtime_checkable
 class Selection(Protocol):
-    """Which detections a detector keeps. Each detector has a frozen dataclass of its own, with these fields and others.
+    """Which detections a detector keeps. Each detector has its own frozen dataclass, with these fields and others.
 
-    - `score_threshold`: detections need a score above it, 0..1.
-    - `max_detections`: how many detections are kept per image, those of the highest scores.
+    - `score_threshold`: score in 0..1 above which detections are kept.
+    - `max_detections`: maximum number of detections per image; those with the highest scores are kept.
     """
 
     @property
@@ -32,14 +32,14 @@ SelectionT = TypeVar("SelectionT", bound=Selection)
 class AbstractDetector(eqx.Module, Generic[SelectionT]):
     """An object detector: a PyTree that maps one image on its canvas to detections, and has a loss.
 
-    Generic in the class of its `Selection`.
+    Generic in the type of its `Selection`.
 
-    - `backbone`: what the features come from. Its `divisor` is what the sides of a canvas must be multiples of.
-    - `preprocessing`: how an image gets onto its canvas; static.
-    - `selection`: which detections are kept unless a call says otherwise; static.
-    - `needs`: names of the fields of `Targets` that the loss learns from: `"boxes"`, and perhaps `"masks"`.
+    - `backbone`: computes the features. The sides of a canvas must be multiples of its `divisor`.
+    - `preprocessing`: how an image is resized and normalised; static.
+    - `selection`: which detections to keep by default; static.
+    - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"`.
 
-    Subclasses are final: they have all their fields themselves, and functions shared by several detectors are free.
+    Subclasses are final: each defines all of its fields itself. Code shared by several detectors is in free functions.
     """
 
     backbone: eqx.AbstractVar[Backbone]
@@ -56,11 +56,11 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     def __call__(
         self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"], *, selection: SelectionT | None = None
     ) -> Detections:
-        """Detections in canvas pixels.
+        """Returns detections in canvas pixels.
 
         - `image`: pixel values 0..255 on a canvas whose sides are multiples of `backbone.divisor`.
-        - `canvas_size`: `(height, width)` of the picture on the canvas; the rest is padding.
-        - `selection`: which detections are kept; default `self.selection`.
+        - `canvas_size`: `(height, width)` of the resized image, at the top left of the canvas; the rest is padding.
+        - `selection`: which detections to keep; default `self.selection`.
         """
 
     @abc.abstractmethod
@@ -72,7 +72,7 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
         *,
         key: PRNGKeyArray,
     ) -> dict[str, WeightedSum]:
-        """The terms of the loss for one image, each as a sum and the count to divide it by over the global batch.
+        """Returns the loss terms of one image, each as a sum and the count to divide it by over the global batch.
 
-        Arguments are those of the call; `targets` are in canvas pixels, and `key` is for what the loss draws at random.
+        Arguments are those of `__call__`. `targets` are in canvas pixels; `key` is for random sampling.
         """

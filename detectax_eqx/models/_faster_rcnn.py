@@ -16,8 +16,8 @@ from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_los
 class FasterRCNN(AbstractDetector[TwoStageSelection]):
     """A two-stage box detector: backbone with pyramid, region proposals, box head.
 
-    `faster_rcnn` builds one with torchvision's parts. Its call takes an image that lies on its canvas; `detect` takes
-    any image.
+    `faster_rcnn` builds one with torchvision's parts. Calling the model takes an image on its canvas; `detect` accepts
+    an image of any size.
 
     - `pooling`, `preprocessing`, `selection`, `sampling`: static options; the defaults are torchvision's.
     """
@@ -42,7 +42,7 @@ class FasterRCNN(AbstractDetector[TwoStageSelection]):
         *,
         selection: TwoStageSelection | None = None,
     ) -> Detections:
-        """Detections in canvas pixels; see `AbstractDetector`."""
+        """Returns detections in canvas pixels; see `AbstractDetector`."""
         return detect_boxes(self, image, canvas_size, selection or self.selection)[1]
 
     def loss(
@@ -53,10 +53,10 @@ class FasterRCNN(AbstractDetector[TwoStageSelection]):
         *,
         key: PRNGKeyArray,
     ) -> dict[str, WeightedSum]:
-        """`loss_objectness`, `loss_rpn_box_reg`, `loss_classifier` and `loss_box_reg` of one image.
+        """Returns `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier` and `loss_box_reg` of one image.
 
-        Matching, sampling and normalisation are torchvision's. An image without objects has only negatives, and finite
-        losses. `key` picks the sampled anchors and proposals.
+        Matching, sampling and normalisation are torchvision's. An image without objects has only negatives and gives
+        finite losses. `key` determines the sampled anchors and proposals.
         """
         return box_losses(self, image, canvas_size, targets, self.sampling, key)[0]
 
@@ -70,10 +70,12 @@ def faster_rcnn(
     aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
 ) -> FasterRCNN:
-    """A `FasterRCNN` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
+    """Builds a `FasterRCNN` on `backbone` with torchvision's heads, randomly initialised.
+
+    Use `dataclasses.replace` to change its options.
 
     - `num_classes`: foreground classes.
-    - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
+    - `anchor_sizes`: side lengths in canvas pixels, one tuple per level; `aspect_ratios`: height / width.
     - `hidden_size`: width of the box head.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18

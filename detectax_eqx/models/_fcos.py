@@ -1,4 +1,4 @@
-"""FCOS (arXiv:1904.01355): every cell of a pyramid predicts the box that it lies in, and how central it is there."""
+"""FCOS (arXiv:1904.01355): each cell of a pyramid predicts the box that contains it, and its centreness in that box."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,18 +27,19 @@ from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 
 
-# One square per cell, of the side that the level's distances are measured in.
+# One square anchor per cell. Its side is the unit of the level's distances.
 ANCHOR_SIZES = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,))
-# Square pixels, more than any box has.
+# In square pixels, larger than any box.
 LARGEST_AREA = 1e8
 
 
 @dataclass(frozen=True)
 class FCOSMatching:
-    """Which objects a cell may answer for, in units of its level's anchor size; the defaults are torchvision's.
+    """Which objects a cell may be matched to, in units of its level's anchor size; the defaults are torchvision's.
 
-    - `center_radius`: how far the object's middle may lie from the cell's, along either axis.
-    - `least`, `most`: the farthest side of the box lies between; the finest level has no least, the coarsest no most.
+    - `center_radius`: upper limit of the distance between the centres of object and cell along each axis.
+    - `least`, `most`: limits of the distance from the cell's centre to the farthest side of the box. The finest level
+      has no lower limit, the coarsest no upper one.
     """
 
     center_radius: float = 1.5
@@ -47,9 +48,9 @@ class FCOSMatching:
 
 
 class FCOS(AbstractDetector[DenseSelection]):
-    """A one-stage box detector without anchors of several shapes: per cell a class, four distances and a centreness.
+    """A one-stage detector with a single anchor per cell, which predicts a class, four distances and a centreness.
 
-    `fcos` builds one with torchvision's parts. Classes are as in `RetinaNet`.
+    `fcos` builds one with torchvision's parts. Classes are encoded as in `RetinaNet`.
 
     - `class_tower`, `box_tower`: 3×3 convolutions before `class_logits` `(k, h, w)`, and before `distances`
       `(4, h, w)` and `centerness` `(1, h, w)`.
@@ -77,7 +78,7 @@ class FCOS(AbstractDetector[DenseSelection]):
     def predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
     ) -> list[tuple[Float[Array, "1 k a"], Float[Array, "a 1"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
-        """Class logits, centreness logits, distances and anchors of each level."""
+        """Returns the class logits, centreness logits, distances and anchors of each level."""
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
         canvas = (image.shape[0], image.shape[1])
         anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=(1.0,))
@@ -92,16 +93,16 @@ class FCOS(AbstractDetector[DenseSelection]):
     def __call__(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, selection: DenseSelection | None = None
     ) -> Detections:
-        """Detections in canvas pixels; see `AbstractDetector`. A score is √(class probability · centreness)."""
+        """Returns detections in canvas pixels, see `AbstractDetector`. A score is √(class probability · centreness)."""
         levels = self.predict(image, canvas_size)
         return dense_detections(_scores, decode_distances, levels, canvas_size, selection or self.selection)
 
     def loss(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], targets: Targets, *, key: PRNGKeyArray
     ) -> dict[str, WeightedSum]:
-        """`classification`, the focal loss, `bbox_regression`, by GIoU, and `bbox_ctrness` of one image.
+        """Returns `classification` (focal loss), `bbox_regression` (GIoU loss) and `bbox_ctrness` of one image.
 
-        As in torchvision, all are divided by the number of positive cells of the batch. Nothing is drawn at random.
+        As in torchvision, all are divided by the number of positive cells in the batch. `key` is not used.
         """
         targets.check_labels(self.num_classes)
         levels = self.predict(image, canvas_size)
@@ -110,11 +111,12 @@ class FCOS(AbstractDetector[DenseSelection]):
         centerness, distances, anchors = map(jnp.concatenate, others)
         matched, positive = match_cells(anchors, targets, counts, self.matching)
         labels = jnp.where(positive, targets.labels[matched], -1)
-        # Of cells without an object, any box with an area will do: their loss is not used.
+        # Cells without an object take their anchor as a placeholder with nonzero area; their loss is masked out below.
         boxes = jnp.where(positive[:, None], targets.boxes[matched], anchors)
         box_losses = giou_loss(decode_distances(distances, anchors).astype(boxes.dtype), boxes)
-        wanted = centerness_of(boxes, anchors)
-        center_losses = jax.nn.softplus(centerness[:, 0]) - wanted.astype(jnp.float32) * centerness[:, 0]
+        target_centerness = centerness_of(boxes, anchors)
+        # Binary cross entropy with logits x and targets t: log(1 + eˣ) - t x.
+        center_losses = jax.nn.softplus(centerness[:, 0]) - target_centerness.astype(jnp.float32) * centerness[:, 0]
         count = positive.sum().astype(jnp.float32)
 
         def over_positives(losses: Float[Array, " a"]) -> WeightedSum:
@@ -132,7 +134,7 @@ def _scores(logits: Float[Array, "a k"], centerness: Float[Array, "a 1"]) -> Flo
 
 
 def decode_distances(distances: Float[Array, "a 4"], anchors: Float[Array, "a 4"]) -> Float[Array, "a 4"]:
-    """Boxes whose left, top, right and bottom sides lie that far from the anchor's middle, in units of its sides.
+    """Decodes distances to the left, top, right and bottom sides, from the anchor's centre and in units of its sides.
 
     >>> decode_distances(jnp.array([[0.5, 1.0, 0.5, 0.0]]), jnp.array([[0.0, 0.0, 8.0, 8.0]])).tolist()
     [[0.0, -4.0, 8.0, 4.0]]
@@ -144,12 +146,15 @@ def decode_distances(distances: Float[Array, "a 4"], anchors: Float[Array, "a 4"
 
 
 def distances_to_sides(boxes: Float[Array, "*#n 4"], points: Float[Array, "*#n 2"]) -> Float[Array, "... 4"]:
-    """How far inside the left, top, right and bottom sides of its box each point `(x, y)` lies, in pixels."""
+    """Returns the distances from each point `(x, y)` to the left, top, right and bottom sides of its box, in pixels.
+
+    A distance is negative where the point lies outside that side.
+    """
     return jnp.concatenate([points - boxes[..., :2], boxes[..., 2:] - points], axis=-1)
 
 
 def centerness_of(boxes: Float[Array, "a 4"], anchors: Float[Array, "a 4"]) -> Float[Array, " a"]:
-    """Equation 3: √(least / greatest horizontal distance · least / greatest vertical one), 1 in the middle of a box.
+    """Computes centreness: √(min(l, r) / max(l, r) · min(t, b) / max(t, b)), 1 at the centre of a box (equation 3).
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 4.0]])
     >>> centerness_of(boxes, jnp.array([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 4.0, 2.0]])).tolist()
@@ -167,25 +172,25 @@ def centerness_of(boxes: Float[Array, "a 4"], anchors: Float[Array, "a 4"]) -> F
 def match_cells(
     anchors: Float[Array, "a 4"], targets: Targets, counts: list[int], matching: FCOSMatching
 ) -> tuple[Int32[Array, " a"], Bool[Array, " a"]]:
-    """The object that each cell answers for, and which cells answer for any: of several objects, the smallest.
+    """Matches each cell to at most one object. Returns the objects' indices, and which cells are positive.
 
-    - `anchors`: of all levels, one per cell; `counts`: how many each level has.
+    - `anchors`: of all levels, one per cell. `counts`: number of anchors of each level.
 
-    A cell may answer for an object if its middle lies within the box and near the box's middle, and if the box is of
-    the size that the cell's level is for (`FCOSMatching`).
+    A cell may be matched to an object if the cell's centre lies inside the box and near the box's centre, and if the
+    size of the box suits the cell's level (`FCOSMatching`). Of several such objects, the smallest is chosen.
     """
     middle = (anchors[:, :2] + anchors[:, 2:]) / 2  # (a, 2)
     size = anchors[:, 2] - anchors[:, 0]  # (a)
     objects = targets.boxes.astype(anchors.dtype)
     object_middle = (objects[:, :2] + objects[:, 2:]) / 2  # (n, 2)
-    apart = jnp.abs(middle[:, None] - object_middle[None]).max(axis=2)  # (a, n)
+    center_distance = jnp.abs(middle[:, None] - object_middle[None]).max(axis=2)  # (a, n)
     sides = distances_to_sides(objects[None], middle[:, None])  # (a, n, 4)
     farthest = sides.max(axis=2)
     last = jnp.arange(len(anchors)) >= len(anchors) - counts[-1]
     least = jnp.where(jnp.arange(len(anchors)) < counts[0], 0.0, matching.least * size)
     most = jnp.where(last, jnp.inf, matching.most * size)
     possible = (
-        (apart < matching.center_radius * size[:, None])
+        (center_distance < matching.center_radius * size[:, None])
         & (sides.min(axis=2) > 0)
         & (farthest > least[:, None])
         & (farthest < most[:, None])
@@ -193,7 +198,7 @@ def match_cells(
     )
     if objects.shape[0] == 0:
         return jnp.zeros(len(anchors), jnp.int32), jnp.zeros(len(anchors), bool)
-    # torchvision's arithmetic: in float32, areas that differ by a few pixels are equal, and the first object wins.
+    # As in torchvision: in float32, areas that differ by a few pixels compare equal here, and the first object wins.
     smallness = jnp.where(possible, LARGEST_AREA - box_area(objects)[None], 0)  # (a, n)
     return jnp.argmax(smallness, axis=1).astype(jnp.int32), possible.any(axis=1)
 
@@ -207,9 +212,12 @@ def fcos(
     head_norm: Norm = GroupNorm,
     depth: int = 4,
 ) -> FCOS:
-    """An `FCOS` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
+    """Builds an `FCOS` on `backbone` with torchvision's heads, randomly initialised.
 
-    - `anchor_sizes`: per level, the unit of distances in canvas pixels. `head_norm`: of the towers.
+    Use `dataclasses.replace` to change its options.
+
+    - `anchor_sizes`: for each level, the unit of distances in canvas pixels.
+    - `head_norm`: norm of the towers. `depth`: number of convolutions in each tower.
 
     >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)

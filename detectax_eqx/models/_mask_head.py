@@ -1,4 +1,4 @@
-"""The mask branch of Mask R-CNN (arXiv:1703.06870): a small image of each object in the frame of its box."""
+"""The mask branch of Mask R-CNN (arXiv:1703.06870): a low-resolution mask of each object in the frame of its box."""
 
 import equinox as eqx
 import jax
@@ -15,9 +15,10 @@ from ._rpn import binary_cross_entropy
 
 
 class MaskHead(eqx.Module):
-    """Four 3×3 convolutions on a box's features, an upsampling to twice the size, a mask for each class.
+    """3×3 convolutions on a box's features, upsampling by a factor of two, and one mask per class.
 
-    Outputs have `num_classes + 1` channels, background first and never used, as torchvision's weights do.
+    `mask_logits` has `num_classes + 1` channels to match torchvision's weights. The background comes first and is never
+    used.
     """
 
     convs: tuple[Conv2d, ...]
@@ -35,7 +36,12 @@ class MaskHead(eqx.Module):
         hidden_channels: int = 256,
         depth: int = 4,
     ):
-        """`pool_size`: side of the RoI's feature patch, in bins; masks have twice that."""
+        """Initialises the head.
+
+        - `num_classes`: foreground classes.
+        - `pool_size`: side of the pooled features, in bins; masks are twice as large.
+        - `hidden_channels`, `depth`: width and number of the 3×3 convolutions.
+        """
         keys = jr.split(key, depth + 2)
         widths = (channels,) + (hidden_channels,) * depth
         self.convs = tuple(Conv2d(i, o, 3, key=k) for i, o, k in zip(widths[:-1], widths[1:], keys[2:], strict=True))
@@ -44,17 +50,17 @@ class MaskHead(eqx.Module):
         self.pool_size = pool_size
 
     def __call__(self, features: Float[Array, "n c s s"], labels: Int32[Array, " n"]) -> Float[Array, "n 2*s 2*s"]:
-        """Mask logits of the class `labels` (foreground, from 0) of every box, in float32."""
+        """Returns the mask logits of each box for its class in `labels` (foreground classes from 0), in float32."""
         x = features
         for conv in self.convs:
             x = relu(jax.vmap(conv)(x))
         blocks = relu(jax.vmap(self.upsample.blocks)(x))  # (n, s, s, 2, 2, c)
-        # Only the wanted class's channel of the last 1×1 convolution is computed.
+        # The last 1×1 convolution is evaluated only for the channel of each box's class.
         weight = self.mask_logits.weight[labels + 1, :, 0, 0]  # (n, c)
         logits = jnp.einsum("nhwabo,no->nhwab", blocks, weight)
         if self.mask_logits.bias is not None:
             logits = logits + self.mask_logits.bias[labels + 1][:, None, None, None, None]
-        logits = rearrange(logits, "n h w a b -> n (h a) (w b)")  # blocks side by side, (n, 2 s, 2 s)
+        logits = rearrange(logits, "n h w a b -> n (h a) (w b)")  # (n, s, s, 2, 2) -> (n, 2 s, 2 s)
         return logits.astype(jnp.float32)
 
 
@@ -66,10 +72,10 @@ def mask_loss(
     sampling_ratio: int = 0,
     aligned: bool = False,
 ) -> dict[str, WeightedSum]:
-    """Per-pixel binary cross entropy between the positives' masks and what they show of their object: `loss_mask`.
+    """Computes the per-pixel binary cross entropy of the positives' masks: `loss_mask`.
 
-    The target is the object's mask resampled to the proposal (`crop_masks`, to which `sampling_ratio` and `aligned`
-    go); the defaults are torchvision's. Counted by the positives' pixels.
+    The target is the object's mask resampled to the proposal by `crop_masks`, which takes `sampling_ratio` and
+    `aligned`; the defaults are torchvision's. Normalised by the number of pixels of all positives.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
@@ -79,17 +85,17 @@ def mask_loss(
     """
     if targets.masks is None or targets.mask_boxes is None:
         raise ValueError(
-            "targets have no masks: this loss needs annotations with segmentations. Use a detector of boxes alone."
+            "targets have no masks: this loss needs annotations with segmentations. Add them, or use a box detector."
         )
     size = logits.shape[1]
-    wanted = crop_masks(
+    target_masks = crop_masks(
         targets.masks[sampled.matched],
         targets.mask_boxes[sampled.matched],
         sampled.boxes,
         output_size=size,
         sampling_ratio=sampling_ratio,
         aligned=aligned,
-    )
-    losses = binary_cross_entropy(logits, wanted).sum(axis=(1, 2))  # (s,), over the m² pixels
+    )  # (s, m, m)
+    losses = binary_cross_entropy(logits, target_masks).sum(axis=(1, 2))  # (s,), over the m² pixels
     count = sampled.positive.sum().astype(jnp.float32) * float(size * size)
     return {"loss_mask": WeightedSum(jnp.where(sampled.positive, losses, 0.0).sum(), count)}

@@ -22,19 +22,20 @@ from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
 from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection, box_losses, detect_boxes
 
 
-# Boxes per run of the mask head, and how many such runs are remembered for the backward pass: most images have far
-# fewer objects than there is room for.
+# Boxes per chunk of the mask head, and the number of chunks that save their residuals for the backward pass. Most
+# images have far fewer objects than the capacity.
 MASK_CHUNK = 10
 MASK_CHUNKS_KEPT = 3
 
 
 class MaskRCNN(AbstractDetector[TwoStageSelection]):
-    """A two-stage detector of boxes and masks: the parts of a `FasterRCNN` and a mask head on the same features.
+    """A two-stage detector of boxes and masks: a `FasterRCNN` with a mask head on the same features.
 
     `mask_rcnn` builds one with torchvision's parts.
 
     - `pooling`, `mask_targets`, `preprocessing`, `selection`, `sampling`: static options; the defaults are
-      torchvision's. `mask_targets` is how an object's mask is sampled in the frame of a proposal, see `ops.crop_masks`.
+      torchvision's. `mask_targets` sets how an object's mask is resampled to the frame of a proposal, see
+      `ops.crop_masks`.
     """
 
     backbone: Backbone
@@ -60,7 +61,7 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
         *,
         selection: TwoStageSelection | None = None,
     ) -> Detections:
-        """Detections in canvas pixels, with masks of 28×28 probabilities in the frame of their box."""
+        """Returns detections in canvas pixels, with masks of 28×28 probabilities in the frame of their box."""
         rois, detections = detect_boxes(self, image, canvas_size, selection or self.selection)
         logits = self.mask_logits(rois, detections.boxes, detections.labels, detections.valid)
         return replace(detections, masks=jax.nn.sigmoid(logits))
@@ -72,10 +73,10 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
         labels: Int32[Array, " n"],
         valid: Bool[Array, " n"],
     ) -> Float[Array, "n s s"]:
-        """Mask logits of the class `labels` in the frame of each of `boxes`, canvas pixels, valid ones first.
+        """Returns the mask logits of each box for its class in `labels`, in the frame of the box.
 
-        The head runs on as many boxes as are valid, a few at a time. Rows that are not valid hold zeros or the logits
-        of their box.
+        `boxes` are in canvas pixels, valid rows first. The head runs in chunks that cover the valid rows. Invalid rows
+        hold zeros or the logits of their box.
         """
         logits = eqx.Partial(_mask_logits, self.mask_head, rois)
         count = valid.sum(dtype=jnp.int32)
@@ -89,14 +90,14 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
         *,
         key: PRNGKeyArray,
     ) -> dict[str, WeightedSum]:
-        """The losses of `FasterRCNN.loss`, and `loss_mask`.
+        """Returns the losses of `FasterRCNN.loss` and `loss_mask`.
 
         Raises a `ValueError` if `targets` have no masks.
         """
         losses, rois, sampled = box_losses(self, image, canvas_size, targets, self.sampling, key)
-        # Positives are sampled first: the mask head runs on as many rows as may be positive.
-        most = min(sampled.boxes.shape[0], self.sampling.max_box_positives)
-        positives = jax.tree.map(lambda x: x[:most], sampled)
+        # Positives come first, so the mask head only needs the first `max_box_positives` rows.
+        capacity = min(sampled.boxes.shape[0], self.sampling.max_box_positives)
+        positives = jax.tree.map(lambda x: x[:capacity], sampled)
         logits = self.mask_logits(rois, positives.boxes, targets.labels[positives.matched], positives.positive)
         crop = self.mask_targets
         return losses | mask_loss(logits, positives, targets, sampling_ratio=crop.sampling_ratio, aligned=crop.aligned)
@@ -118,7 +119,9 @@ def mask_rcnn(
     hidden_size: int = 1024,
     hidden_channels: int = 256,
 ) -> MaskRCNN:
-    """A `MaskRCNN` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
+    """Builds a `MaskRCNN` on `backbone` with torchvision's heads, randomly initialised.
+
+    Use `dataclasses.replace` to change its options.
 
     - `hidden_channels`: width of the mask head. The other arguments are those of `faster_rcnn`.
 

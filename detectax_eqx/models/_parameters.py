@@ -1,4 +1,4 @@
-"""Which parameters a detector has, and which of them are trained."""
+"""Selects and counts the parameters of a detector."""
 
 import equinox as eqx
 import jax
@@ -9,11 +9,12 @@ from ._detector import AbstractDetector
 
 
 def trainable(model: AbstractDetector, *, trainable_layers: int | None = None) -> PyTree[bool]:
-    """A tree like `model` that is true at the parameters to train: the partition for `make_train_step`.
+    """Returns a tree like `model` that is true at the parameters to train, as `make_train_step` takes it.
 
-    The vectors of a `FrozenBatchNorm` are never trained. `trainable_layers` counts the backbone's `stages` that are,
-    from the top; default all. For a ResNet 5 is all, 4 all but the stem, 3 all but stem and first stage (torchvision's
-    default for pretrained backbones), 0 none; what lies above the stages always is.
+    The vectors of a `FrozenBatchNorm` are never trained. `trainable_layers` is the number of the backbone's `stages` to
+    train, counted from the top; default all. For a ResNet, 5 trains all stages, 4 all but the stem, 3 all but the stem
+    and the first stage (torchvision's default for pretrained backbones), and 0 none. Layers above the stages are always
+    trained.
 
     Raises a `ValueError` if the backbone has fewer stages.
 
@@ -43,9 +44,11 @@ def trainable(model: AbstractDetector, *, trainable_layers: int | None = None) -
 
 
 def in_backbone(tree: PyTree) -> PyTree[bool]:
-    """A tree like `tree`, a detector or its parameters, that is true in the backbone's stages: a mask for optax.
+    """Returns a tree like `tree` that is true in the backbone's stages: a mask for optax.
 
-    Imported weights are often trained at a lower rate than pyramid and heads, which start at random.
+    `tree` is a detector or its parameters.
+
+    Imported weights are often trained at a lower learning rate than the randomly initialised pyramid and heads.
 
     >>> import jax.random as jr, optax
     >>> from detectax_eqx.models import faster_rcnn
@@ -57,16 +60,16 @@ def in_backbone(tree: PyTree) -> PyTree[bool]:
     (True, False)
     """
 
-    def staged(tree: PyTree) -> list[PyTree]:
+    def stage_modules(tree: PyTree) -> list[PyTree]:
         return [module for stage in tree.backbone.stages for module in stage]
 
-    return eqx.tree_at(staged, _all(tree, False), _all(staged(tree), True))
+    return eqx.tree_at(stage_modules, _all(tree, False), _all(stage_modules(tree), True))
 
 
 def num_parameters(model: PyTree) -> int:
-    """Number of trainable numbers in a model, `FrozenBatchNorm`s left out as torchvision leaves out its buffers.
+    """Counts the trainable numbers of a model. `FrozenBatchNorm`s are excluded, as torchvision excludes buffers.
 
-    The model may be one of shapes alone (`eqx.filter_eval_shape`).
+    The model may consist of shapes only (`eqx.filter_eval_shape`).
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import resnet18

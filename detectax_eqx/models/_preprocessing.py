@@ -1,4 +1,4 @@
-"""How a detector wants its images: resized by a rule, then normalised by a mean and a standard deviation."""
+"""Preprocessing of a detector's images: a resize rule, then normalisation by mean and standard deviation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +10,17 @@ from jaxtyping import Array, Float, Int, Int32, Real
 from ..ops import resized_size
 
 
-# Mean and standard deviation of ImageNet's pixels, RGB in 0..255.
+# Mean and standard deviation of ImageNet pixels, RGB in 0..255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 @dataclass(frozen=True)
 class ShortestEdge:
-    """Resizes the short side to `min_size`, unless the long side would then exceed `max_size`; keeps the aspect ratio.
+    """Resizes the short side to `min_size`, or less so that the long side does not exceed `max_size`.
 
-    torchvision's rule and defaults. Host arithmetic in double precision, see `ops.resized_size`.
+    The aspect ratio is kept. Rule and defaults are torchvision's. Computed on the host in double precision, see
+    `ops.resized_size`.
 
     >>> ShortestEdge(800, 1333)((480, 640))
     (800, 1066)
@@ -33,11 +34,11 @@ class ShortestEdge:
             raise ValueError(f"min_size and max_size must be positive, got {self.min_size} and {self.max_size}.")
 
     def __call__(self, source_size: tuple[int, int], *, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
-        """`(height, width)` after the resize; with a `canvas`, shrunk further until it fits."""
+        """Returns `(height, width)` after the resize, shrunk further to fit `canvas` if given."""
         return resized_size(source_size, min_size=self.min_size, max_size=self.max_size, canvas=canvas)
 
     def table(self, source: tuple[int, int], *, canvas: tuple[int, int]) -> Int[np.ndarray, "h w 2"]:
-        """The call for every image that fits `source`: row `i`, column `j` is for one of `(i + 1, j + 1)` pixels."""
+        """Tabulates `__call__` for sizes up to `source`: entry `(i, j)` is for an image of `(i + 1, j + 1)` pixels."""
         height, width = (np.arange(1, side + 1, dtype=np.float64) for side in source)
         height, width = height[:, None], width[None, :]  # (h, 1) and (1, w)
         scale = np.minimum(self.min_size / np.minimum(height, width), self.max_size / np.maximum(height, width))
@@ -60,22 +61,22 @@ class Square:
             raise ValueError(f"size must be positive, got {self.size}.")
 
     def __call__(self, source_size: tuple[int, int], *, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
-        """`(height, width)` after the resize; with a `canvas`, each side shrunk until it fits."""
+        """Returns `(height, width)` after the resize, with each side shrunk to fit `canvas` if given."""
         if min(source_size) < 1:
             raise ValueError(f"source_size must be positive, got {source_size[0]}×{source_size[1]}.")
         limit = (self.size, self.size) if canvas is None else canvas
         return min(self.size, limit[0]), min(self.size, limit[1])
 
     def table(self, source: tuple[int, int], *, canvas: tuple[int, int]) -> Int[np.ndarray, "h w 2"]:
-        """The call for every image that fits `source`: row `i`, column `j` is for one of `(i + 1, j + 1)` pixels."""
+        """Tabulates `__call__` for sizes up to `source`: entry `(i, j)` is for an image of `(i + 1, j + 1)` pixels."""
         return np.broadcast_to(np.array(self(source, canvas=canvas), np.int32), (*source, 2))
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the backbone sees it. A part of the model, so it travels wherever the model goes.
+    """What is done to an image before the backbone. Part of the model, so that it is saved and exported with it.
 
-    - `resize`: the rule for the size. Pixels are interpolated by `ops.resize_image`: bilinear, without antialiasing.
+    - `resize`: the resize rule. Pixels are interpolated by `ops.resize_image`: bilinear, without antialiasing.
     - `mean`, `std`: one number per channel, for pixel values 0..255.
 
     >>> grayscale = Preprocessing(ShortestEdge(320, 640), mean=(128.0,), std=(64.0,))
@@ -93,24 +94,27 @@ class Preprocessing:
 
     @property
     def limits(self) -> dict[str, Any]:
-        """`min_size` and `max_size` of the resize, as `data.make_buckets` takes them.
+        """Keyword arguments `min_size` and `max_size` for `data.make_buckets`.
 
         >>> Preprocessing(Square(640)).limits
         {'min_size': 640, 'max_size': 640}
         """
         if isinstance(self.resize, Square):
-            return {"min_size": self.resize.size, "max_size": self.resize.size}  # on its one canvas
+            return {"min_size": self.resize.size, "max_size": self.resize.size}
         return {"min_size": self.resize.min_size, "max_size": self.resize.max_size}
 
     @property
     def channels(self) -> int:
-        """How many channels an image has."""
+        """Number of channels of an image."""
         return len(self.mean)
 
     def normalize(self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]) -> Float[Array, "c h w"]:
-        """`(image - mean) / std` as a map, and 0 outside the picture, which fills `(height, width)` of the canvas.
+        """Returns `(image - mean) / std`, channels first, with zeros in the padding.
 
-        Raises a `ValueError` for an image of another number of channels.
+        - `image`: pixel values on a canvas.
+        - `canvas_size`: `(height, width)` of the resized image, at the top left of the canvas.
+
+        Raises a `ValueError` if the number of channels is wrong.
 
         >>> image, size = jnp.full((2, 2, 1), 3.0), jnp.array([2, 1])
         >>> Preprocessing(mean=(1.0,), std=(2.0,)).normalize(image, size)[0].tolist()
@@ -118,10 +122,10 @@ class Preprocessing:
         """
         if image.shape[2] != self.channels:
             raise ValueError(
-                f"image has {image.shape[2]} channels, the last axis of (h, w, c), but the model takes {self.channels} "
-                f"(its preprocessing). {_remedy(image.shape[2], self.channels)}"
+                f"image has {image.shape[2]} channels on the last axis of (h, w, c), but the model's preprocessing "
+                f"takes {self.channels}. {_remedy(image.shape[2], self.channels)}"
             )
-        dtype = jnp.result_type(float)  # float32, or float64 where JAX computes in it
+        dtype = jnp.result_type(float)  # float32, or float64 if x64 is enabled
         mean, std = (jnp.asarray(values, dtype)[None, None] for values in (self.mean, self.std))  # (1, 1, c)
         x = (image.astype(dtype) - mean) / std
         rows = jnp.arange(image.shape[0], dtype=jnp.int32)[:, None, None] < canvas_size[0]
@@ -134,4 +138,4 @@ def _remedy(got: int, wanted: int) -> str:
         return "Drop alpha: image[..., :3]."
     if (got, wanted) == (1, 3):
         return "Repeat the gray channel: np.repeat(image, 3, axis=2)."
-    return "Give the backbone's stem that many channels, and its mean and std a number for each."
+    return "Build the backbone's stem for that many channels, with as many values in the preprocessing's mean and std."

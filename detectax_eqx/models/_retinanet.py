@@ -1,4 +1,4 @@
-"""RetinaNet (arXiv:1708.02002): dense boxes of three scales and three shapes per cell, trained with the focal loss."""
+"""RetinaNet (arXiv:1708.02002): anchors of three scales and three shapes per cell, trained with the focal loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,34 +31,40 @@ from ._preprocessing import Preprocessing
 # Three sizes per octave; torchvision rounds them down.
 ANCHOR_SIZES = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in (32, 64, 128, 256, 512))
 
-# From deltas, anchors and the boxes of matched objects, all `(a, 4)`, to a loss per anchor.
+# Maps deltas, anchors and the boxes of matched objects, all `(a, 4)`, to a loss per anchor.
 BoxLoss = Callable[[Float[Array, "a 4"], Float[Array, "a 4"], Float[Array, "a 4"]], Float[Array, " a"]]
 
 
 def l1_of_deltas(
     deltas: Float[Array, "a 4"], anchors: Float[Array, "a 4"], boxes: Float[Array, "a 4"]
 ) -> Float[Array, " a"]:
-    """The absolute error of the deltas: the box loss of torchvision's first RetinaNet."""
+    """Computes the absolute error of the deltas: the box loss of torchvision's first RetinaNet."""
     return smooth_l1_loss(deltas, encode_boxes(boxes, anchors).astype(deltas.dtype), beta=0.0).sum(axis=1)
 
 
 def giou_of_boxes(
     deltas: Float[Array, "a 4"], anchors: Float[Array, "a 4"], boxes: Float[Array, "a 4"]
 ) -> Float[Array, " a"]:
-    """`ops.giou_loss` of the decoded boxes: that of torchvision's second."""
+    """Computes `ops.giou_loss` of the decoded boxes: the box loss of torchvision's second RetinaNet."""
     return giou_loss(decode_boxes(deltas, anchors.astype(deltas.dtype)), boxes.astype(deltas.dtype))
 
 
 @dataclass(frozen=True)
 class RetinaNetMatching:
-    """From which IoU with an object an anchor is positive, and below which it is negative. Defaults are the paper's."""
+    """IoU thresholds for matching anchors with objects; the defaults are the paper's.
+
+    - `positive_iou`: an anchor is positive from this IoU with an object.
+    - `negative_iou`: an anchor is negative below this IoU with all objects.
+
+    Anchors in between are ignored, except for those with the highest IoU for an object, which are positive.
+    """
 
     positive_iou: float = 0.5
     negative_iou: float = 0.4
 
 
 class RetinaNet(AbstractDetector[DenseSelection]):
-    """A one-stage box detector: on every level of a pyramid, a class and a box for each of several anchors per cell.
+    """A one-stage box detector: predicts a class and a box for each anchor of each cell, on all levels of a pyramid.
 
     `retinanet` builds one with torchvision's parts.
 
@@ -66,8 +72,8 @@ class RetinaNet(AbstractDetector[DenseSelection]):
     - `box_loss`, `preprocessing`, `selection`, `matching`: static options; the defaults are those of torchvision's
       first version.
 
-    Each class has a sigmoid of its own, and there is no background. torchvision's checkpoints know COCO's category ids
-    as they are: 91 classes, of which 0 is never an object's.
+    Each class has its own sigmoid, and there is no background class. torchvision's checkpoints use COCO's category ids
+    as labels: 91 classes, of which 0 is never used.
     """
 
     backbone: Backbone
@@ -90,7 +96,10 @@ class RetinaNet(AbstractDetector[DenseSelection]):
     def predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
     ) -> list[tuple[Float[Array, "r k p"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
-        """Class logits of the `r` anchors of each of `p` cells, deltas and anchors of each level; `a` is `p r`."""
+        """Returns the class logits, deltas and anchors of each level.
+
+        A level has `p` cells of `r` anchors each, `a = p r` anchors in all.
+        """
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
         canvas = (image.shape[0], image.shape[1])
         anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios)
@@ -101,17 +110,17 @@ class RetinaNet(AbstractDetector[DenseSelection]):
     def __call__(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, selection: DenseSelection | None = None
     ) -> Detections:
-        """Detections in canvas pixels; see `AbstractDetector`."""
+        """Returns detections in canvas pixels; see `AbstractDetector`."""
         levels = [(logits, deltas[:, :0], deltas, a) for logits, deltas, a in self.predict(image, canvas_size)]
         return dense_detections(_sigmoid, decode_boxes, levels, canvas_size, selection or self.selection)
 
     def loss(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], targets: Targets, *, key: PRNGKeyArray
     ) -> dict[str, WeightedSum]:
-        """`classification`, the focal loss, and `bbox_regression` of one image.
+        """Returns `classification` (focal loss) and `bbox_regression` of one image.
 
-        As in torchvision, each is divided by the image's number of positive anchors, then averaged over images.
-        Nothing is drawn at random.
+        As in torchvision, both are divided by the image's number of positive anchors, then averaged over images. `key`
+        is not used.
         """
         targets.check_labels(self.num_classes)
         logits, *others = zip(*self.predict(image, canvas_size), strict=True)
@@ -125,7 +134,7 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         )
         labels = jnp.where(matches.positive, targets.labels[matches.indices], -1)  # (a,)
         counted = matches.positive | matches.negative
-        # Of rows without an object, any box with an area will do: their loss is not used.
+        # Anchors without an object take their own box as a placeholder of nonzero area; their loss is masked out.
         boxes = jnp.where(matches.positive[:, None], targets.boxes[matches.indices], anchors)
         box_losses = self.box_loss(deltas, anchors, boxes)  # (a,)
         positives = jnp.maximum(matches.positive.sum(), 1).astype(jnp.float32)
@@ -151,10 +160,14 @@ def retinanet(
     box_loss: BoxLoss = l1_of_deltas,
     depth: int = 4,
 ) -> RetinaNet:
-    """A `RetinaNet` on `backbone` with torchvision's heads at random; `dataclasses.replace` changes its options.
+    """Builds a `RetinaNet` on `backbone` with torchvision's heads, randomly initialised.
 
-    - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
-    - `head_norm`: of the towers. torchvision's first version has none, its second `GroupNorm` and `giou_of_boxes`.
+    Use `dataclasses.replace` to change its options.
+
+    - `anchor_sizes`: side lengths in canvas pixels, one tuple per level; `aspect_ratios`: height / width.
+    - `head_norm`: norm of the towers. torchvision's first version has none; its second has `GroupNorm` and
+      `giou_of_boxes`.
+    - `depth`: number of convolutions in each tower.
 
     >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)

@@ -1,4 +1,4 @@
-"""Region proposal network (arXiv:1506.01497) on a feature pyramid: head, proposals, loss."""
+"""Region proposal network (arXiv:1506.01497) on a feature pyramid: head, proposals, sampling and loss."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -27,10 +27,10 @@ from ..ops import (
 )
 
 
-# torchvision's anchors: sides in canvas pixels, a tuple per level of the pyramid, and height / width.
+# torchvision's anchors: sides in canvas pixels, one tuple per pyramid level, and height / width.
 ANCHOR_SIZES = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
-# Deltas of anchors are not scaled (torchvision and Detectron2 alike); `SMOOTH_L1_BETA` is torchvision's.
+# Deltas of anchors are not scaled, as in torchvision and Detectron2. `SMOOTH_L1_BETA` is torchvision's.
 RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SMOOTH_L1_BETA = 1 / 9
 Weights = tuple[float, float, float, float]
@@ -39,8 +39,9 @@ Weights = tuple[float, float, float, float]
 class RPNOutput(eqx.Module):
     """The head's raw predictions for the anchors of every level, in `anchor_grid`'s order.
 
-    `logits` say how likely an anchor holds an object, `deltas` move it there (`decode_boxes`), `anchors` are in canvas
-    pixels.
+    - `logits`: objectness of each anchor.
+    - `deltas`: refine anchors to boxes (`decode_boxes`).
+    - `anchors`: in canvas pixels.
     """
 
     logits: tuple[Float[Array, "*b _"], ...]
@@ -49,7 +50,7 @@ class RPNOutput(eqx.Module):
 
 
 class Proposals(eqx.Module):
-    """Class-agnostic boxes in canvas pixels, best first, with their objectness 0..1."""
+    """Class-agnostic boxes in canvas pixels, best first, with objectness scores in 0..1."""
 
     boxes: Float[Array, "*b p 4"]
     scores: Float[Array, "*b p"]
@@ -57,9 +58,10 @@ class Proposals(eqx.Module):
 
 
 class RPN(eqx.Module):
-    """3×3 convolutions and two 1×1 ones, shared by all levels, and the anchors that they refer to.
+    """3×3 convolutions and two 1×1 output convolutions, shared by all levels, and the anchors they refer to.
 
-    - `weights`: of the box coder. `smooth_l1_beta`: of the box regression loss; 0 is L1, Detectron2's.
+    - `weights`: of the box coder.
+    - `smooth_l1_beta`: of the box regression loss; 0 gives the L1 loss, as in Detectron2.
     """
 
     convs: tuple[Conv2d, ...]
@@ -81,14 +83,14 @@ class RPN(eqx.Module):
         weights: Weights = RPN_WEIGHTS,
         smooth_l1_beta: float = SMOOTH_L1_BETA,
     ):
-        """Builds the head.
+        """Initialises the head.
 
-        - `anchor_sizes`: side lengths in canvas pixels, a tuple per level; `aspect_ratios`: height / width.
+        - `anchor_sizes`: side lengths in canvas pixels, one tuple per level; `aspect_ratios`: height / width.
         - `depth`: number of 3×3 convolutions.
         """
         counts = {len(sizes) for sizes in anchor_sizes}
         if len(counts) != 1:
-            raise ValueError(f"anchor_sizes must hold equally many sizes per level, got {anchor_sizes}.")
+            raise ValueError(f"anchor_sizes must have the same number of sizes for each level, got {anchor_sizes}.")
         num_anchors = counts.pop() * len(aspect_ratios)
         conv_key, *keys = jr.split(key, 3)
         conv_keys = [conv_key] if depth == 1 else jr.split(conv_key, depth)
@@ -102,9 +104,9 @@ class RPN(eqx.Module):
         self.smooth_l1_beta = smooth_l1_beta
 
     def __call__(self, features: Sequence[Float[Array, "c _ _"]], canvas: tuple[int, int]) -> RPNOutput:
-        """Predictions for the features of an image of `canvas = (height, width)` pixels, at every anchor."""
+        """Returns predictions at all anchors for an image on a canvas of `(height, width)` pixels."""
         if len(features) != len(self.anchor_sizes):
-            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} levels, the backbone {len(features)}.")
+            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} levels, but the backbone has {len(features)}.")
         logits, deltas, anchors = [], [], []
         for feature, sizes in zip(features, self.anchor_sizes, strict=True):
             size = feature.shape[1], feature.shape[2]
@@ -113,7 +115,7 @@ class RPN(eqx.Module):
                 x = relu(conv(x))
             logits.append(rearrange(self.objectness(x), "a h w -> (h w a)").astype(jnp.float32))
             deltas.append(rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4).astype(jnp.float32))
-            # The whole quotient is torchvision's: at P6 of an odd P5 it differs from the nominal 64.
+            # The integer quotient, as in torchvision: at P6 above a P5 of odd size it differs from the nominal 64.
             stride = canvas[0] // size[0], canvas[1] // size[1]
             anchors.append(anchor_grid(size, stride=stride, sizes=sizes, aspect_ratios=self.aspect_ratios))
         return RPNOutput(tuple(logits), tuple(deltas), tuple(anchors))
@@ -121,12 +123,13 @@ class RPN(eqx.Module):
     def at_anchors(
         self, features: Sequence[Float[Array, "c _ _"]], indices: Int32[Array, " s"]
     ) -> tuple[Float[Array, " s"], Float[Array, "s 4"]]:
-        """Logits and deltas of some anchors, `indices` into those of all levels one after the other.
+        """Returns the logits and deltas of the anchors at `indices`, which count all levels concatenated.
 
-        The call's predictions there, from the patch of features that the 3×3 convolutions see. A loss looks at a few
-        hundred of some hundred thousand anchors: this way its gradient costs no more than they do.
+        These equal the predictions of `__call__`, but are computed only from the feature patches in the receptive field
+        of each anchor. A loss samples a few hundred of a few hundred thousand anchors; this way the
+        cost of its gradient depends only on the sampled ones.
         """
-        border = len(self.convs)  # of a patch around its middle cell
+        border = len(self.convs)  # cells of a patch on each side of its centre
         padded = [jnp.pad(x, ((0, 0), (border, border), (border, border))) for x in features]
         cells = jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in padded])  # (cells of all levels, c)
         sizes, padded_sizes = ([x.shape[1:] for x in maps] for maps in (features, padded))
@@ -141,15 +144,15 @@ class RPN(eqx.Module):
         level = jnp.searchsorted(first, pixel, side="right").astype(jnp.int32) - 1  # (s,)
         row, column = jnp.divmod(pixel - first[level], width[level])
         taps = jnp.arange(2 * border + 1, dtype=jnp.int32)
-        rows, columns = row[:, None] + taps[None], column[:, None] + taps[None]  # (s, 2 border + 1), of padded maps
-        seen = padded_first[level][:, None, None] + rows[:, :, None] * padded_width[level][:, None, None]
-        seen = seen + columns[:, None, :]
-        x = cells.at[seen].get(mode="promise_in_bounds")  # (s, rows, columns, c)
+        rows, columns = row[:, None] + taps[None], column[:, None] + taps[None]  # (s, 2 border + 1), in the padded map
+        patch = padded_first[level][:, None, None] + rows[:, :, None] * padded_width[level][:, None, None]
+        patch = patch + columns[:, None, :]  # (s, rows, columns), indices into cells
+        x = cells.at[patch].get(mode="promise_in_bounds")  # (s, rows, columns, c)
 
         for conv in self.convs[:-1]:
             x = relu(jax.vmap(lambda x, conv=conv: _valid(conv, x))(x))
             border, rows, columns = border - 1, rows[:, 1:-1], columns[:, 1:-1]
-            # Beyond the map, the next convolution reads zeros and not what this one makes of its padding.
+            # The next convolution pads with zeros: discard this one's outputs outside the map.
             start = len(self.convs)
             inside_rows = (rows >= start) & (rows < start + height[level][:, None])
             inside_columns = (columns >= start) & (columns < start + width[level][:, None])
@@ -163,7 +166,7 @@ class RPN(eqx.Module):
 
 
 def _valid(conv: Conv2d, x: Float[Array, "h w i"]) -> Float[Array, "h2 w2 o"]:
-    """A convolution without padding, channels last."""
+    """Applies a convolution without padding, channels last."""
     return conv2d(x.transpose(2, 0, 1), conv.weight, conv.bias).transpose(1, 2, 0)
 
 
@@ -172,9 +175,9 @@ def _with_bias(x: Float[Array, "s o"], conv: Conv2d) -> Float[Array, "s o"]:
 
 
 class SampledAnchors(eqx.Module):
-    """The anchors that a loss looks at, positives first, and the object that each was matched with.
+    """The anchors sampled for the loss, positives first.
 
-    `indices` count the anchors of all levels one after the other.
+    `indices` count the anchors of all levels concatenated. `matched` is the index of each one's matched object.
     """
 
     indices: Int32[Array, " s"]
@@ -194,14 +197,15 @@ def propose(
     min_size: float = 1e-3,
     weights: Weights = RPN_WEIGHTS,
 ) -> Proposals:
-    """The best boxes of all levels after non-maximum suppression within each, without gradient.
+    """Selects the best boxes of all levels with non-maximum suppression per level, without gradient.
 
-    - `image_size`: `(height, width)` of the image on its canvas; boxes are clipped to it, and those with a side below
-      `min_size` pixels dropped.
-    - `pre_nms_top_n`: candidates per level. `post_nms_top_n`: boxes over all levels, the capacity of the result.
+    - `image_size`: `(height, width)` of the image on its canvas. Boxes are clipped to it, and those with a side below
+      `min_size` pixels are dropped.
+    - `pre_nms_top_n`: number of candidates per level.
+    - `post_nms_top_n`: number of boxes over all levels, the capacity of the result.
     - `weights`: of the box coder.
 
-    torchvision's rule and defaults (at training time it keeps 2000 and 2000).
+    Rule and defaults are torchvision's, which uses 2000 and 2000 during training.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> output = RPNOutput((jnp.array([2.0, -1.0]),), (jnp.zeros((2, 4)),), (boxes,))
@@ -216,7 +220,7 @@ def propose(
         )
     boxes, scores, valid = [], [], []
     for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True):
-        # (t,) of the level's
+        # (t,), t = min(pre_nms_top_n, a)
         top_logits, top = lax.top_k(lax.stop_gradient(logits), min(pre_nms_top_n, logits.shape[0]))
         level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=weights)  # (t, 4)
         level_boxes = clip_boxes(level_boxes, image_size)
@@ -246,10 +250,10 @@ def sample_anchors(
     positive_iou: float = 0.7,
     negative_iou: float = 0.3,
 ) -> SampledAnchors:
-    """A balanced sample of the anchors of all levels.
+    """Draws a balanced sample of the anchors of all levels.
 
-    An anchor is positive if its IoU with an object reaches `positive_iou`, or is that object's best; negative below
-    `negative_iou`.
+    An anchor is positive if its IoU with an object is at least `positive_iou`, or the highest of all anchors with that
+    object. It is negative if its IoU with all objects is below `negative_iou`.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
@@ -282,10 +286,11 @@ def rpn_loss(
     weights: Weights = RPN_WEIGHTS,
     beta: float = SMOOTH_L1_BETA,
 ) -> dict[str, WeightedSum]:
-    """Objectness and box regression of the sampled anchors: `loss_objectness`, `loss_rpn_box_reg`.
+    """Computes the objectness and box losses of the sampled anchors: `loss_objectness`, `loss_rpn_box_reg`.
 
-    Both are counted by the number of sampled anchors, as in torchvision; only positives have a box to regress to.
-    `weights` are the box coder's, `beta` the smooth L1 loss's.
+    Both are normalised by the number of sampled anchors, as in torchvision. Only positives contribute to the box loss.
+
+    - `weights`: of the box coder. `beta`: of the smooth L1 loss.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
@@ -294,8 +299,8 @@ def rpn_loss(
     >>> {name: round(float(loss.mean()), 3) for name, loss in losses.items()}
     {'loss_objectness': 0.22, 'loss_rpn_box_reg': 0.0}
     """
-    wanted = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)
-    box_losses = smooth_l1_loss(deltas, wanted, beta=beta).sum(axis=1)  # (s,)
+    target_deltas = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)  # (s, 4)
+    box_losses = smooth_l1_loss(deltas, target_deltas, beta=beta).sum(axis=1)  # (s,)
     logit_losses = binary_cross_entropy(logits, sampled.positive.astype(jnp.float32))  # (s,)
     count = sampled.valid.sum().astype(jnp.float32)
     return {
@@ -305,10 +310,10 @@ def rpn_loss(
 
 
 def binary_cross_entropy(logits: Float[Array, "*s"], targets: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Elementwise cross entropy of sigmoid logits with targets 0..1."""
+    """Computes the elementwise cross entropy of sigmoid logits with targets in 0..1."""
     return jax.nn.softplus(logits) - targets * logits  # log(1 + eˣ) - t x = -t log σ(x) - (1 - t) log(1 - σ(x))
 
 
 def has_size(boxes: Float[Array, "*n 4"], min_size: float) -> Bool[Array, "*n"]:
-    """Which boxes have both sides of at least `min_size` pixels."""
+    """Whether both sides of each box are at least `min_size` pixels."""
     return (boxes[..., 2] - boxes[..., 0] >= min_size) & (boxes[..., 3] - boxes[..., 1] >= min_size)

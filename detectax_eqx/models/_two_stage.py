@@ -1,4 +1,4 @@
-"""What two-stage detectors share: their options, and the way from an image to proposals and boxes."""
+"""Shared parts of two-stage detectors: options, feature extraction, box detection and box losses."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -22,12 +22,12 @@ Features = tuple[Float[Array, "f _ _"], ...]
 class TwoStageSelection:
     """Which proposals and detections a two-stage detector keeps; the defaults are torchvision's.
 
-    - `score_threshold`: detections need a score above it, 0..1.
-    - `nms_threshold`: IoU above which the lower of two detections of a class is dropped.
-    - `max_detections`: detections per image.
-    - `pre_nms_top_n`, `post_nms_top_n`: proposals per level before, and over all levels after, suppression.
-    - `rpn_nms_threshold`: IoU above which the lower of two proposals of a level is dropped.
-    - `rpn_min_size`, `box_min_size`: least side in pixels of a proposal, and of a detection.
+    - `score_threshold`: score in 0..1 above which detections are kept.
+    - `nms_threshold`: IoU above which the lower-scoring of two detections of a class is dropped.
+    - `max_detections`: maximum number of detections per image.
+    - `pre_nms_top_n`, `post_nms_top_n`: number of proposals per level before suppression, and of all levels after it.
+    - `rpn_nms_threshold`: IoU above which the lower-scoring of two proposals of a level is dropped.
+    - `rpn_min_size`, `box_min_size`: minimum side in pixels of a proposal and of a detection.
     """
 
     score_threshold: float = 0.05
@@ -42,14 +42,14 @@ class TwoStageSelection:
 
 @dataclass(frozen=True)
 class TwoStageSampling:
-    """What a two-stage loss looks at; the defaults are torchvision's.
+    """Which anchors and proposals a two-stage loss samples; the defaults are torchvision's.
 
-    - `pre_nms_top_n`, `post_nms_top_n`: proposals per level before, and over all levels after, suppression.
+    - `pre_nms_top_n`, `post_nms_top_n`: number of proposals per level before suppression, and of all levels after it.
     - `rpn_nms_threshold`, `rpn_min_size`: as in `TwoStageSelection`.
-    - `rpn_samples`, `rpn_positive_fraction`: anchors per image, and the part of them that may be positive.
-    - `rpn_positive_iou`, `rpn_negative_iou`: from which IoU an anchor is positive, and below which it is negative.
+    - `rpn_samples`, `rpn_positive_fraction`: number of sampled anchors per image, and maximum fraction of positives.
+    - `rpn_positive_iou`, `rpn_negative_iou`: IoU from which an anchor is positive, and below which it is negative.
     - `box_samples`, `box_positive_fraction`: the same for proposals.
-    - `box_positive_iou`: from which IoU a proposal is positive; below it is negative.
+    - `box_positive_iou`: IoU from which a proposal is positive; below it, the proposal is negative.
     """
 
     pre_nms_top_n: int = 2000
@@ -66,13 +66,16 @@ class TwoStageSampling:
 
     @property
     def max_box_positives(self) -> int:
-        """How many of an image's sampled proposals may be positive."""
+        """Maximum number of positives among the sampled proposals of an image."""
         return int(self.box_samples * self.box_positive_fraction)
 
 
 @dataclass(frozen=True)
 class RoIPooling:
-    """How what lies inside a box is sampled, see `ops.roi_align`; torchvision's way. Detectron2's is `True, 0`."""
+    """How features are pooled in a box, see `ops.roi_align`.
+
+    The defaults are torchvision's. Detectron2 has `aligned=True, sampling_ratio=0`.
+    """
 
     aligned: bool = False
     sampling_ratio: int = 2
@@ -80,7 +83,7 @@ class RoIPooling:
 
 @runtime_checkable
 class TwoStage(Protocol):
-    """What the functions below need of a detector."""
+    """The fields of a detector that the functions below use."""
 
     backbone: Backbone
     rpn: RPN
@@ -95,14 +98,17 @@ class TwoStage(Protocol):
 def extract(
     model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]
 ) -> tuple[RoIFeatures, Features, RPNOutput]:
-    """The pyramid as the heads read it and as it is, and the region proposal network's output."""
+    """Returns the features that the heads pool from, the feature pyramid, and the output of the RPN."""
     features = model.backbone(model.preprocessing.normalize(image, canvas_size))
     output = model.rpn(features, (image.shape[0], image.shape[1]))
     return roi_features(model, features[:-1]), features, output
 
 
 def roi_features(model: TwoStage, maps: Features) -> RoIFeatures:
-    """What the heads pool from: the pyramid without its coarsest map, which is for anchors only."""
+    """Wraps `maps` as the features that the heads pool from.
+
+    These exclude the pyramid's coarsest map, which is used for anchors only.
+    """
     return RoIFeatures(
         maps,
         strides=model.backbone.strides[:-1],
@@ -114,7 +120,7 @@ def roi_features(model: TwoStage, maps: Features) -> RoIFeatures:
 def detect_boxes(
     model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"], selection: TwoStageSelection
 ) -> tuple[RoIFeatures, Detections]:
-    """Detections in canvas pixels without masks, and the features for heads beside the box head."""
+    """Returns detections in canvas pixels without masks, and the features for further heads."""
     rois, _, output = extract(model, image, canvas_size)
     size = canvas_size.astype(jnp.float32)
     proposals = propose(
@@ -150,7 +156,7 @@ def box_losses(
     sampling: TwoStageSampling,
     key: PRNGKeyArray,
 ) -> tuple[dict[str, WeightedSum], RoIFeatures, SampledProposals]:
-    """The four losses of Faster R-CNN, and for heads beside the box head the features and the sampled proposals."""
+    """Returns the four losses of Faster R-CNN, and the features and sampled proposals for further heads."""
     targets.check_labels(model.num_classes)
     rpn_key, box_key = jr.split(key)
     rois, features, output = extract(model, image, canvas_size)
@@ -163,7 +169,7 @@ def box_losses(
         positive_iou=sampling.rpn_positive_iou,
         negative_iou=sampling.rpn_negative_iou,
     )
-    # `output` is for proposals, which have no gradient: where the loss looks, the head predicts again.
+    # The proposals made from `output` have no gradient. The loss recomputes the head at the sampled anchors.
     logits, deltas = model.rpn.at_anchors(features, anchors.indices)  # (s,), (s, 4)
     losses = rpn_loss(logits, deltas, anchors, targets, weights=model.rpn.weights, beta=model.rpn.smooth_l1_beta)
     proposals = propose(

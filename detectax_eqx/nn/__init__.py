@@ -1,4 +1,4 @@
-"""Neural network modules over one example: convolutions, norms, ResNet, FPN."""
+"""Neural network modules for a single example: convolutions, norms, ResNet, FPN."""
 
 from .._xla import convolution_options as convolution_options
 from ._conv import (

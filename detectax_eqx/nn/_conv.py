@@ -1,4 +1,4 @@
-"""Convolutions over one `(c, h, w)` map."""
+"""Convolutions over a single `(c, h, w)` map."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +14,10 @@ from .._xla import convolve, max_pool
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 
-# Weights are OIHW. Fan-out He initialisation keeps the gradient's scale through ReLU (arXiv:1502.01852), as in ResNet.
+# Weights are OIHW. Fan-out He initialisation preserves the scale of gradients through ReLU (arXiv:1502.01852), as in
+# ResNet.
 he_fan_out: Initializer = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)
-# torch's `kaiming_uniform_(a=1)`, for layers without an activation behind them, as in FPN.
+# torch's `kaiming_uniform_(a=1)`, for layers that no activation follows, as in FPN.
 lecun_uniform: Initializer = variance_scaling(1.0, "fan_in", "uniform", in_axis=1, out_axis=0)
 
 
@@ -28,9 +29,9 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
 ) -> Float[Array, "o h2 w2"]:
-    """Cross-correlates a map with a kernel, with zero padding, as `torch.nn.functional.conv2d` does.
+    """Cross-correlates a map with a kernel, with zero padding, as in `torch.nn.functional.conv2d`.
 
-    A 1×1 kernel runs as a matrix product over the (strided) pixels.
+    A 1×1 kernel without padding is a matrix product over the strided pixels.
 
     >>> x = jnp.arange(4.0).reshape(1, 2, 2)
     >>> conv2d(x, jnp.full((1, 1, 1, 1), 2.0)).tolist()
@@ -39,12 +40,12 @@ def conv2d(
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}.")
     if weight.shape[2:] == (1, 1) and padding == 0:
-        x, stride = x[:, ::stride, ::stride], 1
+        x, stride = x[:, ::stride, ::stride], 1  # (i, h, w) -> (i, h2, w2)
     return convolve(x[None], weight, bias, stride=stride, padding=padding)[0]
 
 
 class Conv2d(eqx.Module):
-    """A convolution with its parameters: `weight (o, i, k, k)` and, unless `use_bias=False`, `bias (o)`."""
+    """A convolution with parameters `weight (o, i, k, k)` and, unless `use_bias=False`, `bias (o)`."""
 
     weight: Float[Array, "o i k k"]
     bias: Float[Array, " o"] | None
@@ -63,7 +64,7 @@ class Conv2d(eqx.Module):
         use_bias: bool = True,
         init: Initializer = he_fan_out,
     ):
-        """`padding` defaults to `kernel_size // 2`, which keeps the size at stride 1."""
+        """Initialises the layer. `padding` defaults to `kernel_size // 2`, which keeps the size at stride 1."""
         self.weight = init(key, (out_channels, in_channels, kernel_size, kernel_size))
         self.bias = jnp.zeros(out_channels) if use_bias else None
         self.stride = stride
@@ -74,17 +75,17 @@ class Conv2d(eqx.Module):
 
 
 class Upsample2x2(eqx.Module):
-    """A transposed convolution of kernel 2 and stride 2: each pixel becomes its own 2×2 block.
+    """A transposed convolution with kernel size 2 and stride 2: each pixel becomes a 2×2 block.
 
-    Blocks do not overlap, so that it is one matrix product and a reshuffle. `weight (i, o, 2, 2)`, as in
-    `torch.nn.ConvTranspose2d`.
+    Blocks do not overlap, so that the layer is one matrix product and a rearrangement. `weight` is `(i, o, 2, 2)`, as
+    in `torch.nn.ConvTranspose2d`.
     """
 
     weight: Float[Array, "i o 2 2"]
     bias: Float[Array, " o"]
 
     def __init__(self, in_channels: int, out_channels: int, *, key: PRNGKeyArray):
-        # torch counts the fan-out of a transposed kernel on its first axis.
+        # torch computes the fan-out of a transposed kernel from its first axis.
         self.weight = he_fan_out(key, (in_channels, out_channels, 2, 2))
         self.bias = jnp.zeros(out_channels)
 
@@ -92,12 +93,14 @@ class Upsample2x2(eqx.Module):
         return rearrange(self.blocks(x), "h w a b o -> o (h a) (w b)")
 
     def blocks(self, x: Float[Array, "i h w"]) -> Float[Array, "h w 2 2 o"]:
-        """The block of each pixel, before they are laid side by side: for what looks at single pixels next."""
+        """Returns the block of each pixel before the rearrangement, for pixelwise operations that follow."""
         return jnp.einsum("ihw,ioab->hwabo", x, self.weight) + self.bias[None, None, None, None]
 
 
 def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
-    """The largest value of each window; padding never wins. The gradient goes to the first of equals, as in torch.
+    """Takes the maximum of each window, where padding never wins. On ties, the gradient goes to the first value.
+
+    Both rules are torch's.
 
     >>> max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), kernel_size=2, stride=2).tolist()
     [[[5.0, 7.0], [13.0, 15.0]]]

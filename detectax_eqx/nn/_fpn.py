@@ -1,4 +1,4 @@
-"""Feature pyramid network (arXiv:1612.03144) over a bottom-up backbone."""
+"""Feature pyramid network (arXiv:1612.03144) on a bottom-up backbone."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,12 +14,12 @@ from ._resnet import ResNet
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What a detector is built on: a map from an image to pyramid levels, finest first.
+    """The interface of a detector's backbone: maps an image to pyramid levels, finest first.
 
-    - `channels`: the width of all levels. `strides`: theirs in pixels.
-    - `stages`: the modules of its parts from the stem up, for freezing and for learning rates by layer. Modules that no
-      stage has (a pyramid) are always trained.
-    - `divisor`: what height and width of an image must be multiples of.
+    - `channels`: number of channels, the same at all levels. `strides`: stride of each level in pixels.
+    - `stages`: the modules of each stage from the stem up, for freezing and for learning rates by layer. Modules
+      outside the stages, such as a pyramid, are always trained.
+    - `divisor`: height and width of an image must be multiples of this.
     """
 
     @property
@@ -38,7 +38,7 @@ class Backbone(Protocol):
 
 
 class SubsampledTop(eqx.Module):
-    """One level more: every second pixel of the coarsest. For anchors only, as in the FPN paper's footnote 2."""
+    """Adds one level: every second pixel of the coarsest one. For anchors only, as in footnote 2 of the FPN paper."""
 
     levels = 1
 
@@ -52,9 +52,9 @@ SUBSAMPLED_TOP = SubsampledTop()
 
 
 class ConvolvedTop(eqx.Module):
-    """Two levels more, each a strided 3×3 convolution of the one before: P6 and P7 of RetinaNet and FCOS.
+    """Adds two levels, each a strided 3×3 convolution of the previous one: P6 and P7 of RetinaNet and FCOS.
 
-    - `from_features`: whether P6 is made from the backbone's last map (C5) or from the pyramid's (P5).
+    - `from_features`: whether P6 is computed from the backbone's last map (C5) rather than the pyramid's (P5).
     """
 
     p6: Conv2d
@@ -63,7 +63,7 @@ class ConvolvedTop(eqx.Module):
     levels = 2
 
     def __init__(self, in_channels: int, channels: int, *, key: PRNGKeyArray, from_features: bool = False):
-        """`in_channels`: of C5, which matter only with `from_features`."""
+        """Initialises the layers. `in_channels`: number of channels of C5, used only with `from_features`."""
         keys = jr.split(key)
         width = in_channels if from_features else channels
         self.p6 = Conv2d(width, channels, 3, stride=2, init=lecun_uniform, key=keys[0])
@@ -78,10 +78,10 @@ class ConvolvedTop(eqx.Module):
 
 
 class FPN(eqx.Module):
-    """Maps of growing width (C2..C5, say) to maps of one width, each with the semantics of the coarsest.
+    """Maps features of increasing width, such as C2..C5, to levels of one width with the semantics of the coarsest.
 
-    `top` adds levels above: a module from the maps in and the maps out to a tuple of maps, whose length is its
-    `levels`.
+    `top` adds coarser levels: a module that takes the input maps and the output maps and returns a tuple of
+    `top.levels` maps.
     """
 
     lateral: tuple[Conv2d, ...]
@@ -118,9 +118,9 @@ def _upsample_nearest(x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
 
 
 class ResNetFPN(eqx.Module):
-    """A ResNet and the pyramid on it: by default an image to P2..P6, of strides 4, 8, 16, 32 and 64.
+    """A ResNet with a feature pyramid. By default, maps an image to P2..P6 with strides 4, 8, 16, 32 and 64.
 
-    Height and width must be multiples of 32, the `divisor`; anything else is a `ValueError` when the call is traced.
+    Height and width must be multiples of 32, the `divisor`. Other sizes raise a `ValueError` when the call is traced.
     """
 
     body: ResNet
@@ -138,7 +138,7 @@ class ResNetFPN(eqx.Module):
         finest: int = 2,
         top: SubsampledTop | ConvolvedTop = SUBSAMPLED_TOP,
     ):
-        """`finest`: the first level of the pyramid, 2 for P2; `top`: the levels above P5, see `FPN`."""
+        """Builds the pyramid. `finest`: its first level, 2 for P2. `top`: the levels above P5, see `FPN`."""
         if not 2 <= finest <= 5:
             raise ValueError(f"finest must be in 2..5, got {finest}.")
         self.body = body
@@ -148,12 +148,12 @@ class ResNetFPN(eqx.Module):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of each level, in pixels."""
+        """Stride of each level in pixels."""
         return tuple(2**level for level in range(self.finest, 6 + self.fpn.top.levels))
 
     @property
     def stages(self) -> tuple[tuple[Any, ...], ...]:
-        """The stem, and the blocks of the four stages."""
+        """The modules of the stem, and the blocks of the four stages."""
         return self.body.stages
 
     def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]:

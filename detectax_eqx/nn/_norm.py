@@ -1,4 +1,4 @@
-"""Normalisation layers without running state: a model's call takes arrays and gives arrays."""
+"""Normalisation layers without running state, so that calling a model is a pure function of arrays."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 class FrozenBatchNorm(eqx.Module):
     """Batch normalisation with fixed statistics and a fixed affine map: `(x - mean) / sqrt(var + eps) * weight + bias`.
 
-    For imported ImageNet backbones, whose statistics a detector's small batches would spoil. None of the four vectors
-    is to be trained: leave them out by partition (`detectax_eqx.models.trainable`), since a stopped gradient alone does
-    not stop weight decay. torchvision's published COCO checkpoints were trained with `eps=0`.
+    For imported ImageNet backbones, whose statistics would degrade with a detector's small batches. None of the four
+    vectors should be trained: exclude them by partition (`detectax_eqx.models.trainable`), since `stop_gradient` does
+    not prevent weight decay. torchvision's published COCO checkpoints were trained with `eps=0`.
     """
 
     weight: Float[Array, " c"]
@@ -34,9 +34,9 @@ class FrozenBatchNorm(eqx.Module):
 
 
 class GroupNorm(eqx.Module):
-    """Group normalisation (arXiv:1803.08494): each group of channels of one image to mean 0 and variance 1.
+    """Group normalisation (arXiv:1803.08494): normalises each group of channels of an image to mean 0 and variance 1.
 
-    Independent of the batch, hence the norm for training from scratch. Statistics are taken in float32.
+    Does not depend on the batch, which makes it suitable for training from scratch. Computes statistics in float32.
     """
 
     weight: Float[Array, " c"]
@@ -45,7 +45,7 @@ class GroupNorm(eqx.Module):
     eps: float = eqx.field(static=True)
 
     def __init__(self, channels: int, *, groups: int = 32, eps: float = 1e-5):
-        """`groups` is lowered to the number of channels if there are fewer; it must divide it."""
+        """Initialises the norm. `groups` is limited to the number of channels, and must divide it."""
         self.groups = min(groups, channels)
         if channels % self.groups:
             raise ValueError(f"groups must divide channels, got {channels} channels in {self.groups} groups.")
@@ -56,12 +56,12 @@ class GroupNorm(eqx.Module):
         grouped = x.astype(jnp.float32).reshape(self.groups, -1)  # (groups, c / groups h w)
         mean = jnp.mean(grouped, axis=1)
         variance = jnp.maximum(jnp.mean(grouped * grouped, axis=1) - mean * mean, 0.0)  # E x² - (E x)²
-        # One multiply-add over the map: the group's statistics are folded into the channels' affine map.
+        # Fold the statistics of each group into the affine map of its channels: one multiply-add over the map.
         repeats = x.shape[0] // self.groups
         scale = self.weight.astype(jnp.float32) * jnp.repeat(lax.rsqrt(variance + self.eps), repeats)
         shift = self.bias.astype(jnp.float32) - jnp.repeat(mean, repeats) * scale
         return (x.astype(jnp.float32) * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
-# What a backbone is built with: the number of channels in, a module over `(c, h, w)` out.
+# Builds a norm for a backbone: takes the number of channels and returns a module over `(c, h, w)`.
 Norm = Callable[[int], Callable[[Float[Array, "c h w"]], Float[Array, "c h w"]]]

@@ -1,4 +1,4 @@
-"""Computing in fewer bits than parameters have."""
+"""Computation in a lower precision than that of the parameters."""
 
 import equinox as eqx
 import jax
@@ -9,11 +9,11 @@ from ._norm import FrozenBatchNorm, GroupNorm
 
 
 def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
-    """`model` with its floats in another dtype, to compute in: `cast(model, jnp.bfloat16)`.
+    """Casts the floating-point arrays of a model to `dtype`, as in `cast(model, jnp.bfloat16)`.
 
-    A detector then runs convolutions and matrix products in `dtype`; norms keep their parameters and compute with them
-    in float32, as box decoding, IoU, NMS, softmax and losses do anyway. To train so, cast within the loss: parameters,
-    gradients and updates stay float32.
+    A detector then runs its convolutions and matrix products in `dtype`. Norms keep their parameters and compute in
+    float32, as do box decoding, IoU, NMS, softmax and losses. For mixed-precision training, cast inside the loss
+    function, so that parameters, gradients and updates stay float32.
 
     >>> import jax.numpy as jnp
     >>> import jax.random as jr

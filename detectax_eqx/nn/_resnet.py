@@ -12,7 +12,7 @@ from ._norm import FrozenBatchNorm, Norm
 
 
 class Downsample(eqx.Module):
-    """The shortcut where a block changes size or width: a strided 1×1 convolution and a norm."""
+    """The shortcut of a block that changes the size or the width: a strided 1×1 convolution and a norm."""
 
     conv: Conv2d
     norm: Callable
@@ -84,9 +84,9 @@ class Bottleneck(eqx.Module):
 
 
 class ResNet(eqx.Module):
-    """A ResNet without its classifier: an image `(i, h, w)`, usually RGB, to the maps C2..C5 of its four stages.
+    """A ResNet without its classifier. Maps an image `(i, h, w)`, usually RGB, to the maps C2..C5 of its four stages.
 
-    Strides are 4, 8, 16, 32; `channels` gives the widths of the four maps.
+    Their strides are 4, 8, 16 and 32; `channels` holds their widths.
     """
 
     conv1: Conv2d
@@ -106,12 +106,13 @@ class ResNet(eqx.Module):
         checkpoint: bool = False,
         in_channels: int = 3,
     ):
-        """Builds stem and stages.
+        """Builds the stem and the stages.
 
-        - `depths`: blocks of each stage. `width`: channels of the stem and of the first stage (64 in the paper).
-        - `in_channels`: channels of the image.
-        - `checkpoint`: save only the input of each block for the backward pass, and recompute the rest there
-          (arXiv:1604.06174).
+        - `depths`: number of blocks per stage. `width`: base width, 64 in the paper: the channels of the stem and of
+          the blocks of the first stage, before their expansion.
+        - `in_channels`: number of channels of the image.
+        - `checkpoint`: whether to use rematerialisation: save only the input of each block for the backward pass and
+          recompute everything else (arXiv:1604.06174).
         """
         stem_key, *stage_keys = jr.split(key, 5)
         self.conv1 = Conv2d(in_channels, width, 7, stride=2, use_bias=False, key=stem_key)
@@ -120,7 +121,7 @@ class ResNet(eqx.Module):
         for stage, (depth, stage_key) in enumerate(zip(depths, stage_keys, strict=True)):
             blocks = []
             for position, block_key in enumerate(jr.split(stage_key, depth)):
-                stride = 2 if stage > 0 and position == 0 else 1  # each stage but the first begins by halving the map
+                stride = 2 if stage > 0 and position == 0 else 1  # all stages but the first halve the resolution
                 blocks.append(block(in_channels, width * 2**stage, stride=stride, norm=norm, key=block_key))
                 in_channels = block.expansion * width * 2**stage
             layers.append(tuple(blocks))
@@ -130,7 +131,7 @@ class ResNet(eqx.Module):
 
     @property
     def stages(self) -> tuple[tuple[Callable, ...], ...]:
-        """The modules of the stem, and of the four stages."""
+        """The modules of the stem, and the blocks of the four stages."""
         return ((self.conv1, self.norm1), *self.layers)
 
     def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
@@ -146,7 +147,7 @@ class ResNet(eqx.Module):
 
 
 def _stem(conv, norm, x):
-    return max_pool2d(relu(norm(conv(x))), kernel_size=3, stride=2, padding=1)  # the halves of conv and pool: stride 4
+    return max_pool2d(relu(norm(conv(x))), kernel_size=3, stride=2, padding=1)  # stride 2 * 2 = 4
 
 
 def resnet18(
@@ -159,7 +160,7 @@ def resnet18(
 ) -> ResNet:
     """ResNet-18: 11.2 million parameters.
 
-    >>> body = eqx.filter_eval_shape(lambda: resnet18(key=jr.key(0)))  # its shapes alone
+    >>> body = eqx.filter_eval_shape(lambda: resnet18(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     2
     """
@@ -178,7 +179,7 @@ def resnet34(
 ) -> ResNet:
     """ResNet-34: 21.3 million parameters.
 
-    >>> body = eqx.filter_eval_shape(lambda: resnet34(key=jr.key(0)))  # its shapes alone
+    >>> body = eqx.filter_eval_shape(lambda: resnet34(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
@@ -197,7 +198,7 @@ def resnet50(
 ) -> ResNet:
     """ResNet-50: 23.5 million parameters.
 
-    >>> body = eqx.filter_eval_shape(lambda: resnet50(key=jr.key(0)))  # its shapes alone
+    >>> body = eqx.filter_eval_shape(lambda: resnet50(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
@@ -216,7 +217,7 @@ def resnet101(
 ) -> ResNet:
     """ResNet-101: 42.5 million parameters.
 
-    >>> body = eqx.filter_eval_shape(lambda: resnet101(key=jr.key(0)))  # its shapes alone
+    >>> body = eqx.filter_eval_shape(lambda: resnet101(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     23
     """

@@ -1,4 +1,4 @@
-"""Anchors: the boxes that a dense head refines, laid out on a regular grid."""
+"""Anchors: boxes on a regular grid that a dense head refines."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from jaxtyping import Array, Float32
 
 
 def _base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Float32[np.ndarray, "a 4"]:
-    """Anchors around the origin, rounded half to even. Float32 throughout, since rounding hinges on the last bit."""
-    scale_y = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]
+    """Anchors centred on the origin, rounded half to even. In float32, since the rounding depends on the last bit."""
+    scale_y = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]  # (ratios, 1)
     scale_x = 1 / scale_y
-    size = np.asarray(sizes, np.float32)[None, :]
-    width, height = (scale_x * size).reshape(-1), (scale_y * size).reshape(-1)  # w h = size², h / w = ratio
+    size = np.asarray(sizes, np.float32)[None, :]  # (1, sizes)
+    width, height = (scale_x * size).reshape(-1), (scale_y * size).reshape(-1)  # (a,); w h = size², h / w = ratio
     return np.round(np.stack([-width, -height, width, height], axis=1) / 2)
 
 
@@ -24,14 +24,15 @@ def anchor_grid(
     sizes: Sequence[float],
     aspect_ratios: Sequence[float],
 ) -> Float32[Array, "n 4"]:
-    """Anchors of a feature map of `(h, w)` cells, in pixels: `n = h * w * len(aspect_ratios) * len(sizes)` boxes.
+    """Generates the anchors of a feature map of `(h, w)` cells, in pixels.
 
-    Order: rows of cells, cells of a row, aspect ratios, sizes, the last fastest. An aspect ratio is height / width,
-    and an anchor has the area `size**2` but for rounding to whole pixels. Anchors are centred on the top-left corner
-    `(x * stride, y * stride)` of their cell, without a half-stride offset: torchvision's `AnchorGenerator`, exactly.
-    `stride` is a number of pixels or `(stride_y, stride_x)`. A map without cells gives no anchors.
+    There are `n = h * w * len(aspect_ratios) * len(sizes)` anchors, ordered by row, column, aspect ratio and size, with
+    the size varying fastest. An aspect ratio is height / width. The area of an anchor is `size**2` before rounding to
+    whole pixels. Anchors are centred on the top-left corner `(x * stride, y * stride)` of their cell, without a
+    half-stride offset, exactly as in torchvision's `AnchorGenerator`. `stride` is a number of pixels or
+    `(stride_y, stride_x)`. A map without cells has no anchors.
 
-    Raises ValueError for a negative feature size, and for strides, sizes or aspect ratios that are not positive.
+    Raises a `ValueError` for a negative feature size, and for strides, sizes or aspect ratios that are not positive.
 
     >>> anchor_grid((1, 2), stride=8, sizes=(32,), aspect_ratios=(1.0,)).tolist()
     [[-16.0, -16.0, 16.0, 16.0], [-8.0, -16.0, 24.0, 16.0]]
@@ -45,7 +46,7 @@ def anchor_grid(
         if not values or not all(math.isfinite(value) and value > 0 for value in values):
             raise ValueError(f"{name} must be one or more positive numbers, got {values}")
     height, width = feature_size
-    y = jnp.broadcast_to((jnp.arange(height) * stride_y)[:, None], feature_size)
+    y = jnp.broadcast_to((jnp.arange(height) * stride_y)[:, None], feature_size)  # (h, w)
     x = jnp.broadcast_to((jnp.arange(width) * stride_x)[None, :], feature_size)
     corners = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4).astype(jnp.float32)  # (h w, 1, 4)
     # (h w, 1, 4) + (1, a, 4) -> (h w a, 4)

@@ -1,4 +1,4 @@
-"""Boxes as offsets from anchors, the regression target of the R-CNN family."""
+"""Encoding of boxes as offsets from anchors, the regression targets of the R-CNN family."""
 
 import math
 
@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 from ._boxes import _corners, _ratio, _upcast
 
 
-# Largest log-scale that is decoded: a box grows to at most 1000/16 times its anchor, so that `exp` cannot overflow.
-# The figure is Detectron's, and torchvision's.
+# Upper bound for decoded log-scales: a box is at most 1000/16 times as large as its anchor, so that `exp` cannot
+# overflow. The value is that of Detectron and torchvision.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 Weights = tuple[float, float, float, float] | Float[Array, "4"]
@@ -35,13 +35,14 @@ def _log_scale(size, anchor_size):
 def encode_boxes(
     boxes: Float[Array, "n 4"], anchors: Float[Array, "n 4"], *, weights: Weights = (1.0, 1.0, 1.0, 1.0)
 ) -> Float[Array, "n 4"]:
-    """Offsets `(dx, dy, dw, dh)` that take each anchor to its box.
+    """Encodes boxes as offsets `(dx, dy, dw, dh)` from their anchors.
 
-    `dx, dy` move the centre in units of the anchor's size, `dw, dh` are log-scales; each is multiplied by its weight.
-    Where an anchor has no width, `dx` and `dw` are 0; where a box has none, `dw` is; the same for heights. The gradient
-    there is 0, so that padded rows stay finite. Result in the dtype of `boxes`.
+    `dx, dy` are shifts of the centre in units of the anchor's size, and `dw, dh` are log-scales. Each is multiplied by
+    its weight. For an anchor without width, `dx` and `dw` are 0; for a box without width, `dw` is 0; likewise for
+    heights. The gradient is 0 there, so that padded rows stay finite. The result has the dtype of `boxes`.
 
-    Raises ValueError for weights that are not positive. Ren et al. 2015, https://arxiv.org/abs/1506.01497, equation 2.
+    Raises a `ValueError` for weights that are not positive. Ren et al. 2015, https://arxiv.org/abs/1506.01497,
+    equation 2.
 
     >>> boxes, anchors = jnp.array([[2.0, 0.0, 6.0, 4.0]]), jnp.array([[0.0, 0.0, 4.0, 4.0]])
     >>> encode_boxes(boxes, anchors, weights=(10, 10, 5, 5)).tolist()
@@ -52,23 +53,23 @@ def encode_boxes(
     anchor_cx, anchor_cy, anchor_width, anchor_height = _centres_and_sizes(anchors)
     deltas = [
         _ratio(wx * (cx - anchor_cx), anchor_width),  # dx = wx (cx - acx) / aw
-        _ratio(wy * (cy - anchor_cy), anchor_height),
+        _ratio(wy * (cy - anchor_cy), anchor_height),  # dy = wy (cy - acy) / ah
         ww * _log_scale(width, anchor_width),  # dw = ww log(w / aw)
-        wh * _log_scale(height, anchor_height),
+        wh * _log_scale(height, anchor_height),  # dh = wh log(h / ah)
     ]
-    return jnp.stack(deltas, axis=1).astype(boxes.dtype)
+    return jnp.stack(deltas, axis=1).astype(boxes.dtype)  # (n, 4)
 
 
 def decode_boxes(
     deltas: Float[Array, "n 4"], anchors: Float[Array, "n 4"], *, weights: Weights = (1.0, 1.0, 1.0, 1.0)
 ) -> Float[Array, "n 4"]:
-    """Boxes that the offsets `(dx, dy, dw, dh)` make of the anchors: the inverse of `encode_boxes`.
+    """Decodes offsets `(dx, dy, dw, dh)` from anchors to boxes: the inverse of `encode_boxes`.
 
-    Log-scales are clamped from above at `log(1000 / 16)`, with a zero gradient beyond. The boxes are in the anchors'
-    pixels and have their dtype, so that deltas in bfloat16 give float32 boxes from float32 anchors. They are not
-    clipped to the image. An anchor without extent gives a box without extent.
+    Log-scales are clamped to at most `log(1000 / 16)`, with a zero gradient beyond. The boxes have the coordinate frame
+    and the dtype of the anchors: bfloat16 deltas and float32 anchors give float32 boxes. They are not clipped to the
+    image. An anchor without extent gives a box without extent.
 
-    Raises ValueError for weights that are not positive.
+    Raises a `ValueError` for weights that are not positive.
 
     >>> decode_boxes(jnp.array([[0.5, 0.0, 0.0, 0.0]]), jnp.array([[0.0, 0.0, 4.0, 4.0]])).tolist()
     [[2.0, 0.0, 6.0, 4.0]]
@@ -76,8 +77,9 @@ def decode_boxes(
     wx, wy, ww, wh = _checked(weights)
     anchor_cx, anchor_cy, anchor_width, anchor_height = _centres_and_sizes(anchors)
     dx, dy, dw, dh = _upcast(deltas).T  # each (n,)
-    cx = dx / wx * anchor_width + anchor_cx
+    cx = dx / wx * anchor_width + anchor_cx  # cx = (dx / wx) aw + acx
     cy = dy / wy * anchor_height + anchor_cy
+    # w = exp(min(dw / ww, MAX_LOG_SCALE)) aw
     half_width = 0.5 * (jnp.exp(jnp.minimum(dw / ww, MAX_LOG_SCALE)) * anchor_width)
     half_height = 0.5 * (jnp.exp(jnp.minimum(dh / wh, MAX_LOG_SCALE)) * anchor_height)
     corners = [cx - half_width, cy - half_height, cx + half_width, cy + half_height]

@@ -1,6 +1,6 @@
-"""Losses, element by element: weighting and reduction are left to the caller.
+"""Elementwise losses. The caller weights and reduces them.
 
-Arithmetic is at least float32 whatever the input, and the result has the dtype of the first argument.
+Computes in float32 or higher and returns the dtype of the first argument.
 """
 
 import jax
@@ -23,10 +23,10 @@ from ._boxes import (
 def smooth_l1_loss(
     pred: Float[Array, "*shape"], target: Float[Array, "*shape"], *, beta: float = 1.0
 ) -> Float[Array, "*shape"]:
-    """Squared error `d² / (2 beta)` where `|d| < beta`, absolute error `|d| - beta / 2` elsewhere.
+    """Smooth L1 loss: `d² / (2 beta)` where `|d| < beta`, and `|d| - beta / 2` elsewhere, with `d = pred - target`.
 
-    `beta = 0` gives the absolute error, with gradient 0 at 0. Raises ValueError for a negative `beta`. Girshick 2015,
-    https://arxiv.org/abs/1504.08083, equation 3, there with `beta = 1`.
+    With `beta = 0` it is the absolute error, with gradient 0 at 0. Raises a `ValueError` for a negative `beta`.
+    Girshick 2015, https://arxiv.org/abs/1504.08083, equation 3, which has `beta = 1`.
 
     >>> smooth_l1_loss(jnp.array([0.0, 0.5, 3.0]), jnp.zeros(3), beta=1.0).tolist()
     [0.0, 0.125, 2.5]
@@ -34,7 +34,7 @@ def smooth_l1_loss(
     if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
     difference = _upcast(pred) - _upcast(target)
-    distance = difference * jnp.sign(difference)  # the gradient of `abs` at 0 is 1
+    distance = difference * jnp.sign(difference)  # |d| with gradient 0 at 0; that of `abs` is 1
     loss = distance if beta == 0 else jnp.where(distance < beta, 0.5 * difference**2 / beta, distance - 0.5 * beta)
     return loss.astype(pred.dtype)
 
@@ -46,11 +46,11 @@ def sigmoid_focal_loss(
     alpha: float | None = 0.25,
     gamma: float = 2.0,
 ) -> Float[Array, "*shape"]:
-    """Binary cross entropy of each logit, scaled down by `(1 - p_t)**gamma` where the prediction is right already.
+    """Focal loss: binary cross entropy times `(1 - p_t)**gamma`, which down-weights well-classified examples.
 
-    `targets` are 0, 1 or in between. Positives weigh `alpha` and negatives `1 - alpha`, or both 1 if it is `None`.
-    Finite, with finite gradients, for logits of any size. Raises ValueError unless `0 <= alpha <= 1` and `gamma >=
-    0`. Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 5.
+    `targets` are in 0..1. Positives have weight `alpha` and negatives `1 - alpha`; with `alpha=None`, both have weight
+    1. The loss and its gradients are finite for logits of any size. Raises a `ValueError` unless `0 <= alpha <= 1` and
+    `gamma >= 0`. Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 5.
 
     >>> sigmoid_focal_loss(jnp.array([0.0, 4.0]), jnp.array([1.0, 1.0]), alpha=None, gamma=2.0).round(5).tolist()
     [0.17328999936580658, 9.999999747378752e-06]
@@ -60,10 +60,10 @@ def sigmoid_focal_loss(
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
     x, t = _upcast(logits), _upcast(targets)
-    # 1 - p_t from both tails of the sigmoid: 1 - sigmoid(x) would cancel.
-    wrongness = jax.nn.sigmoid(x) * (1 - t) + jax.nn.sigmoid(-x) * t
-    # A power below 1 has no finite gradient at 0, where the loss is 0 anyway.
-    modulation = jnp.where(wrongness > 0, jnp.where(wrongness > 0, wrongness, 1) ** gamma, 0)
+    # 1 - p_t = σ(x) (1 - t) + σ(-x) t. Computing σ(-x) as 1 - σ(x) loses precision to cancellation.
+    one_minus_pt = jax.nn.sigmoid(x) * (1 - t) + jax.nn.sigmoid(-x) * t
+    # At 0 the loss is 0, but a power with gamma < 1 has an infinite gradient there.
+    modulation = jnp.where(one_minus_pt > 0, jnp.where(one_minus_pt > 0, one_minus_pt, 1) ** gamma, 0)
     cross_entropy = t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)  # -t log σ(x) - (1 - t) log(1 - σ(x))
     loss = cross_entropy * modulation
     if alpha is not None:
@@ -72,22 +72,22 @@ def sigmoid_focal_loss(
 
 
 def _loss_terms(boxes_a, boxes_b):
-    """Corners of both, intersection, union, and the enclosing box's sides."""
+    """Corners of both, their intersection and union, and the width and height of the enclosing box."""
     a, b = _corners(boxes_a), _corners(boxes_b)
     return a, b, *_intersection_and_union(a, b), *_enclosure(a, b)
 
 
 def giou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Float[Array, " n"]:
-    """`1 - GIoU` of each box of `boxes_a` with its partner in `boxes_b`, in 0..2.
+    """`1 - GIoU` of corresponding boxes in `boxes_a` and `boxes_b`, in 0..2.
 
-    Areas of about 1e-7 and less count as none: two such boxes in the same place give 1, with gradient 0.
+    Areas of about 1e-7 and below count as 0: the loss of two such boxes at the same position is 1, with gradient 0.
     Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630.
 
     >>> giou_loss(jnp.array([[0.0, 0.0, 1.0, 1.0]]), jnp.array([[3.0, 0.0, 4.0, 1.0]])).tolist()
     [1.5]
     """
     _, _, intersection, union, width, height = _loss_terms(boxes_a, boxes_b)
-    enclosing = width * height  # C, the smallest box around both
+    enclosing = width * height  # C, the area of the smallest box that encloses both
     giou = _ratio(intersection, union + EPSILON) - _ratio(enclosing - union, enclosing + EPSILON)
     return (1 - giou).astype(boxes_a.dtype)
 
@@ -95,13 +95,13 @@ def giou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Flo
 def _diou_loss_and_iou(boxes_a, boxes_b):
     a, b, intersection, union, width, height = _loss_terms(boxes_a, boxes_b)
     iou = _ratio(intersection, union + EPSILON)
-    return 1 - iou + _squared_centre_distance(a, b) / (width**2 + height**2 + EPSILON), iou
+    return 1 - iou + _squared_centre_distance(a, b) / (width**2 + height**2 + EPSILON), iou  # 1 - IoU + ρ² / c²
 
 
 def diou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Float[Array, " n"]:
-    """`1 - DIoU` of each box of `boxes_a` with its partner in `boxes_b`, in 0..2.
+    """`1 - DIoU` of corresponding boxes in `boxes_a` and `boxes_b`, in 0..2.
 
-    Areas of about 1e-7 and less count as none: two such boxes in the same place give 1, with gradient 0.
+    Areas of about 1e-7 and below count as 0: the loss of two such boxes at the same position is 1, with gradient 0.
     Zheng et al. 2020, https://arxiv.org/abs/1911.08287, equation 8.
 
     >>> diou_loss(jnp.array([[0.0, 0.0, 2.0, 2.0]]), jnp.array([[4.0, 0.0, 6.0, 2.0]])).tolist()
@@ -111,10 +111,10 @@ def diou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Flo
 
 
 def ciou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Float[Array, " n"]:
-    """`1 - CIoU` of each box of `boxes_a` with its partner in `boxes_b`: `diou_loss` and an aspect ratio penalty.
+    """`1 - CIoU` of corresponding boxes in `boxes_a` and `boxes_b`: `diou_loss` plus an aspect ratio penalty.
 
-    The penalty's weight is a constant in the gradient. A box without height counts as infinitely wide, and a point
-    has the aspect of a box without width. Zheng et al. 2020, https://arxiv.org/abs/1911.08287, equation 10.
+    The weight of the penalty is a constant in the gradient. A box of height 0 counts as infinitely wide, and a point
+    has the aspect ratio of a box of width 0. Zheng et al. 2020, https://arxiv.org/abs/1911.08287, equation 10.
 
     >>> ciou_loss(jnp.array([[0.0, 0.0, 2.0, 2.0]]), jnp.array([[4.0, 0.0, 6.0, 2.0]])).tolist()
     [1.399999976158142]
@@ -125,10 +125,11 @@ def ciou_loss(boxes_a: Float[Array, "n 4"], boxes_b: Float[Array, "n 4"]) -> Flo
 
 
 def dice_loss(logits: Float[Array, "n s"], targets: Float[Array, "n s"]) -> Float[Array, " n"]:
-    """`1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)` of each mask, `p` being the sigmoid of its `s` logits, in 0..1.
+    """Dice loss `1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)` of each mask, in 0..1, with `p = sigmoid(logits)`.
 
-    `targets` are coverages in 0..1. The ones smooth the loss, so that an empty target has one: near 0 for logits that
-    are very negative. Milletari et al. 2016, https://arxiv.org/abs/1606.04797, in the form of MaskFormer and DETR.
+    `targets` are coverages in 0..1, and sums run over the `s` pixels of a mask. The added ones smooth the loss and
+    define it for an empty target, where it is near 0 for very negative logits. Milletari et al. 2016,
+    https://arxiv.org/abs/1606.04797, in the form of MaskFormer and DETR.
 
     >>> dice_loss(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]])).round(4).tolist()
     [0.33329999446868896]

@@ -1,4 +1,4 @@
-"""Masks between the frame of a box and the pixels of an image."""
+"""Resampling of masks between the frame of a box and the pixels of an image."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from ._boxes import _upcast
 from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
 
 
-# Boxes are clamped to this before they become integers, far outside any image.
+# Pixel coordinates are clamped to this before the conversion to integers. It lies far outside any image.
 FARTHEST_PIXEL = 2.0**30
 
 
@@ -25,23 +25,22 @@ def crop_masks(
     sampling_ratio: int = 0,
     aligned: bool = False,
 ) -> Float[Array, "n p q"]:
-    """What each mask shows inside a region of the image, in 0..1: the targets of a mask head.
+    """Resamples each mask to a region of the image, with values in 0..1. These are the targets of a mask head.
 
-    - `masks`: 0..255 if uint8, else 0..1 or bool. Mask `i` fills `mask_boxes[i]`, and is read in `rois[i]`; both
-      are `(x0, y0, x1, y1)` in pixels of the same image.
-    - `output_size`: `(p, q)` bins of a region, or a number for both.
-    - `sampling_ratio`, `aligned`: as in `roi_align`. A bin is the mean of bilinear samples: of `sampling_ratio**2`,
-      or, if that is 0, of `ceil(roi side / output side)` image pixels along each axis.
+    - `masks`: 0..255 if uint8, otherwise 0..1 or bool. Mask `i` fills the box `mask_boxes[i]` and is resampled to the
+      region `rois[i]`. Both are `(x0, y0, x1, y1)` in pixels of the same image.
+    - `output_size`: number of bins `(p, q)` per region, or one number for both.
+    - `sampling_ratio`, `aligned`: as in `roi_align`. Each bin is the mean of `sampling_ratio**2` bilinear samples, or,
+      if that is 0, of `ceil(roi side / output side)` samples along each axis.
 
-    A mask pixel's value sits in its middle, so that a position `x` in the image (an index; the coordinate is `x +
-    0.5`) is position `(x + 0.5 - x0) / (x1 - x0) * wm - 0.5` in a mask that reaches from `x0` to `x1`. Masks of image
-    size in a frame of image size give what torchvision's `project_masks_on_boxes` gives; Detectron2 crops with
-    `aligned=True`. Outside its box by more than a mask pixel, a mask is 0. A box without extent, or one that is not
-    finite, gives 0.
+    The value of a mask pixel belongs to its centre. So index `x` in the image, which is coordinate `x + 0.5`, is index
+    `(x + 0.5 - x0) / (x1 - x0) * wm - 0.5` in a mask that spans `x0..x1`. For masks of image size in a box of image
+    size, the result equals that of torchvision's `project_masks_on_boxes`. Detectron2 crops with `aligned=True`.
+    A mask is 0 more than one mask pixel outside its box. The result is 0 for boxes without extent and non-finite boxes.
 
-    Floating masks keep their dtype, others give float32. Differentiable in floating masks and in all boxes.
+    Floating masks keep their dtype; other masks return float32. Differentiable in floating masks and in all boxes.
 
-    Raises a ValueError for an `output_size` below 1 or a negative `sampling_ratio`.
+    Raises a `ValueError` for an `output_size` below 1 or a negative `sampling_ratio`.
 
     >>> masks = jnp.array([[[0, 255], [0, 255]]], jnp.uint8)
     >>> boxes = jnp.array([[10.0, 10.0, 14.0, 14.0]])
@@ -58,19 +57,20 @@ def crop_masks(
     options = {"sampling_ratio": sampling_ratio, "aligned": aligned}
     vertical = _crop_weights(mask_boxes[:, 1::2], rois[:, 1::2], masks.shape[1], rows, **options)  # (n, p, hm)
     horizontal = _crop_weights(mask_boxes[:, 0::2], rois[:, 0::2], masks.shape[2], columns, **options)  # (n, q, wm)
-    values = jnp.einsum("nph,nhw->npw", vertical, values, precision="highest")  # rows to bins
-    return jnp.einsum("npw,nqw->npq", values, horizontal, precision="highest").astype(dtype)
+    values = jnp.einsum("nph,nhw->npw", vertical, values, precision="highest")  # (n, hm, wm) -> (n, p, wm)
+    return jnp.einsum("npw,nqw->npq", values, horizontal, precision="highest").astype(dtype)  # (n, p, q)
 
 
 def _crop_weights(
     frames: Float[Array, "n 2"], spans: Float[Array, "n 2"], size: int, bins: int, *, sampling_ratio: int, aligned: bool
 ) -> Float[Array, "n {bins} {size}"]:
-    """Weight of every mask pixel in each bin, along one axis on which masks fill `frames` and regions are `spans`."""
+    """Weight of every mask pixel in each bin along one axis. Masks fill `frames`, and regions cover `spans`."""
     start, length = box_axis(spans[:, 0], spans[:, 1], 1.0, bins=bins, aligned=aligned)
     extent = frames[:, 1] - frames[:, 0]
-    some = (extent > 1 / FARTHEST) & (jnp.abs(frames) < FARTHEST).all(axis=1)
-    scale = size / jnp.where(some, extent, size)
-    shift = rounded_product(0.5 - jnp.where(some, frames[:, 0], 0), scale) - 0.5
+    has_extent = (extent > 1 / FARTHEST) & (jnp.abs(frames) < FARTHEST).all(axis=1)  # false for NaN
+    # Mask position = image position * scale + shift
+    scale = size / jnp.where(has_extent, extent, size)
+    shift = rounded_product(0.5 - jnp.where(has_extent, frames[:, 0], 0), scale) - 0.5
     sizes, pixels = jnp.full(spans.shape[0], size, jnp.int32), jnp.arange(size, dtype=jnp.int32)[None, None, :]
     if sampling_ratio == 0:
         weights = pixel_weights(start, length, sizes, pixels, bins=bins, frame=(scale, shift))
@@ -78,8 +78,9 @@ def _crop_weights(
         samples = jnp.arange(sampling_ratio, dtype=start.dtype)
         options = {"bins": bins, "sampling_ratio": sampling_ratio, "frame": (scale, shift)}
         taps, tap_weights = sample_taps(start, length, sizes, samples, **options)
+        # (n, bins, t, 1) == (1, 1, 1, size), summed over taps -> (n, bins, size)
         weights = jnp.where(taps[..., None] == pixels[..., None, :], tap_weights[..., None], 0).sum(axis=2)
-    return jnp.where(some[:, None, None], weights, 0)
+    return jnp.where(has_extent[:, None, None], weights, 0)
 
 
 def paste_masks(
@@ -89,23 +90,24 @@ def paste_masks(
     image_size: tuple[int, int],
     threshold: float | Real[Array, ""] | None = None,
 ) -> Float[Array, "n {image_size[0]} {image_size[1]}"] | Bool[Array, "n {image_size[0]} {image_size[1]}"]:
-    """Masks, each drawn where its box lies in an image of `image_size` = `(height, width)`, and 0 elsewhere.
+    """Pastes each mask into its box in an image of `image_size` = `(height, width)`. Pixels elsewhere are 0.
 
     - `masks`: values in the frame of their box, usually probabilities.
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the image.
-    - `threshold`: if given, the result is whether a pixel is above it, in a quarter of the memory.
+    - `threshold`: if given, the result is a bool mask of the pixels above it, which takes a quarter of the memory.
 
-    torchvision's `paste_masks_in_image`, exactly. A mask gets a margin of one zero pixel and its box grows with it;
-    the grown box is cut to integers, towards zero, both ends included; the mask is resized to it, bilinear, with the
-    values of pixels at their middles; what falls outside the image is cut off. So a box without extent still paints a
-    few pixels. One that is outside the image, upside down or not finite paints nothing.
+    Equals torchvision's `paste_masks_in_image` exactly. The mask is padded by one zero pixel on each side, and its box
+    grows accordingly. The corners of the grown box are truncated towards zero, and both ends are included. The mask is
+    resized to it bilinearly, with pixel values at pixel centres, and clipped to the image. A box without extent
+    therefore still covers a few pixels. A box that is outside the image, inverted or not finite covers none.
 
-    Differentiable in `masks`; the rounding of boxes has no gradient. Without a threshold the result has their dtype.
+    Differentiable in `masks`; boxes are truncated to integers and have no gradient. Without a threshold, the result has
+    the dtype of `masks`.
 
-    The result is large. Where one image follows the other, donate the last result to a jitted call that draws in its
-    memory, as the last example does.
+    The result is large. To process one image after another, donate the previous result to a jitted call that reuses
+    its memory, as in the last example.
 
-    Raises a ValueError for an `image_size` below 1 or masks without pixels.
+    Raises a `ValueError` for an `image_size` below 1 or masks without pixels.
 
     >>> masks = jnp.array([[[1.0, 0.5], [0.25, 0.75]]])
     >>> paste_masks(masks, jnp.array([[2.0, 1.0, 3.5, 2.5]]), image_size=(3, 5))[0].tolist()
@@ -141,53 +143,52 @@ def _paste(vertical, values, horizontal, dtype):
 
 @_paste.defjvp
 def _differentiate(dtype, primals, tangents):
-    vertical, _, horizontal = primals  # weights have no gradient
+    vertical, _, horizontal = primals  # the weights have no gradient
     return _paste(*primals, dtype), _resample(vertical, tangents[1], horizontal).astype(dtype)
 
 
 def _resample(vertical, values, horizontal):
-    # Every row of the image at the mask's width, (n, h, t)
-    rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")
-    return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest")
+    rows = jnp.einsum("nhs,nst->nht", vertical, values, precision="highest")  # (n, h, t)
+    return jnp.einsum("nht,nwt->nhw", rows, horizontal, precision="highest")  # (n, h, w)
 
 
 @partial(jax.jit, static_argnames="dtype")
 def _draw(vertical, values, horizontal, threshold, *, dtype):
-    """Masks in their places, or where they are above the threshold of each."""
+    """Pastes the masks `values` with the given weights, and applies one threshold per mask unless it is `None`."""
 
     def finish(values, threshold):
         values = values.astype(dtype)
         return values if threshold is None else values > threshold[:, None, None]
 
-    def everywhere(vertical, values, horizontal, threshold):
+    def draw(vertical, values, horizontal, threshold):
         return finish(_resample(vertical, values, horizontal), threshold)
 
-    def nothing(values, horizontal, threshold):
+    def draw_empty(values, horizontal, threshold):
         return finish(jnp.zeros((values.shape[0], 1, horizontal.shape[1])), threshold)
 
-    return draw_stripes(everywhere, nothing, vertical, values, horizontal, threshold)
+    return draw_stripes(draw, draw_empty, vertical, values, horizontal, threshold)
 
 
 def _paste_weights(
     low: Float[Array, " n"], high: Float[Array, " n"], size: int, canvas: int
 ) -> Float[Array, "n {canvas} {size}"]:
-    """Weight of every mask pixel in each image pixel, along one axis."""
+    """Weight of every mask pixel in each image pixel along one axis."""
     finite = jnp.isfinite(low) & jnp.isfinite(high)
     low, high = jnp.where(finite, low, 0), jnp.where(finite, high, 0)
-    half = rounded_product((high - low) * 0.5, (size + 2) / size)  # grown by the margin of one pixel
+    half = rounded_product((high - low) * 0.5, (size + 2) / size)  # with the padding
     middle = (low + high) * 0.5
-    first, last = _integer(middle - half)[:, None, None], _integer(middle + half)[:, None, None]
+    first, last = _integer(middle - half)[:, None, None], _integer(middle + half)[:, None, None]  # (n, 1, 1)
     extent = jnp.maximum(last - first + 1, 1)
 
     pixel = jnp.arange(canvas, dtype=jnp.int32)[None, :, None]
     padded = size + 2
-    step = padded / extent.astype(low.dtype)  # mask pixels to an image pixel
-    source = jnp.maximum(((pixel - first).astype(low.dtype) + 0.5) * step - 0.5, 0)
+    step = padded / extent.astype(low.dtype)  # mask pixels per image pixel
+    source = jnp.maximum(((pixel - first).astype(low.dtype) + 0.5) * step - 0.5, 0)  # (n, canvas, 1)
     below = jnp.minimum(source.astype(jnp.int32), padded - 1)
-    fraction = source - below.astype(low.dtype)  # of the way to the next mask pixel
-    # The last row of the margin is read for what would lie beyond it. Rows of the margin are 0 and have no weight.
+    fraction = source - below.astype(low.dtype)  # weight of the next mask pixel
+    # Positions beyond the last padding pixel read that pixel. Padding is 0, so its weights are left out.
     row = jnp.arange(1, size + 1, dtype=jnp.int32)[None, None, :]
-    weight = jnp.where(row == below, 1 - fraction, jnp.where(row == below + 1, fraction, 0))
+    weight = jnp.where(row == below, 1 - fraction, jnp.where(row == below + 1, fraction, 0))  # (n, canvas, size)
     return jnp.where((pixel >= first) & (pixel <= last) & finite[:, None, None], weight, 0)
 
 

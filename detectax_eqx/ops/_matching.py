@@ -1,4 +1,4 @@
-"""Which ground truth each candidate answers for, and which candidates a loss looks at."""
+"""Matching of candidates to ground truth, and sampling of candidates for a loss."""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from ._boxes import _upcast
 
 
 class Matches(NamedTuple):
-    """Verdict on each of `m` candidates.
+    """The result of matching `m` candidates to ground truth.
 
-    - `indices`: the ground truth row that a positive candidate is to predict, and 0 for all others.
-    - `positive`, `negative`: foreground and background; a candidate that is neither is to be ignored.
+    - `indices`: the ground truth row matched to each positive candidate, and 0 for all others.
+    - `positive`, `negative`: foreground and background candidates. A candidate that is neither is ignored.
     """
 
     indices: Int32[Array, " m"]
@@ -33,17 +33,18 @@ def match_boxes(
     high_threshold: float,
     allow_low_quality: bool = False,
 ) -> Matches:
-    """Match `m` candidates to `n` ground truth rows by their quality, the IoU as a rule.
+    """Matches `m` candidates to `n` ground truth rows by their quality, usually the IoU.
 
-    A candidate whose best quality reaches `high_threshold` is positive, below `low_threshold` negative, and in between
-    neither. Its match is the row of best quality, the first of equals. `allow_low_quality` also makes those candidates
-    positive that have the highest quality of all for some ground truth row, every one that ties included; they keep
-    the row that is best for themselves. As in torchvision, 0 is a quality like any other: a ground truth row that
-    overlaps no candidate makes every candidate positive.
+    A candidate is positive if its best quality is at least `high_threshold`, negative if it is below `low_threshold`,
+    and neither in between. It is matched to the row with the best quality, on ties the first. With
+    `allow_low_quality`, the candidates with the highest quality for some ground truth row, including ties, are positive
+    as well; each is still matched to its own best row. As in torchvision, a quality of 0 is not special: a ground truth
+    row that overlaps no candidate makes every candidate positive.
 
-    Ground truth rows that are not `valid` take no part; without a valid one all candidates are negative.
+    Ground truth rows that are not `valid` are ignored. Without valid rows, all candidates are negative.
 
-    Raises ValueError unless `low_threshold <= high_threshold`. torchvision's `Matcher`; Ren et al. 2015, section 3.1.2.
+    Raises a `ValueError` unless `low_threshold <= high_threshold`. Follows torchvision's `Matcher`; Ren et al. 2015,
+    section 3.1.2.
 
     >>> quality = jnp.array([[0.9, 0.4, 0.1], [0.2, 0.5, 0.2]])
     >>> indices, positive, negative = match_boxes(quality, low_threshold=0.3, high_threshold=0.7)
@@ -74,9 +75,9 @@ def _match(quality, valid, low_threshold, high_threshold, *, allow_low_quality):
 
 
 def _best_in_turn(quality, valid, *, allow_low_quality):
-    """Each candidate's best quality, its row, and whether it is any row's best; NaN is no quality.
+    """Best quality of each candidate, its row, and whether the candidate is the best of any row. Ignores NaN.
 
-    A fold over the rows, which reads the matrix once.
+    Scans over the rows, which reads the matrix once.
     """
     n, m = quality.shape
 
@@ -84,7 +85,7 @@ def _best_in_turn(quality, valid, *, allow_low_quality):
         best, indices, ties = state
         row, valid, index = row
         row = jnp.where(valid, row, -jnp.inf)
-        better = row > best  # (m,); the first of equals stays
+        better = row > best  # (m,); on ties the first row stays
         if allow_low_quality:
             ties |= valid & (row == row.max(initial=-jnp.inf))
         return (jnp.where(better, row, best), jnp.where(better, index, indices), ties), None
@@ -94,7 +95,7 @@ def _best_in_turn(quality, valid, *, allow_low_quality):
 
 
 def _best_at_once(quality, valid, *, allow_low_quality):
-    """The same by reductions over all rows, in parallel."""
+    """Like `_best_in_turn`, by parallel reductions over all rows."""
     n, m = quality.shape
     if n == 0:
         nothing = jnp.full(m, -jnp.inf, quality.dtype), jnp.zeros(m, jnp.int32), jnp.zeros(m, bool)
@@ -115,14 +116,15 @@ def sample_balanced(
     positive_fraction: float,
     key: PRNGKeyArray,
 ) -> tuple[Int32[Array, " s"], Bool[Array, " s"]]:
-    """Draw candidates at random without replacement: some positives, and negatives to make up the number.
+    """Samples positive and negative candidates uniformly at random, without replacement.
 
-    At most `int(num_samples * positive_fraction)` positives are drawn, then as many negatives as are left to draw or
-    exist: the counts of torchvision's `BalancedPositiveNegativeSampler`. Every subset of that size is equally likely.
-    Returns `s = min(num_samples, m)` rows, positives first, and which of them are valid; the others have index 0.
-    Rows that are neither positive nor negative are never drawn, and appending such rows changes nothing.
+    Draws up to `int(num_samples * positive_fraction)` positives and fills the remaining samples with negatives, as far
+    as there are any. These are the counts of torchvision's `BalancedPositiveNegativeSampler`. All subsets of these
+    sizes are equally likely. Returns `s = min(num_samples, m)` rows, positives first, and which of them are valid.
+    Invalid rows have index 0. Candidates that are neither positive nor negative are never drawn, and appending such
+    candidates changes nothing.
 
-    Raises ValueError unless `num_samples >= 1` and `0 <= positive_fraction <= 1`.
+    Raises a `ValueError` unless `num_samples >= 1` and `0 <= positive_fraction <= 1`.
 
     >>> positive, negative = jnp.array([True, False, False, False]), jnp.array([False, True, False, True])
     >>> indices, valid = sample_balanced(positive, negative, num_samples=3, positive_fraction=0.5, key=jr.key(0))
@@ -135,8 +137,8 @@ def sample_balanced(
         raise ValueError(f"positive_fraction must lie between 0 and 1, got {positive_fraction}")
     m = positive.size
     size, max_positives = min(num_samples, m), min(int(num_samples * positive_fraction), m)
-    # 30 random bits, read as a normal, positive float: such floats order like the integers with their bits, without the
-    # ties of `uniform`, which has 23.
+    # 30 random bits, reinterpreted as a positive normal float. Such floats order like the integers with the same bits
+    # and tie less often than the 23 random bits of `uniform`.
     smallest_normal = 0x00800000
     priority = lax.bitcast_convert_type((jr.bits(key, (m,), "uint32") >> 2) + smallest_normal, jnp.float32)
     positives = lax.top_k(jnp.where(positive, priority, 0), max_positives)[1]

@@ -1,4 +1,4 @@
-"""Resizing an image inside a program of static shape, by torchvision's rule."""
+"""Resizing of images by torchvision's rule, with static shapes."""
 
 import math
 
@@ -11,14 +11,14 @@ from ._sampling import output_bins
 def resized_size(
     image_size: tuple[int, int], *, min_size: float, max_size: float, canvas: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """Height and width to which an image is resized before detection.
+    """Returns the height and width to which an image is resized before detection.
 
     The short side becomes `min_size`, unless the long side would then exceed `max_size`. Sides are computed in double
-    precision and rounded down, as torchvision's `GeneralizedRCNNTransform` does: a short side of 334 becomes 799, not
-    800, since 334 * (800 / 334) falls just short of it. With a `canvas`, an image that would not fit is made to.
+    precision and rounded down, as in torchvision's `GeneralizedRCNNTransform`: a short side of 334 becomes 799, not
+    800, since 334 * (800 / 334) is slightly less than 800. With `canvas`, an image that would not fit is shrunk
+    further.
 
-    This is host arithmetic on Python integers: double precision is what decides those cases, and a program compiled for
-    float32 cannot reproduce it.
+    This is Python arithmetic on the host: such cases depend on double precision, which float32 cannot reproduce.
 
     Raises a `ValueError` if a side is not positive.
 
@@ -48,17 +48,18 @@ def resize_image(
     offset: Int32[Array, " 2"] | None = None,
     flip: Bool[Array, ""] | None = None,
 ) -> Float[Array, "{canvas[0]} {canvas[1]} c"]:
-    """Resizes the top-left `image_size` part of `image` to `output_size` and lays it on a canvas of static shape.
+    """Resizes the top-left `image_size` part of `image` to `output_size` and places it on a canvas of static shape.
 
-    Bilinear, without antialiasing, pixel centres at half integers: `torch.nn.functional.interpolate(mode="bilinear",
-    align_corners=False)` between the two sizes, both of which may be traced. What the image does not cover is 0.
+    Interpolation is bilinear, without antialiasing, with pixel centres at half integers, as in
+    `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`. Both sizes may be traced. Canvas pixels
+    outside the resized image are 0.
 
     - `image_size`, `output_size`: `(height, width)` in pixels.
-    - `offset`: `(y, x)`, the resized image's pixel that falls on the canvas' origin: a crop where positive, a margin
-      where negative. Default 0.
-    - `flip`: mirrors the resized image left to right, before `offset`. Default false.
+    - `offset`: `(y, x)`, the pixel of the resized image at the origin of the canvas. Positive values crop the image,
+      negative values leave a margin. Default 0.
+    - `flip`: whether to mirror the resized image left to right before applying `offset`. Default false.
 
-    Differentiable in `image`. The separable weights are applied by two gathers and a linear interpolation an axis.
+    Differentiable in `image`. The interpolation is separable, with two gathers per axis.
 
     Raises a `ValueError` for a canvas without pixels.
 
@@ -92,7 +93,7 @@ def _axis_taps(
     tuple[Int32[Array, " {canvas}"], Int32[Array, " {canvas}"], Float32[Array, " {canvas}"]],
     Bool[Array, " {canvas}"],
 ]:
-    """The two source pixels and the weight of the second for every canvas pixel of an axis, and which are covered."""
+    """For each canvas pixel along an axis: two source pixels, the weight of the second, and whether it is covered."""
     position = jnp.arange(canvas, dtype=jnp.int32)
     if offset is not None:
         position = position + offset
@@ -100,7 +101,7 @@ def _axis_taps(
     if flip is not None:
         position = jnp.where(flip, output_size - 1 - position, position)
     scale = image_size.astype(jnp.float32) / output_size.astype(jnp.float32)
-    source = jnp.maximum((position.astype(jnp.float32) + 0.5) * scale - 0.5, 0.0)  # middles of pixels at halves
+    source = jnp.maximum((position.astype(jnp.float32) + 0.5) * scale - 0.5, 0.0)  # pixel centres at half integers
     last = image_size - 1
     low = jnp.minimum(source.astype(jnp.int32), last)
     return (low, jnp.minimum(low + 1, last), source - low.astype(jnp.float32)), inside

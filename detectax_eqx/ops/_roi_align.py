@@ -1,4 +1,4 @@
-"""RoIAlign: features of fixed size for boxes of any size, by bilinear sampling. He et al. 2017, section 3."""
+"""RoIAlign: features of fixed size for boxes of any size by bilinear sampling. He et al. 2017, section 3."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ._sampling import box_axis, check_sampling_ratio, output_bins
 from ._taps import BilinearTaps
 
 
-# Added to a level before rounding down, so that a box of exactly the canonical size does not fall short of its level.
+# Added to a level before rounding down, so that a box of exactly the canonical size is not assigned to the level below.
 LEVEL_EPSILON = 1e-6
 
 
@@ -26,24 +26,26 @@ def roi_align(
     sampling_ratio: int = 2,
     aligned: bool = True,
 ) -> Float[Array, "n c p q"]:
-    """Features of each box, averaged over a grid of `output_size` = `(p, q)` bins (or a number, for both).
+    """Pools the features of each box into a grid of `output_size` = `(p, q)` bins, or one number for both.
 
-    - `boxes`: `(x0, y0, x1, y1)` in pixels; `spatial_scale` times a pixel coordinate is a coordinate of the map.
-    - `sampling_ratio`: every bin is the mean of `sampling_ratio**2` bilinear samples, evenly spaced within it. 0 is the
-      adaptive choice of `ceil(box side / output side)` a bin along each axis, measured on the map.
-    - `aligned`: the value of cell `i`, which covers `[i, i + 1)`, belongs to its middle, the coordinate `i + 0.5`. So
-      half a cell has to be taken off a coordinate to make it an index. With `aligned=False` this is left out: boxes
-      read half a cell too far down and right, and one cell is the least side of a box. torchvision's detectors were
-      trained so; Detectron2's are aligned.
+    - `boxes`: `(x0, y0, x1, y1)` in pixels. Multiplying by `spatial_scale` gives coordinates of the feature map.
+    - `sampling_ratio`: each bin is the mean of `sampling_ratio**2` bilinear samples, evenly spaced within the bin. With
+      0, the number is adaptive: `ceil(box side / output side)` per bin along each axis, measured on the feature map.
+    - `aligned`: whether to subtract half a cell from coordinates. Cell `i` covers `[i, i + 1)` and its value belongs to
+      its centre: a coordinate of 1.3 has neighbours 0.5 and 1.5, which are the cells with indices 0 and 1. Subtracting
+      0.5 turns a coordinate into an index. With `aligned=False` nothing is subtracted: boxes are sampled half a cell
+      too far down and right, and their sides are at least one cell. torchvision's detectors were trained with
+      `aligned=False`, Detectron2's with `aligned=True`.
 
-    A sample outside the map by more than a cell reads 0, one less far out reads the border: torchvision's rule,
-    exactly. A box without extent reads a point, or, with adaptive sampling of an aligned one, has no samples and
-    gives 0. So do boxes that are not finite. Padded boxes cost what others do, and nothing else. Sums are in float32;
-    the result has the dtype of the features. Differentiable in reverse mode, in the features and in the boxes. Along
-    an axis, a box that is clamped at the border or to one cell has a gradient of 0.
+    A sample more than one cell outside the map is 0; a sample closer than that reads the border, exactly as in
+    torchvision. A box without extent samples a single point, or, with adaptive sampling and `aligned=True`, has no
+    samples and gives 0. Boxes that are not finite give 0. Padded boxes cost as much as valid ones and have no other
+    effect. Sums are in float32, and the result has the dtype of the features. Supports reverse-mode differentiation in
+    the features and in the boxes. Along an axis, the gradient is 0 for a box that is clamped at the border or to one
+    cell.
 
-    Raises a ValueError for an `output_size` below 1, a `spatial_scale` that is not positive, a map without cells, and a
-    negative `sampling_ratio`.
+    Raises a `ValueError` for an `output_size` below 1, a `spatial_scale` that is not positive, a map without cells, or
+    a negative `sampling_ratio`.
 
     >>> features = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
     >>> boxes = jnp.array([[0.0, 0.0, 1.0, 1.0]])
@@ -68,18 +70,18 @@ def multilevel_roi_align(
     canonical_size: float = 224,
     canonical_level: int = 4,
 ) -> Float[Array, "n c p q"]:
-    """`roi_align` on the level of a feature pyramid that suits each box's size, finest level first in `features`.
+    """Applies `roi_align` to a feature pyramid, assigning each box to a level by its size.
 
-    A box of area `s**2` reads level `floor(canonical_level + log2(s / canonical_size) + 1e-6)`, where a level `k` is
-    the map of stride `2**k`, and the nearest level there is if that one is not among `strides`. Lin et al. 2017,
-    equation 1. A box without area reads the finest. It reads its own level only, and once; the choice has no
-    gradient.
+    `features` are the levels, finest first. A box of area `s**2` is pooled from level
+    `floor(canonical_level + log2(s / canonical_size) + 1e-6)`, clamped to the levels available, where level `k` is the
+    map of stride `2**k`. Lin et al. 2017, equation 1. A box without area is assigned to the finest level. Each box
+    reads its own level only, and the assignment has no gradient.
 
-    `boxes` are in pixels. `output_size`, `sampling_ratio` and `aligned` are those of `roi_align`, with `1 / stride`
-    as scale.
+    `boxes` are in pixels. `output_size`, `sampling_ratio` and `aligned` are those of `roi_align`; the spatial scale is
+    `1 / stride`.
 
-    Raises a ValueError unless there is a stride for each level, each a power of two and twice the one before, and in
-    the cases of `roi_align`.
+    Raises a `ValueError` unless there is one stride per level, each a power of two and twice the previous one, and in
+    the same cases as `roi_align`.
 
     >>> fine, coarse = jnp.zeros((1, 8, 8)), jnp.ones((1, 4, 4))
     >>> boxes = jnp.array([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 32.0, 32.0]])
@@ -99,9 +101,9 @@ def multilevel_roi_align(
 
 
 class RoIFeatures(eqx.Module):
-    """A feature pyramid that heads read boxes from: `multilevel_roi_align` of these maps, laid out once for all calls.
+    """A feature pyramid for pooling boxes: `multilevel_roi_align` with the maps laid out once for all calls.
 
-    - `features`, kept as `maps`: the levels, finest first, each `(c, h, w)`.
+    - `features`, stored as `maps`: the levels, finest first, each `(c, h, w)`.
     - `strides`, `sampling_ratio`, `aligned`, `canonical_size`, `canonical_level`: see `multilevel_roi_align`.
 
     >>> fine, coarse = jnp.zeros((1, 8, 8)), jnp.ones((1, 4, 4))
@@ -135,8 +137,8 @@ class RoIFeatures(eqx.Module):
             )
         first = strides[0].bit_length() - 1
         if strides[0] < 1 or strides != tuple(2 ** (first + i) for i in range(len(strides))):
-            raise ValueError(f"strides must be powers of two, each twice the one before, got {strides}.")
-        # The type checker looks at one map of the sequence only.
+            raise ValueError(f"strides must be powers of two, each twice the previous one, got {strides}.")
+        # The runtime type checker only checks one map of the sequence.
         if len({(x.ndim, x.shape[0], x.dtype) for x in features}) > 1:
             shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in features)
             raise ValueError(f"features must have the same axes, channels and dtype on all levels, got {shapes}.")
@@ -151,7 +153,7 @@ class RoIFeatures(eqx.Module):
         self.canonical_level = canonical_level
 
     def pool(self, boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]) -> Float[Array, "n c p q"]:
-        """Features of each box, in canvas pixels, from the level that suits its size."""
+        """Pools the features of `boxes`, in canvas pixels, each from the level for its size."""
         first = self.strides[0].bit_length() - 1
         last = first + len(self.strides) - 1
         level = _levels(boxes, first, last, self.canonical_size, self.canonical_level) - first  # (n,)
@@ -162,16 +164,16 @@ class RoIFeatures(eqx.Module):
 def _levels(
     boxes: Float[Array, "n 4"], first: int, last: int, canonical_size: float, canonical_level: int
 ) -> Int32[Array, " n"]:
-    """The level of each box, among `first..last`."""
+    """Assigns each box to a level in `first..last`."""
     boxes = _upcast(boxes)
     size = jnp.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))  # √area, (n,)
-    known = size > 0  # neither a box of no area, nor one of negative area
+    known = size > 0  # false for zero and negative areas
     level = jnp.floor(canonical_level + jnp.log2(jnp.where(known, size, 1) / canonical_size) + LEVEL_EPSILON)
     return jnp.where(known, jnp.clip(level, first, last), first).astype(jnp.int32)
 
 
 def _cells(maps: tuple[Float[Array, "c _ _"], ...]) -> Float[Array, "l c"]:
-    """The cells of all maps end to end, channels last, in the dtype of the sums over them."""
+    """Concatenates the cells of all maps, channels last, in the dtype of the sums."""
     for x in maps:
         if 0 in x.shape[1:]:
             raise ValueError(f"features must have at least one row and column, got a map of shape {x.shape}.")
@@ -185,7 +187,7 @@ def _sides(maps) -> tuple[tuple[int, int, int], ...]:
 
 
 def _align(maps, cells, boxes, level, scales, output_size, sampling_ratio, aligned):
-    """RoIAlign on several maps, each box on the one that `level` names, at that map's scale; `cells` are the maps'."""
+    """RoIAlign on several maps. Box `i` reads map `level[i]` at that map's scale. `cells` are the cells of `maps`."""
     check_sampling_ratio(sampling_ratio)
     options = {"scales": tuple(map(float, scales)), "output_size": output_bins(output_size)}
     return named_call(_roi_align, maps, cells, boxes, level, **options, sampling_ratio=sampling_ratio, aligned=aligned)
@@ -202,7 +204,7 @@ def _roi_align(maps, cells, boxes, level, *, scales, output_size, sampling_ratio
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
     grids = jnp.stack([y, height, x, width], axis=1).astype(cells.dtype)  # (n, 4)
-    # Of one type, so that a gradient is added up over devices where it has to be.
+    # All vary over the same mesh axes, so that gradients are summed over devices where necessary.
     cells, grids = varying_like((cells, grids), level)
     taps = BilinearTaps((rows, columns), sampling_ratio)
     pooled = pool(taps, cells, grids, jnp.asarray(_sides(maps), jnp.int32)[level])

@@ -1,10 +1,10 @@
-"""Where RoIAlign samples an axis, and how much each pixel weighs in the mean of a bin's samples.
+"""Sample positions of RoIAlign along one axis, and the weight of each pixel in the mean of a bin's samples.
 
-Bilinear sampling is separable: the value of a bin is a sum over rows and columns of `row weight × column weight ×
-pixel`. So everything here is about one axis. A position is an index: the value of pixel `i` sits at position `i`, and
-between two pixels values are interpolated. Positions between -1 and 0 read pixel 0, those between `size - 1` and
-`size` the last pixel, and what lies further out reads 0. The order of the arithmetic is torchvision's, so that the
-same samples fall on either side of those limits.
+Bilinear sampling is separable: the value of a bin is the sum of `row weight × column weight × pixel` over rows and
+columns. All functions here therefore handle a single axis. A position is an index: the value of pixel `i` is at
+position `i`, and values between pixels are interpolated. Positions between -1 and 0 read pixel 0, positions between
+`size - 1` and `size` read the last pixel, and positions further out read 0. The arithmetic has the same order as
+torchvision's, so that rounding puts the same samples inside these limits.
 """
 
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int32
 from .._xla import rounded_product, rounded_quotient
 
 
-# Positions further out than this are far outside any map, and their products would overflow float32.
+# Positions beyond this are far outside any map, and their products could overflow float32.
 FARTHEST = 2.0**40
 
 
 def output_bins(output_size: int | tuple[int, int], name: str = "output_size") -> tuple[int, int]:
-    """`(height, width)` of an output given as a number or a pair."""
+    """Returns `(height, width)` of an output size given as a number or a pair."""
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
     if min(height, width) < 1:
         raise ValueError(f"{name} must be at least 1, got {output_size}.")
@@ -27,22 +27,22 @@ def output_bins(output_size: int | tuple[int, int], name: str = "output_size") -
 
 
 def check_sampling_ratio(sampling_ratio: int) -> None:
-    """Refuses a negative number of samples. torchvision's -1 is 0 here."""
+    """Raises a `ValueError` if `sampling_ratio` is negative. torchvision's -1 corresponds to 0 here."""
     if sampling_ratio < 0:
         raise ValueError(
-            f"sampling_ratio must be positive, or 0 for ceil(box side / output) samples a bin, got {sampling_ratio}."
+            f"sampling_ratio must be positive, or 0 for ceil(box side / output) samples per bin, got {sampling_ratio}."
         )
 
 
 def box_axis(
     low: Float[Array, " n"], high: Float[Array, " n"], scale: float | Float[Array, " n"], *, bins: int, aligned: bool
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Position at which each box starts along an axis, and the length of its bins.
+    """Returns the start of each box along an axis, as a position, and the length of its bins.
 
-    `aligned` subtracts the half pixel between a coordinate and an index: pixel `i` covers `[i, i + 1)` and its value
-    sits in the middle, at coordinate `i + 0.5`. Without it, boxes lie half a pixel too far down and right, and are at
-    least one pixel long: the original RoIAlign, to which many published weights were trained. Boxes that are not
-    finite, or farther away than float32 serves, are moved far outside any map.
+    `aligned` subtracts half a pixel to turn a coordinate into an index: pixel `i` covers `[i, i + 1)`, and its value is
+    at the centre, coordinate `i + 0.5`. Without it, boxes lie half a pixel too far down and right and are at least one
+    pixel long. This is the original RoIAlign, with which many published weights were trained. Boxes that are not finite
+    or too far away for float32 are moved far outside any map.
     """
     offset = 0.5 if aligned else 0.0
     start, end = rounded_product(low, scale) - offset, rounded_product(high, scale) - offset
@@ -64,12 +64,13 @@ def sample_taps(
     sampling_ratio: int,
     frame: tuple[Float[Array, " n"], Float[Array, " n"]] | None = None,
 ) -> tuple[Int32[Array, "n {bins} t"], Float[Array, "n {bins} t"]]:
-    """The two pixels that each of a bin's samples reads and their weights in the mean, `t = 2 * s`.
+    """Returns the two pixels that each sample of a bin reads, and their weights in the bin's mean; `t = 2 * s`.
 
-    `samples` are those to consider out of `0..sampling_ratio - 1`. `frame` is the `(scale, shift)` that turns
-    positions into those of another grid. A sample outside the map has weights of 0.
+    `samples` are the samples to evaluate, in `0..sampling_ratio - 1`. `frame` = `(scale, shift)` maps positions to
+    `scale * position + shift` in another grid. Samples outside the map have weight 0.
     """
-    first = _bin_starts(start, length, bins)
+    first = _bin_starts(start, length, bins)  # (n, bins, 1)
+    # Sample i of a bin is at first + (i + 0.5) length / sampling_ratio.
     offset = rounded_quotient((samples[None, None, :] + 0.5) * length[:, None, None], sampling_ratio)
     position = _to_frame(first + offset, frame)  # (n, bins, s)
     low, high, fraction, inside = _bilinear(position, size[:, None, None])
@@ -87,18 +88,17 @@ def pixel_weights(
     bins: int,
     frame: tuple[Float[Array, " n"], Float[Array, " n"]] | None = None,
 ) -> Float[Array, "n {bins} t"]:
-    """Weight of each pixel in a bin's mean of `ceil(length)` evenly spaced samples, at a cost independent of their
-    number.
+    """Returns the weight of each pixel in a bin's mean of `ceil(length)` evenly spaced samples.
 
-    The samples within one pixel of `pixel` form two runs, one on the way up to it and one on the way down. On both the
-    bilinear weight is linear in the sample, so that its sum is an arithmetic series. A bin of negative length has no
-    samples and weights of 0.
+    The cost does not depend on the number of samples. The samples within one pixel of `pixel` form two runs: before the
+    pixel the bilinear weight rises, after it the weight falls. On both it is linear in the index of the sample, so that
+    its sum is an arithmetic series. A bin whose length is not positive has no samples, and its weights are 0.
     """
     first = _bin_starts(start, length, bins)  # (n, p, 1)
     length, size = length[:, None, None], size[:, None, None].astype(first.dtype)
     pixel = pixels.astype(first.dtype)
-    some = length > 0
-    length = jnp.where(some, length, 1)
+    has_samples = length > 0
+    length = jnp.where(has_samples, length, 1)
     count = lax.stop_gradient(jnp.ceil(length))
     step = length / count if frame is None else length / count * frame[0][:, None, None]
 
@@ -106,30 +106,32 @@ def pixel_weights(
         return _to_frame(first + (index + 0.5) * length / count, frame)
 
     def before(limit):
-        """The number of samples before a limit. On the limits within the map, a rounding error costs nothing."""
+        """The number of samples before a limit. At limits inside the map, a rounding error is harmless."""
         origin, unit = lax.stop_gradient((position(0.0), jnp.maximum(step, float(jnp.finfo(step.dtype).tiny))))
         return jnp.clip(jnp.ceil((limit - origin) / unit), 0, count)
 
-    # The map's own limits decide between a value and 0: there the samples themselves are asked.
+    # At the limits -1 and size of the map, the weight jumps to 0: compare the positions of the samples themselves.
     begin, end = before(-1.0), before(size)
     begin = jnp.where((begin > 0) & (position(begin - 1) >= -1), begin - 1, begin)
     begin = jnp.where((begin < count) & (position(begin) < -1), begin + 1, begin)
     end = jnp.where((end < count) & (position(end) <= size), end + 1, end)
     end = jnp.where((end > 0) & (position(end - 1) > size), end - 1, end)
 
+    # Samples a..b-1 lie between pixel - 1 and pixel, samples b..c-1 between pixel and pixel + 1.
     a, b, c = (jnp.clip(before(pixel + offset), begin, end) for offset in (-1, 0, 1))
     up, down = b - a, c - b
+    # Σ (x - (pixel - 1)) over the rising run and Σ (pixel + 1 - x) over the falling run
     rising = up * (position(a) - (pixel - 1)) + step * up * (up - 1) / 2
     falling = down * (pixel + 1 - position(b)) - step * down * (down - 1) / 2
     rising = jnp.where(pixel == 0, b - begin, rising)
     falling = jnp.where(pixel == size - 1, end - b, falling)
-    return jnp.where(some & (pixel < size), (rising + falling) / count, 0)
+    return jnp.where(has_samples & (pixel < size), (rising + falling) / count, 0)
 
 
 def pixel_range(
     start: Float[Array, " n"], length: Float[Array, " n"], size: Int32[Array, " n"], *, bins: int
 ) -> tuple[Int32[Array, "n {bins} 1"], Int32[Array, "n {bins} 1"]]:
-    """The first and the last pixel that each bin's samples can read."""
+    """Returns the first and the last pixel that the samples of each bin can read."""
     first, last = _bin_starts(start, length, bins), (size[:, None, None] - 1).astype(start.dtype)
 
     def pixel(position):
@@ -151,7 +153,7 @@ def _to_frame(position, frame):
 
 
 def _bilinear(position, size) -> tuple[Array, Array, Array, Bool[Array, "..."]]:
-    """The pixels on either side of a position, the weight of the second, and whether the position counts at all."""
+    """The pixels on either side of a position, the weight of the second, and whether the position is in range."""
     inside = (position >= -1) & (position <= size.astype(position.dtype))
     position = jnp.where(inside, position, 0)
     last = (size - 1).astype(position.dtype)

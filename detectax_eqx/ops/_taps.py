@@ -1,4 +1,4 @@
-"""The map cells that each bin of RoIAlign reads, and their weights."""
+"""The cells of a feature map that each bin of RoIAlign reads, and their weights."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from .._xla import unvmap_max
 from ._sampling import pixel_range, pixel_weights, sample_taps
 
 
-# Pixels per bin and axis that one step of the adaptive sum adds. Most boxes on the level that suits them need one step.
+# Pixels per bin and axis that one step of the adaptive sum adds. Most boxes need one step on their level.
 PIXELS_PER_STEP = 4
 
 
 @dataclass(frozen=True)
 class BilinearTaps:
-    """Means of bilinear samples, of `sampling_ratio**2` per bin, or adaptive for 0: an `_xla.Taps`.
+    """Implements `_xla.Taps` for means of `sampling_ratio**2` bilinear samples per bin; 0 is adaptive.
 
-    A fixed number of samples is taken one or two at a time, two taps each; an adaptive number pixel by pixel, since
-    the samples are many and share pixels.
+    A fixed number of samples is added one or two samples per axis and step, with two taps each. An adaptive number is
+    added pixel by pixel, since there are many samples and they share pixels.
     """
 
     bins: tuple[int, int]
@@ -55,8 +55,8 @@ class BilinearTaps:
                 index = first + jnp.arange(PIXELS_PER_STEP, dtype=jnp.int32)[None, None, :]
                 index = index + step[axis] * PIXELS_PER_STEP  # (n, p, t)
                 weight = pixel_weights(start, length, size, index, bins=bins)
-                index = jnp.minimum(index, size[:, None, None] - 1)
+                index = jnp.minimum(index, size[:, None, None] - 1)  # pixels beyond the map have weight 0
             axes.append((index, weight))
         (rows, row_weights), (columns, column_weights) = axes
-        # A row is the number of its first cell: the map's first, plus the row times the map's width.
+        # A row is given by the position of its first cell: first cell of the map + row * width of the map.
         return maps[:, 2, None, None] + rows * maps[:, 1, None, None], row_weights, columns, column_weights

@@ -1,5 +1,6 @@
-"""Self-contained HTML pages of an evaluation and of a dataset, and the measures of a dataset that they show."""
+"""Self-contained HTML pages of an evaluation, a dataset and a training run, and dataset statistics for them."""
 
+from ._curves import RELOAD_SECONDS as RELOAD_SECONDS, write_curves as write_curves
 from ._dataset import write_dataset_page as write_dataset_page
 from ._evaluation import write_report as write_report
 from ._inspection import (

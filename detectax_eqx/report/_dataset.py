@@ -1,4 +1,4 @@
-"""A dataset's page: what is in it, how boxes meet anchors and images canvases, and annotations to look at."""
+"""The page of a dataset: its contents, the fit of anchors and canvases, and suspicious annotations."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from ._masks import mask_size, shrink_mask
 from ._page import file_name, thumbnail, write_page
 
 
-# Pictures of suspicious annotations: this many of each kind, and no more than this size in bytes of the page.
+# Suspicious annotations that are shown: the maximum number per kind, and the maximum size of all images in bytes.
 PICTURES_OF_KIND, IMAGE_BYTES = 24, 14 * 2**20
 
 
@@ -23,10 +23,10 @@ def write_dataset_page(
     tables: Sequence[Mapping[str, Any]],
     suspicions: Sequence[Suspicion],
 ) -> None:
-    """Writes the page: the tables as they are, and pictures of the suspicious annotations.
+    """Writes the page, with the given tables and with pictures of the suspicious annotations.
 
-    - `tables`: each with `title`, `note`, `columns` and `rows` of text; `bars`, the column (if any) that holds a
-      percentage to be drawn.
+    - `tables`: each has `title`, `note`, `columns` and `rows` of text. `bars` is the index of the column (if any) whose
+      percentages are drawn as bars.
     """
     content = {
         "title": f"Dataset: {file_name(dataset.annotations_path)}",
@@ -43,7 +43,7 @@ def write_dataset_page(
 
 
 def pictures(dataset: data.CocoDataset, suspicions: Sequence[Suspicion]) -> list[dict[str, Any]]:
-    """The first suspicious annotations of each kind, with their images."""
+    """The first suspicious annotations of each kind, with thumbnails of their images."""
     entries, size, taken = [], 0, Counter()
     for suspicion in suspicions:
         taken[suspicion.kind] += 1

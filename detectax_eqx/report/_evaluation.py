@@ -1,4 +1,4 @@
-"""The report of an evaluation: numbers, curves, costs of errors, and the worst images to look at."""
+"""The page of an evaluation: metrics, curves, error costs, and the worst images."""
 
 import json
 from collections import defaultdict
@@ -14,25 +14,25 @@ from ._masks import mask_size, shrink_mask
 from ._page import file_name, thumbnail, write_page
 
 
-# The images that are kept: the worst of all, and the worst for each class and each kind of error.
+# Images that are included: the worst overall, the worst per class and per kind of error, and the maximum in total.
 WORST, WORST_OF_CLASS, WORST_OF_KIND, MOST = 120, 6, 24, 300
-# Their thumbnails and boxes stop being added at this size, in bytes of the page.
+# The maximum size of their thumbnails, boxes and masks in the page, in bytes.
 IMAGE_BYTES = 14 * 2**20
-# Detections drawn for an image: at most this many of the best, of at least this score.
+# Detections drawn per image: the maximum number, best first, and the minimum score.
 SHOWN, SHOWN_SCORE = 50, 0.05
 CONFUSION_THRESHOLD = 0.5
 MEANINGS = {
     "AP": "mean over IoU .50, .55, … .95",
     "AP50": "at IoU .50",
     "AP75": "at IoU .75",
-    "APs": "of objects below 32×32 pixels",
-    "APm": "of objects from 32×32 to 96×96 pixels",
-    "APl": "of objects above 96×96 pixels",
-    "AR1": "recall, one detection of each class per image",
-    "AR10": "recall, ten detections of each class per image",
-    "ARs": "recall of those below 32×32 pixels",
-    "ARm": "recall of those from 32×32 to 96×96 pixels",
-    "ARl": "recall of those above 96×96 pixels",
+    "APs": "for objects below 32×32 pixels",
+    "APm": "for objects from 32×32 to 96×96 pixels",
+    "APl": "for objects above 96×96 pixels",
+    "AR1": "recall with 1 detection per class and image",
+    "AR10": "recall with 10 detections per class and image",
+    "ARs": "recall of objects below 32×32 pixels",
+    "ARm": "recall of objects from 32×32 to 96×96 pixels",
+    "ARl": "recall of objects above 96×96 pixels",
 }
 
 
@@ -42,7 +42,7 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, evaluate.CocoMetrics],
 ) -> None:
-    """Writes the page. `metrics` are those of `results` on `dataset`, for boxes and perhaps for masks."""
+    """Writes the page. `metrics` are the metrics of `results` on `dataset`, for boxes and optionally for masks."""
     analyses = {
         kind: evaluate.analyze_errors(dataset, results, iou_type=one.iou_type, max_detections=one.max_detections)
         for kind, one in metrics.items()
@@ -55,7 +55,7 @@ def write_report(
         f"{len(first.objects.labels):,} objects, {len(results):,} detections",
         "num_images": len(dataset),
         "kinds": evaluate.ERROR_KINDS,
-        "meanings": MEANINGS | {f"AR{limit}": f"recall, {limit} detections of each class per image"},
+        "meanings": MEANINGS | {f"AR{limit}": f"recall with {limit} detections per class and image"},
         "classes": [
             {"name": category.name, "color": "#{:02x}{:02x}{:02x}".format(*draw.class_color(k))}
             for k, category in enumerate(dataset.categories)
@@ -77,7 +77,7 @@ def write_report(
 
 
 def view_of(metrics: evaluate.CocoMetrics, analysis: evaluate.ErrorAnalysis) -> dict[str, Any]:
-    """What the page says of boxes, or of masks."""
+    """The data of the page for boxes or for masks."""
     calibration = evaluate.calibration(analysis)
     verdicts, rows = analysis.detections.verdicts, evaluate.class_rows(analysis)
     by_kind = [int((verdicts == kind).sum()) for kind in range(len(evaluate.ERROR_KINDS) - 1)]
@@ -119,15 +119,15 @@ def worst_images(
     results: Sequence[Mapping[str, Any]],
     analyses: Sequence[evaluate.ErrorAnalysis],
 ) -> list[dict[str, Any]]:
-    """Thumbnail, objects and detections of the worst images, as many as the page has room for."""
+    """Thumbnails, objects and detections of the worst images, up to a total of `IMAGE_BYTES`."""
     verdicts = np.full((len(results), len(analyses)), evaluate.IGNORED)
     ious = np.zeros((len(results), len(analyses)))
-    about = np.full((len(results), len(analyses)), -1)  # ids of annotations, which are positive
+    about = np.full((len(results), len(analyses)), -1)  # annotation ids, which are positive; -1 for none
     missed: list[set[int]] = []
     for view, analysis in enumerate(analyses):
         verdicts[analysis.detections.results, view] = analysis.detections.verdicts
         ious[analysis.detections.results, view] = analysis.detections.ious
-        object_ids = np.append(analysis.objects.annotation_ids, -1)  # the last one for no object, row -1
+        object_ids = np.append(analysis.objects.annotation_ids, -1)  # index -1 selects -1, for no object
         about[analysis.detections.results, view] = object_ids[analysis.detections.objects]
         missed.append(set(object_ids[:-1][analysis.objects.missed].tolist()))
     label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
@@ -185,18 +185,19 @@ def worst_images(
 
 
 def ranking(analysis: evaluate.ErrorAnalysis, image_ids: Sequence[int]) -> list[int]:
-    """Positions of the images to keep, the worst first: those of the most missed objects and confident errors.
+    """The positions of the images to include, the worst first.
 
-    A missed object weighs 1, a false detection its score. The worst of all come first, then those of each kind of
-    error and of each class, so that a filter finds some.
+    An image is worse the more missed objects and confident false detections it has: a missed object has weight 1, a
+    false detection its score. The worst images overall come first, then the worst of each kind of error and of each
+    class, so that each filter of the page has images to show.
     """
-    found, objects = analysis.detections, analysis.objects
-    false, missed = found.verdicts >= 0, objects.missed
+    detections, objects = analysis.detections, analysis.objects
+    false, missed = detections.verdicts >= 0, objects.missed
     position = {id: index for index, id in enumerate(image_ids)}
-    indices = np.array([position[id] for id in [*found.image_ids[false], *objects.image_ids[missed]]], np.int64)
-    labels = np.concatenate([found.labels[false], objects.labels[missed]])
-    kinds = np.concatenate([found.verdicts[false], np.full(missed.sum(), evaluate.ERROR_KINDS.index("missed"))])
-    weights = np.concatenate([found.scores[false], np.ones(missed.sum())])
+    indices = np.array([position[id] for id in [*detections.image_ids[false], *objects.image_ids[missed]]], np.int64)
+    labels = np.concatenate([detections.labels[false], objects.labels[missed]])
+    kinds = np.concatenate([detections.verdicts[false], np.full(missed.sum(), evaluate.ERROR_KINDS.index("missed"))])
+    weights = np.concatenate([detections.scores[false], np.ones(missed.sum())])
 
     def worst(rows: np.ndarray, count: int) -> list[int]:
         badness = np.bincount(indices[rows], weights[rows], len(image_ids))
@@ -212,12 +213,12 @@ def ranking(analysis: evaluate.ErrorAnalysis, image_ids: Sequence[int]) -> list[
 
 
 def mask_of(result: Mapping[str, Any], image_size: tuple[int, int]) -> Any:
-    """A result's segmentation, whatever its form, as a dataset has them."""
+    """A result's segmentation, of any COCO form, in the form that a dataset uses."""
     return data.parse_segmentation(result.get("segmentation"), image_size)
 
 
 def corners(result: Mapping[str, Any], image_size: tuple[int, int]) -> np.ndarray:
-    """The corners of a result's box, or of the box around its mask if it has none."""
+    """The corners of a result's box, or of its mask's bounding box if it has no box."""
     bbox = result.get("bbox")
     if bbox is None:
         bbox = rle.toBbox(data.encode_segmentation(mask_of(result, image_size), image_size))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Measures of a dataset: its boxes against anchors, its images against canvases, and what looks wrong in it."""
+"""Statistics of a dataset: the fit of anchors to boxes and of canvases to images, and suspicious annotations."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,27 +9,31 @@ from pycocotools import mask as rle
 from .. import data, ops
 
 
-# Strides of the levels of a ResNet-FPN, and torchvision's anchors on them.
+# The strides of the levels of a ResNet-FPN, on which torchvision's anchors lie.
 STRIDES = (4, 8, 16, 32, 64)
 # Canvases are multiples of this.
 STEP = 32
-# Beyond this number of different sizes, they are rounded up more coarsely before canvases are proposed.
+# If there are more different sizes, they are rounded up more coarsely before canvases are proposed.
 MOST_SIZES = 150
 
-# A suspicious annotation has a side below this, in pixels,
+# An annotation is suspicious if its box has a side shorter than this, in pixels,
 TINY_SIDE = 2.0
-# or sides that differ by more than this factor,
+# if the ratio of its sides exceeds this,
 LONGEST_RATIO = 12.0
-# or covers more than this part of its image,
+# if it covers more than this fraction of its image,
 WHOLE_IMAGE = 0.95
-# or another box of its class covers it by this IoU, or one of another class by that,
+# if its IoU with another box of the same class, or of another class, exceeds these,
 SAME_CLASS_IOU, OTHER_CLASS_IOU = 0.9, 0.95
-# or its segmentation's bounds agree with its box less than this IoU, or fill less than this part of it.
+# if the IoU of its segmentation's bounds with its box is below this, or if it fills less than this fraction of the box.
 BOUNDS_IOU, LEAST_FILL = 0.8, 0.05
 
 
 class Suspicion(NamedTuple):
-    """An annotation that looks wrong: the image's position in the dataset, the row among its objects, and why."""
+    """A suspicious annotation.
+
+    - `kind`: the kind of suspicion. `what`: a description of this annotation.
+    - `image`: the position of the image in the dataset. `row`: the row among the image's objects.
+    """
 
     kind: str
     image: int
@@ -38,7 +42,11 @@ class Suspicion(NamedTuple):
 
 
 class BucketUse(NamedTuple):
-    """What a canvas is used for: how many images, how many that had to shrink to fit, and the part that is padding."""
+    """The use of a canvas.
+
+    - `images`: the number of images on the canvas. `shrunk`: how many of them are shrunk to fit it.
+    - `padding`: the fraction of its pixels that is padding, 0..1.
+    """
 
     canvas: tuple[int, int]
     images: int
@@ -47,7 +55,7 @@ class BucketUse(NamedTuple):
 
 
 def resized_boxes(dataset: data.CocoDataset, *, min_size: int, max_size: int) -> np.ndarray:
-    """The boxes of all objects but crowds, in pixels of their images after resizing: `(n, 4)`, image by image."""
+    """The boxes of all objects except crowds, `(n, 4)`, in pixels of the resized images, in the order of the images."""
     boxes = [np.zeros((0, 4))]
     for index, image in enumerate(dataset.images):
         objects = dataset.objects(index)
@@ -59,7 +67,7 @@ def resized_boxes(dataset: data.CocoDataset, *, min_size: int, max_size: int) ->
 
 
 def labels_of(dataset: data.CocoDataset) -> np.ndarray:
-    """The labels of the same objects."""
+    """The labels of all objects except crowds, `(n,)`, in the order of `resized_boxes`."""
     parts = [dataset.objects(index) for index in range(len(dataset))]
     return np.concatenate([np.zeros(0, np.int64), *(part.labels[~part.crowd] for part in parts)])
 
@@ -67,16 +75,17 @@ def labels_of(dataset: data.CocoDataset) -> np.ndarray:
 def best_anchor_iou(
     boxes: np.ndarray, *, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[float]
 ) -> np.ndarray:
-    """The IoU of each box with the anchor that covers it best, on any level.
+    """The highest IoU of each box with any anchor on any level.
 
-    Anchors lie on a grid, and their IoU with a box falls with the distance of the centres along either axis: only the
-    grid point next to the box's centre has to be looked at.
+    The IoU of a box with anchors on a grid decreases with the distance of their centres along either axis. So only the
+    anchors at the grid point nearest to the box's centre have to be compared.
     """
     if len(sizes) != len(STRIDES):
-        raise ValueError(f"There must be anchor sizes for each of the {len(STRIDES)} levels, got {len(sizes)}.")
+        raise ValueError(f"sizes must have an entry for each of the {len(STRIDES)} levels, got {len(sizes)}.")
     best = np.zeros(len(boxes))
     centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     for stride, of_level in zip(STRIDES, sizes, strict=True):
+        # (a, 4), centred at the origin of the grid
         anchors = np.asarray(ops.anchor_grid((1, 1), stride=stride, sizes=of_level, aspect_ratios=aspect_ratios))
         offsets = np.maximum(np.round(centers / stride), 0) * stride
         for anchor in anchors.astype(np.float64):
@@ -91,7 +100,7 @@ def best_anchor_iou(
 def bucket_use(
     image_sizes: Sequence[tuple[int, int]], *, canvases: Sequence[tuple[int, int]], min_size: int, max_size: int
 ) -> list[BucketUse]:
-    """How the images fill the canvases that `data.make_buckets` sorts them into."""
+    """How the images use the canvases to which `data.make_buckets` assigns them."""
     uses = []
     for bucket in data.make_buckets(image_sizes, canvases=canvases, min_size=min_size, max_size=max_size):
         filled, shrunk = 0, 0
@@ -101,7 +110,7 @@ def bucket_use(
                 image_sizes[index], min_size=min_size, max_size=max_size, canvas=bucket.canvas
             )
             filled += height * width
-            # A pixel less is what rounding to the canvas may cost, no more.
+            # A difference of 1 pixel may be due to rounding.
             shrunk += wanted[0] - height > 1 or wanted[1] - width > 1
         total = len(bucket.indices) * bucket.canvas[0] * bucket.canvas[1]
         uses.append(BucketUse(bucket.canvas, len(bucket.indices), shrunk, 1 - filled / total))
@@ -109,7 +118,7 @@ def bucket_use(
 
 
 def padding_share(uses: Sequence[BucketUse]) -> float:
-    """The part of all pixels that the network looks at which is padding."""
+    """The fraction of the network's input pixels that is padding."""
     pixels = [use.images * use.canvas[0] * use.canvas[1] for use in uses]
     return float(np.dot(pixels, [use.padding for use in uses]) / sum(pixels))
 
@@ -117,10 +126,10 @@ def padding_share(uses: Sequence[BucketUse]) -> float:
 def propose_canvases(
     image_sizes: Sequence[tuple[int, int]], *, count: int, min_size: int, max_size: int
 ) -> list[tuple[int, int]]:
-    """At most `count` canvases that hold every image unshrunk, with little padding.
+    """At most `count` canvases with little padding on which no image has to be shrunk.
 
-    Starting with a canvas for each size, the two whose union adds the fewest pixels become one until few enough are
-    left: not always the best, but near it.
+    A greedy search, which is near-optimal: it starts with one canvas per image size and repeatedly merges the two
+    canvases whose union adds the fewest pixels.
     """
     sizes = [ops.resized_size(size, min_size=min_size, max_size=max_size) for size in image_sizes]
     step = STEP
@@ -132,7 +141,7 @@ def propose_canvases(
         step *= 2
     while len(canvases) > count:
         areas = np.prod(canvases, axis=1)
-        unions = np.maximum(canvases[:, None], canvases[None])
+        unions = np.maximum(canvases[:, None], canvases[None])  # (n, n, 2)
         added = np.prod(unions, axis=2) * (counts[:, None] + counts[None])
         added = added - (areas * counts)[:, None] - (areas * counts)[None]
         i, j = np.unravel_index(np.argmin(added + np.eye(len(canvases)) * 1e18), added.shape)
@@ -144,8 +153,8 @@ def propose_canvases(
 
 
 def find_suspicions(dataset: data.CocoDataset) -> list[Suspicion]:
-    """Annotations that are likely mistakes. None need be: a person has to look at them."""
-    found = []
+    """Annotations that are likely mistakes. They may be correct, so a person should check them."""
+    suspicions = []
     for index, image in enumerate(dataset.images):
         objects = dataset.objects(index)
         names = [dataset.categories[label].name for label in objects.labels]
@@ -156,22 +165,22 @@ def find_suspicions(dataset: data.CocoDataset) -> list[Suspicion]:
                 continue
             size = f"{width:.1f}×{height:.1f} pixels"
             if min(width, height) < TINY_SIDE:
-                found.append(Suspicion("tiny box", index, row, f"{names[row]} of {size}"))
+                suspicions.append(Suspicion("tiny box", index, row, f"{names[row]} of {size}"))
             elif max(width, height) > LONGEST_RATIO * min(width, height):
-                found.append(Suspicion("long and thin box", index, row, f"{names[row]} of {size}"))
+                suspicions.append(Suspicion("long and thin box", index, row, f"{names[row]} of {size}"))
             if width * height > WHOLE_IMAGE * image.width * image.height:
-                found.append(Suspicion("covers the whole image", index, row, f"{names[row]} of {size}"))
-            found += _segmentation_suspicions(objects, row, index, names[row], (image.height, image.width))
-        found += _doubled(objects, boxes, names, index)
-    return found
+                suspicions.append(Suspicion("covers the whole image", index, row, f"{names[row]} of {size}"))
+            suspicions += _segmentation_suspicions(objects, row, index, names[row], (image.height, image.width))
+        suspicions += _doubled(objects, boxes, names, index)
+    return suspicions
 
 
 def _doubled(objects: data.Objects, boxes: np.ndarray, names: list[str], index: int) -> list[Suspicion]:
-    """Boxes that nearly equal an earlier one."""
-    found = []
+    """Boxes that nearly coincide with an earlier box of the same image."""
+    suspicions = []
     rows = np.flatnonzero(~objects.crowd)
     if len(rows) < 2:
-        return found
+        return suspicions
     xywh = np.concatenate([boxes[rows, :2], boxes[rows, 2:] - boxes[rows, :2]], axis=1)
     overlaps = np.asarray(rle.iou(xywh, xywh, [0] * len(rows)))
     same = objects.labels[rows][:, None] == objects.labels[rows][None]
@@ -179,8 +188,8 @@ def _doubled(objects: data.Objects, boxes: np.ndarray, names: list[str], index: 
         row, other = int(rows[a]), int(rows[b])
         kind = "same object twice" if same[a, b] else "same box, two classes"
         what = f"{names[row]} and {names[other]} (annotation {objects.annotation_ids[other]}), IoU {overlaps[a, b]:.2f}"
-        found.append(Suspicion(kind, index, row, what))
-    return found
+        suspicions.append(Suspicion(kind, index, row, what))
+    return suspicions
 
 
 def _segmentation_suspicions(
@@ -202,11 +211,13 @@ def _segmentation_suspicions(
     shared = np.prod(np.maximum(np.minimum(bounds[2:], box[2:]) - np.maximum(bounds[:2], box[:2]), 0))
     area, of_bounds = np.prod(box[2:] - box[:2]), np.prod(bounds[2:] - bounds[:2])
     iou = shared / max(area + of_bounds - shared, 1e-9)
-    found = []
-    far = np.abs(bounds - box).max() > 2 + slack  # annotators round to pixels
+    suspicions = []
+    far = np.abs(bounds - box).max() > 2 + slack  # annotation tools round to pixels
     if iou < BOUNDS_IOU and far:
-        found.append(Suspicion("box and segmentation disagree", index, row, f"{name}: IoU of their bounds {iou:.2f}"))
+        suspicions.append(
+            Suspicion("box and segmentation disagree", index, row, f"{name}: IoU of their bounds {iou:.2f}")
+        )
     fill = float(rle.area(encoded)) / max(area, 1e-9)
     if fill < LEAST_FILL and area > 100:
-        found.append(Suspicion("nearly empty segmentation", index, row, f"{name}: {fill:.0%} of its box"))
-    return found
+        suspicions.append(Suspicion("nearly empty segmentation", index, row, f"{name}: {fill:.0%} of its box"))
+    return suspicions

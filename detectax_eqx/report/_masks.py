@@ -1,4 +1,4 @@
-"""Masks at the size of a thumbnail."""
+"""Masks at thumbnail size."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from PIL import Image
 from .. import data, evaluate
 
 
-# A mask has this many pixels along the thumbnail's longest side, at most.
+# The maximum length of a mask's longest side, in pixels.
 LONGEST = 240
 
 
 def mask_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    """The `(height, width)` at which the masks of an image of `(height, width)` are kept."""
+    """The `(height, width)` at which the masks of an image of size `(height, width)` are stored."""
     scale = min(1.0, LONGEST / max(image_size))
     return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
 
 
 def shrink_mask(segmentation: Any, image_size: tuple[int, int], size: tuple[int, int]) -> str | None:
-    """Polygons or run lengths of a dataset's image as compressed run lengths of a smaller `(height, width)`.
+    """Resizes a segmentation (polygons or run lengths) to `(height, width)`, as compressed run lengths.
 
-    `None` for no segmentation.
+    Returns `None` if there is no segmentation.
     """
     if segmentation is None:
         return None

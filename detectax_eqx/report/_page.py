@@ -1,4 +1,4 @@
-"""Puts a page together: its markup, style, scripts and data in one file that needs nothing else."""
+"""Assembles a page: markup, style, scripts and data in one self-contained file."""
 
 import base64
 import html
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import files
+
 
 FOLDER = Path(__file__).parent
-# Thumbnails are no larger than this, in pixels of their longest side.
+# The maximum length of a thumbnail's longest side, in pixels.
 THUMBNAIL = 480
 JPEG_QUALITY = 72
 
@@ -24,9 +26,9 @@ def file_name(location: str | Path) -> str:
 
 
 def write_page(path: Path, *, title: str, body: str, scripts: Sequence[str], data: dict[str, Any]) -> None:
-    """Writes `page.html` with its placeholders filled: `body` and `scripts` are files beside this one.
+    """Writes `page.html` with its placeholders filled in. `body` and `scripts` are files in this module's folder.
 
-    The data go in as JSON. A `<` within it is escaped, so that no name or text can end the element that holds it.
+    The data is embedded as JSON. Each `<` in it is escaped, so that no name or text can close the script element.
     """
     content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
@@ -40,11 +42,12 @@ def write_page(path: Path, *, title: str, body: str, scripts: Sequence[str], dat
     for mark, part in parts.items():
         before, after = text.split(mark)
         text = before + part + after
-    path.write_text(text, encoding="utf-8")
+    with files.whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def thumbnail(image: np.ndarray) -> tuple[str, tuple[int, int]]:
-    """An RGB image as a small JPEG: its data URI and its `(height, width)`."""
+    """Shrinks an RGB image to a small JPEG. Returns its data URI and its `(height, width)`."""
     picture = Image.fromarray(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-// Elements, tables and charts that both pages use.
+// Elements, tables and charts that all pages use.
 
 function element(name, attributes = {}, ...children) {
   const svg = ["svg", "g", "path", "rect", "line", "circle", "text", "image", "polyline", "pattern", "defs", "title"];
@@ -18,7 +18,8 @@ const fill = (id, ...children) => byId(id).replaceChildren(...children);
 const points = (value) => (value === null || value < 0 ? "–" : (100 * value).toFixed(1));
 const fixed = (digits) => (value) => (value === null ? "–" : value.toFixed(digits));
 
-// columns: [{name, get(row), show(value)?, node(row)?}]. Sorted by a click on a heading; the first column ascends.
+// columns: [{name, get(row), show(value)?, node(row)?, title?}]. A click on a heading sorts by that column: text in
+// ascending order first, numbers in descending order first.
 function sortableTable(table, columns, rows, { onclick = null, chosen = () => false } = {}) {
   let order = null;
   const body = element("tbody");
@@ -49,7 +50,7 @@ function sortableTable(table, columns, rows, { onclick = null, chosen = () => fa
   draw();
 }
 
-// rows: [{name, value, note, bad}], the value deciding the length of the bar.
+// rows: [{name, value, note, bad}]. The value determines the length of the bar.
 function barRows(id, rows) {
   const most = Math.max(1e-9, ...rows.map((row) => row.value));
   fill(id, ...rows.flatMap((row) => [
@@ -61,7 +62,8 @@ function barRows(id, rows) {
   ]));
 }
 
-// series: [{xs, ys, color, width, title}]; dots: [{x, y, r, title}]. Both axes run over the given ranges.
+// series: [{xs, ys, color, width, dash, opacity, title}]; dots: [{x, y, r, color, opacity, title}];
+// x, y: {from, to, label}, the ranges of the axes; xTicks, yTicks: [{at, text}].
 function chart({ series = [], dots = [], x, y, xTicks, yTicks, width = 480, height = 330 }) {
   const [left, right, top, bottom] = [42, 12, 10, 36];
   const px = (v) => left + ((v - x.from) / (x.to - x.from || 1)) * (width - left - right);
@@ -108,7 +110,7 @@ function options(select, entries) {
   select.replaceChildren(...entries.map(([value, text]) => element("option", { value }, text)));
 }
 
-// A mask in COCO's compressed run lengths, as an SVG path of the columns' runs.
+// Converts a mask from COCO's compressed run lengths to an SVG path with one rectangle per run in a column.
 function maskPath(counts, height) {
   const runs = [];
   for (let at = 0; at < counts.length;) {
@@ -137,7 +139,8 @@ function maskPath(counts, height) {
   return path;
 }
 
-// image: {src, width, height, mask_height}; shapes: [{box, color, text, wrong, dim, mask, crowd}], the first on top.
+// image: {src, width, height, mask_width, mask_height}; shapes: [{box, color, text, title, wrong, dim, mask, crowd}].
+// The first shape is on top.
 function picture(image, shapes, { onclick = null, masks = true } = {}) {
   const size = { width: image.width, height: image.height };
   const svg = element("svg", { class: "picture", viewBox: `0 0 ${image.width} ${image.height}`, onclick: onclick ?? (() => {}) });
@@ -173,7 +176,7 @@ function picture(image, shapes, { onclick = null, masks = true } = {}) {
   }
   for (const shape of bottomUp.filter((s) => !s.dim && s.text)) {
     const y = shape.box[1] > textSize ? shape.box[1] - 0.25 * textSize : Math.min(image.height - 2, shape.box[1] + textSize);
-    // Kept inside the picture: a letter is taken to be .58 of the size wide.
+    // Keep the text inside the image, with an estimated letter width of 0.58 times the font size.
     const x = Math.max(1, Math.min(shape.box[0], image.width - shape.text.length * textSize * 0.58));
     svg.append(element("text", { x, y, "font-size": textSize }, shape.text));
   }

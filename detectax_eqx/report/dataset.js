@@ -1,4 +1,4 @@
-// A dataset's page. What is shown of the suspicious annotations follows from `state` alone.
+// The page of a dataset. The suspicious annotations that are shown depend only on `state`.
 
 const data = JSON.parse(byId("data").textContent);
 const state = { kind: "", class: "", shown: 24 };
@@ -34,7 +34,7 @@ function show() {
     && (state.class === "" || entry.objects.some((object) => object.suspicious && object.k === Number(state.class))));
   const kinds = Object.entries(data.counts).filter(([kind]) => state.kind === "" || kind === state.kind);
   const total = kinds.reduce((sum, [, count]) => sum + count, 0);
-  byId("count").textContent = `${listed.length} shown here` + (state.class === "" ? ` of ${total} found` : "");
+  byId("count").textContent = `${listed.length} on this page` + (state.class === "" ? `, of ${total} found` : "");
   fill("cards", ...listed.slice(0, state.shown).map(cardOf));
   byId("more").hidden = listed.length <= state.shown;
 }

@@ -1,4 +1,4 @@
-// The report of an evaluation. What is shown follows from `state` alone.
+// The page of an evaluation. Everything that is shown depends only on `state`.
 
 const data = JSON.parse(byId("data").textContent);
 const state = { view: 0, kind: "", class: "", score: 0.3, masks: true, shown: 24 };
@@ -24,11 +24,11 @@ function showNumbers() {
 
 function showCosts() {
   const { costs, counts, ap, false_positive_cost, false_negative_cost } = view();
-  const cell = (cost) => (ap < 0 ? "–" : (100 * cost).toFixed(1)); // without objects there is no AP to lose
+  const cell = (cost) => (ap < 0 ? "–" : (100 * cost).toFixed(1)); // without objects, AP is undefined
   const row = (name, cost, count, bad) => ({ name, value: cost, note: `${cell(cost)}  (${count})`, bad });
   const rows = data.kinds.map((kind, i) => row(kind, costs[i], counts[i], false));
-  rows.push(row("all false", false_positive_cost, counts[6], true));
-  rows.push(row("all not found", false_negative_cost, counts[7], true));
+  rows.push(row("false positives", false_positive_cost, counts[6], true));
+  rows.push(row("false negatives", false_negative_cost, counts[7], true));
   barRows("costs", rows);
   byId("ap").textContent = points(ap);
   byId("foreground").textContent = byId("foreground2").textContent = data.foreground_iou;
@@ -54,10 +54,10 @@ function showCurves() {
     series, x: { from: 0, to: 1, label: "recall" }, y: { from: 0, to: 1.02, label: "precision" },
     xTicks: tenths(0.2), yTicks: tenths(0.2),
   }));
-  // With many classes a legend would be longer than the chart: the table of classes has the colours too.
+  // With many classes, a legend would be longer than the chart. The table of classes shows their colours too.
   const listed = counted.length <= 12 ? counted : counted.filter((k) => chosen === String(k));
   const entry = (k) => element("span", {}, swatch(k), `${data.classes[k].name} ${points(view().classes[k].ap50)}`);
-  fill("legend", ...listed.map(entry), element("span", {}, `mean, drawn thick: ${points(view().ap)}`));
+  fill("legend", ...listed.map(entry), element("span", {}, `mean (thick line) ${points(view().ap)}`));
 }
 
 function showCalibration() {
@@ -67,14 +67,14 @@ function showCalibration() {
   const pick = (values) => used.map((i) => values[i]);
   fill("calibration", chart({
     series: [
-      { xs: [0, 1], ys: [0, 1], color: "var(--faint)", width: 1, dash: "4 4", title: "right as often as the score says" },
+      { xs: [0, 1], ys: [0, 1], color: "var(--faint)", width: 1, dash: "4 4", title: "perfect calibration" },
       { xs: pick(scores), ys: pick(precision), color: "var(--accent)", width: 2 },
     ],
     dots: used.map((i) => ({
       x: scores[i], y: precision[i], r: 3 + 9 * Math.sqrt(counts[i] / most), color: "var(--accent)",
-      title: `${counts[i]} detections of mean score ${scores[i].toFixed(2)}: ${(100 * precision[i]).toFixed(0)} % right`,
+      title: `${counts[i]} detections with mean score ${scores[i].toFixed(2)}: ${(100 * precision[i]).toFixed(0)} % correct`,
     })),
-    x: { from: 0, to: 1, label: "score" }, y: { from: 0, to: 1.02, label: "share that is right" },
+    x: { from: 0, to: 1, label: "score" }, y: { from: 0, to: 1.02, label: "precision" },
     xTicks: tenths(0.2), yTicks: tenths(0.2),
   }));
   byId("calibration-error").textContent = error.toFixed(3);
@@ -106,7 +106,7 @@ function showConfusion() {
     const name = k < data.classes.length ? data.classes[k].name : "background";
     const cells = counts.map((count, j) => element("td", {
       style: count ? `background:color-mix(in srgb, var(--${k === j ? "accent" : "bad"}) ${Math.round((75 * count) / total) + 5}%, transparent)` : null,
-      title: `${name} found as ${names[j]}: ${count} of ${total}`,
+      title: `true class ${name}, predicted class ${names[j]}: ${count} of ${total}`,
     }, count ? String(count) : ""));
     return element("tr", {}, element("th", {}, name), ...cells);
   });
@@ -114,7 +114,7 @@ function showConfusion() {
   byId("confusion-threshold").textContent = data.confusion_threshold;
 }
 
-// The errors of an image that the filters let through: false detections of a score, and missed objects.
+// The errors of an image that pass the filters: false detections of at least the minimum score, and missed objects.
 function errorsOf(image) {
   const fits = (k, kind) => (state.class === "" || Number(state.class) === k) && (state.kind === "" || state.kind === kind);
   const wrong = image.detections
@@ -137,7 +137,7 @@ function pairOf(image, errors, onclick) {
   }));
   const found = image.detections.filter((one) => one.score >= state.score).map((one) => {
     const verdict = one.verdicts[state.view];
-    const kind = verdict >= 0 ? data.kinds[verdict] : verdict === -2 ? "on a crowd" : "right";
+    const kind = verdict >= 0 ? data.kinds[verdict] : verdict === -2 ? "on a crowd" : "correct";
     return {
       box: one.box, mask: one.mask, color: data.classes[one.k].color, wrong: verdict >= 0,
       text: `${data.classes[one.k].name} ${one.score.toFixed(2)}`,
@@ -170,7 +170,7 @@ function showImages() {
     .sort((a, b) => b.badness - a.badness);
   fill("cards", ...listed.slice(0, state.shown).map(cardOf));
   byId("image-count").textContent =
-    `${listed.length} of the ${data.images.length} images kept here fit; the dataset has ${data.num_images}.`;
+    `${listed.length} of the ${data.images.length} images on this page match; the dataset has ${data.num_images}.`;
   byId("more").hidden = listed.length <= state.shown;
   byId("image-score-text").textContent = state.score.toFixed(2);
 }

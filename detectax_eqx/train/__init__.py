@@ -1,4 +1,7 @@
-"""Training: state, step, sharding, augmentation, learning rates, optimisers, checkpoints. The loop is the script's."""
+"""Training: state, step, sharding, augmentation, learning rates, optimisers and checkpoints.
+
+The training loop itself is in the scripts.
+"""
 
 from .._xla import step_compiler_options as step_compiler_options
 from ._augment import augment as augment, jitter_colors as jitter_colors

@@ -1,4 +1,4 @@
-"""Named arrays in one OCDBT store of zarr3 arrays, each under a checksum."""
+"""Reads and writes named arrays as an OCDBT store of zarr3 arrays, each with a checksum."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ from jaxtyping import Shaped
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-    """Writes all arrays or none to a new store in the folder `path`. Raises a `ValueError` if that fails."""
-    # One context for all: one for each array is 30 to 50 times slower.
+    """Writes the arrays atomically to a new store in the folder `path`. Raises a `ValueError` if that fails."""
+    # One context for all arrays: a context per array is 30 to 50 times slower.
     context, transaction = ts.Context(), ts.Transaction(atomic=True)
     stores = {
         name: ts.open(_spec(path, name, array), create=True, context=context, transaction=transaction)
         for name, array in arrays.items()
     }
-    # Referring to the source saves a copy; `arrays` lives until the transaction is committed.
+    # Referring to the source data avoids a copy: `arrays` outlives the transaction.
     writes = [
         stores[name].result().write(array, can_reference_source_data_indefinitely=True)
         for name, array in arrays.items()
@@ -29,7 +29,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) ->
 
 
 def read_arrays(path: Path, forms: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The arrays of these names, shapes and dtypes. Raises a `ValueError` that names the first that is damaged."""
+    """Reads arrays by name, shape and dtype. Raises a `ValueError` that names the first damaged array."""
     context = ts.Context()
     stores = {name: ts.open(_spec(path, name, form), open=True, context=context) for name, form in forms.items()}
     reads, arrays = {}, {}
@@ -45,7 +45,7 @@ def read_arrays(path: Path, forms: Mapping[str, jax.ShapeDtypeStruct]) -> dict[s
 
 
 def _spec(path: Path, name: str, form: Any) -> dict[str, Any]:
-    """One chunk an array, uncompressed: floats hardly shrink, and the accelerator waits meanwhile."""
+    """One uncompressed chunk per array: compression hardly shrinks floats, and the accelerator waits for it."""
     return {
         "driver": "zarr3",
         "kvstore": {
@@ -59,6 +59,6 @@ def _spec(path: Path, name: str, form: Any) -> dict[str, Any]:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, n) for n in form.shape]}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         },
-        # Zeros too: a chunk that is not there would be read as zeros, with nothing to check.
+        # Store zeros too: a missing chunk would be read as zeros, without a checksum.
         "store_data_equal_to_fill_value": True,
     }

@@ -1,4 +1,4 @@
-"""Augmentation of one example inside the jitted step: pixels, boxes and masks move together."""
+"""Augmentation of one example inside the jitted step: pixels, boxes, masks and keypoints are transformed together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from .._types import Image, Targets
 from ..ops import clip_boxes, resize_image
 
 
-# ITU-R BT.601 luma, as Pillow and torchvision turn RGB to gray.
+# ITU-R BT.601 luma, with which Pillow and torchvision convert RGB to gray.
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -29,24 +29,25 @@ def augment(
     keypoint_pairs: Sequence[tuple[int, int]] = (),
     key: PRNGKeyArray,
 ) -> tuple[Float32[Array, "{canvas[0]} {canvas[1]} _"], Int32[Array, " 2"], Targets]:
-    """Resizes an image at random, mirrors it at random, and lays it on the canvas, with its ground truth.
+    """Randomly resizes and flips an image with its ground truth, and places it on the canvas.
 
-    Without `scale_range`: the short side becomes one of `min_sizes`, drawn at random, unless the long side would then
-    exceed `max_size` or the image would not fit the canvas; the whole image stays visible and no box is changed but by
-    the resize. Sides are rounded down in exact arithmetic.
+    Without `scale_range`, the short side is resized to one of `min_sizes`, drawn at random, or to less if the long side
+    would exceed `max_size` or the image would not fit the canvas. The whole image stays visible. Side lengths are
+    rounded down in exact integer arithmetic.
 
-    With `scale_range`, large-scale jitter (arXiv:2012.07177, section 3): the largest size that fits the canvas is
-    multiplied by a number drawn uniformly from the range, and what then exceeds the canvas is cropped at a random
-    place; `min_sizes` and `max_size` are not used. Boxes are clipped to the crop, and those left without area become
-    invalid. `mask_boxes` keep reaching past the border, so the masks within them need no resampling.
+    With `scale_range`, applies large-scale jitter (arXiv:2012.07177, section 3): the largest size that fits the canvas
+    is multiplied by a factor drawn uniformly from the range, and an image larger than the canvas is cropped at a random
+    position; `min_sizes` and `max_size` are not used. Boxes are clipped to the crop, and boxes without area become
+    invalid. `mask_boxes` are not clipped and may extend past the border, so the masks within them need no resampling.
 
-    - `image`: on its source canvas, usually RGB; `image_size`: its `(height, width)` there. `targets`: in its pixels.
+    - `image`: on its source canvas, usually RGB. `image_size`: its `(height, width)` there. `targets`: in its pixels.
     - `canvas`: static `(height, width)` of the result.
-    - `flip_probability`: of mirroring left to right.
-    - `keypoint_pairs`: points that change places in the mirror, such as left and right eye, by their positions. Points
-      that a crop cuts off become invisible.
+    - `flip_probability`: the probability of a horizontal flip.
+    - `keypoint_pairs`: indices of the keypoints that a flip exchanges, such as the left and right eye. Keypoints
+      outside the crop become invisible.
 
-    Returns the image (0..255, in its top-left corner; the rest is 0), its size on the canvas, and its targets there.
+    Returns the image (0..255, in the top-left corner of the canvas; the rest is 0), its size on the canvas, and its
+    targets in pixels of the canvas.
 
     Raises a `ValueError` if an option is out of its range, or if `targets` has masks without `mask_boxes`.
 
@@ -58,7 +59,7 @@ def augment(
     ((16, 16, 3), [8, 12], [[6.0, 2.0, 10.0, 4.0]])
     """
     _check(min_sizes, max_size, flip_probability, scale_range, targets, keypoint_pairs)
-    image_size = jnp.maximum(image_size, 1)  # a filler of a batch may have none
+    image_size = jnp.maximum(image_size, 1)  # padding of a batch may have size 0
     size_key, crop_key, flip_key = jr.split(key, 3)
     flip = jr.bernoulli(flip_key, jnp.asarray(flip_probability, jnp.float32))
     if scale_range is None:
@@ -103,9 +104,10 @@ def jitter_colors(
 ) -> Float32[Array, "h w 3"]:
     """Multiplies brightness, contrast and saturation, in this order, by factors drawn from `1 ± strength`.
 
-    Contrast is about the image's mean gray, saturation about each pixel's own gray, as torchvision's `ColorJitter`.
+    Contrast is relative to the image's mean gray value, and saturation to each pixel's own gray value, as in
+    torchvision's `ColorJitter`.
 
-    - `image`: RGB 0..255, in the top-left `image_size` of its canvas. The rest of the canvas is 0 and stays so.
+    - `image`: RGB 0..255, in the top-left `image_size` of its canvas. The rest of the canvas is 0 and stays 0.
 
     Raises a `ValueError` if a strength is not in 0..1.
 
@@ -141,18 +143,19 @@ def jitter_colors(
 def _resized_size(
     image_size: Int32[Array, " 2"], min_size: Int32[Array, ""], max_size: int, canvas: tuple[int, int]
 ) -> Int32[Array, " 2"]:
-    """Both sides under the smallest of four scales, each a ratio of integers, rounded down without error."""
+    """Scales both sides by the smallest of four integer ratios, rounded down in exact arithmetic."""
     short, long = jnp.min(image_size), jnp.max(image_size)
     wanted = jnp.stack([min_size, *jnp.asarray([max_size, *canvas], jnp.int32)])
     present = jnp.stack([short, long, *image_size])
-    sizes = image_size[None] * wanted[:, None] // present[:, None]  # (4, 2); rounding down keeps the order of scales
+    # (4, 2); rounding down is monotonic, so the minimum of the sizes belongs to the smallest scale.
+    sizes = image_size[None] * wanted[:, None] // present[:, None]
     return jnp.maximum(jnp.min(sizes, axis=0), 1)
 
 
 def _jittered_size(
     image_size: Int32[Array, " 2"], canvas: tuple[int, int], scale_range: tuple[float, float], key: PRNGKeyArray
 ) -> Int32[Array, " 2"]:
-    """Both sides under a random multiple of the scale at which the image just fits the canvas."""
+    """Scales both sides by a random multiple of the largest scale at which the image fits the canvas."""
     sides = image_size.astype(jnp.float32)
     fit = jnp.min(jnp.asarray(canvas, jnp.float32) / sides)
     scale = fit * jr.uniform(key, (), jnp.float32, minval=scale_range[0], maxval=scale_range[1])
@@ -166,7 +169,7 @@ def _move_boxes(
     offset: Int32[Array, " 2"],
     flip: Bool[Array, ""],
 ) -> Float[Array, "n 4"]:
-    """Where boxes lie after their image was resized, mirrored and cropped, beyond its border too."""
+    """Boxes after the resize, flip and crop of their image, not clipped to its border."""
     scale = output_size.astype(boxes.dtype) / image_size.astype(boxes.dtype)
     x0, y0, x1, y1 = jnp.unstack(boxes * jnp.tile(scale[::-1], 2)[None], axis=-1)
     width = output_size[1].astype(boxes.dtype)
@@ -180,10 +183,10 @@ def _move_points(
     flip: Bool[Array, ""],
     pairs: Sequence[tuple[int, int]],
 ) -> Float[Array, "n k 3"]:
-    """Keypoints moved as boxes are, left ones and right ones exchanged in the mirror."""
+    """Moves keypoints in the same way as boxes, and exchanges the pairs if the image is flipped."""
     keypoints = jnp.asarray(keypoints)
     places = keypoints[..., :2]
-    boxes = jnp.concatenate([places, places], axis=-1)  # (n, k, 4), of no size
+    boxes = jnp.concatenate([places, places], axis=-1)  # (n, k, 4), boxes of zero size
     moved = jnp.concatenate([move(boxes.reshape(-1, 4)).reshape(boxes.shape)[..., :2], keypoints[..., 2:]], axis=-1)
     order = np.arange(keypoints.shape[1])
     for left, right in pairs:
@@ -192,7 +195,7 @@ def _move_points(
 
 
 def _clip(targets: Targets, image_size: Int32[Array, " 2"]) -> Targets:
-    """Targets whose boxes end at the border; those wholly beyond it are not valid, and points there not visible."""
+    """Clips boxes to the image. Boxes outside it become invalid, and keypoints outside it invisible."""
     size = image_size.astype(jnp.float32)
     boxes = clip_boxes(jnp.asarray(targets.boxes), size)
     visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -220,7 +223,7 @@ def _check(
     if scale_range is not None and not 0 < scale_range[0] <= scale_range[1]:
         raise ValueError(f"scale_range must be positive and ascending, got {scale_range}.")
     if targets.masks is not None and targets.mask_boxes is None:
-        raise ValueError("targets has masks but no mask_boxes; give the box that each mask fills.")
+        raise ValueError("targets has masks but no mask_boxes; pass the box that each mask fills.")
     count = 0 if targets.keypoints is None else targets.keypoints.shape[-2]
     places = [place for pair in keypoint_pairs for place in pair]
     if len(set(places)) < len(places) or not all(0 <= place < count for place in places):

@@ -1,10 +1,10 @@
-"""Checkpoints that are complete or not there at all, and that do not load if a single bit is wrong.
+"""Checkpoints that are written atomically and verified by checksums.
 
-A checkpoint is a folder named after its step. `index.json` holds the metadata and every leaf's shape and dtype, under a
-checksum; `arrays/` is one OCDBT store of zarr3 arrays, each under a checksum of its own. It is written under another
-name, flushed to disk, and only then renamed.
+A checkpoint is a folder named after its step. `index.json` holds the metadata and the shape and dtype of every leaf,
+with a checksum; `arrays/` is one OCDBT store of zarr3 arrays, each with its own checksum. A checkpoint is written under
+a temporary name, flushed to disk, and then renamed. A checkpoint with a single wrong bit is not loaded.
 
-Of several processes, the first one writes, after it gathered what it does not hold; all of them read.
+With several processes, the first one gathers the arrays and writes; all of them read.
 """
 
 import json
@@ -27,25 +27,25 @@ from ._sharding import host_copy
 
 
 INDEX, ARRAYS = "index.json", "arrays"
-# A folder that a checkpoint of the same step is about to replace counts until it is gone.
+# A checkpoint that is being replaced by another of the same step counts as a checkpoint until it is removed.
 REPLACED = ".replaced"
 NAME = re.compile(rf"(\d{{8,}})({re.escape(REPLACED)})?")
 UNFINISHED = re.compile(r"\d{8,}\.tmp")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or that does not fit what it is loaded into."""
+    """A checkpoint that cannot be written, or that does not match the tree it is loaded into."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint of which a file is missing or has changed since it was written."""
+    """A checkpoint with a file that is missing or has changed since it was written."""
 
 
 class Restored(NamedTuple):
-    """What `load_latest_checkpoint` found.
+    """The result of `load_latest_checkpoint`.
 
-    - `path`: the checkpoint that was loaded. `tree` and `metadata`: what is in it.
-    - `refused`: for each newer checkpoint that is damaged, the error that says so.
+    - `path`: the checkpoint that was loaded. `tree` and `metadata`: its contents.
+    - `refused`: the error of each newer checkpoint that is damaged.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Restored(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What is to be written, on the host and out of the reach of later steps."""
+    """A copy on the host of everything to write, which later steps do not change."""
 
     step: int
     text: str
@@ -67,17 +67,17 @@ def save_checkpoint(
 ) -> Path:
     """Writes the arrays of `tree` and `metadata` to `folder/<step>`, and returns that path.
 
-    A process killed at any moment leaves the earlier checkpoints as they were. Once the new one is on disk, older ones
-    beyond the `keep` newest are removed (later ones are left alone). One process at a time may write to a folder. A
-    `CheckpointSaver` does the same while training goes on.
+    If the process is killed at any moment, earlier checkpoints are unchanged. Once the new checkpoint is on disk, only
+    the `keep` newest up to `step` are kept; checkpoints of later steps are not removed. Only one process at a time may
+    write to a folder. A `CheckpointSaver` does the same in the background.
 
-    - `tree`: arrays of JAX and NumPy, typed keys included, are saved under their path in the tree, whole, however they
-      lie on devices. All other leaves (functions, Python numbers) are not: they are taken from the tree that a
-      checkpoint is loaded into. Where there are several processes, each has to call this.
-    - `metadata`: anything that JSON can hold: categories, name and options of the model.
+    - `tree`: JAX and NumPy arrays, including typed keys, are saved whole under their path in the tree, however they are
+      sharded. Other leaves (functions, Python numbers) are not saved: `load_checkpoint` takes them from its `like`.
+      With several processes, each of them must call this function.
+    - `metadata`: anything that JSON can hold, such as the categories and the name and options of the model.
 
     Raises a `ValueError` if `keep` is less than 1, `step` is negative, or two leaves have the same path, and a
-    `CheckpointError` that says what to do if the checkpoint cannot be written.
+    `CheckpointError` with a remedy if the checkpoint cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def save_checkpoint(
 
 
 def take_snapshot(tree: PyTree, step: int, metadata: dict[str, Any]) -> Snapshot:
-    """A copy of what is to be saved, which a step that consumes `tree` does not touch."""
+    """Copies everything to save to the host, so that a step may then donate `tree`."""
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}.")
     leaves = _array_leaves(tree)
@@ -104,12 +104,12 @@ def take_snapshot(tree: PyTree, step: int, metadata: dict[str, Any]) -> Snapshot
     values = {name: jr.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()}
     for value in values.values():
         if isinstance(value, jax.Array) and value.is_fully_addressable:
-            value.copy_to_host_async()  # all under way before the first is waited for
+            value.copy_to_host_async()  # start all transfers before waiting for the first
     return Snapshot(step, text, {name: host_copy(value) for name, value in values.items()})
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Writes a checkpoint of what `take_snapshot` copied. Processes other than the first do nothing."""
+    """Writes a snapshot as a checkpoint. Processes other than the first do nothing."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
     final = folder / f"{snapshot.step:08d}"
@@ -132,17 +132,19 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         temporary.rename(final)
         _sync(folder)
         _remove_old(folder, snapshot.step, keep)
-    except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its part of the space
+    except (OSError, ValueError) as error:  # tensorstore raises ValueErrors
+        shutil.rmtree(temporary, ignore_errors=True)  # free its space, as the disk may be full
         raise CheckpointError(
-            f"Cannot save checkpoint {final}: {_reason(error)}. Earlier checkpoints in {folder} are as they were. "
-            f"Make room there or see to it that it can be written to, and go on from the newest of them."
+            f"Cannot save checkpoint {final}: {_reason(error)}. Earlier checkpoints in {folder} are unchanged. "
+            f"Free disk space or make the folder writable, then resume from the newest checkpoint."
         ) from error
     return final
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The complete checkpoint of the highest step in `folder`, or `None` if there is none, or no such folder.
+    """The path of the complete checkpoint with the highest step in `folder`.
+
+    Returns `None` if there is none, or if the folder does not exist.
 
     >>> latest_checkpoint("no/such/folder") is None
     True
@@ -154,19 +156,19 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 def load_checkpoint(
     path: str | os.PathLike[str], like: PyTree, *, partial: bool = False
 ) -> tuple[PyTree, dict[str, Any]]:
-    """The tree that was saved at `path`, bit for bit, and its metadata.
+    """Loads the tree that was saved at `path`, bit for bit, and its metadata.
 
-    - `like`: a tree of the same structure, shapes and dtypes, from the same code that built the saved one. Its arrays
-      may be `jax.ShapeDtypeStruct`s (`eqx.filter_eval_shape`). Leaves that are not arrays are returned as they are.
+    - `like`: a tree of the same structure, shapes and dtypes, built by the same code as the saved tree. Its arrays may
+      be `jax.ShapeDtypeStruct`s (`eqx.filter_eval_shape`). Leaves that are not arrays are returned unchanged.
+    - `partial`: `like` may lack leaves of the saved tree. For example, pass only the model of a `TrainState`, or `{}`
+      to read only the metadata.
 
-    - `partial`: `like` may lack leaves of the saved tree: only the model of a `TrainState`, say, or nothing (`{}`) to
-      read the metadata alone.
+    Arrays are sharded as those of `like` are, however they were sharded when saved; an array on a single device is
+    loaded onto the default device. Where `like` has a NumPy array, a NumPy array is returned.
 
-    Arrays come back laid out on devices as those of `like` are, whatever they were saved from: on one device, the
-    default one. Where `like` has a NumPy array, as one.
-
-    Raises a `FileNotFoundError` if there is no checkpoint at `path`, a `CheckpointError` that names checkpoint and leaf
-    if a leaf is missing, left over, or of another shape or dtype, and a `DamagedCheckpointError` if one is damaged.
+    Raises a `FileNotFoundError` if there is no checkpoint at `path`; a `CheckpointError` that names the checkpoint and
+    the leaf if a leaf is missing, unexpected, or of another shape or dtype; and a `DamagedCheckpointError` if a leaf or
+    the index is damaged.
     """
     path = Path(path)
     content = _read_index(path)
@@ -198,12 +200,12 @@ def load_checkpoint(
 
 
 def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, partial: bool = False) -> Restored:
-    """Loads the newest checkpoint in `folder` that is whole, and says which newer ones are not.
+    """Loads the newest undamaged checkpoint in `folder`, and reports newer ones that are damaged.
 
-    `like` and `partial` are `load_checkpoint`'s.
+    `like` and `partial` are as for `load_checkpoint`.
 
-    Raises a `FileNotFoundError` if there is no checkpoint, a `DamagedCheckpointError` if none of them is whole, and a
-    `CheckpointError` if the newest that is does not fit.
+    Raises a `FileNotFoundError` if there is no checkpoint, a `DamagedCheckpointError` if all of them are damaged, and a
+    `CheckpointError` if the newest undamaged one does not match `like`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -213,11 +215,11 @@ def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, part
     >>> restored.path.name, restored.tree["w"].tolist(), len(restored.refused)
     ('00000001', [1, 1], 1)
     """
-    found = _checkpoints(Path(folder))
-    if not found:
+    steps = _checkpoints(Path(folder))
+    if not steps:
         raise FileNotFoundError(f"There is no checkpoint in {folder}.")
     refused: list[DamagedCheckpointError] = []
-    for path in sorted(found, key=lambda path: (found[path], path.suffix == ""), reverse=True):
+    for path in sorted(steps, key=lambda path: (steps[path], path.suffix == ""), reverse=True):
         try:
             return Restored(path, *load_checkpoint(path, like, partial=partial), tuple(refused))
         except FileNotFoundError:
@@ -225,14 +227,15 @@ def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, part
         except DamagedCheckpointError as error:
             refused.append(error)
     lines = "\n".join(f"  {error}" for error in refused)
-    raise DamagedCheckpointError(f"No checkpoint in {folder} is whole; use a copy, or start again elsewhere.\n{lines}")
+    raise DamagedCheckpointError(f"All checkpoints in {folder} are damaged. Use a backup or another folder.\n{lines}")
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Removes what a save left in `folder` as its process was killed, and returns the paths. Checkpoints stay.
+    """Removes the remains of unfinished saves from `folder`, and returns their paths. Checkpoints are not removed.
 
-    A checkpoint that was moved away, and whose successor never got its name, gets its own back. Call it while nothing
-    else writes to the folder, as within `lock_folder`. Processes other than the first do nothing.
+    A checkpoint that was renamed to be replaced, but whose replacement was never finished, gets its name back. Call
+    this while nothing else writes to the folder, for example within `lock_folder`. Processes other than the first do
+    nothing.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +253,7 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
             if not path.with_suffix("").exists():
                 path.rename(path.with_suffix(""))
                 continue
-            # Under another name first: half of a checkpoint must not look like one.
+            # Rename it first, so that a partly removed checkpoint does not look complete.
             shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
         elif UNFINISHED.fullmatch(path.name):
@@ -262,7 +265,7 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def _checkpoints(folder: Path) -> dict[Path, int]:
-    """Checkpoints and their steps. Each was whole when it got its name."""
+    """The checkpoints in a folder and their steps. Each was complete when it got its name."""
     if not folder.is_dir():
         return {}
     matches = [(path, NAME.fullmatch(path.name)) for path in folder.iterdir()]
@@ -270,11 +273,11 @@ def _checkpoints(folder: Path) -> dict[Path, int]:
 
 
 def _remove_old(folder: Path, step: int, keep: int) -> None:
-    found = _checkpoints(folder)
-    kept = sorted({other for other in found.values() if other <= step}, reverse=True)[:keep]
-    for path, other in found.items():
-        if path.suffix or (other < step and other not in kept):
-            # Under the name of an unfinished one first: half of a checkpoint must not look like one.
+    steps = _checkpoints(folder)
+    kept_steps = sorted({other for other in steps.values() if other <= step}, reverse=True)[:keep]
+    for path, other in steps.items():
+        if path.suffix or (other < step and other not in kept_steps):
+            # Rename it first, so that a partly removed checkpoint does not look complete.
             shutil.rmtree(path.rename(path.with_name(f"{other:08d}.tmp")))
     for path in folder.iterdir():
         if UNFINISHED.fullmatch(path.name):
@@ -282,7 +285,7 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's words for what went wrong, out of tensorstore's message if need be."""
+    """The operating system's description of an error, extracted from tensorstore's message if necessary."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
@@ -290,7 +293,7 @@ def _reason(error: Exception) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Flushes the names in a folder to disk."""
+    """Flushes the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -321,19 +324,19 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_impl(leaf: Any) -> Any:
-    """`jr.key_impl`, of a `ShapeDtypeStruct` too."""
-    found = []
-    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), leaf)
-    return found[0]
+    """`jr.key_impl` that also takes a `ShapeDtypeStruct`."""
+    impls = []
+    jax.eval_shape(lambda key: impls.append(jr.key_impl(key)), leaf)
+    return impls[0]
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
-    """What must agree between a leaf that was saved and the one it is loaded into."""
+    """The properties in which a saved leaf and the one it is loaded into must agree."""
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
 def _stored_form(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf as it is written: keys are their data."""
+    """Shape and dtype of a leaf in the file, where typed keys are stored as their key data."""
     shape = jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
 
@@ -358,19 +361,22 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / INDEX).read_text())
         if index["crc32"] != _checksum(index["content"]):
-            raise ValueError("Its checksum is wrong.")
+            raise ValueError("Its checksum does not match.")
         content = index["content"]
         if not isinstance(content["metadata"], dict) or not all(
             {*leaf} == {"shape", "dtype"} for leaf in content["leaves"].values()
         ):
-            raise ValueError("It is not what save_checkpoint writes.")
+            raise ValueError("It was not written by save_checkpoint.")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DamagedCheckpointError(f"Checkpoint {path} is damaged: {INDEX} cannot be read. {error}") from error
     return content
 
 
 def _checksum(content: Any) -> int:
-    """Of the values, whatever the layout of the file. Through JSON once, as some values change there (tuples, keys)."""
+    """The CRC-32 of the values, independent of the layout of the file.
+
+    The values are converted to JSON and back first, as that changes some of them (tuples, keys of dictionaries).
+    """
     return zlib.crc32(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
 
 

@@ -1,4 +1,4 @@
-"""The mean losses of a batch and their gradient, on one device or many, at once or in parts."""
+"""The mean losses of a batch and their gradient, on one or many devices, with optional gradient accumulation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,18 +28,19 @@ def mean_gradient(
     accumulate: int,
     add_up: Callable[[Metrics], Metrics] = lambda sums: sums,
 ) -> tuple[Metrics, PyTree]:
-    """Every loss term's sum over the batch, divided once by its count, and the gradient of their sum.
+    """The sum of every loss term over the batch divided by its count, and the gradient of the sum of all terms.
 
-    - `accumulate`: parts to take the batch in. A term's count over the whole batch is what every part's gradient must
-      be divided by, and it depends on all parts' proposals. So all parts are counted first, in a forward pass that has
-      what the counts need and no more (for a two-stage detector, all up to the sampled proposals, the heads not). Each
-      part's gradient is then exact, and one sum of gradients is all there is to keep.
-    - `add_up`: adds counts over devices. Sums and gradient returned are those of this device's examples.
+    - `accumulate`: the number of parts to split the batch into. The gradient of each part must be divided by a term's
+      count over the whole batch, which depends on the proposals of all parts. So the counts of all parts are computed
+      first, in a forward pass that evaluates only what the counts depend on (for a two-stage detector, everything up to
+      the sampled proposals, without the heads). The gradient of each part is then exact, and only the sum of the
+      gradients has to be kept.
+    - `add_up`: sums counts over devices. The terms and the gradient returned are those of this device's examples.
     """
     examples = _stand_in(batch), keys, batch.images.valid
 
     def sums(parameters: PyTree, part: tuple) -> tuple[Metrics, Metrics]:
-        """Totals and counts, which have no gradient."""
+        """Totals and counts of one part. The counts have no gradient."""
         example, keys, valid = part
         model = eqx.combine(parameters, rest)
         terms = jax.vmap(lambda example, key: loss(model, example, key=key))(example, keys)
@@ -49,20 +50,21 @@ def mean_gradient(
 
     def gradient(part: tuple, counts: Metrics | None = None) -> tuple[Metrics, PyTree]:
         def objective(parameters: PyTree) -> tuple[Float32[Array, ""], Metrics]:
-            totals, own = sums(parameters, part)
-            whole = add_up(own) if counts is None else counts
-            terms = {name: WeightedSum(total, whole[name]).mean() for name, total in totals.items()}
+            totals, local_counts = sums(parameters, part)
+            global_counts = add_up(local_counts) if counts is None else counts
+            terms = {name: WeightedSum(total, global_counts[name]).mean() for name, total in totals.items()}
             return sum(terms.values(), jnp.zeros((), jnp.float32)), terms
 
         (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(parameters)
-        some = jnp.any(part[2])
-        return terms, jax.tree.map(lambda x: jnp.where(some, x, jnp.zeros_like(x)), gradient)
+        any_valid = jnp.any(part[2])
+        return terms, jax.tree.map(lambda x: jnp.where(any_valid, x, jnp.zeros_like(x)), gradient)
 
     if accumulate == 1:
         return gradient(examples)
     count = batch.images.valid.shape[0]
     if count % accumulate:
         raise ValueError(f"accumulate must divide the {count} examples of each device, got {accumulate}.")
+    # (b, ...) -> (accumulate, b / accumulate, ...)
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), examples)
     counts = lax.map(lambda part: sums(parameters, part)[1], parts)
     counts = add_up(jax.tree.map(partial(jnp.sum, axis=0), counts))
@@ -83,10 +85,11 @@ def sharded_mean_gradient(
     accumulate: int,
     mesh: Mesh,
 ) -> tuple[Metrics, PyTree]:
-    """`mean_gradient` of a batch and of parameters that are spread over a mesh; the gradient is spread as those are.
+    """`mean_gradient` of a batch and parameters that are sharded over a mesh. The gradient is sharded as they are.
 
-    Each device runs a program of its own: all communication between them is written here. Left to the compiler, a sort
-    or a loop under `vmap` may gather the batch, and loops end together at the price of one message per round.
+    The devices run under `shard_map`, with all communication written explicitly. Automatic partitioning may gather the
+    batch for a sort or a loop under `vmap`, and needs a collective in every iteration of a loop to end it on all
+    devices together.
     """
     count = batch.images.valid.shape[0]
     if count % mesh.size:
@@ -110,9 +113,9 @@ def sharded_mean_gradient(
 
 
 def _stand_in(batch: Batch) -> Batch:
-    """The batch with its first valid example in the place of those that are not.
+    """Replaces the invalid examples of a batch by its first valid example.
 
-    A filler may hold anything, such as what has an infinite derivative: zero times that is not zero.
+    Padding may hold any values, also some at which a derivative is infinite. Multiplied by 0, that would be NaN.
     """
     first = jnp.argmax(batch.images.valid)
 

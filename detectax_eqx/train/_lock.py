@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock that allows one run at a time in a folder."""
 
 import fcntl
 import os
@@ -18,10 +18,10 @@ LOCK = ".lock"
 def lock_folder(folder: str | os.PathLike[str]) -> Generator[None, None, None]:
     """Keeps other runs out of a folder for as long as the `with` block, or the process, lasts.
 
-    The operating system holds the lock on `folder/.lock` and takes it back when the process ends, however it ends. The
-    file itself stays. Where there are several processes, the first one holds it for all.
+    The operating system locks the file `folder/.lock` and releases the lock when the process ends, even if it is
+    killed. The file itself is not removed. With several processes, the first one holds the lock for all of them.
 
-    Raises a `BlockingIOError` that names the process and host which hold the lock.
+    Raises a `BlockingIOError` that names the process and the host that hold the lock.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, lock_folder(folder):
@@ -45,8 +45,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> Generator[None, None, None]:
             raise BlockingIOError(
                 f"{folder} is in use by {holder}: wait for it to end, or use another folder."
             ) from None
-        except OSError as error:  # some network file systems know no locks
-            warnings.warn(f"{folder} cannot be locked ({error}): nothing keeps another run out of it.", stacklevel=3)
+        except OSError as error:  # some network file systems do not support locks
+            warnings.warn(f"{folder} cannot be locked ({error}): another run may write to it.", stacklevel=3)
         file.truncate(0)
         file.write(f"process {os.getpid()} on host {socket.gethostname()}")
         file.flush()

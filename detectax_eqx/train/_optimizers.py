@@ -1,4 +1,4 @@
-"""Optimisers that update as torch's do, as optax transformations."""
+"""Optimisers with the update rules of PyTorch, as optax transformations."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 
-# From a tree of parameters to a tree that is true at some of them.
+# Maps a tree of parameters to a tree of booleans.
 Mask = Callable[[PyTree], PyTree[bool]]
 
 
@@ -22,10 +22,10 @@ def sgd(
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent as `torch.optim.SGD` defines it.
 
-    `g = gradient + weight_decay * p; v = momentum * v + g; p = p - learning_rate * v`: decay goes through the momentum,
-    and the learning rate does not, so that a change of rate acts at once.
+    `g = gradient + weight_decay * p; v = momentum * v + g; p = p - learning_rate * v`. The weight decay is part of the
+    momentum. The learning rate is not, so that a change of the rate takes effect immediately.
 
-    - `decay_mask`: which parameters decay, `no_vectors` for instance; default all, as in torch.
+    - `decay_mask`: which parameters decay, for example `no_vectors`. Default: all, as in PyTorch.
 
     >>> import jax.numpy as jnp
     >>> optimizer, p = sgd(0.1, momentum=0.5, weight_decay=0.0), jnp.array(1.0)
@@ -54,8 +54,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2) as `torch.optim.AdamW` defines it.
 
-    Both moments are corrected for their bias, `epsilon` is added outside the root, and the parameter shrinks by
-    `learning_rate * weight_decay` of itself. `decay_mask` is that of `sgd`.
+    Both moments are bias-corrected, `epsilon` is added outside the square root, and the decay subtracts
+    `learning_rate * weight_decay * p` from the parameter `p`. `decay_mask` is as for `sgd`.
 
     Raises a `ValueError` if a beta is not between 0 and 1.
 
@@ -73,7 +73,7 @@ def adamw(
 
 
 def no_vectors(parameters: PyTree) -> PyTree[bool]:
-    """A mask that exempts norms and biases from weight decay: true at arrays of two axes and more.
+    """A mask that excludes norms and biases from weight decay: true at arrays of two or more axes.
 
     >>> no_vectors({"weight": jnp.zeros((2, 3)), "bias": jnp.zeros(2)})
     {'bias': False, 'weight': True}
@@ -82,7 +82,10 @@ def no_vectors(parameters: PyTree) -> PyTree[bool]:
 
 
 def _adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
-    """Adam's direction. Unlike optax's, right to the last digits in the first steps: there `1 - beta2**t` cancels."""
+    """Adam's direction, with a bias correction that is accurate in the first steps.
+
+    optax computes `1 - beta2**t` directly, which loses digits to cancellation for small `t`.
+    """
     if not (0 < beta1 < 1 and 0 < beta2 < 1):
         raise ValueError(f"beta1 and beta2 must be between 0 and 1, got {beta1} and {beta2}.")
 

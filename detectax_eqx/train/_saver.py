@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on."""
+"""Writes checkpoints in the background while training continues."""
 
 import os
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from ._checkpoint import Snapshot, take_snapshot, write_snapshot
 
 
 class CheckpointSaver:
-    """Saves checkpoints from a thread of its own, so that training waits for a copy of the state alone.
+    """Saves checkpoints from a background thread, so that training only waits while the state is copied.
 
-    At most one save is under way. A context manager: when it ends, what was under way is on disk, or its error is
-    raised. Where there are several processes, each has one and calls it alike; the first one writes.
+    At most one save runs at a time. Use it as a context manager: on exit, it waits until the last save is on disk, or
+    raises its error. With several processes, each has its own saver and makes the same calls; the first process writes.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -40,14 +40,16 @@ class CheckpointSaver:
         metadata: dict[str, Any],
         keep: int = 2,
     ) -> None:
-        """Copies the arrays of `tree` and returns; they are then written as `save_checkpoint` does.
+        """Copies the arrays of `tree` and returns. They are then written in the background, as by `save_checkpoint`.
 
-        The next step may consume `tree` at once. If the save before is still under way, it is waited for first: a disk
-        that is too slow for the distance of the saves slows training down, and no save is left out.
+        The next step may donate `tree` immediately. If the previous save is still running, this waits for it first: a
+        disk that is too slow for the interval between saves slows training down, but no save is skipped.
 
-        - `folders`: one after the other gets the checkpoint. The rest is `save_checkpoint`'s.
+        - `folders`: the checkpoint is written to each of them in turn. The other arguments are as for
+          `save_checkpoint`.
 
-        Raises what the save before this one failed with, and a `ValueError` for what `save_checkpoint` refuses.
+        Raises the error of the previous save if it failed, and a `ValueError` for the same arguments as
+        `save_checkpoint`.
         """
         self.wait()
         if keep < 1:
@@ -56,12 +58,12 @@ class CheckpointSaver:
         self._under_way = self._executor.submit(_write, [Path(folder) for folder in folders], snapshot, keep)
 
     def check(self) -> None:
-        """Raises the error of a save that has failed by now. Costs nothing: call it after each step."""
+        """Raises the error of the last save if it has already failed. It does not wait: call it after each step."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is under way, or raises the `CheckpointError` that it failed with."""
+        """Waits for the current save, if there is one, and raises its `CheckpointError` if it failed."""
         if self._under_way is not None:
             done, self._under_way = self._under_way, None
             done.result()

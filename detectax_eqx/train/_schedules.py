@@ -1,4 +1,4 @@
-"""Learning rates as functions of the number of updates made."""
+"""Learning rates as functions of the number of updates."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float32, Int32
 
 
 def scale_learning_rate(learning_rate: float, *, batch_size: int, reference_batch_size: int = 16) -> float:
-    """The learning rate for `batch_size` images a step, in proportion to the one for `reference_batch_size`.
+    """Scales a learning rate for `reference_batch_size` images per step linearly to `batch_size` images per step.
 
-    The linear scaling rule of arXiv:1706.02677, section 2.1.
+    This is the linear scaling rule of arXiv:1706.02677, section 2.1.
 
     >>> scale_learning_rate(0.02, batch_size=4)
     0.005
@@ -29,12 +29,13 @@ def warmup_multistep(
     warmup_steps: int = 500,
     warmup_factor: float = 1e-3,
 ) -> optax.Schedule:
-    """Linear warmup, then constant, times `decay` from each milestone on: the detection field's "1x" schedule.
+    """Linear warmup, then a constant rate that is multiplied by `decay` at each milestone: the "1x" schedule.
 
-    Update `t` (the first is 0) warms up from `warmup_factor` at 0 to the whole rate at `warmup_steps`, as torch's
-    `LinearLR`; a milestone counts from update `t = milestone` on, as torch's `MultiStepLR`, warmup or not.
+    Updates are counted from 0. The rate rises linearly from `warmup_factor * learning_rate` at update 0 to
+    `learning_rate` at update `warmup_steps`, as in PyTorch's `LinearLR`. A milestone applies from update
+    `t = milestone` on, as in PyTorch's `MultiStepLR`, also during the warmup.
 
-    - `milestones`: in updates: `epoch * steps_per_epoch` for a decay after that many epochs. None means no decay.
+    - `milestones`: in updates; use `epoch * steps_per_epoch` for a decay after `epoch` epochs. Empty for no decay.
     - `warmup_steps`: 0 for no warmup.
 
     >>> schedule = warmup_multistep(0.02, milestones=[800, 1100], warmup_steps=100)
@@ -46,7 +47,7 @@ def warmup_multistep(
     def schedule(count: ArrayLike) -> Float32[Array, ""]:
         count = jnp.asarray(count, jnp.int32)
         passed = jnp.sum(count >= jnp.asarray(milestones, jnp.int32)) if milestones else jnp.zeros((), jnp.int32)
-        # A table rather than a power: rates are then those of repeated multiplication, to the last bit.
+        # A table rather than a power: its rates equal those of repeated multiplication to the last bit.
         rates = [learning_rate * decay**k for k in range(len(milestones) + 1)]
         return jnp.asarray(rates, jnp.float32)[passed] * _warmup(count, warmup_steps, warmup_factor)
 
@@ -61,9 +62,9 @@ def warmup_cosine(
     warmup_factor: float = 1e-3,
     final_factor: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warmup, then half a cosine (arXiv:1608.03983, equation 5) down to `final_factor` of the rate.
+    """Linear warmup, then half a cosine (arXiv:1608.03983, equation 5) down to `final_factor * learning_rate`.
 
-    The cosine starts where the warmup ends, and its end is reached at `total_steps` and kept.
+    The cosine starts at `warmup_steps` and ends at `total_steps`; after that the rate is constant.
 
     Raises a `ValueError` if the warmup is not shorter than `total_steps`.
 
@@ -85,7 +86,7 @@ def warmup_cosine(
 
 
 def _warmup(count: Int32[Array, ""], steps: int, factor: float) -> Float32[Array, ""]:
-    """From `factor` to 1 over `steps` updates."""
+    """Rises linearly from `factor` to 1 over `steps` updates."""
     if steps == 0:
         return jnp.ones((), jnp.float32)
     return jnp.minimum(factor + (1 - factor) * count.astype(jnp.float32) / steps, 1.0)

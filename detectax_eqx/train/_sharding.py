@@ -1,4 +1,4 @@
-"""Many devices: each works on its own examples; the state is on all of them, or cut into pieces."""
+"""Data parallelism over a mesh of devices, with the state replicated or sharded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +13,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree, Shaped
 
 
-# Examples are spread over all devices, the pieces of a parameter over those of `model`.
+# Examples are sharded over both axes, parameters over `model` only.
 AXES = ("data", "model")
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
-    """A mesh of two axes, `data` and `model`, over `devices` (default all, of all processes).
+    """A mesh with the axes `data` and `model` over `devices` (default: all devices of all processes).
 
-    - `model`: how many devices share one copy of the parameters and of the optimiser's state, each keeping a piece. 1:
-      every device has its own copy. All of them: there is one copy (fully sharded, arXiv:1910.02054, stage 3). Between:
-      a copy for each group of this many neighbours.
+    - `model`: the number of devices that share one copy of the parameters and the optimiser's state, each holding a
+      shard. With 1, every device has a full copy. With the number of all devices, there is a single copy (fully
+      sharded, arXiv:1910.02054, stage 3). With a number between, each group of `model` neighbouring devices has a copy.
 
-    A batch is spread over both axes, so that no device does what another does.
+    A batch is sharded over both axes, so that no two devices compute the same examples.
 
     Raises a `ValueError` if `model` does not divide the number of devices.
 
@@ -39,12 +39,12 @@ def make_mesh(devices: Sequence[Any] | None = None, *, model: int = 1) -> Mesh:
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Lays every array of `batch` on the mesh, an equal part of its first axis on each device.
+    """Shards the first axis of every array of `batch` equally over the devices of the mesh.
 
-    A step made for the mesh computes on it what a step computes on one device, up to the order in which sums are made.
-    With several processes, `batch` holds this process's part: the rows `local_rows(mesh, …)` of the whole.
+    A step made for the mesh computes the same as a step on one device, up to the order of summation. With several
+    processes, `batch` holds this process's rows of the global batch, `local_rows(mesh, batch_size)`.
 
-    Raises a `ValueError` if the first axis is not a multiple of the number of devices (of this process).
+    Raises a `ValueError` if the first axis is not a multiple of the number of this process's devices.
 
     >>> shard_batch(np.zeros((4, 3)), make_mesh(jax.devices()[:1])).shape
     (4, 3)
@@ -74,7 +74,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
-    """The rows of a batch over all processes that this process's devices work on, in order.
+    """The rows of the global batch that belong to this process's devices, in ascending order.
 
     Raises a `ValueError` if `batch_size` is not a multiple of the number of devices.
 
@@ -89,10 +89,11 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
 
 
 def shard_state(state: PyTree, mesh: Mesh) -> PyTree:
-    """Lays every array of `state`, a `TrainState` for instance, on the mesh.
+    """Shards or replicates every array of `state`, for example of a `TrainState`, over the mesh.
 
-    Over `model` it is cut along the longest axis that divides evenly (the first of those, if several do), and copied
-    whole if none does; over `data` it is copied. With several processes, each of them gives the whole state.
+    Each array is sharded over `model` along its longest axis that divides evenly (the first, if several are equally
+    long), or replicated if none does. It is replicated over `data`. With several processes, each passes the whole
+    state.
 
     >>> shard_state(jnp.zeros(3), make_mesh(jax.devices()[:1])).sharding.is_fully_replicated
     True
@@ -112,9 +113,9 @@ def shard_state(state: PyTree, mesh: Mesh) -> PyTree:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """A copy of `tree` with whole NumPy arrays, wherever the pieces are; typed keys stay as they are.
+    """A copy of `tree` with whole NumPy arrays, gathered from all shards. Typed keys remain typed keys.
 
-    With several processes, all of them must call it together; each gets the whole.
+    With several processes, all of them must call it together, and each gets the whole arrays.
 
     >>> type(to_host(jnp.zeros(3))).__name__
     'ndarray'
@@ -131,14 +132,17 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def host_copy(array: jax.Array | np.ndarray) -> Shaped[np.ndarray, "..."]:
-    """The whole array; a copy, never a view: on a CPU that would be of memory that the next step writes to."""
+    """Copies a whole array to the host.
+
+    The result is never a view: on a CPU, a view would share memory that the next step overwrites.
+    """
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.array(array, order="C", copy=True)
 
 
 def state_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How `shard_state` cuts an array of this shape."""
+    """The partition spec that `shard_state` uses for an array of this shape."""
     size = mesh.shape["model"]
     axes = [axis for axis, length in enumerate(shape) if size > 1 and length and length % size == 0]
     if not axes:
@@ -148,7 +152,7 @@ def state_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def gather_pieces(tree: PyTree, specs: PyTree) -> PyTree:
-    """Within `shard_map`: the whole arrays, of pieces laid out by `specs`."""
+    """Gathers whole arrays from their shards, within `shard_map`. `specs` holds their partition specs."""
 
     def gather(piece: jax.Array, spec: PartitionSpec) -> jax.Array:
         return lax.all_gather(piece, "model", axis=len(spec) - 1, tiled=True) if len(spec) else piece
@@ -157,8 +161,8 @@ def gather_pieces(tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def sum_to_pieces(tree: PyTree, specs: PyTree) -> PyTree:
-    """Within `shard_map`: sums of whole arrays over all devices, each device keeping its piece."""
-    # Between processes on CPUs, a reduce-scatter at times gives wrong sums (jax 0.10.2, jax-ml/jax#40830).
+    """Sums whole arrays over all devices, within `shard_map`. Each device keeps only its shard of the sum."""
+    # Across CPU processes, reduce-scatter sometimes returns wrong sums (jax 0.10.2, jax-ml/jax#40830).
     unreliable = jax.default_backend() == "cpu" and jax.process_count() > 1
 
     def reduce(whole: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Everything that a training run consists of, as one PyTree."""
+"""The state of a training run, as one PyTree."""
 
 import equinox as eqx
 import jax
@@ -9,14 +9,14 @@ from jaxtyping import Array, Int32, Key, PyTree
 
 
 class TrainState(eqx.Module):
-    """A training run at one moment: what a step maps to the next, and what a checkpoint holds.
+    """The state of a training run, which a train step updates and a checkpoint stores.
 
     - `step`: number of batches seen so far.
-    - `key`: a typed key (`jax.random.key`); it stays the same, and `step` is folded into it.
-    - `model`: all parameters, trained or not.
-    - `opt_state`: the optimiser's state, for trained parameters only.
+    - `key`: a typed key (`jax.random.key`). It does not change; each step folds `step` into it.
+    - `model`: the model with all its parameters, trained or not.
+    - `opt_state`: the optimiser's state, for the trained parameters only.
     - `ema`: exponential moving average of `model`, or `None`.
-    - `skipped`: number of batches that made no update, since it was not finite.
+    - `skipped`: number of batches whose update was skipped because it was not finite.
     """
 
     step: Int32[Array, ""]
@@ -28,7 +28,7 @@ class TrainState(eqx.Module):
 
     @property
     def inference_model(self) -> PyTree:
-        """The model to evaluate and to export: the average if there is one."""
+        """The model to evaluate and to export: `ema`, or `model` if there is no average."""
         return self.model if self.ema is None else self.ema
 
 
@@ -42,12 +42,12 @@ def init_train_state(
 ) -> TrainState:
     """The state before the first step.
 
-    The arrays are copied, so that `model` stays usable although a step consumes the state it is given.
+    The arrays are copied, so that `model` remains usable although the train step donates its state.
 
-    - `trainable`: a tree like `model` (or a prefix of it), true at the parameters to train.
-    - `ema`: keep an average of the model; it starts as a copy.
+    - `trainable`: a tree with the structure of `model` or a prefix of it, true at the parameters to train.
+    - `ema`: whether to keep an exponential moving average of the model, which starts as a copy of it.
 
-    Raises a `ValueError` that names the leaf if `trainable` marks anything but an array of floats.
+    Raises a `ValueError` that names the leaf if `trainable` is true at a leaf that is not an array of floats.
 
     >>> import equinox as eqx
     >>> model = eqx.nn.Linear(3, 2, key=jr.key(0))
@@ -60,7 +60,7 @@ def init_train_state(
 
 @eqx.filter_jit
 def _start(model, average, key, trainable, init_optimizer):
-    """All in one program: those of every shape on its own would take 100 MB."""
+    """Compiled as a whole: separate programs for each shape would take 100 MB."""
     model, key, average = jax.tree.map(lambda leaf: _copy(leaf) if eqx.is_array(leaf) else leaf, (model, key, average))
     parameters, _ = partition(model, trainable)
     zero = jnp.zeros((), jnp.int32)
@@ -68,9 +68,9 @@ def _start(model, average, key, trainable, init_optimizer):
 
 
 def partition(model: PyTree, trainable: PyTree[bool]) -> tuple[PyTree, PyTree]:
-    """The parameters that are trained, and the rest of the model; each has `None` where the other has a leaf.
+    """Splits a model into the trained parameters and the rest. Each has `None` where the other has a leaf.
 
-    Raises a `ValueError` that names the leaf if `trainable` marks anything but an array of floats.
+    Raises a `ValueError` that names the leaf if `trainable` is true at a leaf that is not an array of floats.
     """
     parameters, rest = eqx.partition(model, trainable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
@@ -84,7 +84,7 @@ def partition(model: PyTree, trainable: PyTree[bool]) -> tuple[PyTree, PyTree]:
 
 
 def _copy(leaf: Array) -> Array:
-    """A copy of a dtype that is settled: a weak one would change with the first update, and trace the step again."""
+    """Copies an array without a weak type, which the first update would change, so that the step would be retraced."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jr.clone(leaf)
     return jnp.array(leaf, dtype=leaf.dtype)

@@ -1,4 +1,4 @@
-"""One update of a model's parameters."""
+"""The train step: one update of a model's parameters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from ._state import TrainState, partition
 
 
 Update = Callable[[Batch, TrainState], tuple[TrainState, Metrics]]
-# What a step measures besides the terms of its loss.
+# The metrics of a step other than the terms of its loss.
 METRICS = ("loss", "gradient_norm", "update_norm", "parameter_norm", "overflow", "invalid", "skipped")
 
 
@@ -33,19 +33,19 @@ class TrainStep:
         self._compiled = eqx.filter_jit(update, donate="all-except-first", **options)  # pyright: ignore[reportCallIssue]
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # Within another program, whose options count, it is a part of that.
+        # Within an outer `jax.jit`, call the function itself: the options of the outer program apply.
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
             return self._update(batch, state)
-        num_classes = getattr(state.model, "num_classes", None)  # of a detector; a model may be any PyTree
+        num_classes = getattr(state.model, "num_classes", None)  # a model may be any PyTree
         if num_classes is not None:
             batch.check_labels(num_classes)
         return self._compiled(batch, state)
 
     def memory(self, state: TrainState, batch: Batch) -> int | None:
-        """Bytes that the program for batches of this shape takes on each device, by the compiler's own analysis.
+        """The bytes per device that the program for batches of this shape needs, as reported by the compiler.
 
-        Counts state, batch, results and intermediates. `None` if the compiler does not say. Compiles the program, which
-        calls of the step then use, and runs nothing.
+        The figure includes the state, the batch, the results and the intermediates. It is `None` if the compiler
+        reports none. The program is compiled but not run, and later calls of the step reuse it.
         """
         compiled: Any = self._compiled  # equinox types it as the function
         analysis = compiled.lower(batch, state).compile().compiled.memory_analysis()
@@ -64,47 +64,50 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.999,
 ) -> TrainStep:
-    """A compiled function `(state, batch) -> (state, metrics)` that makes one update.
+    """Makes a compiled function `(state, batch) -> (state, metrics)` that performs one update.
 
-    - `loss`: `loss(model, example, *, key) -> dict[str, WeightedSum]` for one example, a `Batch` without batch axis.
-      Each term is summed over the batch and divided by its summed count, once; the terms are then added. Every box thus
-      weighs the same, however boxes are spread over images and images over devices. Counts are constants: no gradient
-      flows through them.
-    - `trainable`: as for `init_train_state`. Everything else in the model stays bit for bit what it was, whatever the
-      optimiser does (weight decay included), and takes no optimiser state.
-    - `mesh`: the devices of `shard_state` and `shard_batch`. Every device computes the losses of its own examples, and
-      nothing of them leaves it but their sums and gradients.
-    - `accumulate`: parts that each device's examples are taken in, one after the other, to save memory. The update is
-      that of the whole batch (`mean_gradient` says how, and what it costs).
-    - `ema_decay`: of `state.ema`, if the state has one: `ema = decay * ema + (1 - decay) * model`, where `decay` is
-      `(1 + step) / (10 + step)` as long as that is less, so that the first, random weights do not dominate the average.
+    - `loss`: `loss(model, example, *, key) -> dict[str, WeightedSum]` for one example, a `Batch` without a batch axis.
+      Each term is summed over the batch and divided once by its summed count; the loss is the sum of these means. Every
+      box therefore has the same weight, however boxes are distributed over images and images over devices. Counts are
+      constants: no gradient flows through them.
+    - `trainable`: as for `init_train_state`. All other leaves of the model stay bit for bit the same, whatever the
+      optimiser does (including weight decay), and have no optimiser state.
+    - `mesh`: the mesh of `shard_state` and `shard_batch`. Each device computes the losses of its own examples, and only
+      their sums and gradients are communicated.
+    - `accumulate`: the number of parts into which each device's examples are split and processed in sequence, to save
+      memory. The update is that of the whole batch. `mean_gradient` documents the method and its cost.
+    - `ema_decay`: the decay of `state.ema`, if the state has one: `ema = decay * ema + (1 - decay) * model`, where
+      `decay` is the smaller of `ema_decay` and `(1 + step) / (10 + step)`, so that the first, random weights do not
+      dominate the average.
 
-    The step's randomness is `fold_in(state.key, state.step)`, split over the examples. An example that is not
-    `batch.images.valid` counts nothing; a batch without any has loss 0.
+    The random key of a step is `fold_in(state.key, state.step)`, split over the examples. Examples with
+    `batch.images.valid` false do not contribute; a batch without valid examples has loss 0.
 
-    An update that is not finite (its loss, gradient or result) is not made: the state stays bit for bit what it was,
-    but for `step` and `skipped`, each one more.
+    An update is skipped if its loss, gradient or result is not finite. The state then stays bit for bit the same,
+    except that `step` and `skipped` each increase by 1.
 
-    `metrics` are float32 scalars: the mean of each term, `loss` their sum, the norms over all trained parameters
-    `gradient_norm`, `update_norm` (of their change) and `parameter_norm` (before it), `overflow` the objects that
-    `batch` had no room for, `invalid` its examples that are not valid, `skipped` the updates not made so far.
+    `metrics` are float32 scalars:
 
-    If the model says its `num_classes`, as every detector does, a label outside of them is a `ValueError` that names
+    - the mean of each term; `loss`, their sum; `skipped`, the number of updates skipped so far;
+    - `gradient_norm`, `update_norm` and `parameter_norm` (before the update), over all trained parameters;
+    - `overflow`, the number of objects beyond the capacity of `batch`, and `invalid`, that of its invalid examples.
+
+    If the model has `num_classes`, as every detector does, a label out of its range raises a `ValueError` that names
     label and image (`Batch.check_labels`).
 
-    The state is donated: its memory becomes the next state's, and it must not be used again. One program is compiled
-    for each shape of batch and for each canvas; `step.memory(state, batch)` says what it takes.
+    The state is donated: its memory is reused for the next state, and it must not be used again. One program is
+    compiled per batch shape and canvas; `step.memory(state, batch)` returns the memory that it needs.
 
-    Raises a `ValueError` if an option is out of its range, and while tracing if `trainable` marks what has no gradient,
-    a term has the name of a metric, or the examples cannot be divided over devices and parts.
+    Raises a `ValueError` if an option is out of its range. During tracing, raises a `ValueError` if `trainable` is true
+    at a leaf without a gradient, if a term has the name of a metric, or if the examples cannot be divided over the
+    devices and parts.
 
     >>> import numpy as np
     >>> from detectax_eqx import Images, Targets, WeightedSum
     >>> def loss(model, example, *, key):
     ...     return {"height": WeightedSum((model - jnp.float32(example.images.sizes[0])) ** 2, jnp.ones(()))}
     >>> targets = Targets(np.zeros((2, 1, 4), "f"), np.zeros((2, 1), "i"), np.zeros((2, 1), bool))
-    >>> sizes = np.array([[4, 4], [6, 6]], "i")
-    >>> ones = np.ones(2, "i")
+    >>> sizes, ones = np.array([[4, 4], [6, 6]], "i"), np.ones(2, "i")
     >>> images = Images(np.zeros((2, 8, 8, 3), "u1"), sizes, sizes, indices=ones, valid=ones > 0, canvas=(8, 8))
     >>> batch = Batch(images, targets, overflow=ones)
     >>> from detectax_eqx.train import init_train_state
@@ -126,19 +129,16 @@ def make_train_step(
         keys = jr.split(jr.fold_in(state.key, state.step), valid.shape[0])
         terms, gradient = gradient_of(loss, parameters, rest, batch, keys, accumulate=accumulate)
         if taken := sorted(set(terms) & set(METRICS)):
-            raise ValueError(f"loss names a term {taken[0]!r}, which is a metric's name; give the term another.")
+            raise ValueError(f"loss has a term {taken[0]!r}, which is the name of a metric; rename the term.")
         state, metrics = _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema_decay)
-        left_out = {
-            "overflow": jnp.sum(jnp.where(valid, batch.overflow, 0)).astype(jnp.float32),
-            "invalid": jnp.sum(~valid).astype(jnp.float32),
-        }
-        return state, metrics | left_out
+        overflow, invalid = jnp.where(valid, batch.overflow, 0).sum(), (~valid).sum()
+        return state, metrics | {"overflow": overflow.astype(jnp.float32), "invalid": invalid.astype(jnp.float32)}
 
     return TrainStep(update)
 
 
 def _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema_decay):
-    """The next state and the metrics, of the terms of the loss and the gradient of the trained parameters."""
+    """The next state and the metrics, given the loss terms and the gradient of the trained parameters."""
     updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
     metrics = terms | {
         "loss": sum(terms.values(), jnp.zeros((), jnp.float32)),
@@ -146,7 +146,8 @@ def _updated(state, optimizer, terms, gradient, parameters, rest, trainable, ema
         "update_norm": _norm(updates),
         "parameter_norm": _norm(parameters),
     }
-    # All norms, so that every use of the parameters comes before they change: else XLA keeps a copy of them.
+    # `finite` depends on all norms, so that the parameters are last read before they are updated in place. Otherwise
+    # a copy of them would be kept.
     norms = metrics["gradient_norm"] + metrics["update_norm"] + metrics["parameter_norm"]
     finite = jnp.isfinite(metrics["loss"] + norms)
     updated = eqx.apply_updates(parameters, updates)

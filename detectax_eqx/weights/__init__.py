@@ -1,4 +1,4 @@
-"""Weights from elsewhere, and to elsewhere: torchvision's names, `.pth` files read without torch, safetensors."""
+"""Reads and writes weights: torchvision checkpoints, `.pth` files without torch, and safetensors."""
 
 from ._describe import describe as describe
 from ._earlier import earlier_paths as earlier_paths

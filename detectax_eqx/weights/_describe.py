@@ -1,4 +1,4 @@
-"""What a file of weights seems to be, by names of parameters and their shapes."""
+"""Identifies the model of a weights file from the names and shapes of its parameters."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from ._names import current_own_name
 from ._trees import WeightsError
 
 
-# Blocks per stage, and whether they are bottlenecks.
+# Keyed by whether the blocks are bottlenecks, and the number of blocks per stage.
 _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "ResNet-18",
     (False, (3, 4, 6, 3)): "ResNet-34",
@@ -16,7 +16,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (3, 4, 23, 3)): "ResNet-101",
     (True, (3, 8, 36, 3)): "ResNet-152",
 }
-# Parts of names that only one kind of detector has, torchvision's and this package's; the first that is found counts.
+# Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
 _DETECTORS = (
     (("roi_heads.mask_predictor.", "mask_head."), "Mask R-CNN"),
     (("roi_heads.keypoint_predictor.",), "Keypoint R-CNN"),
@@ -26,16 +26,18 @@ _DETECTORS = (
     (("head.classification_head.",), "SSD"),
 )
 _CLASS_LOGITS = ("box_predictor.cls_score.bias", "classification_head.cls_logits.bias", "class_logits.bias")
-# Of dense detectors, which have outputs for each of several anchors, and four of these.
+# The box outputs of dense detectors, four per anchor. Their class outputs are also per anchor.
 _DENSE_DELTAS = ("head.regression_head.bbox_reg.bias", "deltas.bias")
 _SECOND_RPN = ("rpn.head.conv.1.", "rpn.convs.1.")
-_STEM = 64  # channels of the first convolution of every published ResNet
+_STEM = 64  # channels of the first convolution in every published ResNet
 
 
 def describe(arrays: Mapping[str, Any]) -> str | None:
-    """What a model with these parameters is, such as `"a Faster R-CNN on a ResNet-18 with 91 outputs"`, or `None`.
+    """Describes the model with these parameters, for example `"a Faster R-CNN on a ResNet-18 with 91 outputs"`.
 
-    - `arrays`: anything with a shape, under torchvision's names or this package's.
+    Returns `None` if the model is not recognised.
+
+    - `arrays`: objects with a `shape`, under torchvision's names or this package's.
 
     >>> import numpy as np
     >>> blocks = {f"layer{i}.{j}.conv2.weight": np.zeros(1) for i in (1, 2, 3, 4) for j in (0, 1)}
@@ -59,7 +61,7 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
 
 
 def _body(arrays: Mapping[str, Any]) -> str | None:
-    """The ResNet with these parameters, or `None` if they are no ResNet's."""
+    """Describes the ResNet with these parameters, or returns `None` if they do not belong to a ResNet."""
     arrays = {_block_name(name): array for name, array in arrays.items()}
     blocks = {match.groups() for name in arrays if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
     if "conv1.weight" not in arrays or not blocks:
@@ -72,14 +74,15 @@ def _body(arrays: Mapping[str, Any]) -> str | None:
 
 
 def _block_name(name: str) -> str:
-    """torchvision's name of a ResNet's parameter, as far as this file looks at it, for either name."""
+    """Returns torchvision's name of a ResNet parameter from either name, as far as this file needs it."""
     return re.sub(r"^layers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.", re.sub(r"^norm1\.", "bn1.", name))
 
 
 def explain(error: WeightsError, source: str, arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> WeightsError:
-    """The error of weights that do not fit, with a first line that says what they seem to be, if that is why.
+    """Prepends a line to an error that says which model the weights seem to belong to, if it is a different model.
 
-    - `arrays`: of the source, and `wanted`: of the model, both as for `describe`.
+    - `arrays`: the arrays of the source, as for `describe`.
+    - `wanted`: the arrays of the model, as for `describe`.
     """
     theirs, ours = describe(arrays), describe(wanted)
     backbone = {name: array for name, array in arrays.items() if not name.startswith("fc.")}

@@ -1,4 +1,4 @@
-"""Where arrays lie in the checkpoints of runs from before a detector had a preprocessing of its own."""
+"""Paths of arrays in old checkpoints, written before detectors had their own preprocessing."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from ._trees import named_leaves
 
 
 def earlier_paths(model: Any) -> dict[str, str]:
-    """The path of each of a detector's arrays in such a checkpoint, by the array's name in the model of today.
+    """Maps the current name of each array of a detector to its path in an old checkpoint.
 
-    A mask head stood beside a detector of its own there, and the RPN had one convolution.
+    In these checkpoints, a mask head was stored beside a separate Faster R-CNN, and the RPN had one convolution.
 
     >>> import numpy as np
     >>> earlier_paths({"mask_head": {"bias": np.zeros(2)}, "rpn": {"convs": [{"bias": np.zeros(2)}]}})

@@ -1,9 +1,9 @@
-"""A machine for pickles that runs nothing.
+"""A restricted unpickler that never runs code from the file.
 
-A pickle is a program. Python's own machine calls whatever the program names; this one builds plain containers, and
-hands the names that a reader knows, their calls and references, to that reader. An object of any other name is never
-built: a note of the name stands for it, and its arguments and state are dropped. Every other instruction is refused.
-What a program can use up, in time and in memory, is proportional to its length.
+A pickle is a program, and Python's unpickler calls whatever that program names. This one builds plain containers, and
+passes calls and references to a reader, which accepts a fixed set of names. Objects of any other name are never built:
+a `Skipped` with the name stands for them, and their arguments and state are dropped. All other instructions are
+rejected. The time and memory that a pickle can use are proportional to its length.
 """
 
 import io
@@ -15,40 +15,41 @@ from typing import Any, NamedTuple, no_type_check
 from ._trees import WeightsError
 
 
-# A file of weights has some 40 for each tensor, and its training checkpoint a history of numbers.
-MOST_INSTRUCTIONS = 1_000_000
-# A key's hash must not take long, nor be that of many others: nested tuples and chosen numbers could.
-LARGEST_KEY = 2**60
+# A weights file has about 40 instructions per tensor. Training checkpoints may also hold a history of numbers.
+MAX_INSTRUCTIONS = 1_000_000
+# Keys must be cheap to hash and must not collide. Nested tuples and crafted integers could violate either.
+MAX_KEY = 2**60
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
 NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
-TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8")
-TEXTS_OF_PYTHON_2 = ("STRING", "SHORT_BINSTRING", "BINSTRING")
+STRINGS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8")
+PYTHON_2_STRINGS = ("STRING", "SHORT_BINSTRING", "BINSTRING")
 
 
 class Name(NamedTuple):
-    """A name that a pickle refers to: a note, and no more."""
+    """A name that a pickle refers to. It is recorded, never imported."""
 
     name: str
 
 
 class Skipped(NamedTuple):
-    """What stands for an object that is not built: the name of its class, or of the function that would return it."""
+    """A placeholder for an object that is not built, with the name of its class or of the function that returns it."""
 
     name: str
 
 
 class Mapping(dict):
-    """A dictionary with attributes in its pickle, which are of no use here."""
+    """A dictionary whose pickle also holds attributes. These are ignored."""
 
 
 class Reader(NamedTuple):
-    """What the machine asks.
+    """The names and callbacks that the unpickler uses.
 
-    - `names`: those that it knows. Any other name, and whatever the program does with it, becomes a `Skipped`.
-    - `call(name, arguments)`: the result of a call. `refer(id)`: what a persistent id stands for.
-    - `stateless`: types that may be given a state, which is dropped.
+    - `names`: the accepted names. Any other name becomes a `Skipped`, as do calls and instances of it.
+    - `call(name, arguments)`: returns the result of a call.
+    - `refer(id)`: returns the object of a persistent id.
+    - `stateless`: types whose pickled state is accepted and dropped.
     """
 
     names: frozenset[str]
@@ -59,42 +60,42 @@ class Reader(NamedTuple):
 
 @no_type_check
 def unpickle(content: bytes, start: int, reader: Reader) -> tuple[Any, int]:
-    """The object that is pickled at `start`, and where its pickle ends.
+    """Returns the object pickled at `start`, and the position where its pickle ends.
 
-    Raises a `WeightsError` for an instruction that is refused, and anything at all for what is damaged.
+    Raises a `WeightsError` for a rejected instruction. A damaged pickle may raise any exception.
     """
     stream = io.BytesIO(content)
     stream.seek(start)
     machine = _Machine(reader)
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-        if count == MOST_INSTRUCTIONS:
-            raise WeightsError(f"its pickle has more than {count:,} instructions, which no file of weights has.")
+        if count == MAX_INSTRUCTIONS:
+            raise WeightsError(f"its pickle has more than {count:,} instructions; no weights file has that many.")
         if opcode.name == "STOP":
             return machine.stack.pop(), position + 1
         if not (
             machine.put(opcode.name, argument) or machine.gather(opcode.name) or machine.build(opcode.name, argument)
         ):
-            raise WeightsError(f"it has the instruction {opcode.name}, which a file of tensors has no need of.")
-    raise WeightsError("its pickle has no end.")
+            raise WeightsError(f"it has the instruction {opcode.name}, which a file of tensors does not need.")
+    raise WeightsError("its pickle has no STOP instruction.")
 
 
 @no_type_check
 class _Machine:
-    """A stack with marks and a memo. Each method runs the instructions of one kind, and says whether it knew it."""
+    """A stack with marks and a memo. Each method runs one kind of instruction, and returns whether it knew this one."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
         self.stack, self.marks, self.memo = [], [], {}
 
     def put(self, instruction: str, argument: Any) -> bool:
-        """Numbers, texts, constants and empty containers, marks, and what was put into the memo."""
+        """Pushes numbers, strings, constants and empty containers; handles marks and the memo."""
         stack = self.stack
         match instruction:
             case "PROTO" | "FRAME":
                 pass
-            case name if name in NUMBERS or name in TEXTS:
+            case name if name in NUMBERS or name in STRINGS:
                 stack.append(argument)
-            case name if name in TEXTS_OF_PYTHON_2:
+            case name if name in PYTHON_2_STRINGS:
                 stack.append(argument.encode("latin-1").decode())
             case name if name in CONSTANTS:
                 stack.append(CONSTANTS[name])
@@ -117,7 +118,7 @@ class _Machine:
         return True
 
     def gather(self, instruction: str) -> bool:
-        """What is on the stack into tuples, lists and dictionaries."""
+        """Collects stack items into tuples, lists and dictionaries."""
         stack = self.stack
         match instruction:
             case "TUPLE":
@@ -147,7 +148,7 @@ class _Machine:
         return True
 
     def build(self, instruction: str, argument: Any) -> bool:
-        """Names, calls, instances and references, which are the reader's, or notes."""
+        """Resolves names, calls, instances and references through the reader, or to placeholders."""
         stack = self.stack
         match instruction:
             case "GLOBAL":
@@ -167,7 +168,7 @@ class _Machine:
             case "BUILD":
                 stack.pop()
                 if not isinstance(stack[-1], (Skipped, *self.reader.stateless)):
-                    raise WeightsError(f"it gives a {type(stack[-1]).__name__} a state.")
+                    raise WeightsError(f"it sets the state of a {type(stack[-1]).__name__}.")
             case "BINPERSID":
                 stack.append(self.reader.refer(stack.pop()))
             case "INST":
@@ -198,13 +199,13 @@ class _Machine:
 
     def _new(self, kind: Any) -> Skipped:
         if type(kind) is not Skipped:
-            raise WeightsError(f"it makes an instance of {reprlib.repr(kind)}.")
+            raise WeightsError(f"it creates an instance of {reprlib.repr(kind)}.")
         return kind
 
 
 @no_type_check
 def add_items(target: Any, items: list) -> None:
-    """Appends items to a list; those of an object that is not built are dropped."""
+    """Appends items to a list. Items of a skipped object are dropped."""
     if type(target) is list:
         target.extend(items)
     elif type(target) is not Skipped:
@@ -213,7 +214,7 @@ def add_items(target: Any, items: list) -> None:
 
 @no_type_check
 def set_items(target: Any, pairs: Any) -> None:
-    """Sets items of a dictionary; those of an object that is not built are dropped."""
+    """Sets items of a dictionary. Items of a skipped object are dropped."""
     if type(target) is dict or type(target) is Mapping:
         target.update(checked_pairs(pairs))
     elif type(target) is not Skipped:
@@ -222,9 +223,9 @@ def set_items(target: Any, pairs: Any) -> None:
 
 @no_type_check
 def checked_pairs(pairs: Any) -> list[tuple]:
-    """Pairs of key and value whose keys are quick to hash and to compare."""
+    """Returns the key-value pairs. Raises a `WeightsError` for keys that may be slow to hash or compare."""
     pairs = list(pairs)
     for key, _ in pairs:
-        if not (type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < LARGEST_KEY)):
+        if not (type(key) in (str, bytes, bool, type(None)) or (type(key) is int and abs(key) < MAX_KEY)):
             raise WeightsError(f"it has a dictionary with the key {reprlib.repr(key)}.")
     return pairs

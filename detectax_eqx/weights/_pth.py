@@ -1,8 +1,8 @@
-"""Reading the tensors of a PyTorch checkpoint without PyTorch, and without running anything that is in the file.
+"""Reads the tensors of a PyTorch checkpoint without PyTorch, and without running anything in the file.
 
-A checkpoint is a pickle, that is a program. Here it runs in a machine (`_pickle.py`) whose only instructions beyond
-plain containers are the few names below, none of which does more than note down what it was called with. Tensors are
-made of these notes afterwards, as views of the file's bytes, each bound checked. Objects of other classes, such as the
+A checkpoint is a pickle, which is a program. Here, a restricted machine (`_pickle.py`) runs it. Beyond plain
+containers, it allows only the few names below, which do no more than record their arguments. From these records,
+tensors are made afterwards as views of the file's bytes, with all bounds checked. Objects of other classes, such as the
 options of a training script, are never built.
 """
 
@@ -51,33 +51,34 @@ _DTYPES = {
     "torch.float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
     "torch.float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
 }
-MOST_AXES = 64  # NumPy's
-# Where training scripts keep the weights. An average comes first: it is what they evaluate and publish.
+MAX_AXES = 64  # limit of NumPy
+# Keys of training checkpoints that hold the weights. Averages come first: they are what is evaluated and published.
 _AVERAGES = ("model_ema", "ema", "ema_model", "state_dict_ema")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _RESAVE = "Load it with torch and save it again with `torch.save(model.state_dict(), path)`."
 
-# The format before zip archives: these pickles in a row, then the storages' bytes.
+# The format before zip archives: a sequence of pickles that starts with these numbers, then the bytes of the storages.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read_pth(path: str | os.PathLike, *, entry: str | None = None) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The tensors of a `.pth` file by name, read without torch and without running anything in the file.
+    """Reads the tensors of a `.pth` file by name, without torch and without running anything in the file.
 
-    Reads what `torch.save` writes, in the zip format of today and in the one before it (torch < 1.6). All dtypes that
-    NumPy or `ml_dtypes` know, bfloat16 and float8 included.
+    Supports the files of `torch.save`, in the current zip format and in the one before it (torch < 1.6), and all dtypes
+    of NumPy and `ml_dtypes`, including bfloat16 and float8.
 
-    - `entry`: where the state dict is. By default the file is one, or a mapping as training scripts write it, with one
-      under `"state_dict"`, `"model_state_dict"` or `"model"`. An average of the weights that is kept beside it, under
-      `"model_ema"`, `"ema"`, `"ema_model"` or `"state_dict_ema"`, is preferred. The rest of the mapping is left aside:
-      optimiser states, and objects of any class, which are never built.
+    - `entry`: the key of the state dict. By default, the file is a state dict, or a mapping written by a training
+      script with a state dict under `"state_dict"`, `"model_state_dict"` or `"model"`. If there is also an average of
+      the weights, under `"model_ema"`, `"ema"`, `"ema_model"` or `"state_dict_ema"`, the average is preferred. Other
+      entries are ignored: optimiser states, and objects of any class, which are never built.
 
-    The arrays are read-only views of the file's content, with its strides: tensors that shared memory still do.
+    The arrays are read-only views of the file's content with the strides of the tensors. Tensors that shared memory
+    still share it.
 
-    Raises a `FileNotFoundError` that says where torchvision publishes a file of that name, if the name is of its kind.
-    Raises a `WeightsError` that names the file if its state dict holds anything but tensors (the offending name is
-    given, and nothing is run), if it is truncated or damaged or comes from a big-endian machine, or if a tensor reaches
-    beyond the file's content.
+    Raises a `FileNotFoundError` if there is no such file, with the URL if the name looks like that of a torchvision
+    checkpoint. Raises a `WeightsError` that names the file if its state dict contains anything but tensors (the error
+    gives the offending name, and nothing is run), if it is truncated, damaged or from a big-endian machine, or if a
+    tensor extends beyond the content of the file.
 
     >>> arrays = read_pth("tests/data/zip.pth")
     >>> arrays["conv.weight"].shape, str(arrays["conv.weight"].dtype)
@@ -93,18 +94,18 @@ def read_pth(path: str | os.PathLike, *, entry: str | None = None) -> dict[str, 
             cache = {}
             return {name: _array(name, tensor, read, cache, size) for name, tensor in state.items()}
         except Exception as error:
-            # A damaged pickle or archive may raise anything at all.
+            # A damaged pickle or archive may raise any exception.
             reason = str(error) if isinstance(error, WeightsError) else f"it is damaged or truncated ({error!r})."
             raise WeightsError(f"Cannot read {path}: {reason}") from error
 
 
 class _Storage(NamedTuple):
-    """Where a tensor's numbers are: `length` items, as many as the record `key` has."""
+    """The location of the values of a tensor: the record `key`, which has `length` items."""
 
     key: str
     dtype: np.dtype
     length: int
-    view: tuple[int, int] | None = None  # offset and length in items, of a part that counts as a storage itself
+    view: tuple[int, int] | None = None  # offset and length, in items, of a part that acts as a storage
 
 
 class _Tensor(NamedTuple):
@@ -127,7 +128,7 @@ def _check_tensor(storage, offset, shape, strides, dtype):
     if not isinstance(storage, _Storage):
         raise WeightsError("it has a tensor without a storage.")
     numbers = (offset, *shape, *strides)
-    fits = len(shape) == len(strides) <= MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    fits = len(shape) == len(strides) <= MAX_AXES and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
     if not fits:
         raise WeightsError(f"it has a tensor with offset, shape and strides {reprlib.repr((offset, shape, strides))}.")
     return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
@@ -159,28 +160,28 @@ _ALLOWED = frozenset((*_CALLS, *_STORAGES, *_DTYPES))
 
 def _call(name: str, arguments: tuple) -> Any:
     if name not in _CALLS:
-        raise WeightsError(f"it calls {name}, which is not among what a file of tensors may call.")
+        raise WeightsError(f"it calls {name}, which a file of tensors may not call.")
     return _CALLS[name](*arguments)
 
 
 def _unpickle(content: bytes, start: int = 0) -> tuple[Any, int, dict[str, int]]:
-    """The object pickled at `start`, where its pickle ends, and the item sizes of the storages it refers to."""
+    """Returns the object pickled at `start`, the end of its pickle, and the item sizes of the storages it refers to."""
     item_sizes: dict[str, int] = {}
 
     @no_type_check
     def refer(pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise WeightsError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage.")
+            raise WeightsError(f"it refers to {reprlib.repr(pid)}, which is not a tensor storage.")
         kind, key, length = pid[1], pid[2], pid[4]
         if type(kind) is not Name or kind.name not in _STORAGES or type(key) is not str or type(length) is not int:
-            raise WeightsError(f"it has a storage {reprlib.repr(pid)}.")
+            raise WeightsError(f"it has an invalid storage {reprlib.repr(pid)}.")
         dtype = np.dtype(_STORAGES[kind.name])
         if item_sizes.setdefault(key, dtype.itemsize) != dtype.itemsize:
             raise WeightsError(f"its storage {key!r} has two dtypes.")
         view = None if len(pid) == 5 or pid[5] is None else (int(pid[5][1]), int(pid[5][2]))
         return _Storage(key, dtype, length, view)
 
-    # The state of a mapping is its modules' versions; that of a tensor, in the oldest files, whether it was trained.
+    # The state of a mapping holds the versions of its modules; that of a tensor, in the oldest files, `requires_grad`.
     root, end = unpickle(content, start, Reader(_ALLOWED, _call, refer, (Mapping, _Tensor)))
     return root, end, item_sizes
 
@@ -192,14 +193,14 @@ def _open_zip(file: BinaryIO, size: int, entry: str | None) -> tuple[dict[str, _
     archive = zipfile.ZipFile(file)
     names = set(archive.namelist())
     if len(names) < len(archive.infolist()):
-        raise WeightsError("its archive has two entries of one name, which torch.save does not write.")
+        raise WeightsError("its archive has two entries with the same name, which torch.save does not write.")
     roots = [name.removesuffix("data.pkl") for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise WeightsError("it is a zip archive, but not one that torch.save wrote.")
     root = roots[0]
     if f"{root}constants.pkl" in names:
         raise WeightsError(f"it is a TorchScript program. {_RESAVE}")
-    # Stored, not deflated, and no more in all than the file has: nothing unpacks to something larger.
+    # Entries must be uncompressed and together no larger than the file, so that nothing unpacks to a larger size.
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
     if not stored or sum(entry.file_size for entry in archive.infolist()) > size:
         raise WeightsError("its archive has compressed or overlapping entries, which torch.save does not write.")
@@ -252,7 +253,7 @@ def _open_legacy(content: bytes, entry: str | None) -> tuple[dict[str, _Tensor],
 
 
 def _state_dict(root: Any, entry: str | None) -> dict[str, _Tensor]:
-    """The state dict within the content of a file, see `read_pth`."""
+    """Finds the state dict in the content of a file; see `read_pth`."""
     if isinstance(root, Skipped):
         raise WeightsError(f"it holds an object of {root.name}, not a state dict. Nothing was run. {_RESAVE}")
     if not isinstance(root, dict):
@@ -261,16 +262,16 @@ def _state_dict(root: Any, entry: str | None) -> dict[str, _Tensor]:
     if entry is not None:
         if entry not in mappings:
             raise WeightsError(f"it has no state dict under {entry!r}, but mappings under {reprlib.repr(mappings)}.")
-        found = [entry]
+        keys = [entry]
     else:
         averages = [key for key in _AVERAGES if key in mappings and _tensors(root[key])]
-        found = averages or [key for key in _WRAPPERS if key in mappings]
-    if len(found) > 1:
+        keys = averages or [key for key in _WRAPPERS if key in mappings]
+    if len(keys) > 1:
         raise WeightsError(
-            f"it has a state dict under {found[0]!r} and another under {found[1]!r}. "
-            f"Read one of them with `read_pth(path, entry={found[0]!r})`."
+            f"it has a state dict under {keys[0]!r} and another under {keys[1]!r}. "
+            f"Read one of them with `read_pth(path, entry={keys[0]!r})`."
         )
-    state = root[found[0]] if found else root
+    state = root[keys[0]] if keys else root
     state = _tensors(state) or state
     for name, value in state.items():
         if isinstance(value, Skipped):
@@ -284,7 +285,7 @@ def _state_dict(root: Any, entry: str | None) -> dict[str, _Tensor]:
 
 
 def _tensors(state: Any) -> dict[str, _Tensor] | None:
-    """A state dict, or the one under `"module"` as some averages have it; or `None`."""
+    """Returns `state` if it is a state dict, the one under `"module"` as in some averages, or `None`."""
     for candidate in (state, state.get("module")):
         if isinstance(candidate, dict) and any(isinstance(value, _Tensor) for value in candidate.values()):
             return candidate
@@ -292,7 +293,7 @@ def _tensors(state: Any) -> dict[str, _Tensor] | None:
 
 
 def _array(name: str, tensor: _Tensor, read: Storages, cache: dict[str, np.ndarray], limit: int) -> np.ndarray:
-    """The tensor as a view of its storage."""
+    """Makes the tensor as a view of its storage."""
     storage, dtype = tensor.storage, tensor.dtype
     if storage.key not in cache:
         cache[storage.key] = np.frombuffer(read(storage), np.uint8)
@@ -300,7 +301,7 @@ def _array(name: str, tensor: _Tensor, read: Storages, cache: dict[str, np.ndarr
     if len(content) != storage.length * storage.dtype.itemsize:
         raise WeightsError(
             f"the storage of {name} has {len(content)} bytes where {storage.length} items of {storage.dtype} "
-            "are announced: it is truncated or damaged."
+            "are expected: it is truncated or damaged."
         )
     start, length = (0, storage.length) if storage.view is None else storage.view
     if start < 0 or length < 0 or start + length > storage.length:
@@ -314,7 +315,7 @@ def _array(name: str, tensor: _Tensor, read: Storages, cache: dict[str, np.ndarr
             f"{name} with shape {tensor.shape}, strides {tensor.strides} and offset {tensor.offset} reaches beyond "
             f"the {available} items of its storage."
         )
-    # Strides of 0 make a large tensor of one number; no honest file has more numbers than bytes.
+    # Strides of 0 make a large tensor from one number. No genuine file has more elements than bytes.
     if elements > limit:
         raise WeightsError(f"{name} with shape {tensor.shape} has more elements than the file has bytes.")
     if not elements:

@@ -1,4 +1,4 @@
-"""Where torchvision's published weights are, for whoever names such a file without having it."""
+"""URLs of torchvision's published weights, for the error message about a missing file."""
 
 import os
 import re
@@ -6,11 +6,14 @@ from pathlib import Path
 
 
 _URL = "https://download.pytorch.org/models/"
-_PUBLISHED = re.compile(r"[a-z0-9_]+-[0-9a-f]{8}\.pth")  # torchvision's names end in the start of a checksum
+_PUBLISHED = re.compile(r"[a-z0-9_]+-[0-9a-f]{8}\.pth")  # ends with the start of a checksum
 
 
 def check_exists(path: str | os.PathLike) -> Path:
-    """The path, if it is there. Otherwise raises a `FileNotFoundError`, with a URL for a name of torchvision's kind."""
+    """Returns the path of an existing file.
+
+    Raises a `FileNotFoundError` if there is none, with a URL if the name looks like that of a torchvision checkpoint.
+    """
     path = Path(path)
     if path.exists():
         return path

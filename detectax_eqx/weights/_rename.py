@@ -1,4 +1,4 @@
-"""From the names of a model's parameters to those that another library has for them."""
+"""Translation of the parameter names of a model to those of another library."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -8,18 +8,19 @@ import equinox as eqx
 from ._trees import ARRAYS, named_leaves
 
 
-# For each module class, what the other library calls its fields; a field that is not listed keeps its name. A value is
-# - a string, in which `{i}` stands for the position if the field is a tuple; empty for no level of its own;
+# For each module class, the names that the other library has for its fields. Fields that are not listed keep their
+# names. A value is one of:
+# - a string, in which `{i}` stands for the position if the field is a tuple; an empty string adds no level to the path;
 # - a function from the position to such a string;
-# - a dictionary of the same kind, which names the fields of that part instead of the table's entry for its class.
+# - a dictionary of the same kind with names for the fields of that part, replacing the table's entry for its class.
 FieldNames = Mapping[str, "str | Callable[[int], str] | FieldNames"]
 Names = Mapping[type, FieldNames]
 
 
 def foreign_names(model: Any, names: Names) -> dict[str, str]:
-    """The other library's name of each of `named_leaves(model)`, by ours and in their order.
+    """Maps the names of `named_leaves(model)`, in order, to the names of the other library.
 
-    Modules of classes that `names` does not list keep the names of their fields.
+    Fields of modules whose class is not in `names` keep their names.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import Conv2d, Downsample, FrozenBatchNorm
@@ -34,7 +35,7 @@ def foreign_names(model: Any, names: Names) -> dict[str, str]:
 def _walk(
     node: Any, names: Names, ours: tuple[str, ...], theirs: tuple[str, ...], fields: FieldNames | None
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The two paths of every array below `node`; `fields` names its fields, default the table's entry."""
+    """Yields both paths of each array below `node`. `fields` are the names of its fields; default: from the table."""
     if isinstance(node, ARRAYS):
         yield ours, theirs
     elif isinstance(node, tuple | list):

@@ -1,4 +1,4 @@
-"""A model's arrays as a safetensors file, by their names in the PyTree."""
+"""Safetensors files of the arrays of a model, by their names in the PyTree."""
 
 import os
 from collections.abc import Mapping
@@ -22,14 +22,15 @@ Model = TypeVar("Model")
 
 
 def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes every array of `model` to a safetensors file, under its name in the tree (`named_leaves`).
+    """Writes every array of `model` to a safetensors file under its name in the tree (`named_leaves`).
 
-    - `model`: a module, or a flat dictionary of arrays such as `to_torchvision` gives, whose keys are then the names.
-    - `metadata`: strings to go with them, such as the categories that the labels stand for.
+    - `model`: a module, or a flat dictionary of arrays, such as the result of `to_torchvision`, whose keys become the
+      names.
+    - `metadata`: strings to store with the arrays, such as the categories of the labels.
 
-    The file appears complete or not at all: it is written beside, then renamed.
+    The file is written atomically: to a temporary file beside it, which is then renamed.
 
-    Raises a `ValueError` for typed PRNG keys, which the format has no place for (`jax.random.key_data` gives numbers),
+    Raises a `ValueError` for typed PRNG keys, which the format cannot represent (store `jax.random.key_data` instead),
     and for shapes without values.
 
     >>> import tempfile
@@ -42,19 +43,21 @@ def save_safetensors(model: PyTree, path: str | os.PathLike, *, metadata: Mappin
     for name, leaf in named_values(model).items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(f"{name} is a PRNG key, which safetensors cannot hold. Store jax.random.key_data of it.")
-        arrays[name] = np.ascontiguousarray(leaf).reshape(leaf.shape)  # NumPy makes scalars one-dimensional
+        arrays[name] = np.ascontiguousarray(leaf).reshape(leaf.shape)  # ascontiguousarray makes scalars one-dimensional
     with whole_file(path) as temporary:
         save_file(arrays, temporary, metadata=None if metadata is None else dict(metadata))
 
 
 def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
-    """A copy of `model`, which may be one of shapes alone, with the arrays of a file that `save_safetensors` wrote.
+    """Returns a copy of `model` with the arrays of a file that `save_safetensors` wrote.
 
-    Names that this package gave up are replaced by today's.
+    - `model`: its shapes are sufficient (`equinox.filter_eval_shape`).
 
-    Raises a `WeightsError` that names the file if it is damaged, or says what it seems to be, if that is another model,
-    and lists every array of the model that it lacks, every one that it has too many, and every one of another shape or
-    dtype (with both).
+    Former names of this package are replaced by the current ones.
+
+    Raises a `WeightsError` that names the file if it is damaged or does not fit the model. In the latter case, it says
+    what the file seems to be, if that is another model, and lists every missing array, every unused array, and every
+    array of another shape or dtype (with both).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +76,7 @@ def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
-    """The arrays of a safetensors file by name, and its metadata.
+    """Returns the arrays of a safetensors file by name, and its metadata.
 
     Raises a `WeightsError` that names the file if it is damaged.
 
@@ -88,4 +91,4 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Shaped[np.ndarr
         with safe_open(os.fspath(path), framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise WeightsError(f"Cannot read {path}: it is damaged or no safetensors file ({error}).") from error
+        raise WeightsError(f"Cannot read {path}: it is damaged or not a safetensors file ({error}).") from error

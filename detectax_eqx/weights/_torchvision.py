@@ -1,4 +1,4 @@
-"""torchvision's parameters, by name, both ways."""
+"""Conversion of parameters from torchvision and to torchvision, by name."""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ._names import current_name, current_own_name, is_counter, without_prefixes
 from ._pth import read_pth
 from ._safetensors import read_safetensors
 from ._torchvision_names import torchvision_names
-from ._trees import LISTED, WeightsError, named_leaves, named_values, replace_leaves
+from ._trees import MAX_LISTED, WeightsError, named_leaves, named_values, replace_leaves
 
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -24,15 +24,16 @@ Model = TypeVar("Model", bound=eqx.Module)
 def read_torchvision(
     source: str | os.PathLike | Mapping[str, Any], model: eqx.Module | None = None
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Parameters by torchvision's names, however they were saved.
+    """Reads parameters from any supported source, by torchvision's names.
 
-    - `source`: a `.pth` file (see `read_pth`), a `.safetensors` file under torchvision's names or this package's, or a
-      mapping from names to arrays.
-    - `model`: what they are for; its shapes are enough. Names of this package in a `.safetensors` file, and names that
-      torchvision gave up, are replaced by those that torchvision has for this model today. Without it they stay.
+    - `source`: a `.pth` file (see `read_pth`), a `.safetensors` file with the names of torchvision or of this package,
+      or a mapping from names to arrays.
+    - `model`: the model that the parameters are for; its shapes are sufficient. If given, names of this package in a
+      `.safetensors` file and former names of torchvision are replaced by torchvision's current names for this model.
+      Otherwise all names stay as they are.
 
-    Prefixes that all names have, such as `module.` and `model.`, are removed, and counters (`num_batches_tracked`,
-    `n_averaged`) left out.
+    Prefixes that all names share, such as `module.` and `model.`, are removed. Counters (`num_batches_tracked`,
+    `n_averaged`) are dropped.
 
     >>> arrays = read_torchvision({"module.conv1.weight": np.ones(2), "n_averaged": np.array(7)})
     >>> list(arrays)
@@ -54,26 +55,26 @@ def read_torchvision(
             return name
         if own and (ours := name if name in names else current_own_name(name)) in names:
             return names[ours]
-        return today if (today := current_name(name)) in known else name
+        return current if (current := current_name(name)) in known else name
 
     return {renamed(name): np.asarray(array) for name, array in arrays.items()}
 
 
 def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
-    """A copy of `model` with torchvision's parameters.
+    """Returns a copy of `model` with torchvision's parameters.
 
-    - `model`: a detector of `zoo`, or a `ResNet` for an ImageNet classifier's checkpoint, whose `fc` layer is left
-      aside. Its shapes are enough (`equinox.filter_eval_shape`).
-    - `source`: a `.pth` file, read without torch and without running anything in it, a `.safetensors` file, or a
-      mapping from torchvision's names to arrays: whatever `read_torchvision` takes.
+    - `model`: a detector of `zoo`, or a `ResNet` for the checkpoint of an ImageNet classifier, whose `fc` layer is
+      ignored. Its shapes are sufficient (`equinox.filter_eval_shape`).
+    - `source`: any source that `read_torchvision` accepts: a `.pth` file, read without torch and without running
+      anything in it, a `.safetensors` file, or a mapping from torchvision's names to arrays.
 
-    Every parameter of the model is written and every entry of the source used; otherwise a `WeightsError` says what the
-    source seems to be, if it is another model, and lists what is missing, left over, of another shape or no floats, or
-    has numbers that are not finite.
+    Every parameter of the model must be in the source, and every entry of the source must be used. Otherwise, raises a
+    `WeightsError`. It says what the source seems to be, if that is another model, and lists entries that are missing,
+    unused, of another shape, not floating point, or not finite.
 
-    torchvision's two-stage detectors count the background among their classes: their 91 are `num_classes=90` here, and
-    label `k` here is their `k + 1`. Its dense detectors have no background: their 91 are `num_classes=91`, and labels
-    are the same.
+    torchvision's two-stage detectors count the background as a class: their 91 classes are `num_classes=90` here, and
+    label `k` here is their label `k + 1`. Its dense detectors have no background class: their 91 classes are
+    `num_classes=91`, and labels are the same.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import resnet18
@@ -84,35 +85,35 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     >>> loaded = load_torchvision(body, arrays)
     """
     arrays, names = read_torchvision(source, model), torchvision_names(model)
-    # A classifier's last layer has no place in a backbone, and is recognised by the absence of a detector's prefix.
+    # The last layer of a classifier is not part of a backbone. Classifiers lack the prefix that detectors have.
     classifier = not any(name.startswith("backbone.") for name in arrays)
     wanted = {names[name]: (name, leaf) for name, leaf in named_leaves(model).items()}
-    replacements, broken = {}, []
+    replacements, nonfinite = {}, []
     for name, array in arrays.items():
         if classifier and name in ("fc.weight", "fc.bias"):
             continue
         ours, leaf = wanted.get(name, (name, None))
-        # What does not fit stays as it is, to be reported: only then is nothing copied that a shape alone makes large.
+        # Arrays that do not fit are not copied, since a shape alone can make them large. They are reported below.
         if leaf is not None and array.shape == leaf.shape and jnp.issubdtype(array.dtype, jnp.floating):
             with np.errstate(over="ignore"):
                 array = array.astype(leaf.dtype)
             if not np.isfinite(array).all():
-                broken.append(name)
+                nonfinite.append(name)
         replacements[ours] = array
     origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given mapping"
     try:
         loaded = replace_leaves(model, replacements, source=origin)
     except WeightsError as error:
         raise explain(error, origin, arrays, {name: leaf for name, (_, leaf) in wanted.items()}) from None
-    if broken:
-        raise WeightsError(f"{origin} has numbers that are not finite, in {', '.join(broken[:LISTED])}.")
+    if nonfinite:
+        raise WeightsError(f"{origin} has non-finite values in {', '.join(nonfinite[:MAX_LISTED])}.")
     return loaded
 
 
 def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
-    """A copy of a detector whose ResNet has the parameters of an ImageNet classifier's checkpoint.
+    """Returns a copy of a detector whose ResNet has the parameters of an ImageNet classifier's checkpoint.
 
-    `source` is as for `load_torchvision`. The pyramid and the heads keep their values.
+    `source` is as in `load_torchvision`. The pyramid and the heads keep their values.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import faster_rcnn
@@ -132,9 +133,9 @@ def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[
 
 
 def to_torchvision(model: eqx.Module) -> dict[str, np.ndarray]:
-    """The model's parameters under torchvision's names, for `load_state_dict` after `torch.from_numpy`.
+    """Returns the parameters of a model by torchvision's names, for `load_state_dict` after `torch.from_numpy`.
 
-    The inverse of `load_torchvision`; takes the same models. Raises a `ValueError` for shapes without values.
+    The inverse of `load_torchvision`, for the same models. Raises a `ValueError` for shapes without values.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import resnet18

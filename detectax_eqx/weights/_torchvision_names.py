@@ -1,4 +1,4 @@
-"""torchvision's names of parameters, as a table of the fields of each module class."""
+"""A table of torchvision's parameter names for the fields of each module class."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ TORCHVISION: Names = {
         "box_tower": {"convs": "head.regression_head.conv.{i}.0", "norms": "head.regression_head.conv.{i}.1"},
         "deltas": "head.regression_head.bbox_reg",
     },
-    # torchvision's FCOS has convolution, norm and ReLU in one list.
+    # In torchvision's FCOS, convolutions, norms and ReLUs form one list.
     models.FCOS: {
         "class_tower": {
             "convs": lambda i: f"head.classification_head.conv.{3 * i}",
@@ -50,5 +50,5 @@ TORCHVISION: Names = {
 
 
 def torchvision_names(model: Any) -> dict[str, str]:
-    """torchvision's name of each of `named_leaves(model)`, by ours."""
+    """Maps the names of `named_leaves(model)` to torchvision's names."""
     return foreign_names(model, TORCHVISION)

@@ -1,4 +1,4 @@
-"""The arrays of a PyTree by name, and their replacement, which is complete or does not happen."""
+"""Names the arrays of a PyTree, and replaces them by name: all of them or none."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -10,14 +10,14 @@ from jaxtyping import PyTree, Shaped
 
 Tree = TypeVar("Tree")
 
-ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct  # the last stands for one whose values are still to come
-LISTED = 20  # entries of each kind that a message lists; the error's attributes hold all
+ARRAYS = jax.Array, np.ndarray, jax.ShapeDtypeStruct  # the last stands for an array without values
+MAX_LISTED = 20  # entries of each kind listed in a message; the attributes of the error hold all of them
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read, or that do not fit the model they are for.
+    """Raised for weights that cannot be read or do not fit the model.
 
-    - `missing`: names that the model has and the source has not. `unused`: the other way round.
+    - `missing`: names in the model that are not in the source. `unused`: names in the source that are not in the model.
     - `mismatched`: a line for each entry whose shape or dtype differs, with both.
     """
 
@@ -34,12 +34,11 @@ class WeightsError(ValueError):
 
 
 def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray | jax.ShapeDtypeStruct, "..."]]:
-    """The arrays of a tree by their dotted path, such as `backbone.body.layers.0.0.conv1.weight`, in the tree's order.
+    """Returns the arrays of a tree by dotted path, such as `backbone.body.layers.0.0.conv1.weight`, in tree order.
 
-    Leaves that are neither arrays of JAX or NumPy nor shapes that stand for them (functions, Python numbers) are left
-    out.
+    Only JAX arrays, NumPy arrays and `jax.ShapeDtypeStruct`s are included, not functions or Python numbers.
 
-    Raises a `ValueError` if two leaves have the same name, which takes a dictionary with dots in its keys.
+    Raises a `ValueError` if two leaves have the same name. This requires a dictionary with dots in its keys.
 
     >>> import jax.numpy as jnp
     >>> {name: leaf.shape for name, leaf in named_leaves({"a": [jnp.zeros(2), 1.0], "b": jnp.zeros((3, 1))}).items()}
@@ -58,27 +57,27 @@ def named_leaves(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray | jax.
 
 
 def named_values(tree: PyTree) -> dict[str, Shaped[jax.Array | np.ndarray, "..."]]:
-    """`named_leaves` of a tree that holds values.
+    """Returns the `named_leaves` of a tree whose arrays all have values.
 
-    Raises a `ValueError` for a leaf that is a shape alone.
+    Raises a `ValueError` for a leaf that is a `jax.ShapeDtypeStruct`.
     """
     values = {}
     for name, leaf in named_leaves(tree).items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(
-                f"{name} is a shape without values, as eval_shape gives. Load weights into the model first."
+                f"{name} is a shape without values, as eval_shape returns. Load weights into the model first."
             )
         values[name] = leaf
     return values
 
 
 def replace_leaves(tree: Tree, arrays: Mapping[str, Any], *, source: str = "the given arrays") -> Tree:
-    """A copy of `tree` whose every array is the one of that name in `arrays`.
+    """Returns a copy of `tree` with every array replaced by the array of the same name in `arrays`.
 
-    - `arrays`: under the names of `named_leaves`, each of the very shape and dtype of the leaf that it replaces. They
-      are copied, so that changing them later does not change the tree. Where the leaf is a shape alone
-      (`equinox.filter_eval_shape` makes a model of such, at no cost), it becomes an array of JAX.
-    - `source`: where they come from, for the message.
+    - `arrays`: by the names of `named_leaves`. Each must have the shape and dtype of the leaf that it replaces. Arrays
+      are copied, so that changing them later does not change the tree. A leaf without values (as in a model made with
+      `equinox.filter_eval_shape`, which allocates nothing) is replaced by a JAX array.
+    - `source`: the origin of the arrays, for the error message.
 
     Raises one `WeightsError` that lists every name that is missing, unused, or of another shape or dtype.
 
@@ -105,15 +104,15 @@ def replace_leaves(tree: Tree, arrays: Mapping[str, Any], *, source: str = "the 
         kinds = (("missing in the source", missing), ("unused in the source", unused), ("mismatched", mismatched))
         for kind, entries in kinds:
             if entries:
-                more = f", … and {len(entries) - LISTED} more" if len(entries) > LISTED else ""
-                lines.append(f"  {len(entries)} {kind}: {', '.join(entries[:LISTED])}{more}")
+                more = f", … and {len(entries) - MAX_LISTED} more" if len(entries) > MAX_LISTED else ""
+                lines.append(f"  {len(entries)} {kind}: {', '.join(entries[:MAX_LISTED])}{more}")
         raise WeightsError("\n".join(lines), missing=missing, unused=unused, mismatched=mismatched)
 
     def replacement(path, leaf):
         if not isinstance(leaf, ARRAYS):
             return leaf
         array = np.array(arrays[_name(path)])
-        # jnp.array would compile a program for each shape.
+        # jnp.array would compile a program per shape.
         return array if isinstance(leaf, np.ndarray) else jax.device_put(array)
 
     return jax.tree_util.tree_map_with_path(replacement, tree)

@@ -1,4 +1,4 @@
-"""What a file of weights says beside them: categories, preprocessing, canvases."""
+"""The metadata of a weights file: categories, preprocessing and canvases."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from ..data import Category
 from ..models import AbstractDetector, Preprocessing, ShortestEdge, Square
 
 
-ABOUT = "detector"  # its key in the metadata of a safetensors file
+ABOUT = "detector"  # the key in the metadata of a safetensors file
 
 Canvases = tuple[tuple[int, int], ...]
 
@@ -30,9 +30,10 @@ def about(
 def with_about(
     model: AbstractDetector, metadata: Mapping[str, str], path: Path
 ) -> tuple[AbstractDetector, tuple[Category, ...] | None, Canvases | None]:
-    """The model with its preprocessing, the categories, and the canvases of a file's metadata.
+    """Applies a file's metadata: the model with its preprocessing, the categories, and the canvases.
 
-    Canvases are `None` if the metadata say nothing. Raises a `ValueError` that names the file if they are damaged.
+    Categories and canvases are `None` if the metadata has no such entry. Raises a `ValueError` that names the file if
+    the metadata is damaged.
     """
     if ABOUT not in metadata:
         return model, None, None
@@ -48,14 +49,14 @@ def with_about(
 
 
 def categories_of(content: Mapping[str, Any]) -> tuple[Category, ...]:
-    """The categories that a checkpoint or a file knows."""
+    """The categories in the metadata of a checkpoint or a weights file."""
     return tuple(Category(entry["id"], entry["name"]) for entry in content["categories"])
 
 
 def preprocessing_of(content: Mapping[str, Any]) -> Preprocessing:
-    """A model's preprocessing from what checkpoints and exports hold of it, `dataclasses.asdict` in JSON.
+    """A model's preprocessing from the metadata of checkpoints and exports (`dataclasses.asdict` as JSON).
 
-    Files from before there was a choice have `min_size` and `max_size` alone.
+    Older files, written when only `ShortestEdge` existed, have just `min_size` and `max_size`.
     """
     if "preprocessing" not in content:
         return Preprocessing(ShortestEdge(content["min_size"], content["max_size"]))

@@ -1,4 +1,4 @@
-"""What it takes to build a detector again: its name and the options that change its arrays."""
+"""The name of a detector and the options that determine its arrays, from which it can be rebuilt."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from ._detectors import build
 NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
 NORMS: dict[NormName, Norm] = {
     "frozen_batch": FrozenBatchNorm,
-    # torchvision's first COCO detectors were trained with it.
+    # torchvision's first COCO detectors were trained with `eps=0`.
     "frozen_batch_eps0": partial(FrozenBatchNorm, eps=0.0),
     "group": GroupNorm,
 }
@@ -24,11 +24,11 @@ NORMS: dict[NormName, Norm] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A detector's name and options, as checkpoints and saved predictors hold them.
+    """A detector's name and options, as stored in checkpoints and saved predictors.
 
-    - `name`: one of `zoo.names()`. `norm`: of the backbone, one of `zoo.NORMS`.
-    - `anchor_sizes`: side in pixels of the square anchor on each level. `aspect_ratios`: height / width of anchors.
-      `None`: the detector's own.
+    - `name`: one of `zoo.names()`. `norm`: the normalisation of the backbone, one of `zoo.NORMS`.
+    - `anchor_sizes`: side in pixels of the square anchor on each level. `aspect_ratios`: height / width of the anchors.
+      `None` for the detector's defaults.
 
     >>> Architecture("fcos_resnet50_fpn").shapes(3).num_classes
     3
@@ -41,12 +41,12 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"There is no norm {self.norm!r}; there are {', '.join(NORMS)}.")
+            raise ValueError(f"There is no norm {self.norm!r}; choose one of {', '.join(NORMS)}.")
 
     def build(self, num_classes: int, *, key: PRNGKeyArray, checkpoint: bool = False) -> AbstractDetector:
-        """The detector with random parameters. `checkpoint`: gradient checkpointing in the backbone.
+        """Builds the detector with random parameters. `checkpoint`: gradient checkpointing in the backbone.
 
-        Raises a `ValueError` for an unknown name, and for anchors where the detector has none.
+        Raises a `ValueError` if the name is unknown, or if anchors are given for a detector without anchors.
         """
         parts: dict[str, Any] = {}
         if self.anchor_sizes is not None:
@@ -56,5 +56,5 @@ class Architecture:
         return build(self.name, num_classes, key=key, norm=NORMS[self.norm], checkpoint=checkpoint, **parts)
 
     def shapes(self, num_classes: int) -> AbstractDetector:
-        """The detector with shapes in place of arrays, which takes no memory."""
+        """The detector with `jax.ShapeDtypeStruct`s instead of arrays, so that no memory is allocated."""
         return eqx.filter_eval_shape(partial(self.build, num_classes), key=jr.key(0))

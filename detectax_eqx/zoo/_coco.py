@@ -1,4 +1,4 @@
-"""COCO's 80 classes by category id, which leaves out ten of 1..90."""
+"""COCO's 80 classes by category id. Ten of the ids 1..90 are unused."""
 
 COCO_IDS = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck",

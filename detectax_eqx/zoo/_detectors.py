@@ -1,4 +1,4 @@
-"""The one place where a name becomes a detector."""
+"""Builds detectors by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ from ..nn import (
 
 
 def names() -> tuple[str, ...]:
-    """The names that `build` takes.
+    """The names that `build` accepts.
 
     >>> names()[:2]
     ('faster_rcnn_resnet18_fpn', 'faster_rcnn_resnet34_fpn')
@@ -40,31 +40,32 @@ def build(
     checkpoint: bool = False,
     **parts: Any,
 ) -> AbstractDetector:
-    """The named detector with random parameters and torchvision's defaults.
+    """Builds the named detector with random parameters and torchvision's defaults.
 
-    - `num_classes`: foreground classes; torchvision counts the background too (its 91 are 90 here).
-    - `norm`: of the backbone: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from scratch.
-      torchvision's COCO checkpoints want `functools.partial(FrozenBatchNorm, eps=0.0)`.
+    - `num_classes`: foreground classes only. torchvision also counts the background: its 91 classes are 90 here.
+    - `norm`: the normalisation of the backbone: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from
+      scratch. torchvision's COCO checkpoints need `functools.partial(FrozenBatchNorm, eps=0.0)`.
     - `checkpoint`: gradient checkpointing in the backbone, see `nn.ResNet`.
-    - `parts`: what the detector's own function in `models` takes besides, such as `anchor_sizes` of `faster_rcnn`.
+    - `parts`: further arguments of the detector's own function in `models`, such as `anchor_sizes` of `faster_rcnn`.
 
-    Raises a `ValueError` that lists all names if there is no such one, and for a part that the detector does not take.
+    Raises a `ValueError` that lists all names if the name is unknown, and a `ValueError` for a part that the detector
+    does not accept.
 
     >>> import equinox as eqx
-    >>> # Its shapes alone: the parameters themselves are not made.
+    >>> # Only the shapes: no parameters are allocated.
     >>> model = eqx.filter_eval_shape(lambda: build("faster_rcnn_resnet50_fpn", 90, key=jr.key(0)))
     >>> model.num_classes, model.backbone.strides
     (90, (4, 8, 16, 32, 64))
     """
     if name not in _DETECTORS:
-        raise ValueError(f"There is no detector {name!r}; there are {', '.join(names())}.")
+        raise ValueError(f"There is no detector {name!r}; choose one of {', '.join(names())}.")
     try:
         return _DETECTORS[name](num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
     except TypeError as error:
         unknown = [part for part in parts if f"unexpected keyword argument '{part}'" in str(error)]
         if not unknown:
             raise
-        raise ValueError(f"{unknown[0]}: {name} takes none. Leave it out.") from None
+        raise ValueError(f"{name} does not take {unknown[0]}. Omit it.") from None
 
 
 def _two_stage(
@@ -93,7 +94,7 @@ def _dense(
     from_features: bool = False,
     **parts: Any,
 ) -> AbstractDetector:
-    """On C3..C5 and two levels more, of which P6 comes from P5, or from C5 with `from_features`."""
+    """A dense detector on P3..P7. P6 is computed from P5, or from C5 with `from_features`."""
     body_key, fpn_key, top_key, heads_key = jr.split(key, 4)
     body = resnet(key=body_key, norm=norm, checkpoint=checkpoint)
     top = ConvolvedTop(body.channels[-1], 256, key=top_key, from_features=from_features)

@@ -1,4 +1,4 @@
-"""Files from elsewhere: downloaded once, resumed, checked, and whole or not there."""
+"""Downloads files to a cache, with resumption, checksums and atomic writes."""
 
 import fcntl
 import hashlib
@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
-# A server that stumbles is asked again after these waits, in seconds.
+# The waits before retries, in seconds.
 WAITS = (0.5, 2.0, 5.0)
-TIMEOUT = 30.0  # seconds without an answer
+TIMEOUT = 30.0  # seconds without a response
 CHUNK = 2**20
-# HTTP statuses after which asking again may help (RFC 9110, RFC 6585).
-PASSING = (408, 425, 429, 500, 502, 503, 504)
+# HTTP statuses after which a retry may succeed (RFC 9110, RFC 6585).
+TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
 
-def home() -> Path:
+def cache_folder() -> Path:
     """The cache folder: `DETECTAX_HOME`, or `detectax_eqx` in `XDG_CACHE_HOME`, or `~/.cache/detectax_eqx`."""
     if chosen := os.environ.get("DETECTAX_HOME"):
         return Path(chosen).expanduser()
@@ -32,17 +32,17 @@ def home() -> Path:
 
 
 def download(url: str, *, sha256: str) -> Path:
-    """The path of a file in `home() / "weights"`, which is downloaded if it is not there.
+    """Downloads a file to `cache_folder() / "weights"`, unless it is already there, and returns its path.
 
-    What is downloaded, or was put there by hand, is used only if its checksum begins with `sha256`. The file is written
-    under another name and moved when it is whole. A download that was cut off goes on where it ended, also after the
-    process was killed. Of several processes that want the file, one downloads it and the others wait.
+    A file, whether downloaded or put there by hand, is used only if its checksum begins with `sha256`. It is written
+    under a temporary name and renamed when complete. An interrupted download is resumed, even after the process was
+    killed. If several processes need the file, one downloads it and the others wait.
 
-    Raises a `ConnectionError` that names the URLs that were tried and the place to put the file, an `OSError` if it
-    cannot be written, and a `ValueError` if a file that is there has another checksum.
+    Raises a `ConnectionError` that names the URLs that were tried and where to put the file, an `OSError` if the file
+    cannot be written, and a `ValueError` if an existing file has another checksum.
     """
     name = url.rpartition("/")[2]
-    path = home() / "weights" / name
+    path = cache_folder() / "weights" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{name}.lock")):
@@ -50,53 +50,53 @@ def download(url: str, *, sha256: str) -> Path:
                 part = path.with_name(f".{name}.part")
                 _fetch(_sources(url), part, sha256=sha256, path=path)
                 part.replace(path)
-            elif not (found := _checksum(path)).startswith(sha256):
+            elif not (checksum := _checksum(path)).startswith(sha256):
                 raise ValueError(
-                    f"{path} is damaged or another file: its SHA-256 is {found[: len(sha256)]}…, not "
-                    f"{sha256}…. Delete it, and it is downloaded again from {url}."
+                    f"{path} is damaged or another file: its SHA-256 is {checksum[: len(sha256)]}…, not "
+                    f"{sha256}…. Delete it to download it again from {url}."
                 )
     except OSError as error:
-        if error.filename is None:  # of the network
+        if error.filename is None:  # an error of the network
             raise
-        remedy = f"{error.strerror}. Make room for {name}, or choose another folder by DETECTAX_HOME"
+        remedy = f"{error.strerror}. Free disk space for {name}, or set DETECTAX_HOME to another folder"
         raise OSError(error.errno, remedy, str(error.filename)) from None
     return path
 
 
 def _sources(url: str) -> list[str]:
-    """The file's URL on each of the mirrors, and its own."""
+    """The URLs to try: the file on each mirror, then its original URL."""
     name = url.rpartition("/")[2]
     return [f"{mirror.rstrip('/')}/{name}" for mirror in os.environ.get("DETECTAX_MIRRORS", "").split()] + [url]
 
 
 @contextmanager
 def _locked(path: Path) -> Generator[None, None, None]:
-    """One process at a time; the operating system takes the lock back however a process ends."""
+    """Holds a file lock, which the operating system releases when the process ends, even if killed."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _fetch(sources: list[str], part: Path, *, sha256: str, path: Path) -> None:
-    """Downloads to `part` from the first source that has the right file."""
+    """Downloads to `part` from the first source with the right file."""
     problems = []
     for source in sources:
         problem = _try(source, part)
         if problem is None:
-            found = _checksum(part)
-            if found.startswith(sha256):
+            checksum = _checksum(part)
+            if checksum.startswith(sha256):
                 return
             part.unlink()
-            problem = f"it sent another file, of SHA-256 {found[: len(sha256)]}… instead of {sha256}…"
+            problem = f"it sent another file, with SHA-256 {checksum[: len(sha256)]}… instead of {sha256}…"
         problems.append(f"{source}: {problem}")
     raise ConnectionError(
-        f"{path.name} cannot be downloaded. {'; '.join(problems)}. Try again, set DETECTAX_MIRRORS to a folder's URL "
-        f"that has it, or fetch it by other means and put it at {path}."
+        f"{path.name} cannot be downloaded. {'; '.join(problems)}. Try again, set DETECTAX_MIRRORS to the URL of a "
+        f"folder that has it, or download it by other means and put it at {path}."
     )
 
 
 def _try(source: str, part: Path) -> str | None:
-    """Downloads from one source, going on after interruptions. Returns what went wrong in the end, or `None`."""
+    """Downloads from one source, with retries. Returns `None`, or the problem if it failed."""
     problem = ""
     for wait in (0.0, *WAITS):
         time.sleep(wait)
@@ -107,27 +107,27 @@ def _try(source: str, part: Path) -> str | None:
         except HTTPError as error:
             error.close()
             problem = f"HTTP status {error.code} ({error.reason})"
-            if error.code == 416:  # what is there is all there is, or more
+            if error.code == 416:  # range not satisfiable: the part is complete or too long
                 if before and _size_of(source) == before:
                     return None
                 part.unlink(missing_ok=True)
-            elif error.code not in PASSING:
+            elif error.code not in TRANSIENT_STATUSES:
                 return problem
         except (HTTPException, OSError) as error:
-            if getattr(error, "filename", None) is not None:  # of our own disk
+            if getattr(error, "filename", None) is not None:  # an error of the local disk
                 raise
             problem = str(getattr(error, "reason", None) or error) or type(error).__name__
     return problem
 
 
 def _receive(source: str, part: Path, before: int) -> None:
-    """Appends the rest of the file to `part`, or all of it where the server knows no ranges."""
+    """Appends the rest of the file to `part`, or rewrites `part` if the server does not support ranges."""
     headers = {"User-Agent": "detectax_eqx"} | ({"Range": f"bytes={before}-"} if before else {})
     with urlopen(Request(source, headers=headers), timeout=TIMEOUT) as response:
         if before and response.status != 206:
             before = 0
-        rest = response.headers.get("Content-Length")
-        total = None if rest is None else before + int(rest)
+        remaining = response.headers.get("Content-Length")
+        total = None if remaining is None else before + int(remaining)
         with part.open("ab" if before else "wb") as file, _progress() as bar:
             task = bar.add_task(part.name.removeprefix(".").removesuffix(".part"), total=total, completed=before)
             while chunk := response.read(CHUNK):
@@ -143,7 +143,7 @@ def _receive(source: str, part: Path, before: int) -> None:
 
 @contextmanager
 def _names(path: Path) -> Generator[None, None, None]:
-    """Errors of writing do not say which file: here they do."""
+    """Adds the file name to write errors, which do not have one."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whatever a user hands to a predictor, as pixels; or an error that says what it seems to be."""
+"""Converts the inputs of a predictor to pixels, with errors that identify common mistakes."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from ..data import read_image
 
 
 def is_folder(picture: Any) -> TypeGuard[str | os.PathLike]:
-    """Whether it is the path of a folder."""
+    """Whether `picture` is the path of a folder."""
     return isinstance(picture, str | os.PathLike) and Path(picture).is_dir()
 
 
 def pixels_of(picture: Any, channels: int, max_pixels: int | None = None) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels of a path, URL, Pillow image or array, for a model that takes this many `channels`.
+    """The pixels of a path, URL, Pillow image or array, for a model with `channels` input channels.
 
     >>> pixels_of(np.zeros((2, 4, 5, 3), np.uint8), 3)
     Traceback (most recent call last):
@@ -30,7 +30,7 @@ def pixels_of(picture: Any, channels: int, max_pixels: int | None = None) -> UIn
         return read_image(source, max_pixels=max_pixels)
     if not hasattr(picture, "__array__"):
         raise TypeError(
-            f"An image is a path, a URL, a Pillow image or a uint8 array (h, w, {channels}), got "
+            f"An image must be a path, a URL, a Pillow image or a uint8 array (h, w, {channels}), got "
             f"{type(picture).__module__}.{type(picture).__qualname__}."
         )
     array = np.asarray(picture)
@@ -38,7 +38,7 @@ def pixels_of(picture: Any, channels: int, max_pixels: int | None = None) -> UIn
         raise ValueError(f"The image has shape {array.shape}, a batch: pass list(images).")
     if array.ndim == 2:
         raise ValueError(
-            f"The image has shape {array.shape}, gray: use np.repeat(image[..., None], {channels}, axis=2)."
+            f"The image has shape {array.shape}, grayscale: use np.repeat(image[..., None], {channels}, axis=2)."
         )
     if array.ndim != 3:
         raise ValueError(f"The image has shape {array.shape}, but images are (h, w, {channels}).")
@@ -65,7 +65,10 @@ def padded_images(
     *,
     count: int | None = None,
 ) -> Images:
-    """Images padded bottom and right to `source`, as a batch of `count`, of which the last may be blank."""
+    """A batch of images, each padded at the bottom and right to `source`.
+
+    `count` is the batch size (default: the number of arrays). Rows beyond the arrays are blank and not valid.
+    """
     count = len(arrays) if count is None else count
     pixels = np.zeros((count, *source, arrays[0].shape[2]), np.uint8)
     sizes = np.ones((count, 2), np.int32)

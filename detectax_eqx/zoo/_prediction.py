@@ -1,4 +1,4 @@
-"""What a predictor found in one image."""
+"""The result of a predictor for one image."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,11 +18,12 @@ from ..ops import paste_masks
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """The objects in one image, best score first.
+    """The detected objects in one image, sorted by descending score.
 
-    - `detections`: those that are valid, as NumPy arrays; boxes `(x0, y0, x1, y1)` in pixels of the image.
-    - `size`: the image's `(height, width)`. `source`: where it came from, if it was read from a file or URL.
-    - `class_names`, `category_ids`: of each label.
+    - `detections`: the valid detections, as NumPy arrays; boxes `(x0, y0, x1, y1)` in pixels of the image.
+    - `size`: the image's `(height, width)`. `source`: its path or URL, or `None` if it was passed as an array or Pillow
+      image.
+    - `class_names`, `category_ids`: the class name and category id of each label.
     """
 
     detections: Detections
@@ -44,8 +45,8 @@ class Prediction:
         counts: dict[str, int] = {}
         for name in self.names:
             counts[name] = counts.get(name, 0) + 1
-        found = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
-        return f"Prediction({self.source or 'array'}, {self.size[0]}×{self.size[1]}: {found})"
+        summary = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+        return f"Prediction({self.source or 'array'}, {self.size[0]}×{self.size[1]}: {summary})"
 
     @property
     def names(self) -> list[str]:
@@ -54,64 +55,64 @@ class Prediction:
 
     @cached_property
     def image(self) -> UInt8[np.ndarray, "h w c"]:
-        """The image's pixels; those of a file are read again."""
+        """The image's pixels. A file is read again."""
         if self._pixels is not None:
             return self._pixels
         assert self.source is not None
         return read_image(self.source, max_pixels=self.size[0] * self.size[1])
 
     def draw(self, *, score_threshold: float = 0.5, **style: Any) -> Image.Image:
-        """A picture of the objects: masks, boxes, class names, scores. `style`: as for `draw.draw_detections`."""
+        """Draws the objects on the image: masks, boxes, class names and scores. `style`: see `draw.draw_detections`."""
         names = self.class_names
         return draw_detections(self.image, self.detections, class_names=names, score_threshold=score_threshold, **style)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dictionary for each object, which `pandas.DataFrame` takes: class, score and corners of the box."""
+        """A dictionary per object with class, score and box corners, for example for `pandas.DataFrame`."""
         keys = ("name", "category_id", "score", "x0", "y0", "x1", "y1")
-        found = self.detections
+        detections = self.detections
         columns = (
             self.names,
-            [self.category_ids[label] for label in found.labels],
-            np.asarray(found.scores, np.float64).tolist(),
-            *np.asarray(found.boxes, np.float64).T.tolist(),
+            [self.category_ids[label] for label in detections.labels],
+            np.asarray(detections.scores, np.float64).tolist(),
+            *np.asarray(detections.boxes, np.float64).T.tolist(),
         )
         return [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def to_coco(self, *, image_id: int = 0) -> list[dict[str, Any]]:
-        """The objects in COCO's results format, as `evaluate.to_coco_results` gives them."""
+        """The objects in COCO's results format, see `evaluate.to_coco_results`."""
         sizes = np.array([self.size], np.int32)
         index = np.zeros(1, np.int32)
-        # Of the pixels only the shape counts.
+        # Only the shape of the pixels is used.
         pixels = np.broadcast_to(np.uint8(0), (1, *self.size, 3))
         images = Images(pixels, sizes, sizes, index, np.array([True]), canvas=self.size)
         batch = replace(self.detections, **{k: v[None] for k, v in vars(self.detections).items() if v is not None})
         return to_coco_results(batch, images, image_ids=[image_id], category_ids=self.category_ids)
 
     def masks(self, *, threshold: float = 0.5) -> np.ndarray | None:
-        """Whether each pixel of the image belongs to each object, `(n, h, w)`; `None` of a detector without masks."""
-        found = self.detections
-        if found.masks is None:
+        """Boolean masks of the objects on the image, `(n, h, w)`, or `None` if the detector has no masks."""
+        detections = self.detections
+        if detections.masks is None:
             return None
         if not len(self):
             return np.zeros((0, *self.size), bool)
         return (
-            np.asarray(paste_masks(jnp.asarray(found.masks), jnp.asarray(found.boxes), image_size=self.size))
+            np.asarray(paste_masks(jnp.asarray(detections.masks), jnp.asarray(detections.boxes), image_size=self.size))
             > threshold
         )
 
     def to_supervision(self) -> Any:
-        """The objects as `supervision.Detections`. Raises an `ImportError` if that package is missing."""
+        """The objects as `supervision.Detections`. Raises an `ImportError` if that package is not installed."""
         try:
             import supervision  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 f"to_supervision needs the package supervision: pip install supervision ({error})."
             ) from None
-        found = self.detections
+        detections = self.detections
         return supervision.Detections(
-            xyxy=np.asarray(found.boxes),
-            confidence=np.asarray(found.scores),
-            class_id=np.asarray(found.labels),
+            xyxy=np.asarray(detections.boxes),
+            confidence=np.asarray(detections.scores),
+            class_id=np.asarray(detections.labels),
             mask=self.masks(),
             data={"class_name": np.array(self.names)},
         )

@@ -1,4 +1,4 @@
-"""A detector with its classes and image sizes: from a picture to what is in it, in one call."""
+"""A detector with its categories and image sizes, which detects objects in images with one call."""
 
 import json
 import os
@@ -25,24 +25,24 @@ from ._run import load_run
 from ._weights import load_weights
 
 
-# Images are padded to multiples of this, so that few programs serve pictures of many sizes.
+# Images are padded to multiples of this, so that few programs are compiled for images of many sizes.
 SOURCE_STEP = 256
-# Images per program on an accelerator. A CPU is no faster with several.
+# The default batch size on an accelerator. On a CPU, a larger batch is no faster.
 BATCH_SIZE = 8
-# The one file of a saved predictor.
+# The only file of a saved predictor.
 FILE = "predictor.safetensors"
 
-# The canvas and the source of a program, `(height, width)` each.
+# The canvas and the source shape of a program, each `(height, width)`.
 _Shape = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A model, what its labels mean, and the canvases that images are laid on.
+    """A model with the categories of its labels and the canvases on which images are placed.
 
-    - `categories`: id and name of each label, or `None` if the weights came without.
-    - `canvases`: `(height, width)` of each, see `data.make_buckets`. A program is compiled for each that is needed.
-    - `architecture`: how to build the model again; what `save` needs. `None` for a detector of one's own.
+    - `categories`: id and name of each label, or `None` if the weights have none.
+    - `canvases`: `(height, width)` of each canvas, see `data.make_buckets`. A program is compiled per canvas used.
+    - `architecture`: how to rebuild the model, required by `save`. `None` for a detector that is not in the zoo.
 
     >>> import equinox as eqx, jax.random as jr
     >>> from detectax_eqx import models, nn
@@ -62,26 +62,27 @@ class Predictor:
 
     @classmethod
     def pretrained(cls, name: str) -> "Predictor":
-        """A detector with its published weights, see `zoo.pretrained`."""
+        """Loads a detector with its published weights, see `zoo.pretrained`."""
         weights = published(name)
         return cls(pretrained(name), weights.categories, architecture=weights.architecture)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> "Predictor":
-        """The best detector of a run of `train.py`, or that of one of its checkpoints; the average, if one was kept.
+        """Loads the best detector of a `train.py` run, or the detector of one of its checkpoints.
 
-        A damaged checkpoint of a run is reported by a warning, and the one before it used. One that was asked for by
-        its own path is not replaced by another. Raises a `ValueError` if `train.py` did not write it.
+        The exponential moving average is loaded if there is one. If `path` is a run and its checkpoint is damaged, a
+        warning is issued and the previous checkpoint is used. If `path` is a checkpoint, no other is used instead.
+        Raises a `ValueError` if the checkpoint was not written by `train.py`.
         """
         return cls(*load_run(Path(path)))
 
     @classmethod
     def from_weights(cls, name: str, file: str | os.PathLike, *, norm: NormName | None = None) -> "Predictor":
-        """The named detector with the weights of a torchvision `.pth` or a `.safetensors` file.
+        """Loads the named detector with the weights of a torchvision `.pth` or a `.safetensors` file.
 
-        A file with the name of published weights is taken for these: their norm and their categories. Otherwise the
-        norm is `frozen_batch` unless given, and categories and image sizes are those that `save_weights` put into the
-        file; a warning says so if there are none in a `.safetensors` file.
+        If the file has the name of the detector's published weights, their norm and categories are used. Otherwise, the
+        norm is `frozen_batch` unless given, and the categories and image sizes are those that `save_weights` stored in
+        the file. A warning is issued if a `.safetensors` file has none.
         """
         path = Path(file)
         known = published(name) if name in published_names() and published(name).file == path.name else None
@@ -95,22 +96,25 @@ class Predictor:
         if canvases is None:
             warnings.warn(
                 f"{path} does not say at which sizes it was trained: images are resized by "
-                f"{model.preprocessing.resize}, unless told otherwise (--min-size, --max-size).",
+                f"{model.preprocessing.resize}, unless other sizes are given (--min-size, --max-size).",
                 stacklevel=2,
             )
             return predictor
         return replace(predictor, model=model, categories=categories, canvases=canvases)
 
     def save_weights(self, path: str | os.PathLike) -> None:
-        """Writes a `.safetensors` file of the weights, with the categories and sizes that `from_weights` reads."""
+        """Writes the weights to a `.safetensors` file, with the categories and image sizes for `from_weights`."""
         save_safetensors(self.model, path, metadata=about(self.model, self.categories, self.canvases))
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Predictor":
-        """The predictor that `save` wrote to a folder. Raises a `FileNotFoundError` or a `ValueError` that names it."""
+        """Loads the predictor that `save` wrote to a folder.
+
+        Raises a `FileNotFoundError` if there is none, and a `ValueError` that names the file if it is damaged.
+        """
         path = Path(folder) / FILE
         if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no {FILE}: Predictor.save writes one.")
+            raise FileNotFoundError(f"{folder} has no {FILE}, which Predictor.save writes.")
         arrays, metadata = read_safetensors(path)
         try:
             fields = json.loads(metadata["architecture"])
@@ -124,14 +128,14 @@ class Predictor:
         return cls(model, categories, canvases or CANVASES, architecture)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes all of it to a folder, which `load` reads without further arguments.
+        """Writes the predictor to a folder, from which `load` reads it without further arguments.
 
-        Raises a `ValueError` for a detector without an `architecture`.
+        Raises a `ValueError` if there is no `architecture`.
         """
         if self.architecture is None:
             raise ValueError(
-                "The predictor has no architecture, so that load could not build its model. Give one of the zoo's, or "
-                "use save_weights and build the model yourself."
+                "The predictor has no architecture, so that load could not build its model. Pass a zoo.Architecture, "
+                "or use save_weights and build the model yourself."
             )
         Path(folder).mkdir(parents=True, exist_ok=True)
         metadata = about(self.model, self.categories, self.canvases)
@@ -146,12 +150,14 @@ class Predictor:
         file: str | Path = "the annotations",
         allow_renamed: bool = False,
     ) -> tuple[int, ...]:
-        """The category id of each label, checked against the `categories` of an annotation file, if there is one.
+        """The category id of each label, checked against the `categories` of an annotation file if they are given.
 
-        A model without categories of its own that has as many classes as the file knows them in the order of their
-        ids. One with more, such as torchvision's 90 for COCO's 80, knows ids themselves: label + 1.
+        If the model has no categories of its own and as many classes as the file, its labels are the file's categories
+        in the order of their ids. If it has more, such as torchvision's 90 for COCO's 80, the category id is
+        label + 1.
 
-        - `file`: what messages call it. `allow_renamed`: its names may differ from the model's.
+        - `file`: the name of the annotation file in messages. `allow_renamed`: whether its category names may differ
+          from the model's.
         """
         if self.categories is not None:
             if categories is not None:
@@ -171,13 +177,13 @@ class Predictor:
         if ids is None or num_classes >= max(ids):
             return tuple(range(1, num_classes + 1))
         raise ValueError(
-            f"The model has {num_classes} classes, but {file} {len(ids)} categories with ids up to {max(ids)}: its "
-            "labels is unknown. Use the annotations that it was trained for."
+            f"The model has {num_classes} classes, but {file} has {len(ids)} categories with ids up to {max(ids)}: the "
+            "meaning of the model's labels is unknown. Use the annotations that it was trained on."
         )
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each label, or its category id where the weights came without names."""
+        """The name of each label, or its category id as a string if the model has no categories."""
         if self.categories is None:
             return tuple(map(str, self.category_ids()))
         return tuple(category.name for category in self.categories)
@@ -192,16 +198,17 @@ class Predictor:
         batch_size: int | None = None,
         max_pixels: int | None = None,
     ) -> Any:
-        """The objects in an image, a `Prediction`; of a folder or a sequence of images, a list of them.
+        """Detects objects. Returns a `Prediction` for one image, and a list of them for a folder or a list of images.
 
-        - `images`: a path or URL, a folder (all image files in it, by name), a Pillow image, or a uint8 array
-          `(h, w, 3)`, RGB; or a sequence of these. The order of colours cannot be seen: OpenCV's BGR is not refused.
-        - `selection`, `score_threshold`, `max_detections`: which detections are kept, as for `models.detect`.
-        - `batch_size`: images that go through the network together, by default 8 on an accelerator and 1 on a CPU.
+        - `images`: a path or URL, a folder (all image files in it, sorted by name), a Pillow image, or a uint8 RGB
+          array `(h, w, 3)`; or a list or tuple of these. The channel order is not checked: convert OpenCV's BGR to
+          RGB.
+        - `selection`, `score_threshold`, `max_detections`: which detections are returned, as for `models.detect`.
+        - `batch_size`: the number of images per forward pass, by default 8 on an accelerator and 1 on a CPU.
         - `max_pixels`: as for `data.read_image`.
 
-        Raises a `BadImageError` for a file that is no image, and a `TypeError` or `ValueError` that says what an array
-        seems to be instead: fractions, channels first, gray, a batch.
+        Raises a `BadImageError` for a file that is not an image, and a `TypeError` or `ValueError` that identifies
+        common mistakes with arrays: fractional values, channels first, grayscale, or a batch.
         """
         single = not isinstance(images, list | tuple) and not is_folder(images)
         pictures: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
@@ -227,7 +234,7 @@ class Predictor:
         batch_size: int | None = None,
         max_pixels: int | None = None,
     ) -> Iterator[Prediction]:
-        """A `Prediction` for each image, in order, holding few images in memory; otherwise as a call."""
+        """Yields a `Prediction` per image, in order, and holds few images in memory. Arguments as for a call."""
         if batch_size is None:
             batch_size = 1 if jax.default_backend() == "cpu" else BATCH_SIZE
         if batch_size < 1:
@@ -236,13 +243,13 @@ class Predictor:
         pictures = (picture for image in images for picture in (list_images(image) if is_folder(image) else [image]))
         while window := list(islice(pictures, 4 * batch_size)):
             arrays = [pixels_of(picture, self.model.preprocessing.channels, max_pixels) for picture in window]
-            found: dict[int, Detections] = {}
+            detections: dict[int, Detections] = {}
             for group in self._groups(arrays, batch_size):
-                found |= self._detect(group, arrays, batch_size, options)
+                detections |= self._detect(group, arrays, batch_size, options)
             for index, picture in enumerate(window):
                 on_disk = isinstance(picture, str | os.PathLike)
                 yield Prediction(
-                    found[index],
+                    detections[index],
                     (arrays[index].shape[0], arrays[index].shape[1]),
                     str(picture) if on_disk else None,
                     self.class_names,
@@ -251,7 +258,7 @@ class Predictor:
                 )
 
     def _groups(self, arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[_Shape, list[int]]]:
-        """Positions of images that share a program, at most `batch_size` at a time."""
+        """Groups the positions of images that share a program, at most `batch_size` per group."""
         groups: dict[_Shape, list[int]] = {}
         for index, array in enumerate(arrays):
             size = array.shape[0], array.shape[1]
@@ -265,9 +272,9 @@ class Predictor:
     def _detect(
         self, group: tuple[_Shape, list[int]], arrays: Sequence[np.ndarray], batch_size: int, options: dict[str, Any]
     ) -> dict[int, Detections]:
-        """The valid detections of each image of a group, by its position."""
+        """The valid detections of each image of a group, by the image's position."""
         (canvas, source), indices = group
-        # A power of two or a whole batch, so that few programs serve all lengths.
+        # A power of two or a whole batch, so that few programs are compiled for all group sizes.
         count = min(batch_size, 1 << (len(indices) - 1).bit_length())
         images = padded_images([arrays[index] for index in indices], source, canvas, count=count)
         batch = jax.tree.map(np.asarray, detect_batch(self.model, images, **options))

@@ -1,4 +1,4 @@
-"""Published weights by the name of their detector."""
+"""Published weights, by the name of their detector."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,13 @@ from ._download import download
 
 @dataclass(frozen=True)
 class Published:
-    """A file of weights that a library published, and what its authors say of it.
+    """A weights file that a library published, with the published figures.
 
-    - `name`: our detector. `source`: the library, its licence in `licence`. `url`: of the file.
-    - `sha256`: the beginning of the file's checksum, as its name carries it. `megabytes`: its size.
-    - `box_ap`, `mask_ap`: AP@[.5:.95] on COCO val2017 as published; `mask_ap` is `None` without masks.
-    - `architecture`, `categories`: what the weights were trained as. Ids without a class in COCO are named `N/A`.
+    - `name`: the name of the detector in `zoo.names()`. `source`: the library that published the weights. `licence`:
+      its licence. `url`: the URL of the file.
+    - `sha256`: the beginning of the file's checksum, as given in its name. `megabytes`: its size.
+    - `box_ap`, `mask_ap`: AP@[.5:.95] on COCO val2017 as published; `mask_ap` is `None` for detectors without masks.
+    - `architecture`, `categories`: those of the training. Ids that are not classes in COCO are named `N/A`.
     """
 
     name: str
@@ -56,18 +57,18 @@ def published(name: str) -> Published:
     ('maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth', 37.9, 34.6)
     """
     if name not in _PUBLISHED:
-        raise ValueError(f"There are no published weights for {name!r}; there are for {', '.join(_PUBLISHED)}.")
+        raise ValueError(f"There are no published weights for {name!r}; choose one of {', '.join(_PUBLISHED)}.")
     return _PUBLISHED[name]
 
 
 def pretrained(name: str) -> AbstractDetector:
-    """The detector with its published weights, downloaded once to a cache folder and checked.
+    """Builds the detector with its published weights, which are downloaded to a cache folder once and verified.
 
-    The folder is `weights` in `DETECTAX_HOME`, by default `~/.cache/detectax_eqx`. `DETECTAX_MIRRORS` holds URLs of
-    folders, separated by spaces, that are asked first.
+    The folder is `weights` in `DETECTAX_HOME`, by default `~/.cache/detectax_eqx`. `DETECTAX_MIRRORS` lists URLs of
+    folders, separated by spaces, that are tried first.
 
-    Raises a `ValueError` for a detector without published weights, and a `ConnectionError` that says which file to put
-    where if it cannot be downloaded.
+    Raises a `ValueError` for a detector without published weights. If the download fails, raises a `ConnectionError`
+    that names the file and the path at which to put it.
     """
     weights = published(name)
     path = download(weights.url, sha256=weights.sha256)
@@ -84,8 +85,8 @@ def _torchvision(
     norm: NormName = "frozen_batch",
     background: bool = True,
 ) -> Published:
-    """From the metadata of torchvision 0.27.1's weights. `background`: whether label 0 is category id 1, or id 0."""
-    first = 1 if background else 0  # torchvision's dense detectors have an output for the background and never use it
+    """Published weights, with the metadata of torchvision 0.27.1. `background`: if label 0 is category id 1, not 0."""
+    first = 1 if background else 0  # torchvision's dense detectors have an unused output for the background
     categories = tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(first, 91))
     return Published(
         name=name,

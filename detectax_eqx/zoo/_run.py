@@ -1,4 +1,4 @@
-"""Detectors from the checkpoints of `experiments/train.py`."""
+"""Loads detectors from the checkpoints of `experiments/train.py`."""
 
 import warnings
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ def run_metadata(
     *,
     ema: bool,
 ) -> dict[str, Any]:
-    """What a checkpoint of a run says beside its state, for `load_run`. `ema`: whether an average is kept."""
+    """The metadata of a run's checkpoints, for `load_run`. `ema`: whether the run keeps an average of the model."""
     return {
         "model": architecture.name,
         "norm": architecture.norm,
@@ -36,7 +36,7 @@ def run_metadata(
 
 
 def load_run(path: Path) -> tuple[AbstractDetector, tuple[Category, ...], Canvases, Architecture]:
-    """Model, categories, canvases and architecture of a run's best detector, or of one checkpoint."""
+    """The model, categories, canvases and architecture of a run's best detector, or of one checkpoint."""
     folder = next(filter(latest_checkpoint, (path / "best", path / "last", path)), None)
     if folder is None:
         _, metadata = load_checkpoint(path, {}, partial=True)
@@ -46,8 +46,8 @@ def load_run(path: Path) -> tuple[AbstractDetector, tuple[Category, ...], Canvas
         categories = categories_of(metadata)
         canvases = tuple((height, width) for height, width in metadata["canvases"])
         preprocessing = preprocessing_of(metadata)
-        part = "ema" if metadata["ema"] else "model"  # of the `TrainState`
-        # Checkpoints from before there was a choice do not say.
+        part = "ema" if metadata["ema"] else "model"  # a field of `TrainState`
+        # Older checkpoints, written before these options existed, lack them.
         names = [key for key in ("anchor_sizes", "aspect_ratios") if metadata.get(key) is not None]
         anchors = {key: tuple(map(float, metadata[key])) for key in names}
         architecture = Architecture(metadata["model"], metadata["norm"], **anchors)
@@ -75,6 +75,6 @@ def _newest(folder: Path, like: Any) -> Any:
 
 
 def warn_of_damage(restored: Restored) -> None:
-    """A warning for each damaged checkpoint in whose place an earlier one was restored."""
+    """Warns of each damaged checkpoint that was skipped for an earlier one."""
     for error in restored.refused:
         warnings.warn(f"{error} {restored.path} is used instead.", stacklevel=4)

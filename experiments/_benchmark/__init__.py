@@ -1,6 +1,6 @@
 """The harness of `benchmark.py`.
 
-`bench` starts a process for each side (`worker` is that process's end; its cases are in `_cases`), `agreement` compares
-their results, and times them in turn. `rows_*` list the measured rows, `inputs` draws what they work on. `tables`
-keeps measurements as JSON lines, and `pages` renders them.
+`bench` starts a process per side and times both in turn; `worker` runs in that process, and its cases are in `_cases`.
+`agreement` compares the results of the sides. `rows_*` list the measured rows, and `inputs` draws their inputs.
+`tables` stores measurements as JSON lines, and `pages` renders them.
 """

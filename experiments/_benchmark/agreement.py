@@ -1,4 +1,4 @@
-"""Whether both sides computed the same: nothing is timed before that."""
+"""Checks that both sides computed the same before anything is timed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,21 +8,21 @@ import numpy as np
 from .worker import Arrays
 
 
-# The tolerances of `make parity` for detectors, boxes in pixels.
+# The tolerances of `make parity` for detectors; boxes in pixels.
 MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, MIN_MASK_IOU = 0.05, 1e-4, 0.99
 
 
 class Disagreement(RuntimeError):
-    """The two sides computed different results, so their times do not compare."""
+    """The two sides computed different results, so their times cannot be compared."""
 
 
 def require_close(ours: Arrays, theirs: Arrays, *, atol: float = 1e-4, in_norm: bool = False) -> None:
-    """Raises a `Disagreement` unless the arrays are equal to `atol`, relative to the largest value beyond 1.
+    """Raises a `Disagreement` unless the arrays are equal within `atol`, relative to the largest value if above 1.
 
-    - `in_norm`: each array may differ by `atol` of its norm instead: for gradients of whole nets.
+    - `in_norm`: compares norms instead, `|ours - theirs| <= atol * |theirs|`; for gradients of whole networks.
     """
     if ours.keys() != theirs.keys():
-        raise Disagreement(f"ours has {sorted(ours)}, torchvision {sorted(theirs)}")
+        raise Disagreement(f"ours has {sorted(ours)}, torchvision has {sorted(theirs)}")
     for name, expected in theirs.items():
         if ours[name].shape != expected.shape:
             raise Disagreement(f"{name}: shape {ours[name].shape}, torchvision's {expected.shape}")
@@ -35,7 +35,7 @@ def require_close(ours: Arrays, theirs: Arrays, *, atol: float = 1e-4, in_norm: 
 
 
 class Agreement(NamedTuple):
-    """How closely detections agree: their number, and the worst differences among them."""
+    """How closely detections agree: their number and the largest differences."""
 
     detections: int
     box: float
@@ -44,9 +44,9 @@ class Agreement(NamedTuple):
 
 
 def compare_detections(ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> Agreement:
-    """Pairs the detections in each image; raises a `Disagreement` unless they are the same.
+    """Pairs the detections in each image, and raises a `Disagreement` unless they agree.
 
-    `masks` are bits of masks on their image.
+    `masks` are bit-packed full-image masks.
     """
     total, box, score, ious = 0, 0.0, 0.0, [1.0]
     for image, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -70,23 +70,23 @@ def compare_detections(ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> Agre
 
 
 def compare_losses(ours: Sequence[Arrays], theirs: Sequence[Arrays], *, rtol: float) -> None:
-    """Raises a `Disagreement` unless every loss equals the other side's on average over at least two steps.
+    """Raises a `Disagreement` unless the averages of every loss over at least two steps agree.
 
-    Each side samples anchors and proposals at random: averages may differ by four standard errors, and by `rtol`.
+    Each side samples anchors and proposals at random: averages may differ by four standard errors plus `rtol`.
     """
     if ours[0].keys() != theirs[0].keys():
-        raise Disagreement(f"ours has losses {sorted(ours[0])}, torchvision {sorted(theirs[0])}")
+        raise Disagreement(f"ours has losses {sorted(ours[0])}, torchvision has {sorted(theirs[0])}")
     for name in theirs[0]:
         a, b = (np.array([float(step[name]) for step in side]) for side in (ours, theirs))
         error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
         if not abs(a.mean() - b.mean()) <= 4 * error + rtol * abs(b.mean()):
             raise Disagreement(
-                f"{name}: {a.mean():.4f} on average, torchvision's {b.mean():.4f}, of standard error {error:.4f}"
+                f"{name}: {a.mean():.4f} on average, torchvision's {b.mean():.4f}, standard error {error:.4f}"
             )
 
 
 def _order(a: Arrays, b: Arrays) -> list[int]:
-    """The row of `b` for each row of `a`: two whose scores differ by rounding may have changed places."""
+    """Returns the row of `b` for each row of `a`. Rows whose scores differ by rounding may be swapped."""
     free, order = set(range(len(b["scores"]))), []
     for box, label in zip(a["boxes"], a["labels"], strict=True):
         distances = np.abs(b["boxes"] - box).max(axis=1) + 1e6 * (b["labels"] != label)

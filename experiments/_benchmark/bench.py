@@ -1,4 +1,4 @@
-"""The benchmark's end: starts workers, sends them requests, and times two of them in turn."""
+"""The parent process: starts workers, sends them requests, and times two of them in turn."""
 
 import math
 import os
@@ -14,22 +14,22 @@ from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 
-TURN_SECONDS = 0.1  # a turn lasts at least this long: shorter runs are repeated within it
+TURN_SECONDS = 0.1  # minimum length of a turn; shorter runs are repeated within it
 LONG_SECONDS, MAX_PAIRS = 5.0, 15
-END_SECONDS = 3.0  # an idle worker ends when its pipe does; a busy one is killed after this
-NO_PEER = "`make bench`"  # what fills a cell that needs torchvision
-# The rows of a table: the cells that name each, and a function that measures the others.
+END_SECONDS = 3.0  # an idle worker exits when its pipe closes; a busy one is killed after this
+NO_PEER = "`make bench`"  # shown in a cell that needs torchvision
+# The rows of a table: the key cells of each, and a function that measures the remaining cells.
 Rows = dict[tuple[str, ...], Callable[[], tuple[Any, ...]]]
 
 
 class WorkerError(RuntimeError):
-    """A worker failed: its own message, or the last lines it wrote if it ended."""
+    """A worker failed. Holds its message, or the last lines of its log if the process ended."""
 
 
 class Worker:
-    """A process of `python -m module` that runs cases; a context manager that ends it.
+    """A `python -m module` process that runs cases; as a context manager, ends it.
 
-    It is started at once and asked later, so that two of them start at the same time.
+    The process starts without waiting, so that two workers can start at the same time.
     """
 
     def __init__(self, python: str | Path, module: str, *, environment: Mapping[str, str] | None = None):
@@ -48,7 +48,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process, even if it is busy."""
         self._pipe.close()
         try:
             self._process.wait(END_SECONDS)
@@ -62,21 +62,21 @@ class Worker:
         return self._ask("about")
 
     def build(self, case: str, arrays: Mapping[str, Any] | None = None, **options: Any) -> dict[str, float]:
-        """Makes a case the current one. Returns its facts, and the seconds and host memory that building it took."""
+        """Builds the current case. Returns its facts, and the seconds and host memory of building it."""
         return self._ask("build", case=case, arrays=arrays or {}, options=options)
 
     def time(self, runs: int = 1) -> float:
-        """Seconds per run, averaged over `runs`."""
+        """Returns seconds per run, averaged over `runs`."""
         self.latest = self._ask("time", runs=runs)
         return self.latest
 
     def result(self) -> Any:
-        """The arrays of a run."""
+        """Returns the arrays of a run."""
         arrays, self.latest = self._ask("result")
         return arrays
 
     def memory(self, runs: int = 2) -> float:
-        """The peak of some runs in MB, of a case that has run before."""
+        """Returns the peak memory in MB over `runs`, of a case that has run before."""
         return self._ask("memory", runs=runs)
 
     def _ask(self, request: str, **options: Any) -> Any:
@@ -97,7 +97,7 @@ Pair = tuple[Worker, Worker | None]
 
 
 class Comparison(NamedTuple):
-    """Median seconds of two sides that took turns, and the ratio `theirs / ours` of each pair of turns."""
+    """Median seconds of two sides timed in turn, and the ratio `theirs / ours` of each pair of turns."""
 
     ours: float
     theirs: float | None
@@ -105,7 +105,7 @@ class Comparison(NamedTuple):
 
     @property
     def cells(self) -> tuple[float | None, list[float] | None]:
-        """The cells `ratio`, above 1 if ours is faster, and `spread`: the median, and the range of the pairs."""
+        """The cells `ratio` (median over pairs, above 1 if ours is faster) and `spread` (range over pairs)."""
         ratios = self.ratios
         return (statistics.median(ratios), [min(ratios), max(ratios)]) if ratios else (None, None)
 
@@ -113,8 +113,8 @@ class Comparison(NamedTuple):
 def side_by_side(ours: Worker, theirs: Worker | None, *, budget: float, least: int = 5) -> Comparison:
     """Times the current cases of two workers in turn, A B A B …, for about `budget` seconds.
 
-    At least `least` pairs, or three where a run takes longer than five seconds. Both cases must have run before: the
-    first run of a program is slower.
+    Takes at least `least` pairs, or three if a run takes longer than five seconds. Both cases must have run before, as
+    the first run of a program is slower.
     """
     sides = [ours] if theirs is None else [ours, theirs]
     firsts = [worker.latest if worker.latest > LONG_SECONDS else worker.time() for worker in sides]
@@ -131,9 +131,9 @@ def side_by_side(ours: Worker, theirs: Worker | None, *, budget: float, least: i
 class Bench:
     """The two sides of a measurement, and how thoroughly they are measured.
 
-    - `quick`: small sizes and few repeats. `seconds`: how long a row is timed otherwise.
+    - `quick`: small sizes and few repeats. `seconds`: time per row otherwise.
     - `peer_python`: an interpreter with torchvision, or `None`.
-    - `folder`: for files of this run. `memo`: figures that several tables need and that are measured once.
+    - `folder`: for files of this run. `memo`: figures that several tables share and that are measured once.
     """
 
     def __init__(self, *, quick: bool, peer_python: Path | None, folder: Path, seconds: float = 10.0):
@@ -145,9 +145,9 @@ class Bench:
     def prepare(
         self, pair: Pair, case: str, arrays: Any, options: dict[str, Any], agree: Any, *, their_case: str | None = None
     ) -> Any:
-        """Makes a case the current one of both workers. Returns `agree(ours, theirs)` of their results, if it can.
+        """Builds a case in both workers. Returns `agree(ours, theirs)` of their results, or `None` without a peer.
 
-        torchvision's side is built first, as it leaves the weights that ours takes.
+        torchvision's side is built first, because it writes the weights that ours loads.
         """
         ours, theirs = pair
         if theirs is not None:
@@ -157,12 +157,12 @@ class Bench:
         return None if theirs is None else agree(result, theirs.result())
 
     def compare(self, pair: Pair, *, share: float = 1.0) -> Comparison:
-        """Times the current cases in turn, for `share` times `seconds`, or a fixed short time in a quick run."""
+        """Times the current cases in turn, for `share * seconds`, or for a fixed short time in a quick run."""
         budget, least = (0.7, 3) if self.quick else (self.seconds, 5)
         return side_by_side(*pair, budget=share * budget, least=least)
 
     def ours(self, environment: Mapping[str, str] | None = None) -> Worker:
-        """A fresh worker of this project, with variables added to its environment."""
+        """Starts a worker of this project, with variables added to its environment."""
         variables = {
             "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45",  # on a GPU the other side needs memory too
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.folder / "programs")),
@@ -171,7 +171,7 @@ class Bench:
 
     @contextmanager
     def pair(self, *, fresh: bool) -> Iterator[Pair]:
-        """Workers of both sides: `fresh` for large cases and where memory is measured, or those that others share."""
+        """Yields a worker per side: `fresh` ones for large cases and for measuring memory, otherwise shared ones."""
         with ExitStack() as stack:
             pair = None if fresh else self._shared
             if pair is None:
@@ -195,9 +195,9 @@ class Bench:
 
     @property
     def on_host(self) -> bool:
-        """Whether the CPU is measured."""
+        """Whether this benchmark runs on the CPU."""
         return self.abouts[0]["platform"] == "cpu"
 
     def weights(self, name: str) -> str | None:
-        """A file in which torchvision's side leaves the parameters that ours takes."""
+        """The file to which torchvision's side writes the parameters that ours loads."""
         return str(self.folder / f"{name}.npz") if self.peer_python else None

@@ -1,6 +1,6 @@
-"""The rows of whole detectors: detection, exports, agreement, training and its memory, sizes, compiling, techniques.
+"""The rows of whole detectors: inference, exports, accuracy, training and memory, sizes, compile times, techniques.
 
-A row's key says all of what is measured: the detector's name, images as in `2 × 320×480`, the precision.
+The key of a row describes the measurement in full: the detector, the images as in `2 × 320×480`, the precision.
 """
 
 import re
@@ -21,14 +21,14 @@ from .worker import Arrays
 
 
 COCO_TRAIN_IMAGES = 118_287  # train2017
-COMPARED_STEPS = 4  # whose losses are averaged before they are compared
+COMPARED_STEPS = 4  # losses are averaged over these before they are compared
 STEP, IMAGE, IMAGES, LARGE = "2 × 320×480", "1 × 800×1216", "8 × 800×1216", "4 × 800×1344"
 FASTER, MASK, DEEP = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "faster_rcnn_resnet101_fpn"
 DENSE = ("retinanet_resnet50_fpn", "fcos_resnet50_fpn")
-SMALL, SMALL_STEP, SMALL_IMAGE = "faster_rcnn_resnet18_fpn", "2 × 160×256", "1 × 320×480"  # of a quick run
+SMALL, SMALL_STEP, SMALL_IMAGE = "faster_rcnn_resnet18_fpn", "2 × 160×256", "1 × 320×480"  # in a quick run
 BATCHES = ("1 × 320×480", "2 × 320×480", "4 × 320×480", "8 × 320×480", "1 × 800×1344", "2 × 800×1344")
 BESIDE = {"torchvision": "inference", "torchvision's export in onnxruntime": "onnx"}
-# XLA's own options. One that a version does not know ends the process.
+# XLA's own options. A process ends if its XLA version does not know the option.
 XLA_OPTIONS = {
     "cpu": ("enable_concurrency_optimized_scheduler=false", "enable_fast_math=true", "prefer_vector_width=512"),
     "gpu": ("triton_gemm_any=true", "enable_latency_hiding_scheduler=true"),
@@ -36,19 +36,19 @@ XLA_OPTIONS = {
 
 
 def parse(images: str) -> tuple[int, tuple[int, int]]:
-    """Batch size, and height and width, of `2 × 320×480`."""
+    """Parses `2 × 320×480` to the batch size, and height and width."""
     batch, height, width = map(int, re.findall(r"\d+", images))
     return batch, (height, width)
 
 
 def case(kind: str, model: str, images: str, precision: str, weights: str | None) -> tuple[str, Arrays, dict[str, Any]]:
-    """A case of both sides, `inference`, `onnx` or `training`: its name, arrays and options."""
+    """Returns name, arrays and options of a case of both sides: `inference`, `onnx` or `training`."""
     (batch, size), options = parse(images), {"name": model, "precision": precision, "weights": weights}
     rng = np.random.default_rng(0)
     arrays = {"images": np.stack([inputs.photograph(rng, size) for _ in range(batch)])}
     if kind != "training":
         return kind, arrays, options
-    # An update like any other, but the weights stay as decisive as they are.
+    # The update costs the same at any learning rate; a tiny one keeps the confident initial weights.
     return kind, arrays | inputs.objects(batch, size), options | {"learning_rate": 1e-9}
 
 
@@ -61,11 +61,11 @@ def _infer(bench: Bench, model: str, images: str, precision: str) -> tuple:
 
 
 def _detect(bench: Bench, pair: Pair, model: str, images: str, precision: str) -> None:
-    """Builds detection on both sides. Reduced precision is rounded differently and cannot be compared."""
+    """Builds detection on both sides. Reduced precision rounds differently, so results are not compared."""
     agree = compare_detections if precision == "float32" else lambda ours, theirs: None
-    found = bench.prepare(pair, *case("inference", model, images, precision, bench.weights(model)), agree)
+    agreement = bench.prepare(pair, *case("inference", model, images, precision, bench.weights(model)), agree)
     if precision == "float32":
-        bench.memo[model, images] = found
+        bench.memo[model, images] = agreement
 
 
 def _accuracy(bench: Bench, model: str, images: str) -> tuple:
@@ -90,9 +90,9 @@ def _train(bench: Bench, model: str, images: str, precision: str) -> tuple:
     kind, arrays, options = case("training", model, images, precision, bench.weights(model))
     with bench.pair(fresh=True) as (ours, theirs), ThreadPoolExecutor(1) as pool:
         if theirs is not None:
-            # In bfloat16 torchvision rounds its anchors too, by pixels, and learns other boxes: its float32 judges.
+            # In bfloat16, torchvision also rounds anchors, by pixels; so its float32 losses are the reference.
             theirs.build(kind, arrays, **options | {"precision": "float32"})
-        building = pool.submit(ours.build, kind, arrays, **options)  # while the other side takes its steps
+        building = pool.submit(ours.build, kind, arrays, **options)  # while the other side runs its steps
         expected = [theirs.result() for _ in range(COMPARED_STEPS)] if theirs is not None else []
         if theirs is not None and precision != "float32":
             theirs.build(kind, arrays, **options)
@@ -102,21 +102,21 @@ def _train(bench: Bench, model: str, images: str, precision: str) -> tuple:
         if expected:
             compare_losses(losses, expected, rtol=0.01 if precision == "float32" else 0.05)
         compared = bench.compare((ours, theirs), share=2)
-        other = None if theirs is None else theirs.memory()
-        if bench.quick:  # without the process that has only loaded the program
+        their_peak = None if theirs is None else theirs.memory()
+        if bench.quick:  # skips the separate process that loads the program from the cache
             bench.memo[model, images, precision] = facts, ours.memory()
     peak = _footprint(bench, model, images, precision, weights=options["weights"])[1]
     rate = parse(images)[0] / compared.ours
-    epoch, ratio = COCO_TRAIN_IMAGES / rate / 3600, NO_PEER if other is None else other / peak
-    return compared.ours, compared.theirs, *compared.cells, rate, epoch, peak, other, ratio
+    epoch, ratio = COCO_TRAIN_IMAGES / rate / 3600, NO_PEER if their_peak is None else their_peak / peak
+    return compared.ours, compared.theirs, *compared.cells, rate, epoch, peak, their_peak, ratio
 
 
 def _footprint(
     bench: Bench, model: str, images: str, precision: str = "float32", *, weights: str | None = None, measured=True
 ) -> tuple[dict[str, float], Any]:
-    """The memory that a step's program says it needs, and the peak of a process that runs it, if that is `measured`."""
+    """Returns the memory analysis of a step's program and, if `measured`, the peak of a process that runs it."""
     if (model, images, precision) not in bench.memo:
-        # A process that compiled keeps some of that memory; the next, which finds the program, is like any later.
+        # A process that compiled keeps some memory; a later one, which loads the cached program, is typical.
         with bench.ours() as ours:
             kind, arrays, options = case("training", model, images, precision, weights)
             facts = ours.build(kind, arrays, **options)
@@ -142,10 +142,10 @@ def _size(bench: Bench, model: str) -> tuple:
 
 
 def _compile(bench: Bench, kind: str, model: str, images: str) -> tuple:
-    """In two fresh processes, the first without the program in its cache."""
+    """Measures in two fresh processes, with an empty and then a filled cache."""
     _, arrays, options = case(kind, model, images, "float32", None)
     compiled, whole, peaks, buckets = [], [], [], None
-    # The run's own folder, which no earlier row has filled: later rows find these programs, unless they have another.
+    # This run's own folder, still empty here. Later rows reuse its programs unless they set another folder.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(bench.folder / "programs")}
     for _ in ("cold", "cached"):
         began = time.perf_counter()
@@ -162,13 +162,13 @@ def _compile(bench: Bench, kind: str, model: str, images: str) -> tuple:
 
 
 def techniques(bench: Bench) -> Rows:
-    """Ours alone, each technique on against off."""
-    from detectax_eqx._xla import TRICKS  # only here: this process starts others, and needs no JAX itself
+    """Returns the rows that compare each technique on and off, for this project only."""
+    from detectax_eqx._xla import TRICKS  # imported here only: this process itself needs no JAX
 
     table: Rows = {}
 
     def row(name: str, kind: str, model: str = FASTER, *, on=None, environment=None, both=None, options=None) -> None:
-        """`on`: options of the case. `environment`: variables. `options`, `both`: options and variables of both."""
+        """`on`, `environment`: options and variables of the `on` side. `options`, `both`: those of both sides."""
         images = {"training": STEP, "inference": SMALL_IMAGE if bench.quick else IMAGE}[kind]
         measure = partial(_try, bench, kind, model, images, on or {}, environment or {}, both or {}, options or {})
         table[name, f"{kind}, {model}, {images}"] = measure
@@ -182,13 +182,13 @@ def techniques(bench: Bench) -> Rows:
     platform = "cpu" if bench.on_host else "gpu"
     variables = [("XLA_FLAGS", f"--xla_{platform}_{option}") for option in XLA_OPTIONS[platform]]
     if bench.on_host:
-        # That scheduler runs all it can at once, and then keeps the values that checkpointing is to spare.
+        # The concurrency-optimised scheduler keeps alive the values that checkpointing recomputes.
         name, both = f"gradient checkpointing, with `{variables[0][1]}`", dict(variables[:1])
         row(name, "training", on={"checkpoint": True}, both=both)
         variables.append(("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"))
     for name, value in variables:
         row(f"`{name}={value}`", "training", environment={name: value})
-    for trick in TRICKS:  # ways around the compiler, each turned off on its own
+    for trick in TRICKS:  # compiler workarounds, each turned off alone
         name, off = f"`DETECTAX_PLAIN={trick}`", {"DETECTAX_PLAIN": trick}
         checkpoint = {"checkpoint": True} if trick == "rematerialisation" else {}
         row(name, "training", MASK, environment=off, options=checkpoint)
@@ -198,7 +198,7 @@ def techniques(bench: Bench) -> Rows:
 
 
 def _try(bench: Bench, kind: str, model: str, images: str, on_options, environment, both, options) -> tuple:
-    weights = bench.weights(model)  # that detect something, if an earlier table has left any
+    weights = bench.weights(model)  # written by an earlier table, if any; these weights detect something
     weights = weights if weights and Path(weights).exists() else None
     _, arrays, case_options = case(kind, model, images, "float32", weights)
     with bench.ours(both) as off, bench.ours(both | environment) as on:
@@ -215,7 +215,7 @@ def _try(bench: Bench, kind: str, model: str, images: str, on_options, environme
 
 
 def data(bench: Bench) -> Rows:
-    """Images decoded and fed, beside torch's DataLoader: two workers, threads here and processes there."""
+    """Returns the rows of data loading beside torch's DataLoader: two threads here, two processes there."""
     count = 16 if bench.quick else 96
     images = f"{count} JPEGs 640×480 and 480×640, 2 per batch, 2 workers"
     return {(name, images): partial(_feed, bench, count, "masks" in name) for name in ("boxes", "boxes and masks")}
@@ -233,12 +233,12 @@ def _feed(bench: Bench, count: int, masks: bool) -> tuple:
 
 
 def _same_sums(ours: Arrays, theirs: Arrays) -> None:
-    for name in theirs:  # polygons cover parts of pixels here and whole ones there
+    for name in theirs:  # polygon masks are fractional here and binary there
         require_close({name: ours[name]}, {name: theirs[name]}, atol=0.02 if name == "area" else 1e-6)
 
 
 def rows(bench: Bench, table: str) -> Rows:
-    """The rows of a table, or the few of a quick run."""
+    """Returns the rows of a table, or a few of them in a quick run."""
     precisions = ("float32",) if bench.on_host else ("float32", "tf32", "bfloat16")
     detected = [*product((FASTER, MASK, DEEP, *DENSE), [IMAGE]), (FASTER, IMAGES), (MASK, IMAGES)]
     trained = [*product((FASTER, MASK, DEEP, "mask_rcnn_resnet101_fpn", *DENSE), [STEP])]

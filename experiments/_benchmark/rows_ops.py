@@ -1,4 +1,4 @@
-"""The rows of operators, one by one."""
+"""The rows of single operators."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from .worker import Arrays
 
 
 def ops(bench: Bench) -> Rows:
-    """Operators on an 800×1216 image, or smaller ones."""
+    """Returns the rows of operators on an 800×1216 image, or on smaller inputs in a quick run."""
     rows: Rows = {}
 
     def row(name: str, case: str, draw: Callable[[Any], Arrays], agree=require_close, /, **options: Any) -> None:
@@ -87,7 +87,7 @@ def ops(bench: Bench) -> Rows:
         f"backbone + FPN, {body}, {height}×{width}", "backbone",
         lambda rng: {"images": rng.standard_normal((1, 3, height, width), np.float32)}, **net, backward=False,
     )  # fmt: skip
-    if not quick:  # the training step takes long enough to compile
+    if not quick:  # it takes long to compile
         row(
             f"backbone + FPN, {body}, 2 × 320×480, forward + backward", "backbone",
             lambda rng: {"images": rng.standard_normal((2, 3, 320, 480), np.float32)},
@@ -112,13 +112,13 @@ def _same_selection(ours: Arrays, theirs: Arrays) -> None:
 
 
 def _same_matches(ours: Arrays, theirs: Arrays) -> None:
-    """torchvision writes -1 for background and -2 for anchors that are neither."""
-    others = np.where(ours["negative"], -1, -2)
-    require_close({"matches": np.where(ours["positive"], ours["indices"], others)}, theirs)
+    """In torchvision, -1 is background and -2 marks anchors that are neither positive nor negative."""
+    unmatched = np.where(ours["negative"], -1, -2)
+    require_close({"matches": np.where(ours["positive"], ours["indices"], unmatched)}, theirs)
 
 
 def _similar_targets(ours: Arrays, theirs: Arrays) -> None:
-    """Ours are taken from 112×112 masks in box frames, torchvision's from masks of the whole image."""
+    """Our targets are cropped from 112×112 masks in box frames, torchvision's from masks of the whole image."""
     difference = float(np.abs(ours["targets"] - theirs["targets"]).mean())
     if not difference < 0.02:
         raise Disagreement(f"targets differ from torchvision's by {difference:.3f} on average")

@@ -1,7 +1,7 @@
-"""Measurements, kept as JSON lines, and the tables of Markdown files.
+"""Measurements, stored as JSON lines, and Markdown tables.
 
-A line of `measurements.jsonl` is a row of a table: the table's name, the cells that name the row, the measured cells,
-and the number of its run. A line of `runs.jsonl` holds a run's hardware, versions, commit, date and command.
+A line of `measurements.jsonl` is a row of a table: the table's name, the key cells of the row, the measured cells, and
+the number of its run. A line of `runs.jsonl` holds a run's hardware, versions, commit, date and command.
 `tables.json` lists the columns of every table, with the format of each measured one.
 """
 
@@ -26,13 +26,13 @@ class MarkerError(ValueError):
 
 
 class Table(NamedTuple):
-    """A table: the columns that name a row, and the format of each measured column."""
+    """A table: the key columns, and the format of each measured column."""
 
     keys: list[str]
     columns: dict[str, str]
 
     def key(self, row: Line) -> tuple[str, ...]:
-        """The cells that name a row."""
+        """Returns the key cells of a row."""
         return tuple(row[column] for column in self.keys)
 
 
@@ -41,7 +41,7 @@ TABLES = {name: Table(**table) for name, table in json.loads((FOLDER / "tables.j
 
 @dataclass(frozen=True)
 class Run:
-    """What the rows of a run have in common."""
+    """What all rows of a run share."""
 
     hardware: str
     versions: str
@@ -51,7 +51,7 @@ class Run:
 
 
 class Measurements:
-    """The JSON lines in a folder."""
+    """The measurements in a folder of JSON lines."""
 
     def __init__(self, folder: Path = FOLDER):
         self._files = folder / "measurements.jsonl", folder / "runs.jsonl"
@@ -59,15 +59,15 @@ class Measurements:
         self.runs: dict[int, Run] = {run.pop("run"): Run(**run) for run in _read(self._files[1])}
 
     def of(self, table: str, hardware: str | None = None) -> list[Line]:
-        """The rows of a table, or those of some hardware."""
+        """Returns the rows of a table, or only those of one hardware."""
         rows = [row for row in self.rows if row["table"] == table]
         return [row for row in rows if hardware is None or self.runs[row["run"]].hardware == hardware]
 
     def add(self, table: str, row: Line, run: Run | None, *, keys: Sequence[tuple[str, ...]]) -> None:
-        """Puts a row into a table, with its run, and drops runs that no row refers to any more. Both files are written.
+        """Adds a row and its run to a table, drops runs that no row refers to any more, and writes both files.
 
-        - `keys`: the names of all rows that the table has on this hardware, in order. Rows of this hardware stay if
-          they are among those and not measured again; rows of other hardware stay, whatever their names.
+        - `keys`: the keys of all rows that the table has on this hardware, in order. Other rows of this hardware are
+          kept only if their key is among these. Rows of other hardware are always kept.
         - `run`: `None` for a table without hardware.
         """
         key, runs = TABLES[table].key, self.runs
@@ -102,14 +102,14 @@ def _write(file: Path, lines: Iterable[Line]) -> None:
 
 
 def replace(file: Path, text: str) -> None:
-    """Writes a file that is whole at every moment."""
+    """Writes a file atomically."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(file)
 
 
 def commit() -> str:
-    """The commit that is measured, and whether files differ from it."""
+    """Returns the current commit, marked if files differ from it."""
     if which("git") is None:
         return "unknown"
 
@@ -123,7 +123,7 @@ def commit() -> str:
 
 
 def read_table(file: Path, name: str) -> tuple[Cells, list[Cells]]:
-    """Header and rows of a table between its markers; both empty if it has none."""
+    """Reads header and rows of a table between its markers; both are empty if there is no table."""
     lines = [line.strip() for line in _parts(file, name)[1].splitlines() if line.startswith("|")]
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
     cells = [tuple(cell.strip().replace(r"\|", "|") for cell in row) for row in rows]
@@ -131,18 +131,16 @@ def read_table(file: Path, name: str) -> tuple[Cells, list[Cells]]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines of a table in Markdown."""
+    """Formats a table in Markdown."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in (header, ("---",) * len(header), *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _parts(file: Path, name: str) -> tuple[str, str, str]:
-    """The file before, between and after a table's markers."""
+    """Splits a file into the parts before, between and after a table's markers."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, found, rest = file.read_text().partition(begin)
     inside, closed, after = rest.partition(end)
     if not (found and closed):
-        raise MarkerError(
-            f"{file} lacks the markers <!-- {name} --> and <!-- /{name} -->, between which its table goes."
-        )
+        raise MarkerError(f"{file} lacks the markers <!-- {name} --> and <!-- /{name} --> around its table.")
     return before + begin, inside, end + after

@@ -1,4 +1,4 @@
-"""The worker's end: a process that builds a case, runs it, times it and reports its memory, on request."""
+"""The worker process: on request, builds a case, runs it, times it and reports its memory."""
 
 import ctypes
 import gc
@@ -19,11 +19,11 @@ Arrays = Mapping[str, Any]
 
 @dataclass
 class Case:
-    """Something to measure.
+    """A program to measure.
 
-    - `run`: runs it, and returns when the result is there.
-    - `arrays`: the result as NumPy arrays by name, for a comparison. This is not timed.
-    - `facts`: figures that building it produced.
+    - `run`: runs it, and returns when the result is ready.
+    - `arrays`: converts the result to named NumPy arrays for the comparison; not timed.
+    - `facts`: figures from building it.
     """
 
     run: Callable[[], Any]
@@ -33,10 +33,10 @@ class Case:
 
 @dataclass
 class Side:
-    """One library in this process: its cases, of which one is held at a time, and the requests that it answers.
+    """One library in this process: its cases, one of which is held at a time, and the requests that it answers.
 
-    - `versions`: what `about` reports, with the device. `peak_bytes`: the largest memory in use on the accelerator, or
-      `None` where the host's memory counts. `reset_peak`: resets that figure, where this is possible.
+    - `versions`: versions and device, returned by `about`. `peak_bytes`: returns the peak memory of the accelerator;
+      `None` to measure host memory. `reset_peak`: resets that peak, if possible.
     """
 
     cases: dict[str, Callable[..., Case]]
@@ -46,7 +46,7 @@ class Side:
     case: Case = field(default_factory=lambda: Case(lambda: None))
 
     def serve(self) -> None:
-        """Answers requests from the pipe that the last argument names, until it is closed."""
+        """Answers requests until the pipe closes, whose file descriptor is the last command-line argument."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark handles Ctrl-C and ends its workers
         pipe, self._resident = Connection(int(sys.argv[-1])), _status("VmRSS")
         with suppress(EOFError):
@@ -66,7 +66,7 @@ class Side:
         return self.versions
 
     def build(self, case: str, arrays: Arrays, options: dict[str, Any]) -> dict[str, float]:
-        """Makes a case the current one. Returns its facts, and the seconds and host memory that building it took."""
+        """Builds the current case. Returns its facts, and the seconds and host memory of building it."""
         self.case = Case(lambda: None)
         gc.collect()
         began = time.perf_counter()
@@ -75,28 +75,28 @@ class Side:
         return {"seconds": seconds, "building MB": peak / 1e6, **self.case.facts}
 
     def time(self, runs: int) -> float:
-        """Seconds per run."""
+        """Returns seconds per run."""
         if runs > 1:
-            self.case.run()  # the other process had the caches
+            self.case.run()  # refills the caches after the other process's turn
         began = time.perf_counter()
         for _ in range(runs):
             self.case.run()
         return (time.perf_counter() - began) / runs
 
     def result(self) -> tuple[Any, float]:
-        """The arrays of a run, and its seconds."""
+        """Returns the arrays of a run, and its seconds."""
         began = time.perf_counter()
         result = self.case.run()
         seconds = time.perf_counter() - began
         return self.case.arrays(result), seconds
 
     def memory(self, runs: int) -> float:
-        """The peak of some runs in MB: on the accelerator, or what the process holds beyond its libraries."""
+        """Returns peak memory in MB: of the accelerator, or of the process without its imported libraries."""
         gc.collect()
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # compiling leaves much free heap behind (malloc_trim(3))
+            ctypes.CDLL(None).malloc_trim(0)  # returns free heap left by compiling (malloc_trim(3))
         self.reset_peak()
-        with suppress(OSError):  # resets VmHWM (proc(5)); where refused, it is the peak since the process began
+        with suppress(OSError):  # resets VmHWM (proc(5)); if denied, the peak is since the process began
             Path("/proc/self/clear_refs").write_text("5")
         for _ in range(runs):
             self.case.run()
@@ -104,7 +104,7 @@ class Side:
 
 
 def _status(key: str) -> int:
-    """Bytes of the process's resident memory: `VmRSS` now, `VmHWM` at most. Outside Linux always the latter."""
+    """Returns resident memory in bytes: `VmRSS` now, `VmHWM` at peak. Outside Linux always the peak."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))

@@ -1,4 +1,4 @@
-"""The cases that `benchmark.py` measures: programs that it starts as processes of their own, each in its interpreter.
+"""The cases that `benchmark.py` measures. Each module runs as a separate process, in its own interpreter.
 
-`ours` and `theirs` are the same cases, here and in torchvision. `_benchmark.worker` is their end of the conversation.
+`ours` and `theirs` define the same cases, for this project and torchvision, and serve them with `_benchmark.worker`.
 """

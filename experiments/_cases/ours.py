@@ -1,4 +1,4 @@
-"""The worker of this project's side: operators, detectors, training steps, exports and the data pipeline as cases."""
+"""This project's worker: cases for operators, detectors, training steps, exports and the data pipeline."""
 # pyright: reportMissingImports=false
 
 import os
@@ -29,25 +29,25 @@ FIELDS = ("boxes", "scores", "labels", "valid")
 
 
 def operator(function: Callable[..., Any], arrays: Arrays, **options: Any) -> Case:
-    """A case of a function jitted over its arrays, which are on the device before it is timed."""
+    """Returns a case for a function, jitted; its arrays are moved to the device before timing."""
     arrays, run = jax.tree.map(jnp.asarray, arrays), jax.jit(partial(function, **options))
     return Case(lambda: jax.block_until_ready(run(**arrays)), lambda result: jax.tree.map(np.asarray, result))
 
 
 def box_selection(boxes, scores):
-    """The end of a box head, from `(p, k)` scores and boxes: threshold, suppression within each class, the best."""
+    """Selects detections from `(p, k)` scores and boxes: threshold, suppression per class, highest scores."""
     labels = jnp.tile(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape[0])  # (p k)
     boxes, scores = boxes.reshape(-1, 4), scores.reshape(-1)  # (p k, 4), (p k)
     keep, valid = ops.nms_indices(boxes, scores, scores > 0.05, iou_threshold=0.5, max_outputs=100, labels=labels)
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep], "valid": valid}
 
 
-# Pooling from the level of each box, 7×7 with two samples per bin and axis.
+# Pools each box from its level, 7×7 with two samples per bin and axis.
 roi_align = partial(ops.multilevel_roi_align, output_size=7, strides=STRIDES, sampling_ratio=2, aligned=False)
 
 
 def roi_align_gradient(maps, boxes, cotangent):
-    """Pooling, and its gradient with respect to each map."""
+    """Returns the gradient of pooling with respect to each map."""
     (gradients,) = jax.vjp(lambda maps: roi_align(maps, boxes), maps)[1](cotangent)
     return {f"gradient{i}": gradient for i, gradient in enumerate(gradients)}
 
@@ -58,13 +58,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "roi_align": lambda maps, boxes: {"pooled": roi_align(maps, boxes)},
     "roi_align_gradient": roi_align_gradient,
     "paste_masks": lambda masks, boxes, **options: {"pasted": ops.paste_masks(masks, boxes, **options)},
-    # From masks in the frame of their box.
+    # Input masks are in the frame of their box.
     "mask_targets": lambda masks_in_box, boxes, rois, matched, **_: {
         "targets": ops.crop_masks(masks_in_box[matched], boxes[matched], rois, output_size=28)
     },
     "pairwise_iou": lambda boxes, anchors: {"iou": ops.pairwise_iou(boxes, anchors)},
     "decode_boxes": lambda deltas, anchors: {"boxes": ops.decode_boxes(deltas, anchors)},
-    # The RPN's rule.
+    # The matching rule of the RPN.
     "match_boxes": lambda iou: ops.match_boxes(
         iou, low_threshold=0.3, high_threshold=0.7, allow_low_quality=True
     )._asdict(),
@@ -75,7 +75,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def redraw_masks(arrays: Arrays, *, image_size: tuple[int, int]) -> Case:
-    """Masks on an image, each time in the memory of the last result."""
+    """Returns a case that pastes masks, reusing the memory of the previous result."""
     masks, boxes = jnp.asarray(arrays["masks"]), jnp.asarray(arrays["boxes"])
     pasted = [jnp.zeros((len(masks), *image_size), masks.dtype)]
 
@@ -91,21 +91,21 @@ def redraw_masks(arrays: Arrays, *, image_size: tuple[int, int]) -> Case:
 
 
 def load(build: Callable[..., Model], weights: str | None) -> Model:
-    """The output of `build(key=…)`, with torchvision's parameters of a file, or its own random ones."""
+    """Builds a model with `build(key=…)`, and loads torchvision's parameters from a file if `weights` is given."""
     if weights is None:
         return eqx.filter_jit(build)(key=jr.key(0))
     return load_torchvision(eqx.filter_eval_shape(build, key=jr.key(0)), dict(np.load(weights)))
 
 
 def detector(name: str, weights: str | None, size: tuple[int, int]) -> models.AbstractDetector:
-    """The named detector for images of `size` as they are, with torchvision's parameters of a file or random ones."""
+    """Builds a detector that keeps images of `size` unscaled, with weights from a file or at random."""
     model = load(partial(zoo.build, name, NUM_CLASSES), weights)
     resize = models.ShortestEdge(min(size), max(size))
     return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
 
 def backbone(arrays: Arrays, *, name: str, weights: str | None, backward: bool) -> Case:
-    """A detector's ResNet and pyramid on images `(b, 3, h, w)`; or that and the gradient of all it trains."""
+    """Returns a case for ResNet and pyramid on images `(b, 3, h, w)`, or also for their trainable gradients."""
     model = detector(name, weights, IMAGE_SIZE)
     trained = models.trainable(model).backbone
 
@@ -129,7 +129,7 @@ def backbone(arrays: Arrays, *, name: str, weights: str | None, backward: bool) 
 
 
 def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> Case:
-    """From uint8 images on the host to detections, masks pasted on their image."""
+    """Returns a case for detection, from uint8 images on the host to boxes and pasted masks."""
     set_product_precision(precision)
     images = arrays["images"]
     size = images.shape[1:3]
@@ -155,12 +155,12 @@ def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str)
 
 
 def by_image(arrays: Arrays) -> list[Arrays]:
-    """The valid detections in each image of a batch."""
+    """Splits a batch into the valid detections of each image."""
     return [{name: array[i][valid] for name, array in arrays.items()} for i, valid in enumerate(arrays["valid"])]
 
 
 def onnx(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> Case:
-    """An ONNX file of the detector in onnxruntime, from uint8 images on the host; masks stay in their boxes."""
+    """Returns a case for the exported ONNX file in onnxruntime, from uint8 images; masks stay in box frames."""
     import onnxruntime
 
     images = arrays["images"]
@@ -179,7 +179,7 @@ def onnx(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> C
 def training(
     arrays: Arrays, *, name: str, weights: str | None, precision: str, learning_rate: float, checkpoint: bool = False
 ) -> Case:
-    """A step as `train.py` makes it: resize, forward, backward, SGD; `facts` describe the compiled program."""
+    """Returns a case for a step as in `train.py`: resize, forward, backward, SGD. `facts` describe its program."""
     set_product_precision(precision)
 
     def loss(model, example: Batch, *, key):
@@ -195,7 +195,7 @@ def training(
     optimizer, trainable = train.sgd(learning_rate), models.trainable(model)
     states = [train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0))]
     batch = make_batch(arrays, with_masks="masks" in model.needs)
-    del model  # the state is a copy
+    del model  # the state holds a copy
     step = train.make_train_step(loss, optimizer, trainable=trainable)
     options: dict[str, Any] = {"compiler_options": train.step_compiler_options(), "donate": "all-except-first"}
     program, facts = compiled_program(
@@ -203,7 +203,7 @@ def training(
     )
 
     def run() -> Any:
-        state, metrics = program(batch, states.pop())  # a step consumes its state
+        state, metrics = program(batch, states.pop())  # donated by the step
         states.append(state)
         return jax.block_until_ready(metrics)
 
@@ -214,7 +214,7 @@ def training(
 
 
 def make_batch(arrays: Arrays, *, with_masks: bool, max_objects: int = 100) -> Batch:
-    """Images and their objects, padded as `data.Loader` pads them."""
+    """Makes a batch of images and objects, padded as in `data.Loader`."""
     pixels, labels, mask = arrays["images"], arrays["labels"], arrays["mask_in_box"]
     count, objects = labels.shape
 
@@ -230,7 +230,7 @@ def make_batch(arrays: Arrays, *, with_masks: bool, max_objects: int = 100) -> B
 
 
 def compiled_program(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
-    """A jitted function compiled for some arguments, the seconds that took, and the memory it says it needs."""
+    """Compiles a jitted function. Returns the program, and facts: compile seconds and memory analysis."""
     began = time.perf_counter()
     program = function.lower(*args).compile()
     facts = {"compile s": time.perf_counter() - began}
@@ -245,23 +245,23 @@ def compiled_program(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
 
 
 def in_precision(model: Model, precision: str) -> Model:
-    """The model to compute with."""
+    """Casts the model to the precision to compute in."""
     return nn.cast(model, jnp.bfloat16) if precision == "bfloat16" else model
 
 
 def set_product_precision(precision: str) -> None:
-    """Full float32, or with products in TF32, where the device has it."""
+    """Sets the precision of matrix products: full float32, or TF32 where the device supports it."""
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "float32" else "default")
 
 
 def size(arrays: Arrays, *, name: str) -> Case:
-    """Trainable numbers of the named detector."""
+    """Counts the trainable parameters of the named detector."""
     model = eqx.filter_eval_shape(lambda: zoo.build(name, NUM_CLASSES, key=jr.key(0)))
     return Case(lambda: None, facts={"parameters": models.num_parameters(model)})
 
 
 def feed(arrays: Arrays, *, folder: str, masks: bool, batch_size: int, workers: int) -> Case:
-    """One pass over a COCO folder, in batches as `train.py` feeds them: canvases of uint8, masks in box frames."""
+    """Returns a case for one epoch of a COCO folder, loaded as in `train.py`: uint8 canvases, box-frame masks."""
     dataset = data.load_coco(Path(folder) / "annotations.json", Path(folder) / "images")
     buckets, side = data.make_buckets(dataset.sizes), 112 if masks else None
     loader = data.Loader(dataset, batch_size=batch_size, buckets=buckets, mask_size=side, num_threads=workers)
@@ -285,13 +285,13 @@ def feed(arrays: Arrays, *, folder: str, masks: bool, batch_size: int, workers: 
 
 
 def buckets(arrays: Arrays) -> Case:
-    """The number of programs that images of some sizes take."""
+    """Counts the programs that images of the given sizes need."""
     sizes = [(int(height), int(width)) for height, width in arrays["sizes"]]
     return Case(lambda: None, facts={"buckets": len(data.make_buckets(sizes))})
 
 
 def about() -> dict[str, Any]:
-    """Versions, and the device."""
+    """Returns versions and the device."""
     device, cpus = jax.devices()[0], Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
     on_host = device.platform == "cpu"

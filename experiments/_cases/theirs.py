@@ -1,4 +1,4 @@
-"""The worker of torchvision's side: the cases of `ours`, on its own detectors and operators."""
+"""torchvision's worker: the cases of `ours` with torchvision's detectors and operators."""
 # pyright: reportMissingImports=false
 
 from collections.abc import Callable, Mapping
@@ -30,19 +30,19 @@ MATCHER = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
 
 def on_device(arrays: Any) -> Any:
-    """Arrays, or lists and dictionaries of them, as tensors on the device that is measured."""
+    """Moves arrays, or lists and dictionaries of them, to the measured device as tensors."""
     if isinstance(arrays, Mapping):
         return {name: on_device(array) for name, array in arrays.items()}
     return [on_device(a) for a in arrays] if isinstance(arrays, list) else torch.from_numpy(arrays).to(DEVICE)
 
 
 def to_host(result: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Named results as arrays."""
+    """Converts named results to arrays."""
     return {name: value.detach().cpu().numpy() for name, value in result.items()}
 
 
 def ready(function: Callable[[], Any], *, gradients: bool = False) -> Callable[[], Any]:
-    """The function, returning once its result is there, in inference mode unless there are `gradients`."""
+    """Makes a function wait for its result. It runs in inference mode unless `gradients` are needed."""
 
     def run() -> Any:
         with torch.inference_mode(not gradients):
@@ -55,13 +55,13 @@ def ready(function: Callable[[], Any], *, gradients: bool = False) -> Callable[[
 
 
 def operator(function: Callable[..., Any], arrays: Arrays, **options: Any) -> Case:
-    """A case of a function of tensors; with gradients if there is a cotangent."""
+    """Returns a case for a function of tensors, with gradients if `arrays` contains a cotangent."""
     run = partial(function, **on_device(arrays), **options)
     return Case(ready(run, gradients="cotangent" in arrays), to_host)
 
 
 def box_selection(boxes, scores):
-    """`RoIHeads.postprocess_detections` from scores and decoded boxes on."""
+    """Runs the part of `RoIHeads.postprocess_detections` that follows box decoding."""
     labels = torch.arange(scores.shape[1], device=DEVICE).view(1, -1).expand_as(scores).reshape(-1)  # (p k)
     boxes, scores = boxes.reshape(-1, 4), scores.reshape(-1)  # (p k, 4), (p k)
     inds = torch.where(scores > 0.05)[0]
@@ -91,7 +91,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "roi_align": roi_align,
     "roi_align_gradient": roi_align_gradient,
     "paste_masks": paste_masks,
-    "redraw_masks": paste_masks,  # torchvision's takes no memory for its result
+    "redraw_masks": paste_masks,  # torchvision cannot reuse the memory of a result
     "mask_targets": lambda masks, rois, matched, **_: {"targets": project_masks_on_boxes(masks, rois, matched, 28)},
     "pairwise_iou": lambda boxes, anchors: {"iou": ops.box_iou(boxes, anchors)},
     "decode_boxes": lambda deltas, anchors: {"boxes": CODER.decode_single(deltas, anchors)},
@@ -103,7 +103,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def load(name: str, weights: str, size: tuple[int, int]) -> torch.nn.Module:
-    """The named detector at random weights, which are left in the file `weights` for the other side."""
+    """Builds a detector with random weights, and writes them to the file `weights` for the other side."""
     model = random_detector(name, num_outputs=num_outputs(name), min_size=min(size), max_size=max(size))
     np.savez(weights, **arrays_of(model))  # type: ignore[arg-type]
     return model.to(DEVICE)
@@ -145,7 +145,7 @@ def inference(arrays: Arrays, *, name: str, weights: str, precision: str) -> Cas
 
 
 def onnx(arrays: Arrays, *, name: str, weights: str, precision: str) -> Case:
-    """torch's own ONNX export in onnxruntime, from one uint8 image on the host."""
+    """Returns a case for torch's ONNX export in onnxruntime, from one uint8 image on the host."""
     import onnxruntime
 
     (image,) = arrays["images"]
@@ -186,18 +186,18 @@ def training(arrays: Arrays, *, name: str, weights: str, precision: str, learnin
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """A uint8 image of the host as the detectors take it."""
+    """Converts a uint8 image on the host to the detectors' input."""
     return torch.from_numpy(image).to(DEVICE).permute(2, 0, 1).float() / 255
 
 
 def set_precision(precision: str) -> torch.autocast:
-    """Full float32, TF32 products where the device has them, or automatic mixed precision: a context to run in."""
+    """Sets full float32 or TF32, and returns the autocast context for bfloat16 (automatic mixed precision)."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def size(arrays: Arrays, *, name: str) -> Case:
-    """Trainable numbers of the named detector."""
+    """Counts the trainable parameters of the named detector."""
     with torch.device("meta"):
         model = new_detector(name, num_outputs(name))
     return Case(lambda: None, facts={"parameters": sum(parameter.numel() for parameter in model.parameters())})
@@ -205,13 +205,13 @@ def size(arrays: Arrays, *, name: str) -> Case:
 
 @cache
 def num_outputs(name: str) -> int:
-    """How many classes the named detector counts: two-stage ones have the background as one of them."""
+    """Returns the detector's number of classes; two-stage detectors count the background."""
     with torch.device("meta"):
         return NUM_CLASSES + hasattr(new_detector(name), "roi_heads")
 
 
 class Coco(CocoDetection):
-    """Images as float tensors, targets as the detectors take them."""
+    """COCO images as float tensors, with targets in the detectors' format."""
 
     def __init__(self, folder: Path, *, masks: bool):
         super().__init__(str(folder / "images"), str(folder / "annotations.json"))
@@ -232,13 +232,13 @@ class Coco(CocoDetection):
 
 
 def polygon_mask(polygons, height: int, width: int) -> torch.Tensor:
-    """The pixels of an object."""
+    """Rasterises the polygons of an object."""
     mask = torch.as_tensor(coco_masks.decode(coco_masks.frPyObjects(polygons, height, width)), dtype=torch.uint8)
     return mask.any(dim=2)
 
 
 def collate(examples):
-    """Lists of images and of targets: sizes differ."""
+    """Collates into lists of images and targets, because sizes differ."""
     return tuple(zip(*examples, strict=True))
 
 

@@ -1,16 +1,16 @@
-"""Generated malformed input: each file makes the cases of one kind of input."""
+"""Generated malformed input: each file generates the cases of one kind of input."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """Something wrong, and what a user then does.
+    """Malformed input, and a call that uses it as a user would.
 
-    - `make(folder)`: makes the files in an empty folder and returns a call that uses them.
-    - `words`: what the message has to say besides, a value for instance.
-    - `check(result)`: where the call returns, asserts that nothing in its result is wrong, and says `"repaired"`, where
-      it was counted, or `"harmless"`. Without it, the call has to refuse.
+    - `make(folder)`: writes the files to an empty folder and returns the call that uses them.
+    - `words`: what the error message has to contain, a value for instance.
+    - `check(result)`: if the call returns, asserts that its result is correct, and returns `"repaired"` if the problem
+      was counted, or `"harmless"`. Without `check`, the call has to fail.
     """
 
     name: str
@@ -20,7 +20,7 @@ class Case(NamedTuple):
 
 
 def damage(content: bytes, rng, *, flips: int, cuts: int):
-    """`(what, damaged content)`: single flipped bits at random places, and ends cut off, at both extremes too."""
+    """Yields `(what, damaged content)`: single bits flipped at random, and ends cut off, including both extremes."""
     for position in rng.choice(len(content), min(flips, len(content)), replace=False).tolist():
         flipped = bytearray(content)
         flipped[position] ^= 1 << int(rng.integers(8))

@@ -49,7 +49,7 @@ FIELDS = [
 
 
 def content():
-    """Three images; an object with a polygon, one with runs, one with compressed runs, a crowd, and a box alone."""
+    """Three images; objects with a polygon, run lengths or compressed run lengths, a crowd, and one with only a box."""
     mask = np.zeros(SIZE, np.uint8)
     mask[2:5, 3:9] = 1
     counts = coco_mask.encode(np.asfortranarray(mask))["counts"]
@@ -72,7 +72,7 @@ def content():
 
 
 def make(text, folder):
-    """Writes images and annotations; the call loads them, and reads every image with its objects."""
+    """Writes images and annotations; the returned call loads them, and reads every image with its objects."""
     (folder / "images").mkdir()
     for id in (7, 3, 5):
         Image.new("RGB", (WIDTH, HEIGHT), (id, id, id)).save(folder / "images" / f"{id}.png")
@@ -88,7 +88,7 @@ def make(text, folder):
 
 
 def check(result, untouched=()):
-    """Ids, labels, sizes and boxes are sound, and the objects that were not touched are what they were."""
+    """Checks that ids, labels, sizes and boxes are valid, and that untouched objects are unchanged."""
     dataset, batch = result
     known = {annotation["id"]: annotation for annotation in content()["annotations"]}
     ids = []
@@ -136,7 +136,7 @@ def cases():
 
 
 def place(path):
-    """How a message has to name where something is: by id, unless it is the id that is wrong."""
+    """How a message has to name the place of an error: by id, unless the id itself is wrong."""
     if len(path) < 3:
         return "train.json"
     if path[2] == "id":
@@ -145,7 +145,7 @@ def place(path):
 
 
 def texts():
-    """The file's text, damaged."""
+    """Damaged versions of the file's text."""
     text = json.dumps(content()).encode()
     rng = np.random.default_rng(0)
     damaged = dict(damage(text, rng, flips=40, cuts=8))

@@ -1,4 +1,4 @@
-"""Checkpoints: every file damaged, and indexes that say something else under a right checksum."""
+"""Checkpoints: every file damaged, and indexes with wrong content under a correct checksum."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ FIELDS = [
 
 @cache
 def whole():
-    """A checkpoint to be copied."""
+    """A checkpoint to copy."""
     return train.save_checkpoint(mkdtemp(), TREE, step=1, metadata=METADATA)
 
 
@@ -54,7 +54,7 @@ def check(result):
     for name, leaf in TREE.items():
         saved, loaded = (jr.key_data(x) if name == "key" else x for x in (leaf, tree[name]))
         np.testing.assert_array_equal(saved, loaded)
-    assert metadata in (METADATA, {})  # under a right checksum, any object may be what was saved
+    assert metadata in (METADATA, {})  # under a correct checksum, any object may have been saved
     return "harmless"
 
 

@@ -1,4 +1,4 @@
-"""Image files: every format damaged at random, and headers that promise too much."""
+"""Image files: every format damaged at random, and headers that claim too much."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ from . import Case, damage
 
 
 SIZE = (40, 56)
-# Formats that carry no checksum of their pixels: what a flipped bit changes there cannot be detected.
+# Formats without a checksum of their pixels, in which a flipped bit cannot be detected.
 UNCHECKED = ("JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
 
@@ -52,7 +52,7 @@ def cases():
 
 
 def png(width, height, data=b""):
-    """A PNG with that header and those compressed bytes."""
+    """A PNG with a header of the given size and the given compressed bytes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,4 +1,4 @@
-"""Options of the scripts: out of range, against each other, or naming files that are not what they should be."""
+"""Options of the scripts that are out of range, contradict each other, or name files with the wrong content."""
 
 import json
 import sys
@@ -112,21 +112,21 @@ RANGES = {
 
 @cache
 def shapes():
-    """Annotations and images that are as they should be; their detector is compiled here, while no case is timed."""
+    """Valid annotations and images; their detector is compiled here, while no case is timed."""
     annotations, images = data.write_shapes_dataset(mkdtemp(), num_images=2, image_size=(64, 64))
     tiny_train.build("faster_rcnn_resnet18_fpn", data.load_coco(annotations, images).num_classes, "group")
     return annotations, images
 
 
 def saved(folder, metadata=None, tree=None):
-    """A folder as train.py would leave it, with something else in it."""
+    """A folder as train.py would leave it, with other content."""
     tree = {"w": jnp.zeros(2)} if tree is None else tree
     train.save_checkpoint(folder / "last", tree, step=1, metadata=metadata or {})
     return folder
 
 
 def make(script, options, folder):
-    """A call of a script with its usual options, some replaced, in this process."""
+    """A call of a script in this process, with its usual options, of which `options` replaces some."""
     annotations, images = shapes()
     usual = {
         "train": {"train-annotations": annotations, "train-images": images, "output": folder / "out"},
@@ -137,7 +137,7 @@ def make(script, options, folder):
     }[script]
     if script == "train":
         usual |= tiny_train.OPTIONS | {"steps": 1, "warmup-steps": 0, "batch-size": len(jax.devices())}
-    elif options.keys() & {"selection", "canvas"}:  # what they may be depends on the detector
+    elif options.keys() & {"selection", "canvas"}:  # their valid values depend on the detector
         usual |= detector_weights()
     elif script != "inspect_dataset" and "weights" not in options:
         usual["checkpoint"] = folder / "run"
@@ -167,7 +167,7 @@ def cases():
 
 
 def contradictions():
-    """Options that are wrong together, or with what is in the files."""
+    """Options that contradict each other, or the content of files."""
 
     def case(what, script, files, words):
         return Case(f"option: {what}", lambda folder: make(script, files(folder), folder), words)
@@ -281,7 +281,7 @@ def contradictions():
 
 @cache
 def detector_weights():
-    """A detector's weights that load, made once."""
+    """Valid weights of a detector, built once."""
     path = Path(mkdtemp()) / "detector.safetensors"
     zoo.Predictor(tiny_train.build("faster_rcnn_resnet18_fpn", 4, "group")).save_weights(path)
     return {"weights": path, "model": "faster_rcnn_resnet18_fpn", "norm": "group"}

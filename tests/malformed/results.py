@@ -1,4 +1,4 @@
-"""Files of results: every field with every wrong value, and damaged text, each way that results are read."""
+"""Files of results: every field with every wrong value, and damaged text, in each way of reading results."""
 
 import json
 import math
@@ -28,17 +28,17 @@ FIELDS = [
 
 
 def content():
-    """A result for each object: masks as a polygon, as compressed run lengths and as a list, and one that fills all."""
+    """A result per object: masks as a polygon, as compressed run lengths, as a list, and one that fills its image."""
     objects = annotations.content()["annotations"]
     keys = ("image_id", "category_id", "bbox", "segmentation")
-    found = [{key: each[key] for key in keys} | {"score": 0.9 - i / 10} for i, each in enumerate(objects[:3])]
+    results = [{key: each[key] for key in keys} | {"score": 0.9 - i / 10} for i, each in enumerate(objects[:3])]
     whole = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
     last = {"image_id": 5, "category_id": 40, "bbox": [10.5, 0, 9.5, 10], "score": 0.5, "segmentation": whole}
-    return [*found, last]
+    return [*results, last]
 
 
 def make(text, folder):
-    """Writes annotations and results; the call reads, evaluates and analyses them, and runs evaluate.py on the file."""
+    """Writes annotations and results; the returned call reads, evaluates and analyses them, and runs evaluate.py."""
     (folder / "images").mkdir()
     for id in (7, 3, 5):
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / f"{id}.png")
@@ -61,22 +61,22 @@ def call(folder, text):
         refusals = [
             refusal(function, dataset, results, iou_type=kind) for function in functions for kind in ("bbox", "segm")
         ]
-    said = refusal(evaluate.read_results, folder / "detections.json")
-    assert said is None or "detections.json" in said
+    read_error = refusal(evaluate.read_results, folder / "detections.json")
+    assert read_error is None or "detections.json" in read_error
     try:
         run_script(folder)
     except SystemExit as error:
         message = str(error)
-        assert "\n" not in message and (said is None or said in message)
-        # What either kind of evaluation refuses, the script does, unless it leaves that kind out.
-        assert said is not None or set(refusals) & {line for line in refusals if line and line in message}
+        assert "\n" not in message and (read_error is None or read_error in message)
+        # The script rejects what either kind of evaluation rejects, unless it leaves that kind out.
+        assert read_error is not None or set(refusals) & {line for line in refusals if line and line in message}
         raise
-    assert said is None and not any(refusals[::2]), refusals
+    assert read_error is None and not any(refusals[::2]), refusals
     return json.loads((folder / "out" / "metrics.json").read_text())
 
 
 def refusal(function, *arguments, **options):
-    """The one line in which a function refuses its arguments, or `None`."""
+    """The one-line message with which a function rejects its arguments, or `None`."""
     try:
         function(*arguments, **options)
     except ValueError as error:
@@ -136,7 +136,7 @@ def cases():
 
 
 def wrong_masks():
-    """Run lengths that do not add up, and other masks that C code would read as it likes."""
+    """Run lengths with a wrong sum, and other masks that C code would misread."""
     size = [HEIGHT, WIDTH]
     masks = {
         "one pixel too many": {"size": size, "counts": [10, HEIGHT * WIDTH - 9]},

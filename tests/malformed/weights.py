@@ -1,4 +1,4 @@
-"""Weights: safetensors and .pth files damaged, wrong, or written to do harm."""
+"""Weights: safetensors and .pth files that are damaged, wrong or malicious."""
 
 import io
 import json
@@ -34,7 +34,7 @@ ARRAYS = {
 
 
 def check(loaded):
-    """Arrays of the right shapes, and finite; their numbers, where a checksum covers them."""
+    """Checks shapes and dtypes of the arrays; `check_equal` also checks their numbers, where a checksum covers them."""
     for key, leaf in weights.named_leaves(loaded).items():
         assert leaf.shape == ARRAYS[key].shape and leaf.dtype == jnp.float32
     return "harmless"
@@ -64,7 +64,7 @@ def safetensors():
     whole = save(ARRAYS)
     size = struct.unpack("<Q", whole[:8])[0]
     for what, content in damage(whole[: 8 + size], np.random.default_rng(0), flips=40, cuts=6):
-        # The format has no checksum: a flipped bit of the header may leave a file that is as valid as before.
+        # The format has no checksum: with a flipped bit in its header, a file may still be valid.
         yield case(what, content + whole[8 + size :] if "flipped" in what else content, check)
     header = json.loads(whole[8 : 8 + size])
     changes = {
@@ -106,7 +106,7 @@ def safetensors():
 
 
 def pth(arrays):
-    """What torch.save writes of these arrays."""
+    """What torch.save writes for arrays: the program and the storages."""
     entries, storages = {}, {}
     for number, (key, array) in enumerate(arrays.items()):
         kind = {"f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage", "u1": "ByteStorage"}
@@ -120,13 +120,13 @@ def pth(arrays):
 
 
 class Backbone(eqx.Module):
-    """Takes these names as torchvision's."""
+    """A model whose parameter names are also its names in torchvision."""
 
     conv: dict
     norm: dict
 
 
-# What a pickle could do harm by, as Python's audit hooks call it.
+# Events by which a pickle could do harm, as Python's audit hooks name them.
 HARMFUL = ("exec", "compile", "code.", "ctypes.", "os.", "pickle.", "pty.", "shutil.", "socket.", "subprocess.", "webb")
 ran: list[str] | None = None
 
@@ -137,7 +137,7 @@ def watch(event, arguments):
 
 
 def of_type_checker(event, arguments):
-    """Whether beartype is making the check of one of our functions, which it does at the first call."""
+    """Whether beartype is compiling the checks of one of our functions, which it does at the first call."""
     # compile(source, filename) and exec(code)
     name = {"compile": lambda: arguments[1], "exec": lambda: arguments[0].co_filename}.get(event, str)()
     return str(name).startswith("<@beartype(detectax_eqx.")
@@ -147,7 +147,7 @@ sys.addaudithook(watch)
 
 
 def read(path):
-    """Reads a file, watching what else it does, and loads what it holds."""
+    """Reads a file, fails if that has side effects, and loads its content."""
     global ran
     ran = []
     try:
@@ -192,7 +192,7 @@ def archives():
     }
     for what, arrays in wrong.items():
         yield case(what, lambda folder, a=arrays: make_zip(*pth(a), folder))
-    # Numbers without bytes: a stride of 0 makes four of one, or a thousand million.
+    # Elements without bytes: a stride of 0 repeats one number four times, or a billion times.
     for what, shape in {"a small": (4,), "a large": (10**9,), "an endless": (2**62, 2)}.items():
         many = state_dict(**{key: tensor(shape=shape, strides=(0,) * len(shape)) for key in ARRAYS})
         yield case(f"{what} tensor of one number", lambda folder, m=many: make_zip(m, None, folder))
@@ -218,7 +218,7 @@ def twice(folder):
     program, storages = pth(ARRAYS)
     make_zip(program, storages, folder)
     content = (folder / "weights.pth").read_bytes()
-    # The name of the second storage becomes that of the first.
+    # Gives the second storage the name of the first.
     (folder / "weights.pth").write_bytes(content.replace(b"archive/data/1", b"archive/data/0"))
     return lambda: read(folder / "weights.pth")
 
@@ -234,7 +234,7 @@ HARM = (
 
 
 def forms(full):
-    """A call of a name, by every instruction that can make one."""
+    """A call of a name, through every instruction that can make one."""
     module, attribute = full.rsplit(".", 1)
     argument = b"(" + dump("touch harmed") + b"t"
     text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, attribute))
@@ -252,7 +252,7 @@ def forms(full):
 
 
 def programs():
-    """Pickles that mean harm: none may run anything, take long, or take memory out of proportion."""
+    """Malicious pickles: none may run anything, take long, or use an unreasonable amount of memory."""
     whole, storages = pth(ARRAYS)
     inner = whole[2:-1]
     for full in HARM:
@@ -318,7 +318,7 @@ def programs():
     yield case(
         "10,000,000 empty sets", lambda folder: make_zip(b"\x80\x04(" + b"\x8f" * 10_000_000 + b"t.", None, folder)
     )
-    # Instructions at random, in any order: whatever they do, they end in arrays or in the one error.
+    # Random instructions in any order: whatever they do, the result is arrays or a `WeightsError`.
     for seed in range(100):
         rng = np.random.default_rng(seed)
         program = bytearray(whole)

@@ -2,12 +2,12 @@
 
     python tests/parity/compare_exports.py --data DIR --output runs/exports
 
-`DIR` holds `train.json`, `test.json` and `images/` (the blood-cell set BCCD in COCO format, say). ResNet-18-FPN
-from scratch with frozen norms, whose statistics are measured once, on the first batch: they fold into convolutions as
-those of imported weights do, and GroupNorm would not. The trained weights stay in `--output` and are found by the next
-call. Prints AP, file size and seconds an image of each: of ONNX where the extra `onnx` is there, of TFLite where `edge`
-is. These want different versions, hence an environment each, and a call in each with the same `--output`, whose
-`exports.json` then has the rows of both.
+`DIR` holds `train.json`, `test.json` and `images/` (the blood-cell dataset BCCD in COCO format, for instance). The
+backbone is a ResNet-18-FPN trained from scratch. Its norms are frozen, with statistics measured once, on the first
+batch: like those of imported weights, they fold into the convolutions, which GroupNorm does not. The trained weights
+stay in `--output` and are reused by the next call. Prints AP, file size and seconds per image of each export: of ONNX
+if the extra `onnx` is installed, of TFLite if `edge` is. The two extras need different versions and so an environment
+each: call the script in both with the same `--output`, whose `exports.json` then has the rows of both.
 """
 # pyright: reportMissingImports=false
 
@@ -48,14 +48,14 @@ class Options:
     steps: int = 300
     """Training steps."""
     batch_size: int = 4
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
 
 
 @eqx.filter_jit
 def build(key, num_classes):
-    """The detector, its norms still the identity."""
+    """The detector, with norms that are still the identity."""
     keys = jr.split(key, 3)
     backbone = nn.ResNetFPN(nn.resnet18(key=keys[0]), key=keys[1])
     model = models.faster_rcnn(backbone, num_classes, key=keys[2], hidden_size=256, anchor_sizes=ANCHORS)
@@ -65,7 +65,7 @@ def build(key, num_classes):
 
 @eqx.filter_jit
 def with_statistics(body, images):
-    """A ResNet of basic blocks whose frozen norms have the statistics of what they are given for `images`."""
+    """A ResNet of basic blocks whose frozen norms have the statistics of their inputs for `images`."""
 
     def fitted(norm, x):
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
@@ -94,7 +94,7 @@ def with_statistics(body, images):
 
 
 def augmented(example, *, key, flip_probability=0.5):
-    """An image of the batch on its canvas, its size and its targets."""
+    """One image of the batch on its canvas, its size and its targets."""
     return train.augment(
         example.images.pixels,
         example.images.sizes,
@@ -115,7 +115,7 @@ def loss(model, example, *, key):
 
 
 def trainable(model):
-    """All but the norms' statistics."""
+    """Mask of all parameters except the norms' statistics."""
 
     def mask(leaf):
         if not isinstance(leaf, nn.FrozenBatchNorm):
@@ -153,7 +153,7 @@ def trained(dataset, options):
 
 @dataclass
 class Setup:
-    """What every export is made from and evaluated on."""
+    """What every export is built from and evaluated on."""
 
     output: Path
     test_set: data.CocoDataset
@@ -164,21 +164,21 @@ class Setup:
 
 
 def measured(detect: Callable, setup: Setup) -> dict[str, float]:
-    """COCO's AP of a function from an image of the source's size and its size to detections, and seconds an image."""
+    """AP and seconds per image of `detect`, which maps an image of the source's size and its size to detections."""
     results, seconds, dataset = [], [], setup.test_set
     image_ids = [image.id for image in dataset.images]
     source = data.Bucket(setup.shape.canvas, setup.shape.source, tuple(range(len(dataset))))
     for images in data.eval_batches(dataset, batch_size=1, buckets=[source]):
         began = time.perf_counter()
-        found = jax.tree.map(np.asarray, detect(images.pixels, images.sizes))
+        detections = jax.tree.map(np.asarray, detect(images.pixels, images.sizes))
         seconds.append(time.perf_counter() - began)
-        results += evaluate.to_coco_results(found, images, image_ids=image_ids, category_ids=dataset.category_ids)
+        results += evaluate.to_coco_results(detections, images, image_ids=image_ids, category_ids=dataset.category_ids)
     numbers = evaluate.evaluate_coco(dataset, results).numbers
     return {"AP": numbers["AP"], "AP50": numbers["AP50"], "seconds": float(np.median(seconds))}
 
 
 def in_turn(slow, fast, images, shape, *, rounds=3) -> list[float]:
-    """How many times as fast the second is, for each image and round but the first."""
+    """How many times as fast `fast` is as `slow`, for each image and each round after the first."""
     ratios = []
     for i in range(rounds):
         for image in images:
@@ -194,7 +194,7 @@ def in_turn(slow, fast, images, shape, *, rounds=3) -> list[float]:
 
 
 def onnx_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
-    """The ONNX file in floats and in integers, and how many times as fast the second is."""
+    """Rows of the float and the INT8 ONNX file, and how many times as fast the latter is."""
     import onnxruntime
 
     rows, sessions = {}, {}
@@ -218,14 +218,14 @@ def onnx_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
 
 
 def tflite_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
-    """The TFLite files, and which operators they have."""
+    """The row of the TFLite files; prints the operators that they use."""
     folder = setup.output / "edge"
     export.save_tflite(model, folder, shape=setup.shape, images=setup.images, class_names=setup.names)
     detector = export.TFLiteDetector(model, folder)
 
     def run(images, sizes):
-        found = detector(images[0, : sizes[0, 0], : sizes[0, 1]])
-        return jax.tree.map(lambda x: x[None], found)
+        detections = detector(images[0, : sizes[0, 0], : sizes[0, 1]])
+        return jax.tree.map(lambda x: x[None], detections)
 
     size = sum(file.stat().st_size for file in folder.glob("*.tflite")) / 1e6
     row = measured(run, setup) | {"MB": size}
@@ -236,7 +236,7 @@ def tflite_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
 
 
 def main(options: Options) -> None:
-    """Trains, exports, evaluates."""
+    """Trains, exports and evaluates."""
     images = options.data / "images"
     train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
     options.output.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def main(options: Options) -> None:
         [category.name for category in test_set.categories],
         [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]],
     )
-    rows = json.loads(result.read_text()) if result.exists() else {}  # of the other environment
+    rows = json.loads(result.read_text()) if result.exists() else {}  # those of the other environment
     rows["jax"] = measured(jax.jit(export.detection_program(model, setup.shape)), setup)
     for extra, measure in (("onnx", onnx_rows), ("edge", tflite_rows)):
         try:

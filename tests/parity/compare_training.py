@@ -4,8 +4,9 @@
     python tests/parity/compare_training.py --side torchvision --data DIR --output runs/compare
 
 `DIR` holds `train.json`, `test.json` and `images/` (the blood-cell set BCCD in COCO format, for instance).
-ResNet-18-FPN with GroupNorm from scratch, small images, AdamW with a cosine, no augmentation. Both sides see batch k of
-the same loader; what differs is the random sampling of anchors and proposals. Run in the environment of `make parity`.
+ResNet-18-FPN with GroupNorm from scratch, small images, AdamW with a cosine schedule, no augmentation. Both sides see
+the same batches from the same loader; only the random sampling of anchors and proposals differs. Run it in the
+environment of `make parity`.
 """
 # pyright: reportMissingImports=false
 
@@ -50,7 +51,7 @@ class Options:
     steps: int = 400
     """Training steps."""
     batch_size: int = 4
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     seed: int = 0
@@ -59,7 +60,7 @@ class Options:
 
 @eqx.filter_jit
 def build(key, num_classes):
-    """The model whose initial weights both sides take."""
+    """The model whose initial weights both sides start from."""
     keys = jr.split(key, 3)
     backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], norm=nn.GroupNorm), key=keys[1])
     model = models.faster_rcnn(backbone, num_classes, key=keys[2], hidden_size=HIDDEN, anchor_sizes=ANCHORS)
@@ -68,7 +69,7 @@ def build(key, num_classes):
 
 
 def torchvision_of(model):
-    """torchvision's detector with the parameters of ours."""
+    """torchvision's detector with the parameters of our model."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
         weights=None,
@@ -92,7 +93,7 @@ def torchvision_of(model):
 
 
 def train_ours(model, loader, schedule, options):
-    """The trained model."""
+    """Trains our model and returns it."""
 
     def loss(model, example, *, key):
         image, size, targets = train.augment(
@@ -117,7 +118,7 @@ def train_ours(model, loader, schedule, options):
 
 
 def train_torchvision(model, loader, schedule, options):
-    """The trained model, as ours."""
+    """Trains torchvision's detector and returns our model with its parameters."""
     torch.manual_seed(options.seed)
     reference = torchvision_of(model).train()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1.0, weight_decay=1e-2)
@@ -139,7 +140,7 @@ def train_torchvision(model, loader, schedule, options):
 
 
 def images_of(images):
-    """A batch of images as torchvision takes them."""
+    """A batch of images in the form that torchvision takes."""
     return [
         torch.from_numpy(image[:height, :width]).permute(2, 0, 1).float() / 255
         for image, (height, width) in zip(images.pixels, images.sizes, strict=True)
@@ -149,11 +150,11 @@ def images_of(images):
 def detect_with_torchvision(reference, images):
     """torchvision's detections, padded as ours are."""
     with torch.no_grad():
-        found = reference(images_of(images))
-    n = len(found)
+        outputs = reference(images_of(images))
+    n = len(outputs)
     boxes, scores = np.zeros((n, 100, 4), np.float32), np.zeros((n, 100), np.float32)
     labels, valid = np.zeros((n, 100), np.int32), np.zeros((n, 100), bool)
-    for i, one in enumerate(found):
+    for i, one in enumerate(outputs):
         rows = slice(0, len(one["scores"]))
         boxes[i, rows], scores[i, rows], labels[i, rows] = one["boxes"], one["scores"], one["labels"] - 1
         valid[i, rows] = True
@@ -161,7 +162,7 @@ def detect_with_torchvision(reference, images):
 
 
 def evaluate_with(detect, dataset):
-    """COCO's numbers of a function from images to detections."""
+    """COCO's numbers for a function from images to detections."""
     results, image_ids = [], [image.id for image in dataset.images]
     buckets = data.make_buckets(dataset.sizes, **SIZES)
     for images in data.eval_batches(dataset, batch_size=4, buckets=buckets):
@@ -172,13 +173,13 @@ def evaluate_with(detect, dataset):
 
 
 def report(k, loss):
-    """A line now and then."""
+    """Prints the loss of the first step and of every 20th."""
     if k % 20 == 19 or k == 0:
         print(f"step {k + 1}: loss {loss:.3f}", flush=True)
 
 
 def main(options: Options) -> None:
-    """Trains one side, and evaluates its weights in both."""
+    """Trains one side, and evaluates its weights with both implementations."""
     images = options.data / "images"
     train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
     loader = data.Loader(

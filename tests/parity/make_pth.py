@@ -1,6 +1,6 @@
 """Writes the small `.pth` files of tests/data, with torch: `.venv-parity/bin/python tests/parity/make_pth.py`.
 
-`pth.npz` beside them holds the same tensors as torch itself sees them; dtypes that NumPy lacks are widened there.
+`pth.npz` beside them holds the same tensors as read by torch itself, with dtypes that NumPy lacks widened.
 """
 # pyright: reportMissingImports=false
 
@@ -21,7 +21,7 @@ DTYPES = (
 
 
 def make_tensors() -> OrderedDict[str, torch.Tensor]:
-    """Layers of a model, and every way in which a tensor may lie in its storage."""
+    """Layers of a model, and tensors laid out in their storage in every possible way."""
     torch.manual_seed(0)
     conv, norm = torch.nn.Conv2d(3, 2, 2), torch.nn.BatchNorm2d(2)
     model = torch.nn.Sequential(OrderedDict(conv=conv, norm=norm))

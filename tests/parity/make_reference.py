@@ -1,7 +1,7 @@
-"""Writes torchvision's own results for tests: `.venv-parity/bin/python tests/parity/make_reference.py`.
+"""Writes torchvision's own results for the tests: `.venv-parity/bin/python tests/parity/make_reference.py`.
 
 `tests/data/torchvision_ops.npz` holds inputs and results of its operators, under `<operator>.<what>`;
-`tests/data/torchvision_names.json` the names and shapes of its detectors' parameters, as trees.
+`tests/data/torchvision_names.json` holds the names and shapes of its detectors' parameters, as trees.
 """
 # pyright: reportMissingImports=false
 
@@ -35,14 +35,14 @@ CANVAS, STRIDES, SIZES, ASPECT_RATIOS = (800, 1088), (4, 8, 16, 32, 64), (32, 64
 
 
 def random_boxes(rng, count, height, width, side=(0.05, 0.6)):
-    """Boxes `(x0, y0, x1, y1)`, some of which reach beyond the image."""
+    """Boxes `(x0, y0, x1, y1)`, some of which extend beyond the image."""
     size = np.array([width, height])
     corner = rng.uniform(-0.2, 0.9, (count, 2)) * size
     return np.concatenate([corner, corner + rng.uniform(*side, (count, 2)) * size], axis=1).astype(np.float32)
 
 
 def special_boxes(height, width):
-    """The borders of an image, points and lines in it and on its border, and boxes that are far outside or huge."""
+    """The borders of an image, points and lines inside it and on its border, and boxes that are far outside or huge."""
     h, w = height, width
     boxes = [
         [0, 0, w, h],
@@ -62,7 +62,7 @@ def special_boxes(height, width):
 
 def overlaps(rng):
     a, b = random_boxes(rng, 24, 100, 120), random_boxes(rng, 20, 100, 120)
-    b[:4], a[4, 3], a[5, 2] = a[:4], a[4, 1], a[5, 0]  # equal boxes, two lines; of points, CIoU is NaN there
+    b[:4], a[4, 3], a[5, 2] = a[:4], a[4, 1], a[5, 0]  # equal boxes and two lines; torchvision's CIoU of points is NaN
     measures = {
         "iou": ops.box_iou,
         "giou": ops.generalized_box_iou,
@@ -110,7 +110,7 @@ def pyramid_pooling(rng):
     sides = np.exp(rng.uniform(np.log(4), np.log(160), (24, 2)))
     centres = rng.uniform(0, 1, (24, 2)) * [width, height]
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
-    squares = np.array([[8, 8, 8 + side, 8 + side] for side in (14, 28, 56, 112)])  # just between two levels
+    squares = np.array([[8, 8, 8 + side, 8 + side] for side in (14, 28, 56, 112)])  # exactly between two levels
     boxes = np.concatenate([boxes, squares, special_boxes(height, width)]).astype(np.float32)
     pool = ops.MultiScaleRoIAlign(
         ["0", "1", "2", "3"], output_size=3, sampling_ratio=2, canonical_scale=56, canonical_level=4
@@ -137,7 +137,7 @@ def coding(rng):
 
 
 def anchors():
-    """Of each level: its size, sums with and without the position as weight, and every 997th anchor."""
+    """Per level: its size, sums with and without the position as weight, and every 997th anchor."""
     generator = AnchorGenerator(tuple((size,) for size in SIZES), (ASPECT_RATIOS,) * len(SIZES))
     sizes = [(-(-CANVAS[0] // stride), -(-CANVAS[1] // stride)) for stride in STRIDES]
     maps = [torch.zeros(1, 1, *size) for size in sizes]
@@ -155,7 +155,7 @@ def anchors():
 
 
 def matching(rng):
-    quality = np.round(rng.uniform(0, 1, (6, 40)), 1).astype(np.float32)  # a tenth each: full of ties
+    quality = np.round(rng.uniform(0, 1, (6, 40)), 1).astype(np.float32)  # multiples of 0.1, for many ties
     quality[:, 20:] *= 0.5
     quality[5] *= 0.4
     results = {"quality": quality}
@@ -208,9 +208,9 @@ def losses(rng):
 
 
 def parameter_names():
-    """Names and shapes: of the backbones with their pyramids, and of what each detector has besides.
+    """Names and shapes of the backbones with their pyramids, and of each detector's other parameters.
 
-    That is a two-stage detector's heads, and a dense one's pyramid and heads.
+    These are a two-stage detector's heads, and a dense detector's pyramid and heads.
     """
 
     def shapes(model):

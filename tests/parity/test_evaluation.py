@@ -41,9 +41,9 @@ def test_coco_numbers(tmp_path):
     for image_id, entry in sorted(coco.imgs.items()):
         pixels = np.asarray(Image.open(images / entry["file_name"]).convert("RGB"))
         with torch.no_grad():
-            found = reference([torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255])[0]
+            output = reference([torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255])[0]
         for box, score, label, mask in zip(
-            found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), found["masks"], strict=True
+            output["boxes"].tolist(), output["scores"].tolist(), output["labels"].tolist(), output["masks"], strict=True
         ):
             encoded = rle.encode(np.asfortranarray(mask[0].numpy() > 0.5, np.uint8))
             assert isinstance(encoded["counts"], bytes)
@@ -69,7 +69,7 @@ def test_coco_numbers(tmp_path):
     for kind in ("bbox", "segm"):
         given = [r if kind == "bbox" else {k: v for k, v in r.items() if k != "bbox"} for r in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            # The stub of pycocotools knows of files alone.
+            # The stub of pycocotools accepts only files.
             evaluation = COCOeval(coco, coco.loadRes(given), kind)  # pyright: ignore[reportArgumentType]
             evaluation.evaluate()
             evaluation.accumulate()
@@ -77,10 +77,10 @@ def test_coco_numbers(tmp_path):
         numbers = list(metrics[kind]["numbers"].values())
         print(kind, "torchvision", evaluation.stats.round(5).tolist())
         print(kind, "ours       ", np.round(numbers, 5).tolist())
-        np.testing.assert_allclose(numbers, evaluation.stats, atol=0.001)  # .1 AP
+        np.testing.assert_allclose(numbers, evaluation.stats, atol=0.001)  # 0.1 AP
 
 
 def quiet_coco(annotations):
-    """pycocotools' index without its prints."""
+    """pycocotools' index, without its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(str(annotations))

@@ -1,4 +1,4 @@
-"""torchvision detectors as ONNX files: the detections of JAX, and torchvision as the judge where rounding decides."""
+"""torchvision detectors as ONNX files give JAX's detections; where rounding decides, torchvision is the judge."""
 
 from copy import deepcopy
 from itertools import groupby
@@ -21,12 +21,12 @@ from detectax_eqx import Detections, export, models, ops
 from .test_models import CASES, assert_masks_agree, assert_same, on_real_images, torchvision_detections
 
 
-# How near to a threshold a decision must lie for float32 to turn it: IoUs and scores here differ by 1e-5 at most.
+# Within this distance of a threshold, float32 may flip a decision: IoUs and scores here differ by 1e-5 at most.
 MARGIN = 1e-5
 
 
 def _first(found, image, most):
-    """The detections of a batch's first image, and the best `most` as torchvision gives them, masks on the image."""
+    """The detections of a batch's first image, and the best `most` in torchvision's form, with masks pasted."""
     found = jax.tree.map(lambda x: jnp.asarray(x)[0], found)
     n = min(int(found.valid.sum()), most)
     rows = {"boxes": found.boxes[:n], "labels": found.labels[:n] + 1, "scores": found.scores[:n]}
@@ -36,7 +36,7 @@ def _first(found, image, most):
 
 
 def _by_torchvision(reference, image):
-    """torchvision's detections in either precision, and in double with one of its thresholds moved by `MARGIN`."""
+    """torchvision's detections in each precision, and in double precision with one threshold moved by `MARGIN`."""
     double = deepcopy(reference).double()
     yield "double precision", torchvision_detections(double, image)
     yield "single precision", torchvision_detections(reference, image)
@@ -51,33 +51,33 @@ def _by_torchvision(reference, image):
 
 
 def _judged(reference, image, sides, first_label, most):
-    """By what torchvision gives the detections of each side; fails where by nothing."""
-    found = {}
+    """For each side, a setting in which torchvision gives its detections; fails if there is none."""
+    judges = {}
     for judge, expected in _by_torchvision(reference, image):
         for side, detections in sides.items():
             try:
                 assert_same(detections, expected, image, first_label, most)
             except AssertionError:
                 continue
-            found.setdefault(side, judge)
-        if len(found) == len(sides):
-            return found
-    raise AssertionError(f"torchvision gives the detections of {list(found)} only, of {list(sides)}")
+            judges.setdefault(side, judge)
+        if len(judges) == len(sides):
+            return judges
+    raise AssertionError(f"torchvision gives the detections of {list(judges)} only, of {list(sides)}")
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", CASES)
 def test_onnx_gives_the_detections_of_jax(kind, tmp_path):
-    """On real images, at the canvases that torchvision too would lay them on.
+    """On real images, on the canvases that torchvision would use as well.
 
-    Where a decision is so close, at a threshold or for the hundredth place, that the one's rounding turns it and the
-    other's does not, torchvision has to give the detections of either, in single precision or in double, there with its
-    thresholds moved by `MARGIN` at most.
+    A decision at a threshold, or for the hundredth place, may be so close that rounding flips it in one program and not
+    in the other. torchvision then has to give the detections of each: in single precision, or in double precision with
+    its thresholds moved by at most `MARGIN`.
     """
     images, reference, model = on_real_images(kind)
     names = [str(label) for label in range(model.num_classes)]
     most = model.selection.max_detections
-    more = models.selected(model, max_detections=most + 10)  # two equal scores may change places at the cut
+    more = models.selected(model, max_detections=most + 10)  # two equal scores may swap places at the cut
 
     def canvas_of(image):
         return models.smallest_canvas(model.preprocessing.resize(image.shape[:2]), divisor=model.backbone.divisor)
@@ -94,12 +94,12 @@ def test_onnx_gives_the_detections_of_jax(kind, tmp_path):
             padded, sizes = export.pad_images([image], shape)
             ours, expected = _first(run(padded, sizes), image, most)
             detections = Detections(*session.run(None, {"images": padded, "image_sizes": sizes}))
-            found, _ = _first(detections, image, most)
+            exported, _ = _first(detections, image, most)
             total += len(expected["scores"])
             try:
-                agreements.append(assert_same(found, expected, image, most=most))
+                agreements.append(assert_same(exported, expected, image, most=most))
             except AssertionError:
-                sides = {"onnx": found, "jax": ours}
+                sides = {"onnx": exported, "jax": ours}
                 turned[f"{i} on {canvas}"] = _judged(reference, image, sides, 91 - model.num_classes, most)
     boxes, scores = (max(getattr(agreement, name) for agreement in agreements) for name in ("boxes", "scores"))
     print(

@@ -24,8 +24,8 @@ from detectax_eqx.weights import load_torchvision, to_torchvision
 from .torchvision_models import arrays_of, random_detector, real_images
 
 
-# Name, and how many classes our model has where torchvision's has 91 outputs: two-stage detectors have a background
-# of their own, the others have a sigmoid for each id from 0.
+# The number of classes of our model where torchvision's has 91 outputs, by name. Two-stage detectors add a background
+# class themselves; the others have a sigmoid for each id from 0.
 CASES = {
     "faster_rcnn_resnet50_fpn": 90,
     "mask_rcnn_resnet50_fpn": 90,
@@ -36,12 +36,12 @@ CASES = {
 
 
 def build(name):
-    """Ours, of shapes alone."""
+    """Our model, as shapes only."""
     return eqx.filter_eval_shape(lambda: zoo.build(name, CASES[name], key=jr.key(0)))
 
 
 def _rows(boxes, labels, expected):
-    """Our row of each expected detection: two whose scores differ by rounding may have changed places."""
+    """Our row for each expected detection: two whose scores differ by rounding may have swapped places."""
     free, rows = set(range(len(boxes))), []
     for box, label in zip(expected["boxes"], expected["labels"], strict=True):
         distances = np.abs(boxes - box).max(axis=1) + 1e6 * (labels != label)
@@ -65,8 +65,8 @@ def torchvision_detections(reference, image):
 class Agreement(NamedTuple):
     """Largest differences of boxes, in pixels, and of scores; the IoU of each pair of pasted masks.
 
-    `shifted` counts masks that agree only if both are pasted into one of their two boxes: pasting cuts a box to whole
-    pixels, and where an edge lies a rounding error beside one, all that is painted moves.
+    `shifted` counts masks that agree only if both are pasted into the same box. Pasting rounds boxes to whole pixels,
+    so a mask moves as a whole where an edge of its box lies within a rounding error of a pixel boundary.
     """
 
     boxes: float
@@ -76,10 +76,10 @@ class Agreement(NamedTuple):
 
 
 def assert_same(found, expected, image, first_label=1, most=100):
-    """Fails unless the detections agree, and says how well they do. Label 0 here is torchvision's `first_label`.
+    """Fails unless the detections agree, and returns how closely. Our label 0 is torchvision's `first_label`.
 
-    `expected` are the best `most`, `found` some more: two whose scores differ by rounding may have changed places at
-    this cut too.
+    `expected` holds the best `most` detections, `found` some more: two whose scores differ by rounding may have swapped
+    places at this cut as well.
     """
     n, all_scores = len(expected["scores"]), np.asarray(found.scores)
     assert int(found.valid.sum()) == n or (n == most and int(found.valid.sum()) > n)
@@ -110,7 +110,7 @@ def assert_same(found, expected, image, first_label=1, most=100):
 
 
 def assert_masks_agree(agreements):
-    """Of all images, and says how well."""
+    """Checks the masks of all images, and prints how closely they agree."""
     ious = [iou for agreement in agreements for iou in agreement.ious]
     shifted = sum(agreement.shifted for agreement in agreements)
     print(f"mask IoU: least {min(ious):.5f}, mean {np.mean(ious):.6f}; {shifted} of {len(ious)} compared in one box")
@@ -120,7 +120,7 @@ def assert_masks_agree(agreements):
 
 
 def on_real_images(name):
-    """20 real images, torchvision's detector of a name at random weights, and ours at the same weights."""
+    """20 real images, the named torchvision detector at random weights, and our model at the same weights."""
     images = real_images(20)
     if len(images) < 20:
         pytest.skip("no folder of real images beside the repository")
@@ -131,10 +131,11 @@ def on_real_images(name):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_detections_on_real_images(name):
-    """torchvision's detections; where its float32 turned a decision at a threshold, those of its own float64.
+    """torchvision's detections; where its float32 flipped a decision at a threshold, those of its own float64.
 
-    Among the 20,000 proposals of 20 images one lay within 5e-6 of the IoU threshold .7, on either side of it by how the
-    convolutions round. There torchvision in double precision is the judge, of the whole image and as strictly.
+    Among the 20,000 proposals of 20 images, one lay within 5e-6 of the IoU threshold 0.7, on either side of it
+    depending on how the convolutions round. For such an image, torchvision in double precision is the reference, with
+    the same tolerances.
     """
     images, reference, model = on_real_images(name)
     first_label = 91 - CASES[name]
@@ -142,15 +143,15 @@ def test_detections_on_real_images(name):
     detect = eqx.filter_jit(models.detect)
     agreements, total, judged_in_double = [], 0, []
     for i, image in enumerate(images):
-        found = detect(model, image, max_detections=most + 10)
+        detections = detect(model, image, max_detections=most + 10)
         expected = torchvision_detections(reference, image)
         total += len(expected["scores"])
         try:
-            agreements.append(assert_same(found, expected, image, first_label, most))
+            agreements.append(assert_same(detections, expected, image, first_label, most))
         except AssertionError:
             judged_in_double.append(i)
             double = torchvision_detections(deepcopy(reference).double(), image)
-            agreements.append(assert_same(found, double, image, first_label, most))
+            agreements.append(assert_same(detections, double, image, first_label, most))
     print(f"{name}: {total} detections on {len(images)} images; judged in double precision: images {judged_in_double}")
     assert total > 20 * 5, f"only {total} detections: the comparison shows little"
     assert len(judged_in_double) <= 2
@@ -162,11 +163,12 @@ def test_detections_on_real_images(name):
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients(name, precision):
-    """Every loss, and the gradient to every parameter.
+    """Every loss, and the gradient of every parameter.
 
-    In single precision a rounding error may turn a ReLU that is next to nothing, in torchvision as here, and what one
-    pixel of a map adds to a gradient comes or goes: over four seeds the worst gradient of 83 was 6e-5, 4e-4, 2e-3 and
-    3e-3 off. So each is held to 1e-6 in double precision; in single, to 1e-2, and the one in the middle to 1e-3.
+    In single precision, a rounding error may switch a ReLU whose input is almost zero, in torchvision as well as here,
+    which adds or removes one pixel's contribution to a gradient: over four seeds, the worst of 83 gradients was off by
+    6e-5, 4e-4, 2e-3 and 3e-3. In double precision, every gradient is therefore held to 1e-6; in single precision, every
+    gradient to 1e-2 and the median to 1e-3.
     """
     with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
         losses, grads, expected, gradients = _losses_and_gradients(name, precision)
@@ -187,7 +189,7 @@ def test_losses_and_gradients(name, precision):
 
 
 def _losses_and_gradients(name, precision):
-    """Ours and torchvision's, at the same weights, with all candidates sampled."""
+    """Our losses and gradients and torchvision's, at the same weights, with all candidates sampled."""
     height, width, objects = 256, 320, 5
     everything = 1_000_000
     dtype = getattr(torch, precision)
@@ -265,12 +267,12 @@ def test_weights_round_trip(name):
     reference.load_state_dict({key: torch.from_numpy(array) for key, array in back.items()})
 
 
-# The first counts FrozenBN's affine parameters as buffers, the second trains them: CONFORMANCE's numbers.
+# The numbers in CONFORMANCE: the first count has FrozenBN's affine parameters as buffers, the second trains them.
 PARAMETERS = {
     "faster_rcnn_resnet50_fpn": 41_755_286,
     "mask_rcnn_resnet50_fpn": 44_401_393,
     "retinanet_resnet50_fpn": 34_014_999,
-    "retinanet_resnet50_fpn_v2": 38_198_935 - 53_120,  # of its BatchNorms, which are frozen here
+    "retinanet_resnet50_fpn_v2": 38_198_935 - 53_120,  # less those of its BatchNorms, which are frozen here
     "fcos_resnet50_fpn": 32_269_600,
 }
 

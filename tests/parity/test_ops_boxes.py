@@ -1,6 +1,6 @@
 """Boxes, coders, anchors, NMS, matching and losses against torchvision's own operators, on random and awkward cases.
 
-Cases are padded to one shape and computed by one vmapped call for each option, torchvision's by a loop.
+Cases are padded to one shape and computed by one vmapped call per option; torchvision computes them in a loop.
 """
 # pyright: reportMissingImports=false
 
@@ -50,14 +50,14 @@ def make_boxes(rng, n, kind):
 
 
 def box_cases(seed, cases=CASES):
-    """Lists of boxes of 0 to CAPACITY rows, each kind as often as the others."""
+    """Arrays of 0 to CAPACITY boxes, with each kind equally often."""
     rng = np.random.default_rng(seed)
     sizes = np.where(rng.uniform(size=cases) < 0.05, 0, rng.integers(1, CAPACITY + 1, cases))
     return [make_boxes(rng, n, KINDS[i % len(KINDS)]) for i, n in enumerate(sizes)]
 
 
 def pad(cases, capacity=CAPACITY):
-    """Cases padded with zeros to `(cases, capacity, …)`, and which rows are real."""
+    """Cases padded with zeros to `(cases, capacity, …)`, and which rows are valid."""
     padded = np.zeros((len(cases), capacity, *cases[0].shape[1:]), cases[0].dtype)
     valid = np.zeros(padded.shape[:2], bool)
     for i, case in enumerate(cases):
@@ -66,7 +66,7 @@ def pad(cases, capacity=CAPACITY):
 
 
 def assert_close_where_finite(ours, theirs, scale=1.0):
-    """Within 1e-5 of the scale wherever torchvision gives a number, and a number everywhere."""
+    """Finite everywhere, and within 1e-5 of the scale wherever torchvision is finite."""
     ours, theirs, scale = np.broadcast_arrays(np.asarray(ours), np.asarray(theirs), scale)
     assert np.isfinite(ours).all()
     finite = np.isfinite(theirs)
@@ -84,7 +84,7 @@ def assert_close_where_finite(ours, theirs, scale=1.0):
 )
 def test_pairwise(ours, theirs):
     a, b = box_cases(0), box_cases(1)
-    for i in range(0, CASES, 7):  # some boxes in both sets
+    for i in range(0, CASES, 7):  # some boxes are in both sets
         count = min(len(a[i]), len(b[i])) // 2
         a[i][:count] = b[i][:count]
     values = jax.jit(jax.vmap(ours))(pad(a)[0], pad(b)[0])
@@ -135,7 +135,7 @@ def test_coders(weights):
     for i, (box, anchor, delta) in enumerate(zip(boxes, anchors, deltas, strict=True)):
         n, anchor = len(anchor), torch.tensor(anchor)
         assert_close_where_finite(encoded[i, :n], coder.encode_single(torch.tensor(box), anchor))
-        # Corners are differences of large numbers: what is small beside the box itself is rounding.
+        # Corners are differences of large numbers: an error that is small relative to the box is rounding.
         expected = coder.decode_single(torch.tensor(delta), anchor).numpy()
         scale = np.abs(np.concatenate([expected, anchor.numpy()], axis=1)).max(axis=1, initial=1, keepdims=True)
         assert_close_where_finite(decoded[i, :n], expected, scale)
@@ -162,7 +162,7 @@ def nms_cases(seed):
     return boxes, scores, labels
 
 
-# IoUs of the integer boxes fall on many of these, and rounding to float32 decides.
+# IoUs of the integer boxes equal many of these, and rounding to float32 decides.
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 1 / 7, 0.2, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.9, 1.0])
 def test_nms(threshold):
     boxes, scores, labels = nms_cases(int(1000 * threshold))
@@ -184,13 +184,13 @@ def test_nms(threshold):
             np.testing.assert_array_equal(indices[i][is_output[i]], expected[:count])
         expected = _batched_nms_vanilla(box, score, label, threshold) if len(box) else torch.zeros(0)
         np.testing.assert_array_equal(np.flatnonzero(kept_labelled[i]), np.sort(expected.numpy()))
-        if KINDS[i % len(KINDS)] == "integer":  # the offsets of the coordinates are exact for these
+        if KINDS[i % len(KINDS)] == "integer":  # coordinate offsets are exact for these
             expected = torchvision.ops.batched_nms(box, score, label, threshold).numpy()
             np.testing.assert_array_equal(np.flatnonzero(kept_labelled[i]), np.sort(expected))
 
 
 def test_nms_at_thresholds_that_are_ious():
-    # Thresholds on the very IoU of a pair, and one float32 step to either side.
+    # Thresholds equal to the IoU of a pair, and one float32 step to either side of it.
     rng = np.random.default_rng(8)
     boxes, scores = make_boxes(rng, 60, "crowded"), rng.uniform(size=60).astype(np.float32)
     ious = torchvision.ops.box_iou(torch.tensor(boxes), torch.tensor(boxes)).numpy()
@@ -211,10 +211,10 @@ def test_matcher(allow_low_quality, thresholds):
     qualities = []
     for i, (t, c) in enumerate(zip(truth, candidates, strict=True)):
         t, c = (x if len(x) else make_boxes(rng, 1, "ordinary") for x in (t, c))
-        c = np.concatenate([c[: CAPACITY // 2], t[: CAPACITY // 2] + np.float32(i % 3)])  # some that match well
+        c = np.concatenate([c[: CAPACITY // 2], t[: CAPACITY // 2] + np.float32(i % 3)])  # some good matches
         quality = np.nan_to_num(torchvision.ops.box_iou(torch.tensor(t), torch.tensor(c)).numpy())
         qualities.append(np.round(quality, 1) if i % 2 else quality)
-    # Columns are filled up with -1, which is below any threshold and never a row's best; rows by `valid`.
+    # Columns are padded with -1, which is below any threshold and never a row's best; `valid` marks padded rows.
     filled = [np.pad(q, ((0, 0), (0, CAPACITY - q.shape[1])), constant_values=-1) for q in qualities]
     padded, valid = pad(filled)
     match = jax.jit(
@@ -253,7 +253,7 @@ def test_sampler_counts(num_samples, fraction):
 
 
 def gradients(loss, *args):
-    """Values and gradients by the first argument of an elementwise torch loss."""
+    """Values of an elementwise torch loss, and their gradients with respect to its first argument."""
     first, *rest = (torch.tensor(np.asarray(x)) for x in args)
     first.requires_grad_()
     values = loss(first, *rest)

@@ -26,7 +26,7 @@ def _random_boxes(rng, height, width):
     size = np.array([width, height])
     corner, side = rng.uniform(-0.5, 1.3, (BOXES, 2)) * size, np.exp(rng.uniform(-3, 0.3, (BOXES, 2))) * size
     boxes = np.concatenate([corner, corner + side], axis=1)
-    boxes[10:20] = np.clip(boxes[10:20], 0, np.tile(size, 2))  # cut to the image, points on its border among them
+    boxes[10:20] = np.clip(boxes[10:20], 0, np.tile(size, 2))  # clipped to the image, including points on its border
     boxes[20:30] = np.round(boxes[20:30])
     boxes[30:35, 2:] = boxes[30:35, :2]  # points
     boxes[35:40, 2] = boxes[35:40, 0]  # without width
@@ -39,14 +39,14 @@ def _random_boxes(rng, height, width):
 
 
 def _swapped(boxes):
-    """Boxes with swapped corners: `aligned` RoIAlign has a rule for them as well."""
+    """Boxes with swapped corners, for which `aligned` RoIAlign is defined as well."""
     boxes = boxes.copy()
     boxes[62:66] = boxes[62:66][:, [2, 3, 0, 1]]
     return boxes
 
 
 def _check_gradient(ours, theirs):
-    """Both add up hundreds of terms in float32, in different orders: the error is relative to the largest."""
+    """Both sum hundreds of terms in float32, in different orders: the error is relative to the largest."""
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())))
 
 
@@ -77,7 +77,7 @@ def test_roi_align(aligned, sampling_ratio, output_size):
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_gradient_to_boxes(aligned, sampling_ratio):
-    """torchvision's kernel has none; its sampling written out has. In float64, both for the same boxes."""
+    """torchvision's kernel has none, so its sampling is written out in torch, in float64, for the same boxes."""
     rng = np.random.default_rng(0)
     features = rng.random((3, 18, 25))
     boxes = _random_boxes(rng, 72, 100)[:30]
@@ -103,7 +103,7 @@ def test_gradient_to_boxes(aligned, sampling_ratio):
 
 
 def _sampled(features, box, sampling_ratio, aligned, bins=(3, 2), scale=0.25):
-    """RoIAlign of one box by torch's own differentiable operations."""
+    """RoIAlign of one box in differentiable operations of torch."""
     weights = []
     for low, high, size, count in ((box[1], box[3], 18, bins[0]), (box[0], box[2], 25, bins[1])):
         start, end = low * scale - 0.5 * aligned, high * scale - 0.5 * aligned
@@ -138,7 +138,7 @@ def test_multilevel_roi_align(size, sampling_ratio):
     for _ in range(ROUNDS):
         features = [rng.random((3, height // stride, width // stride), np.float32) for stride in strides]
         boxes = _random_boxes(rng, height, width)
-        boxes[70:74] = [[8, 8, 8 + side, 8 + side] for side in (112, 224, 448, 111)]  # on the edge of a level
+        boxes[70:74] = [[8, 8, 8 + side, 8 + side] for side in (112, 224, 448, 111)]  # on the boundary of a level
         cotangent = rng.standard_normal((BOXES, 3, size, size), np.float32)
         out, gradient = run(features, boxes, cotangent)
         tensors = {str(i): torch.tensor(feature[None], requires_grad=True) for i, feature in enumerate(features)}

@@ -1,4 +1,4 @@
-"""torch's optimisers and schedulers on the same gradients: the same parameters."""
+"""torch's optimisers and schedulers give the same parameters for the same gradients."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The table of published weights beside torchvision's own metadata."""
+"""The table of published weights against torchvision's own metadata."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""torchvision detectors at random weights under which they find something, and real images to find it in."""
+"""torchvision detectors at random weights that still detect something, and real images to run them on."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,12 +10,12 @@ from experiments._torchvision import arrays_of as arrays_of, random_detector as 
 
 
 def real_images(count: int) -> list[np.ndarray]:
-    """Real photographs, landscape and portrait in turn, from a folder of COCO images beside the repository."""
+    """Real photographs, portrait and landscape alternating, from a folder of COCO images beside the repository."""
     folder = Path(__file__).parents[3] / "shared" / "data" / "coco-mini" / "val2017"
     if not folder.is_dir():
         return []
     images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.jpg"))]
-    # A program is compiled for each size: the commonest sizes first.
+    # Each size compiles a program: the most common sizes come first.
     common = Counter(image.shape for image in images)
     images.sort(key=lambda image: (-common[image.shape], image.shape))
     wide = [image for image in images if image.shape[0] <= image.shape[1]]
