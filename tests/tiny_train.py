@@ -22,6 +22,8 @@ from unittest import mock
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+if __name__ == "__main__":
+    os.environ.setdefault("DETECTAX_TYPECHECK", "0")  # checks, a third of a start's time, are made in other tests
 
 import _shared
 import equinox as eqx
