@@ -1,6 +1,7 @@
 """Metrics for experiment trackers: TensorBoard and Weights & Biases."""
 
 import importlib
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,7 +72,7 @@ def start_wandb(module: Any, options: Options, start: int, stack: ExitStack) -> 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "id.txt"
     if start == 0 or not file.exists():
-        file.write_text(module.util.generate_id())
+        file.write_text(uuid.uuid4().hex[:8])
     config = {name: str(value) if isinstance(value, Path) else value for name, value in flat(options).items()}
     run = module.init(
         project="detectax_eqx",
