@@ -190,7 +190,7 @@ def test_the_report_in_a_browser(browser, report):
     tab.locator("#image-score").fill("0.95")
     assert tab.locator(".picture .wrong").count() > 0
     # Masks: one path per object and detection shown, and none when masks are turned off.
-    assert tab.locator(".picture .mask").count() > 0
+    assert tab.locator(".picture .mask").count() == tab.locator(".picture .box").count() > 0
     tab.locator("#image-masks").uncheck()
     assert tab.locator(".picture .mask").count() == 0
     tab.locator(".picture").first.click()
