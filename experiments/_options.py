@@ -219,13 +219,9 @@ def grouped(**values: Any) -> Options:
     if unknown := [name for name in values if name not in types]:
         raise TypeError(f"there is no option {unknown[0]!r}")
     groups: dict[str, Any] = {group.name: group.type for group in fields(Options)}
-    members = {name: [option.name for option in fields(group)] for name, group in groups.items()}
-    return Options(
-        **{
-            name: group(**{option: values[option] for option in members[name] if option in values})
-            for name, group in groups.items()
-        }
-    )
+    for name, group in groups.items():
+        groups[name] = group(**{one.name: values[one.name] for one in fields(group) if one.name in values})
+    return Options(**groups)
 
 
 def flat(options: Options) -> dict[str, Any]:

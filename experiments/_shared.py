@@ -255,8 +255,9 @@ def run(
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
         arguments = sys.argv[1:]
-        if {"--help", "-h"} & set(arguments) and hasattr(options, "ADVANCED"):
-            options, description = everyday(options), f"{description}\nMore options: --help-all"
+        advanced = getattr(options, "ADVANCED", frozenset())
+        if advanced and {"--help", "-h"} & set(arguments):
+            options, description = without(options, advanced), f"{description}\nMore options: --help-all"
         arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
         default = defaults(arguments)
         nested = (tyro.conf.OmitArgPrefixes,)  # --lr, not --optimization.lr
@@ -278,9 +279,8 @@ def run(
         raise
 
 
-def everyday(options: type) -> type:
-    """The class of options without its `ADVANCED` groups, for a short `--help`."""
-    advanced: frozenset[str] = getattr(options, "ADVANCED", frozenset())
+def without(options: type, advanced: frozenset[str]) -> type:
+    """The class of options without its `advanced` groups, for a short `--help`."""
     shown = [(group.name, group.type, group) for group in fields(options) if group.name not in advanced]
     return make_dataclass(options.__name__, shown, kw_only=True)
 

@@ -12,6 +12,8 @@ from ._page import file_name, write_page
 MAX_POINTS = 500
 # The interval, in seconds, at which the page of a run in progress reloads itself.
 RELOAD_SECONDS = 20
+# The endings of the COCO metrics that are drawn, after the IoU type.
+COCO_METRICS = ("_AP", "_AP50", "_AP75")
 
 
 def write_curves(path: Path, metrics: Path, *, total_steps: int, running: bool) -> None:
@@ -24,8 +26,9 @@ def write_curves(path: Path, metrics: Path, *, total_steps: int, running: bool) 
     Incomplete lines, such as the last line of a process that was killed, are ignored.
     """
     entries = list(_entries(metrics))
+    names = list(dict.fromkeys(name for entry in entries for name in entry))  # in order of first occurrence
     charts = [
-        {"title": title, "curves": [curve_of(entries, name) for name in _ordered(entries) if belongs(name)]}
+        {"title": title, "curves": [curve_of(entries, name) for name in names if belongs(name)]}
         for title, belongs in CHARTS.items()
     ]
     last = max((entry["step"] for entry in entries), default=0)
@@ -42,7 +45,7 @@ def write_curves(path: Path, metrics: Path, *, total_steps: int, running: bool) 
 # The title of each chart of the page, and which metrics it shows.
 CHARTS = {
     "Loss": lambda name: name.startswith("loss"),
-    "COCO metrics": lambda name: name.endswith(("_AP", "_AP50", "_AP75")),
+    "COCO metrics": lambda name: name.endswith(COCO_METRICS),
     "Learning rate": lambda name: name == "rate",
     "Gradient norm": lambda name: name == "gradient_norm",
 }
@@ -51,7 +54,7 @@ CHARTS = {
 def curve_of(entries: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """The points of one metric, at most `MAX_POINTS`, without the steps at which it is undefined."""
     points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
-    if name.endswith(("_AP", "_AP50", "_AP75")):
+    if name.endswith(COCO_METRICS):
         # -1: the metric is undefined, as there is no ground truth
         points = [(step, value) for step, value in points if value >= 0]
     size = -(-len(points) // MAX_POINTS) or 1
@@ -66,8 +69,3 @@ def _entries(metrics: Path) -> Iterable[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             continue
-
-
-def _ordered(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of the metrics, in order of first occurrence."""
-    return list(dict.fromkeys(name for entry in entries for name in entry))
