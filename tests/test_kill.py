@@ -96,7 +96,7 @@ def assert_readable(folder, monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
-    """A run is killed twice during a save, and stopped once while training and once during an evaluation."""
+    """A run is killed twice during a save, and stopped twice while training and once during an evaluation."""
     folder = tmp_path / "run"
     output, status = finish(start(shapes, folder, "--die-after", "arrays:2"))
     assert status == -signal.SIGKILL and not (folder / "last/00000006").exists(), output
@@ -104,6 +104,11 @@ def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
     output, status = finish(start(shapes, folder, "--resume", "--stop-after", "stepping:2"))
     assert status == 128 + signal.SIGTERM and "Going on at step 3" in output, output
     assert "Stopped and saved at step 5" in output
+    output, status = finish(start(shapes, folder))
+    assert status == 1 and "pass --resume" in output, output
+    output, status = finish(start(shapes, folder, "--resume", "--interrupt-after", "stepping:1"))
+    assert status == 128 + signal.SIGINT and "Going on at step 5" in output, output
+    assert "Stopped and saved at step 6" in output
     output, status = finish(start(shapes, folder, "--resume", "--die-after", "replacing:1"))
     assert status == -signal.SIGKILL and (folder / "last/00000008.replaced").exists(), output
     assert_readable(folder, monkeypatch)
@@ -115,6 +120,7 @@ def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
     same = contents(folder) == whole
     tally("kill -9 at chosen places of a save", 2, 2 * same, SAME)
     tally("SIGTERM", 2, 2 * same, f"saves and exits; {SAME}")
+    tally("Ctrl-C", 1, same, f"saves and exits; {SAME}")
     assert same
 
 

@@ -62,7 +62,7 @@ def test_the_header_and_the_log_without_a_terminal(done):
         r"steps +4, 2 epochs of 2, 2 images per step\n",
         r"rate +0.00625 at most \(adamw\); warm-up 1, decays after epochs 1.333 and 1.833\n",
         r"canvases +64×64 for 4 images; 0% padding\n",
-        r"model +faster_rcnn_resnet18_fpn, norm group, 217,552 parameters, 217,552 of them trained\n",
+        r"model +retinanet_resnet50_fpn, norm group, 196,096 parameters, 196,096 of them trained\n",
         r"devices +1 \(cpu\)\n",
     ):
         assert re.search(line, header), header
@@ -81,8 +81,8 @@ def test_best_holds_what_inference_needs_once(done, monkeypatch):
     state = next(path for path in (folder / "last").iterdir() if path.name == best.name)
     like = {"ema": detector.model}
     expected, _ = train.load_checkpoint(state, like, partial=True)
-    assert isinstance(detector.model, models.FasterRCNN)
-    np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, expected["ema"].rpn.convs[0].weight)
+    assert isinstance(detector.model, models.RetinaNet)
+    np.testing.assert_array_equal(detector.model.deltas.weight, expected["ema"].deltas.weight)
 
 
 def test_other_options_are_refused_or_printed(done):

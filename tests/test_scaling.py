@@ -126,7 +126,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     """train.py, where each process holds a piece of the parameters and its rows of each batch; evaluation is shared."""
     for name, count in (("train", 8), ("val", 7)):
         data.write_shapes_dataset(tmp_path / name, num_images=count, seed=count, image_size=(64, 64))
-    options = ["--steps", "4", "--warmup-steps", "2", "--log-every", "1", "--parameter-shards", "2", "--ema", "0.9"]
+    options = ["--model", "faster_rcnn_resnet18_fpn", "--steps", "4", "--warmup-steps", "2", "--log-every", "1"]
+    options += ["--parameter-shards", "2", "--ema", "0.9"]
     force = "--xla_force_host_platform_device_count="
     outputs, statuses = tiny_train.finish(
         tiny_train.start(tmp_path, tmp_path / "one", *options, XLA_FLAGS=f"{force}2"),

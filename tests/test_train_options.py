@@ -41,21 +41,9 @@ def run(shapes, output, *options, status=0):
 
 
 def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
-    options = [
-        "--steps",
-        "3",
-        "--warmup-steps",
-        "2",
-        "--log-every",
-        "1",
-        "--ema",
-        "0.1",
-        "--accumulate",
-        "2",
-        "--precision",
-        "bfloat16",
-    ]
-    options += ["--gradient-checkpointing", "--clip-norm", "1e-3", "--weight-decay", "0", "--momentum", "0"]
+    options = ["--model", "faster_rcnn_resnet18_fpn", "--steps", "3", "--warmup-steps", "2", "--log-every", "1"]
+    options += ["--ema", "0.1", "--accumulate", "2", "--precision", "bfloat16", "--gradient-checkpointing"]
+    options += ["--clip-norm", "1e-3", "--weight-decay", "0", "--momentum", "0"]
     _, metrics = run(shapes, tmp_path / "all", *options)
     for line in metrics:
         assert line["gradient_norm"] > 1e-3 and line["skipped"] == 0
