@@ -38,9 +38,10 @@ class Trackers:
         self._stack.close()
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        """Passes on values as `kind/name`; kinds are `train` and `val`."""
+        """Passes on values as `kind/name`, where `kind` is `train` or `val`, without COCO metrics that are undefined."""
+        defined = {f"{kind}/{name}": value for name, value in values.items() if kind == "train" or value >= 0}
         for log in self._logs:
-            log({f"{kind}/{name}": value for name, value in values.items()}, step)
+            log(defined, step)
 
 
 def load_package(tracker: str) -> Any:

@@ -179,7 +179,7 @@ ELSEWHERE = {
         "load_torchvision_backbone",
         "read_torchvision",
         "to_torchvision",
-        "earlier_paths",
+        "current_name",
         "named_leaves",
         "replace_leaves",
         "describe",

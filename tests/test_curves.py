@@ -98,7 +98,7 @@ def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=FakeWriter))
     with Trackers(grouped(output=tmp_path, track=("tensorboard",)), start=4) as trackers:
         trackers.log("train", {"loss": 1.5}, 5)
-        trackers.log("val", {"bbox_AP": 0.5}, 6)
+        trackers.log("val", {"bbox_AP": 0.5, "bbox_APs": -1.0}, 6)  # no small objects
     writer = FakeWriter.made.pop()
     assert writer.scalars == [("train/loss", 1.5, 5), ("val/bbox_AP", 0.5, 6)] and writer.closed
     assert writer.folder == str(tmp_path / "tensorboard") and writer.purge_step == 5

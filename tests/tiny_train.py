@@ -22,11 +22,8 @@ from unittest import mock
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-# Half of the time to compile programs that run for milliseconds.
-COMPILE_FAST = "--xla_backend_optimization_level=0"
 if __name__ == "__main__":
     os.environ.setdefault("DETECTAX_TYPECHECK", "0")  # checks, a third of a start's time, are made in other tests
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST}"
 
 import _shared
 import equinox as eqx
@@ -41,6 +38,8 @@ from detectax_eqx.train import _checkpoint
 from detectax_eqx.zoo import _detectors
 
 
+# XLA compiles in half the time. The programs run for milliseconds.
+COMPILE_FAST = "--xla_backend_optimization_level=0"
 OPTIONS = {
     "model": "retinanet_resnet50_fpn",  # starts in half the time of a two-stage detector
     "norm": "group",
@@ -196,6 +195,7 @@ def signal_after(place, number, kind):
 
 
 if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST}"  # read at JAX's first use
     if sys.argv[-2] in SIGNALS:
         place, number = sys.argv[-1].split(":")
         signal_after(place, int(number), SIGNALS[sys.argv[-2]])

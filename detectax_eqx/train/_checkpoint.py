@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], like: PyTree, *, partial: bool = False
+    path: str | os.PathLike[str], like: PyTree, *, partial: bool = False, rename: Callable[[str], str] = str
 ) -> tuple[PyTree, dict[str, Any]]:
     """Loads the tree that was saved at `path`, bit for bit, and its metadata.
 
@@ -162,6 +163,7 @@ def load_checkpoint(
       be `jax.ShapeDtypeStruct`s (`eqx.filter_eval_shape`). Leaves that are not arrays are returned unchanged.
     - `partial`: `like` may lack leaves of the saved tree. For example, pass only the model of a `TrainState`, or `{}`
       to read only the metadata.
+    - `rename`: maps the path of a saved leaf, such as `"model/head/weight"`, to its path in `like`.
 
     Arrays are sharded as those of `like` are, however they were sharded when saved; an array on a single device is
     loaded onto the default device. Where `like` has a NumPy array, a NumPy array is returned.
@@ -172,7 +174,7 @@ def load_checkpoint(
     """
     path = Path(path)
     content = _read_index(path)
-    stored, wanted = content["leaves"], _array_leaves(like)
+    stored, wanted = {rename(name): leaf for name, leaf in content["leaves"].items()}, _array_leaves(like)
     missing = [name for name in wanted if name not in stored]
     extra = [] if partial else [name for name in stored if name not in wanted]
     if missing or extra:
@@ -187,11 +189,12 @@ def load_checkpoint(
                 f"Checkpoint {path} does not fit: leaf {name!r} is {there['dtype']}{there['shape']} there, but "
                 f"{here['dtype']}{here['shape']} here; was it made with other options?"
             )
+    saved_as = {rename(name): name for name in content["leaves"]}
     try:
-        arrays = read_arrays(path / ARRAYS, {name: _stored_form(leaf) for name, leaf in wanted.items()})
+        arrays = read_arrays(path / ARRAYS, {saved_as[name]: _stored_form(leaf) for name, leaf in wanted.items()})
     except ValueError as error:
         raise DamagedCheckpointError(f"Checkpoint {path} is damaged: {error}") from error
-    restored = {name: _from_host(arrays[name], leaf) for name, leaf in wanted.items()}
+    restored = {name: _from_host(arrays[saved_as[name]], leaf) for name, leaf in wanted.items()}
 
     def restore(where: tuple, leaf: Any) -> Any:
         return restored[_name(where)] if _is_saved(leaf) else leaf
@@ -199,10 +202,12 @@ def load_checkpoint(
     return jax.tree_util.tree_map_with_path(restore, like), content["metadata"]
 
 
-def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, partial: bool = False) -> Restored:
+def load_latest_checkpoint(
+    folder: str | os.PathLike[str], like: PyTree, *, partial: bool = False, rename: Callable[[str], str] = str
+) -> Restored:
     """Loads the newest undamaged checkpoint in `folder`, and reports newer ones that are damaged.
 
-    `like` and `partial` are as for `load_checkpoint`.
+    `like`, `partial` and `rename` are as for `load_checkpoint`.
 
     Raises a `FileNotFoundError` if there is no checkpoint, a `DamagedCheckpointError` if all of them are damaged, and a
     `CheckpointError` if the newest undamaged one does not match `like`.
@@ -221,7 +226,7 @@ def load_latest_checkpoint(folder: str | os.PathLike[str], like: PyTree, *, part
     refused: list[DamagedCheckpointError] = []
     for path in sorted(steps, key=lambda path: (steps[path], path.suffix == ""), reverse=True):
         try:
-            return Restored(path, *load_checkpoint(path, like, partial=partial), tuple(refused))
+            return Restored(path, *load_checkpoint(path, like, partial=partial, rename=rename), tuple(refused))
         except FileNotFoundError:
             refused.append(DamagedCheckpointError(f"Checkpoint {path} is damaged: {INDEX} is missing."))
         except DamagedCheckpointError as error:

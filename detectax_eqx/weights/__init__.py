@@ -1,7 +1,7 @@
 """Reads and writes weights: torchvision checkpoints, `.pth` files without torch, and safetensors."""
 
 from ._describe import describe as describe
-from ._earlier import earlier_paths as earlier_paths
+from ._names import current_name as current_name
 from ._pth import read_pth as read_pth
 from ._safetensors import (
     load_safetensors as load_safetensors,

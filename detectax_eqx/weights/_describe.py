@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ._names import current_own_name
+from ._names import current_name
 from ._trees import WeightsError
 
 
@@ -44,7 +44,7 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
     >>> describe({"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.running_var": np.zeros(64), **blocks})
     'a ResNet-18'
     """
-    arrays = {current_own_name(name): array for name, array in arrays.items()}
+    arrays = {current_name(name): array for name, array in arrays.items()}
     prefix = "backbone.body." if any(name.startswith("backbone.body.") for name in arrays) else ""
     body = _body({name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)})
     detector = next((kind for parts, kind in _DETECTORS if any(name.startswith(parts) for name in arrays)), None)

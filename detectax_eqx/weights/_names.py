@@ -21,13 +21,17 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 _COUNTERS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")
 
 
-def current_name(name: str) -> str:
+def current_torchvision_name(name: str) -> str:
     """Replaces a former torchvision name by the current one. Other detectors may still use the name: check first."""
     return _rename(name, _FORMER_NAMES)
 
 
-def current_own_name(name: str) -> str:
-    """Replaces a former name of this package by the current one."""
+def current_name(name: str) -> str:
+    """Replaces the name that an array of a detector had in earlier versions of this package by its current name.
+
+    >>> current_name("faster_rcnn.rpn.conv.weight")
+    'rpn.convs.0.weight'
+    """
     return _rename(name, _OWN_FORMER_NAMES)
 
 

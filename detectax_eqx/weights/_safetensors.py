@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from ..files import whole_file
 from ._describe import explain
-from ._names import current_own_name
+from ._names import current_name
 from ._published import check_exists
 from ._trees import WeightsError, named_leaves, named_values, replace_leaves
 
@@ -67,7 +67,7 @@ def load_safetensors(model: Model, path: str | os.PathLike) -> Model:
     """
     leaves = named_leaves(model)
     arrays = {
-        name if name in leaves else current_own_name(name): array for name, array in read_safetensors(path)[0].items()
+        name if name in leaves else current_name(name): array for name, array in read_safetensors(path)[0].items()
     }
     try:
         return replace_leaves(model, arrays, source=str(path))

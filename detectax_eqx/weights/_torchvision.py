@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ._describe import explain
-from ._names import current_name, current_own_name, is_counter, without_prefixes
+from ._names import current_name, current_torchvision_name, is_counter, without_prefixes
 from ._pth import read_pth
 from ._safetensors import read_safetensors
 from ._torchvision_names import torchvision_names
@@ -53,9 +53,9 @@ def read_torchvision(
     def renamed(name: str) -> str:
         if model is None or name in known:
             return name
-        if own and (ours := name if name in names else current_own_name(name)) in names:
+        if own and (ours := name if name in names else current_name(name)) in names:
             return names[ours]
-        return current if (current := current_name(name)) in known else name
+        return current if (current := current_torchvision_name(name)) in known else name
 
     return {renamed(name): np.asarray(array) for name, array in arrays.items()}
 

@@ -2,14 +2,13 @@
 
 import warnings
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data import Category
 from ..models import AbstractDetector
 from ..train import Restored, latest_checkpoint, load_checkpoint, load_latest_checkpoint
-from ..weights import earlier_paths, named_leaves, replace_leaves
+from ..weights import current_name
 from ._about import Canvases, categories_of, preprocessing_of
 from ._architecture import Architecture
 
@@ -54,27 +53,23 @@ def load_run(path: Path) -> tuple[AbstractDetector, tuple[Category, ...], Canvas
         like = replace(architecture.shapes(len(categories)), preprocessing=preprocessing)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its metadata is not what train.py writes ({error!r}).") from None
-    load = partial(_newest, folder) if folder else partial(_one, path)
-    if "preprocessing" in metadata:
-        return load({part: like})[part], categories, canvases, architecture
-    paths = {name: f"{part}/{before}" for name, before in earlier_paths(like).items()}
-    leaves = named_leaves(like)
-    saved = load({before: leaves[name] for name, before in paths.items()})
-    model = replace_leaves(like, {name: saved[before] for name, before in paths.items()}, source=str(path))
-    return model, categories, canvases, architecture
+    # Names have changed since checkpoints were written without a preprocessing.
+    rename = str if "preprocessing" in metadata else _current_path
+    if folder is None:
+        tree, _ = load_checkpoint(path, {part: like}, partial=True, rename=rename)
+    else:
+        restored = load_latest_checkpoint(folder, {part: like}, partial=True, rename=rename)
+        _warn_of_damage(restored)
+        tree = restored.tree
+    return tree[part], categories, canvases, architecture
 
 
-def _one(path: Path, like: Any) -> Any:
-    return load_checkpoint(path, like, partial=True)[0]
+def _current_path(path: str) -> str:
+    part, _, name = path.partition("/")
+    return f"{part}/{current_name(name.replace('/', '.')).replace('.', '/')}"
 
 
-def _newest(folder: Path, like: Any) -> Any:
-    restored = load_latest_checkpoint(folder, like, partial=True)
-    warn_of_damage(restored)
-    return restored.tree
-
-
-def warn_of_damage(restored: Restored) -> None:
+def _warn_of_damage(restored: Restored) -> None:
     """Warns of each damaged checkpoint that was skipped for an earlier one."""
     for error in restored.refused:
         warnings.warn(f"{error} {restored.path} is used instead.", stacklevel=4)
