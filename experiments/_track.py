@@ -38,7 +38,7 @@ class Trackers:
         self._stack.close()
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        """Passes on values as `kind/name`, where `kind` is `train` or `val`, without COCO metrics that are undefined."""
+        """Passes on values as `kind/name`, without undefined COCO metrics. `kind` is `train` or `val`."""
         defined = {f"{kind}/{name}": value for name, value in values.items() if kind == "train" or value >= 0}
         for log in self._logs:
             log(defined, step)
