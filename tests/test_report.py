@@ -127,7 +127,7 @@ def test_the_worst_come_first(scripts, shapes):
 
 
 def test_shrunk_masks(scripts):
-    from detectax_eqx.report._masks import mask_size, shrink_mask
+    from detectax_eqx.report._picture import mask_size, shrink_mask
 
     assert mask_size((100, 200)) == (100, 200) and mask_size((480, 960)) == (120, 240)
     mask = np.zeros((8, 12), bool)

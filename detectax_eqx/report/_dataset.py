@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .. import data, draw
+from .. import data
 from ._inspection import Suspicion
-from ._masks import mask_size, shrink_mask
-from ._page import file_name, thumbnail, write_page
+from ._page import file_name, write_page
+from ._picture import Picture, class_entries
 
 
 # Suspicious annotations that are shown: the maximum number per kind, and the maximum size of all images in bytes.
@@ -32,10 +30,7 @@ def write_dataset_page(
         "title": f"Dataset: {file_name(dataset.annotations_path)}",
         "subtitle": f"{len(dataset):,} images, {dataset.num_classes} classes; {dataset.report}",
         "tables": tables,
-        "classes": [
-            {"name": category.name, "color": "#{:02x}{:02x}{:02x}".format(*draw.class_color(k))}
-            for k, category in enumerate(dataset.categories)
-        ],
+        "classes": class_entries(dataset),
         "counts": dict(Counter(suspicion.kind for suspicion in suspicions)),
         "suspicions": pictures(dataset, suspicions),
     }
@@ -49,35 +44,24 @@ def pictures(dataset: data.CocoDataset, suspicions: Sequence[Suspicion]) -> list
         taken[suspicion.kind] += 1
         if taken[suspicion.kind] > PICTURES_OF_KIND or size > IMAGE_BYTES:
             continue
-        image, objects = dataset.images[suspicion.image], dataset.objects(suspicion.image)
-        source = image.height, image.width
-        uri, shown = thumbnail(data.read_image(image.path, size=source))
-        small, scale = mask_size(shown), np.array([shown[1] / source[1], shown[0] / source[0]] * 2)
+        picture, objects = Picture(dataset.images[suspicion.image]), dataset.objects(suspicion.image)
         entries.append(
             {
+                **picture.entry,
                 "kind": suspicion.kind,
                 "what": suspicion.what,
-                "name": file_name(image.path),
-                "id": image.id,
                 "annotation": objects.annotation_ids[suspicion.row],
-                "src": uri,
-                "width": shown[1],
-                "height": shown[0],
-                "mask_width": small[1],
-                "mask_height": small[0],
                 "objects": [
                     {
                         "k": int(objects.labels[row]),
-                        "box": (objects.boxes[row] * scale).round(1).tolist(),
+                        "box": picture.box(objects.boxes[row]),
                         "crowd": bool(objects.crowd[row]),
                         "suspicious": row == suspicion.row,
-                        "mask": shrink_mask(objects.segmentations[row], source, small)
-                        if row == suspicion.row
-                        else None,
+                        "mask": picture.mask(objects.segmentations[row]) if row == suspicion.row else None,
                     }
                     for row in range(len(objects.boxes))
                 ],
             }
         )
-        size += len(uri)
+        size += len(picture.entry["src"])
     return entries

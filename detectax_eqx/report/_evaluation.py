@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
-from .. import data, draw, evaluate
-from ._masks import mask_size, shrink_mask
-from ._page import file_name, thumbnail, write_page
+from .. import data, evaluate
+from ._page import file_name, write_page
+from ._picture import Picture, class_entries
 
 
 # Images that are included: the worst overall, the worst per class and per kind of error, and the maximum in total.
@@ -56,10 +56,7 @@ def write_report(
         "num_images": len(dataset),
         "kinds": evaluate.ERROR_KINDS,
         "meanings": MEANINGS | {f"AR{limit}": f"recall with {limit} detections per class and image"},
-        "classes": [
-            {"name": category.name, "color": "#{:02x}{:02x}{:02x}".format(*draw.class_color(k))}
-            for k, category in enumerate(dataset.categories)
-        ],
+        "classes": class_entries(dataset),
         "recall": first.recall.round(3).tolist(),
         "foreground_iou": first.foreground_iou,
         "background_iou": first.background_iou,
@@ -138,26 +135,18 @@ def worst_images(
     entries, size = [], 0
     for index in ranking(analyses[0], [image.id for image in dataset.images]):
         image, objects = dataset.images[index], dataset.objects(index)
-        source = image.height, image.width
-        uri, shown = thumbnail(data.read_image(image.path, size=source))
-        small, scale = mask_size(shown), np.array([shown[1] / source[1], shown[0] / source[0]] * 2)
+        picture, source = Picture(image), (image.height, image.width)
         rows = sorted(rows_of[image.id], key=lambda row: -results[row]["score"])[:SHOWN]
         entry = {
-            "id": image.id,
-            "name": file_name(image.path),
-            "src": uri,
-            "width": shown[1],
-            "height": shown[0],
-            "mask_width": small[1],
-            "mask_height": small[0],
+            **picture.entry,
             "objects": [
                 {
                     "id": id,
                     "k": int(label),
-                    "box": (box * scale).round(1).tolist(),
+                    "box": picture.box(box),
                     "crowd": bool(crowd),
                     "missed": [id in of_view for of_view in missed],
-                    "mask": shrink_mask(segmentation, source, small),
+                    "mask": picture.mask(segmentation),
                 }
                 for box, label, crowd, id, segmentation in zip(
                     objects.boxes, objects.labels, objects.crowd, objects.annotation_ids, objects.segmentations,
@@ -167,12 +156,12 @@ def worst_images(
             "detections": [
                 {
                     "k": label_of[results[row]["category_id"]],
-                    "box": (corners(results[row], source) * scale).round(1).tolist(),
+                    "box": picture.box(corners(results[row], source)),
                     "score": round(results[row]["score"], 3),
                     "verdicts": verdicts[row].tolist(),
                     "about": about[row].tolist(),
                     "ious": ious[row].round(3).tolist(),
-                    "mask": shrink_mask(mask_of(results[row], source), source, small),
+                    "mask": picture.mask(mask_of(results[row], source)),
                 }
                 for row in rows
             ],

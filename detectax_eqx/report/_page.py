@@ -1,23 +1,15 @@
 """Assembles a page: markup, style, scripts and data in one self-contained file."""
 
-import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from .. import files
 
 
 FOLDER = Path(__file__).parent
-# The maximum length of a thumbnail's longest side, in pixels.
-THUMBNAIL = 480
-JPEG_QUALITY = 72
 
 
 def file_name(location: str | Path) -> str:
@@ -44,16 +36,6 @@ def write_page(path: Path, *, title: str, body: str, scripts: Sequence[str], dat
         text = before + part + after
     with files.whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def thumbnail(image: np.ndarray) -> tuple[str, tuple[int, int]]:
-    """Shrinks an RGB image to a small JPEG. Returns its data URI and its `(height, width)`."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return uri, (picture.height, picture.width)
 
 
 def _read(name: str) -> str:
