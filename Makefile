@@ -82,8 +82,8 @@ parity: $(PARITY)/.installed
 	$(PARITY)/bin/python -m pytest tests/parity -s -n 0 -p no:cacheprovider --override-ini norecursedirs=
 
 exports: $(EXPORT)/.installed $(EDGE)/.installed
-	$(EXPORT)/bin/python -m pytest tests/test_export.py -m "long or not long"
-	$(EDGE)/bin/python -m pytest tests/test_export.py -k tflite
+	$(EXPORT)/bin/python -m pytest tests/export -m "long or not long"
+	$(EDGE)/bin/python -m pytest tests/export -k tflite
 
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict

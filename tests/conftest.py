@@ -23,7 +23,9 @@ BEGIN, END = "<!-- reliability -->", "<!-- /reliability -->"
 LONGEST = (
     *("experiments", "mutations", "kill", "truth", "resume", "models", "malformed", "train_options", "scaling"),
     *(
-        "export",
+        "stablehlo",
+        "onnx",
+        "parts",
         "saver",
         "train_step",
         "strict",

@@ -133,7 +133,7 @@ ELSEWHERE = {
     data: {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
     | {"decode_counts", "encode_segmentation", "list_images", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
-    # test_export.py: they write files or need an extra.
+    # tests/export: they write files or need an extra.
     export: {
         "save_stablehlo",
         "save_onnx",
