@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from detectax_eqx import Targets, evaluate, models, nn, ops, train
+from detectax_eqx import Targets, evaluate, models, nn, ops, train, zoo
 
 from . import tiny_detector
 from .misuse_cases import KEY, OPS, OTHERS, call, f32
@@ -48,8 +48,8 @@ WITH_DETECTOR = {
     "init_train_state",
 }
 WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine", "warmup_multistep"}
-# These compute nothing on a device: files, options, structure, and building a model
-# (`test_detector_traces_under_x64` covers models with float64 parameters).
+# These compute nothing on a device: files, options, structure, and building a model, which
+# `test_detectors_are_built_under_x64` covers.
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
     *{"resnet18", "resnet34", "resnet50", "resnet101"},
@@ -229,6 +229,13 @@ FUNCTIONS = pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)
 DETECTORS = pytest.mark.parametrize(
     "detector", [tiny_detector.mask_rcnn, tiny_detector.retinanet, tiny_detector.fcos], ids=lambda f: f.__name__
 )
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_detectors_are_built_under_x64(name):
+    with jax.enable_x64(True):
+        model = eqx.filter_eval_shape(zoo.build, name, 3, key=KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct)} == {np.float64}
 
 
 @DETECTORS
