@@ -127,6 +127,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert int(resumed.step) == 6
 
 
+def test_leaves_are_found_under_other_names(tmp_path):
+    path = save_checkpoint(tmp_path, {"head": {"w": jnp.ones(3)}, "old": jnp.zeros(2)}, step=1, metadata={})
+    renamed = {"head/w": "neck/weight"}
+    like = {"neck": {"weight": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+    restored, _ = load_checkpoint(path, like, partial=True, rename=lambda name: renamed.get(name, name))
+    assert restored["neck"]["weight"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"rename must give each leaf of checkpoint .* a path of its own"):
+        load_checkpoint(path, like, partial=True, rename=lambda _: "neck/weight")
+
+
 def test_the_newest_are_kept(tmp_path):
     for step in (1, 5, 3, 10):
         save_checkpoint(tmp_path, {"w": jnp.full(2, step)}, step=step, metadata={}, keep=2)

@@ -168,13 +168,16 @@ def load_checkpoint(
     Arrays are sharded as those of `like` are, however they were sharded when saved; an array on a single device is
     loaded onto the default device. Where `like` has a NumPy array, a NumPy array is returned.
 
-    Raises a `FileNotFoundError` if there is no checkpoint at `path`; a `CheckpointError` that names the checkpoint and
-    the leaf if a leaf is missing, unexpected, or of another shape or dtype; and a `DamagedCheckpointError` if a leaf or
-    the index is damaged.
+    Raises a `FileNotFoundError` if there is no checkpoint at `path`; a `ValueError` if `rename` gives two leaves the
+    same path; a `CheckpointError` that names the checkpoint and the leaf if a leaf is missing, unexpected, or of
+    another shape or dtype; and a `DamagedCheckpointError` if a leaf or the index is damaged.
     """
     path = Path(path)
     content = _read_index(path)
-    stored, wanted = {rename(name): leaf for name, leaf in content["leaves"].items()}, _array_leaves(like)
+    saved_as = {rename(name): name for name in content["leaves"]}
+    if len(saved_as) < len(content["leaves"]):
+        raise ValueError(f"rename must give each leaf of checkpoint {path} a path of its own.")
+    stored, wanted = {name: content["leaves"][saved] for name, saved in saved_as.items()}, _array_leaves(like)
     missing = [name for name in wanted if name not in stored]
     extra = [] if partial else [name for name in stored if name not in wanted]
     if missing or extra:
@@ -189,7 +192,6 @@ def load_checkpoint(
                 f"Checkpoint {path} does not fit: leaf {name!r} is {there['dtype']}{there['shape']} there, but "
                 f"{here['dtype']}{here['shape']} here; was it made with other options?"
             )
-    saved_as = {rename(name): name for name in content["leaves"]}
     try:
         arrays = read_arrays(path / ARRAYS, {saved_as[name]: _stored_form(leaf) for name, leaf in wanted.items()})
     except ValueError as error:
