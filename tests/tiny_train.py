@@ -2,7 +2,7 @@
 
     python tests/tiny_train.py [train.py's options] [--die-after | --stop-after | --interrupt-after PLACE:N]
 
-Only the width of the detector differs from the script. The last option makes the process send itself SIGKILL (as
+Only the size of the detector differs from the script. The last option makes the process send itself SIGKILL (as
 `kill -9` does), SIGTERM, or SIGINT (as Ctrl-C does) the N-th time that it reaches PLACE. The four places are: `arrays`,
 after the arrays of a checkpoint are written and before its index is; `replacing`, after a checkpoint is moved away and
 before the new one of the same step takes its place; `stepping`, before a step; and `evaluating`, during an evaluation.
