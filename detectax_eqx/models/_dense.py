@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from .._types import Detections
+from .._xla import rematerialise
 from ..nn import Conv2d, Initializer, Norm, relu
 from ..ops import anchor_grid, clip_boxes, nms_indices, sigmoid_focal_loss
 
@@ -171,7 +172,9 @@ def class_loss(
         level = slice(first, first + num_anchors * num_cells)
         level_labels, level_counted = (rearrange(x[level], "(p a) -> a 1 p", a=num_anchors) for x in (labels, counted))
         one_hot = level_labels == jnp.arange(num_classes, dtype=level_labels.dtype)[None, :, None]  # (a, k, p)
-        losses = sigmoid_focal_loss(logits.astype(jnp.float32), one_hot.astype(jnp.float32))
-        total += jnp.where(level_counted, losses, 0.0).sum()
+        loss = lambda logits, one_hot=one_hot: sigmoid_focal_loss(  # noqa: E731
+            logits.astype(jnp.float32), one_hot.astype(jnp.float32)
+        )
+        total += jnp.where(level_counted, rematerialise(loss, logits), 0.0).sum()
         first = level.stop
     return total
