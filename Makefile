@@ -12,12 +12,13 @@ export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 # Caches small programs too: the tests compile thousands of them.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 
-.PHONY: help demo test test-all notebooks lint format parity exports docs bench bench-quick bench-check clean
+.PHONY: help demo test test-slow test-all notebooks lint format parity exports docs bench bench-quick bench-check clean
 
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
-	@echo "make test-all     run the long tests too, and write the fault table in docs/benchmarks/reliability.md"
+	@echo "make test-slow    run the tests that take half a minute each"
+	@echo "make test-all     run all tests, also those that take minutes each, and write the fault table in docs/benchmarks/reliability.md"
 	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       fix style"
@@ -61,6 +62,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m "slow and not long"
 
 test-all: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m "long or not long" --tally=docs/benchmarks/reliability.md

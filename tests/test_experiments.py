@@ -54,6 +54,7 @@ def test_help(script):
     assert "usage" in text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_train_evaluate_predict_export(shapes, tmp_path):
     annotations, images = shapes
@@ -110,6 +111,7 @@ def _size(path):
         return image.size
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_quickstart_runs(tmp_path):
     run(

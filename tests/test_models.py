@@ -226,7 +226,9 @@ def test_mask_loss_refuses_targets_without_masks(getkey):
         model.loss(_image(getkey()), SIZE, targets, key=getkey())
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("mask", "retinanet"))) for kind in MODELS]
+)
 def test_overfits_a_handful_of_images(kind):
     """Bright rectangles on a dark background: after 300 steps each is found, with its class.
 

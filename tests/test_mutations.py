@@ -233,7 +233,10 @@ def use(annotations, images, folder):
 
 def cases(count):
     """The short form, and the long form of `count` cases."""
-    return [pytest.param(30, id="some"), pytest.param(count, id="all", marks=[pytest.mark.long])]
+    return [
+        pytest.param(30, id="some", marks=[pytest.mark.slow]),
+        pytest.param(count, id="all", marks=[pytest.mark.long]),
+    ]
 
 
 @pytest.mark.timeout(7200)

@@ -75,6 +75,7 @@ def test_the_same_as_one_device_at_once(model_devices, accumulate):
             np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_losses_in_bfloat16_follow_those_in_float32():
     full, half = trained(0), trained(0, dtype="bfloat16")
     losses = np.array([[metrics["loss"] for metrics in history] for _, history, _ in (full, half)])

@@ -197,10 +197,19 @@ def techniques(bench: Bench) -> Rows:
     return table
 
 
+def _decisive_weights(bench: Bench, model: str) -> str | None:
+    """Returns the file of weights that detect objects, written by torchvision's side; `None` without it."""
+    file = bench.weights(model)
+    if file is not None and not Path(file).exists():
+        with bench.pair(fresh=True) as (_, theirs):
+            assert theirs is not None
+            name, arrays, options = case("inference", model, SMALL_IMAGE, "float32", file)
+            theirs.build(name, arrays, **options)
+    return file
+
+
 def _try(bench: Bench, kind: str, model: str, images: str, on_options, environment, both, options) -> tuple:
-    weights = bench.weights(model)  # written by an earlier table, if any; these weights detect something
-    weights = weights if weights and Path(weights).exists() else None
-    _, arrays, case_options = case(kind, model, images, "float32", weights)
+    _, arrays, case_options = case(kind, model, images, "float32", _decisive_weights(bench, model))
     with bench.ours(both) as off, bench.ours(both | environment) as on:
         try:
             on.about()

@@ -63,6 +63,7 @@ def test_stablehlo_runs_without_the_package(model, images, expected, tmp_path, m
     assert compiled and sorted(path.name for path in Path(f"{file}.compiled").iterdir()) == compiled
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stablehlo_of_any_batch(model, images, expected, tmp_path):
     path, image = tmp_path / "detector.npz", tmp_path / "0.png"
