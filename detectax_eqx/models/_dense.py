@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -172,9 +173,12 @@ def class_loss(
         level = slice(first, first + num_anchors * num_cells)
         level_labels, level_counted = (rearrange(x[level], "(p a) -> a 1 p", a=num_anchors) for x in (labels, counted))
         one_hot = level_labels == jnp.arange(num_classes, dtype=level_labels.dtype)[None, :, None]  # (a, k, p)
-        loss = lambda logits, one_hot=one_hot: sigmoid_focal_loss(  # noqa: E731
-            logits.astype(jnp.float32), one_hot.astype(jnp.float32)
-        )
-        total += jnp.where(level_counted, rematerialise(loss, logits), 0.0).sum()
+        # The factors of the loss, each as large as the logits, are recomputed for the gradient.
+        losses = rematerialise(partial(_focal_loss, one_hot), logits)
+        total += jnp.where(level_counted, losses, 0.0).sum()
         first = level.stop
     return total
+
+
+def _focal_loss(one_hot: Bool[Array, "a k p"], logits: Float[Array, "a k p"]) -> Float32[Array, "a k p"]:
+    return sigmoid_focal_loss(logits.astype(jnp.float32), one_hot.astype(jnp.float32))
