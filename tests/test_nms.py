@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detectax_eqx import _xla
 from detectax_eqx.ops import _nms as forms, class_aware_nms, nms, nms_indices, pairwise_iou
 
 
@@ -330,7 +329,7 @@ def test_errors(threshold):
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 300])
 def test_first_true_is_nonzero(n, share, size):
     masks = np.random.default_rng(n).uniform(size=(2, n)) < share
-    positions, counts = jax.vmap(lambda mask: _xla.first_true(mask, size))(jnp.asarray(masks))
+    positions, counts = jax.vmap(lambda mask: forms._first_true(mask, size))(jnp.asarray(masks))
     for mask_, indices, count in zip(masks, np.asarray(positions), np.asarray(counts), strict=True):
         np.testing.assert_array_equal(indices[:count], np.flatnonzero(mask_)[:size])
         assert count == min(mask_.sum(), size)

@@ -4,7 +4,6 @@ from ._chunks import map_chunks as map_chunks
 from ._convolution import convolve as convolve
 from ._max_pool import max_pool as max_pool
 from ._named import named_call as named_call
-from ._nonzero import first_true as first_true
 from ._options import convolution_options as convolution_options, step_compiler_options as step_compiler_options
 from ._plain import TRICKS as TRICKS, by_platform as by_platform, plain_operations as plain_operations
 from ._pooling import Taps as Taps, lay_out as lay_out, pool as pool

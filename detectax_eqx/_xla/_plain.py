@@ -18,7 +18,6 @@ Trick = Literal[
     "chunks",
     "convolution",
     "max_pool",
-    "nonzero",
     "options",
     "platforms",
     "pooling",

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from .._xla import by_platform, first_true, named_call, unvmap_max, varying_like
+from .._xla import by_platform, named_call, unvmap_max, varying_like
 from ._boxes import _corners, _intersection_and_union
 
 
@@ -122,8 +122,14 @@ def _keep_mask(*args, keep):
 def _select_sorted(*args, max_outputs, keep):
     """Rows of the best `max_outputs` kept boxes, and their number."""
     order, sorted_mask = _sorted_keep(*args, keep=keep)
-    positions, count = first_true(sorted_mask, max_outputs)
+    positions, count = _first_true(sorted_mask, max_outputs)
     return jnp.where(jnp.arange(max_outputs, dtype=jnp.int32) < count, order[positions], 0), count
+
+
+def _first_true(mask, size):
+    """Positions of the first `size` true elements, then zeros, and the number of these positions."""
+    positions = jnp.nonzero(mask, size=size, fill_value=0)[0].astype(jnp.int32)
+    return positions, jnp.minimum(mask.sum(dtype=jnp.int32), size)
 
 
 def _select_greedy(rows, scores, valid, threshold, *, max_outputs):
@@ -168,7 +174,7 @@ def _select_packed(rows, scores, valid, threshold, *, max_outputs, select):
         capacity, *larger = capacities
 
         def on_packed():
-            packed, num_valid = first_true(valid, capacity)  # (capacity,) rows of valid boxes
+            packed, num_valid = _first_true(valid, capacity)  # (capacity,) rows of valid boxes
             packed_valid = jnp.arange(capacity, dtype=jnp.int32) < num_valid
             indices, count = select(_at(rows, packed), scores[packed], packed_valid, threshold, max_outputs=max_outputs)
             return jnp.where(jnp.arange(max_outputs, dtype=jnp.int32) < count, packed[indices], 0), count
