@@ -288,6 +288,9 @@ def check_model(options: Options, model: models.AbstractDetector) -> None:
         raise SystemExit(f"--anchor-sizes is {sizes}: it must be {levels} numbers, one per level.")
     if any(side % divisor for canvas in canvases for side in canvas):
         raise SystemExit(f"--canvases is {canvases}: its sides must be multiples of {divisor}.")
+    layers, stages = options.architecture.trainable_layers, len(model.backbone.stages)
+    if layers is not None and layers > stages:
+        raise SystemExit(f"--trainable-layers is {layers}: the backbone has {stages}.")
 
 
 def check_promise(options: Options, epoch_steps: int) -> None:
@@ -298,8 +301,10 @@ def check_promise(options: Options, epoch_steps: int) -> None:
             f"--warmup-steps is {warmup}, but the run has {steps} steps and would end before its learning rate is "
             "reached. Leave the option out, or train for longer (--epochs, --steps)."
         )
-    norm = options.architecture.norm
-    if options.detector.init is None and norm in ("frozen_batch", "frozen_batch_eps0"):
+    init, norm = options.detector.init, options.architecture.norm
+    if init is not None and not init.exists():
+        raise SystemExit(f"--init is {init}: there is no such file.")
+    if init is None and norm in ("frozen_batch", "frozen_batch_eps0"):
         raise SystemExit(
             f"--norm is {norm}, which takes its statistics from imported weights: without --init there are none. "
             "Give --init, or leave the option out to train from scratch with group."

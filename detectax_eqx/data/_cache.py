@@ -38,6 +38,8 @@ class ImageCache:
 
     def __init__(self, folder: Path, dataset: CocoDataset):
         self._folder = folder
+        if folder.is_file():
+            raise self._error("it is a file")
         self._images = dataset.images
         names = [[PIL.__version__], *([str(image.path), image.height, image.width] for image in dataset.images)]
         self._name = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
@@ -134,7 +136,7 @@ class ImageCache:
                     raise self._error(error) from error
             return self._arrays[shape]
 
-    def _error(self, error: ValueError) -> OSError:
+    def _error(self, error: ValueError | str) -> OSError:
         return OSError(
             f"The cache {self._folder} cannot be used: {error}. Free up space or choose another folder. If it is "
             f"damaged, delete it: it will be rebuilt."
