@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torchvision.models import resnet
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, RPNHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -28,8 +31,17 @@ def new_detector(name: str, num_outputs: int = NUM_OUTPUTS, **options: Any) -> n
 
 
 def _two_stage(kind: Callable[..., nn.Module], body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
-    assert not second
-    return kind(_backbone(body), num_outputs, **options)
+    if not second:
+        return kind(_backbone(body), num_outputs, **options)
+    norm = {"norm_layer": FrozenBatchNorm2d}
+    heads: dict[str, nn.Module] = {
+        "rpn_head": RPNHead(256, 3, conv_depth=2),
+        "box_head": FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], **norm),
+    }
+    if kind is MaskRCNN:
+        heads["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, **norm)
+    backbone = _resnet_fpn_extractor(getattr(resnet, body)(**norm), 5, **norm)
+    return kind(backbone, num_outputs, **heads, **options)
 
 
 def _retinanet(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:

@@ -37,6 +37,21 @@ def _mask_rcnn():
     return models.mask_rcnn(backbone, 3, key=jr.key(0), hidden_size=32, hidden_channels=16)
 
 
+def _second(build, **parts):
+    """torchvision's second version: norms everywhere, two convolutions in the RPN."""
+    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16, norm=nn.FrozenBatchNorm)
+    head = partial(models.ConvBoxHead, hidden_channels=16)
+    return build(backbone, 3, key=jr.key(0), hidden_size=32, rpn_depth=2, box_head=head, **parts)
+
+
+def _faster_rcnn_v2():
+    return _second(models.faster_rcnn)
+
+
+def _mask_rcnn_v2():
+    return _second(models.mask_rcnn, hidden_channels=16, mask_norm=nn.FrozenBatchNorm)
+
+
 def _dense_backbone():
     top = nn.ConvolvedTop(64, 16, key=jr.key(0))
     return nn.ResNetFPN(_body(), key=jr.key(0), channels=16, finest=3, top=top)
@@ -52,7 +67,8 @@ def _fcos():
 
 TWO_STAGE = {"faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn}
 DENSE = {"retinanet": _retinanet, "retinanet_v2": partial(_retinanet, nn.GroupNorm), "fcos": _fcos}
-DETECTORS = TWO_STAGE | DENSE
+SECOND = {"faster_rcnn_v2": _faster_rcnn_v2, "mask_rcnn_v2": _mask_rcnn_v2}
+DETECTORS = TWO_STAGE | SECOND | DENSE
 BUILDERS = {"resnet": _body} | DETECTORS
 
 
@@ -129,10 +145,10 @@ def test_real_names_and_shapes(head, body):
     assert _names_and_shapes(f"{head}_{body}_fpn", 90) == expected
 
 
-@pytest.mark.parametrize("name", STORED["dense"])
-def test_real_names_and_shapes_of_dense_detectors(name):
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("second", "dense") for name in STORED[kind]])
+def test_real_names_and_shapes_of_other_detectors(kind, name):
     body = _flat(STORED["backbones"]["resnet50"]["body"], "backbone.body.")
-    assert _names_and_shapes(name, 91) == body | _flat(STORED["dense"][name])
+    assert _names_and_shapes(name, {"second": 90, "dense": 91}[kind]) == body | _flat(STORED[kind][name])
 
 
 def _flat(tree, prefix=""):

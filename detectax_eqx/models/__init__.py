@@ -2,6 +2,7 @@
 
 from ._box_head import (
     BoxHead as BoxHead,
+    ConvBoxHead as ConvBoxHead,
     SampledProposals as SampledProposals,
     box_detections as box_detections,
     box_loss as box_loss,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
 from ..ops import RoIFeatures
-from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
+from ._box_head import BoxHead, ConvBoxHead, SampledProposals, box_detections, box_loss, sample_proposals
 from ._preprocessing import Preprocessing
 from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
 
@@ -87,7 +87,7 @@ class TwoStage(Protocol):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead
+    box_head: BoxHead | ConvBoxHead
     pooling: RoIPooling
     preprocessing: Preprocessing
 

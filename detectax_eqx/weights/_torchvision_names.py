@@ -16,8 +16,17 @@ TORCHVISION: Names = {
         "class_logits": "box_predictor.cls_score",
         "box_deltas": "box_predictor.bbox_pred",
     },
+    # torchvision's head has four convolutions, which a flattening follows: the fully connected layer is the sixth.
+    models.ConvBoxHead: {
+        "convs": "box_head.{i}.0",
+        "norms": "box_head.{i}.1",
+        "fc": "box_head.5",
+        "class_logits": "box_predictor.cls_score",
+        "box_deltas": "box_predictor.bbox_pred",
+    },
     models.MaskHead: {
         "convs": "mask_head.{i}.0",
+        "norms": "mask_head.{i}.1",
         "upsample": "mask_predictor.conv5_mask",
         "mask_logits": "mask_predictor.mask_fcn_logits",
     },
@@ -41,7 +50,13 @@ TORCHVISION: Names = {
         "distances": "head.regression_head.bbox_reg",
         "centerness": "head.regression_head.bbox_ctrness",
     },
-    nn.FPN: {"lateral": "inner_blocks.{i}.0", "output": "layer_blocks.{i}.0", "top": "extra_blocks"},
+    nn.FPN: {
+        "lateral": "inner_blocks.{i}.0",
+        "lateral_norms": "inner_blocks.{i}.1",
+        "output": "layer_blocks.{i}.0",
+        "output_norms": "layer_blocks.{i}.1",
+        "top": "extra_blocks",
+    },
     nn.ResNet: {"norm1": "bn1", "layers": lambda i: f"layer{i + 1}"},
     nn.BasicBlock: {"norm1": "bn1", "norm2": "bn2"},
     nn.Bottleneck: {"norm1": "bn1", "norm2": "bn2", "norm3": "bn3"},

@@ -7,7 +7,7 @@ from typing import Any
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from ..models import AbstractDetector, faster_rcnn, fcos, giou_of_boxes, mask_rcnn, retinanet
+from ..models import AbstractDetector, ConvBoxHead, faster_rcnn, fcos, giou_of_boxes, mask_rcnn, retinanet
 from ..nn import (
     ConvolvedTop,
     FrozenBatchNorm,
@@ -83,6 +83,27 @@ def _two_stage(
     return detector(backbone, num_classes, key=heads_key, **parts)
 
 
+def _two_stage_v2(
+    detector: Callable[..., AbstractDetector],
+    resnet: Callable[..., ResNet],
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    norm: Norm,
+    checkpoint: bool,
+    **parts: Any,
+) -> AbstractDetector:
+    """torchvision's second version: norms in the pyramid and the heads too, and one more convolution in the RPN."""
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=norm)
+    parts = {"rpn_depth": 2, "box_head": partial(ConvBoxHead, norm=norm)} | parts
+    return detector(backbone, num_classes, key=heads_key, **parts)
+
+
+def _mask_rcnn_v2(*arguments: Any, norm: Norm, **options: Any) -> AbstractDetector:
+    return _two_stage_v2(mask_rcnn, *arguments, norm=norm, **({"mask_norm": norm} | options))
+
+
 def _dense(
     detector: Callable[..., AbstractDetector],
     resnet: Callable[..., ResNet],
@@ -105,10 +126,12 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "faster_rcnn_resnet18_fpn": partial(_two_stage, faster_rcnn, resnet18),
     "faster_rcnn_resnet34_fpn": partial(_two_stage, faster_rcnn, resnet34),
     "faster_rcnn_resnet50_fpn": partial(_two_stage, faster_rcnn, resnet50),
+    "faster_rcnn_resnet50_fpn_v2": partial(_two_stage_v2, faster_rcnn, resnet50),
     "faster_rcnn_resnet101_fpn": partial(_two_stage, faster_rcnn, resnet101),
     "mask_rcnn_resnet18_fpn": partial(_two_stage, mask_rcnn, resnet18),
     "mask_rcnn_resnet34_fpn": partial(_two_stage, mask_rcnn, resnet34),
     "mask_rcnn_resnet50_fpn": partial(_two_stage, mask_rcnn, resnet50),
+    "mask_rcnn_resnet50_fpn_v2": partial(_mask_rcnn_v2, resnet50),
     "mask_rcnn_resnet101_fpn": partial(_two_stage, mask_rcnn, resnet101),
     "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
     "retinanet_resnet50_fpn_v2": partial(

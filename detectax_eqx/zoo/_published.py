@@ -120,6 +120,8 @@ _PUBLISHED: dict[str, Published] = {
             34.6,
             norm="frozen_batch_eps0",
         ),
+        _torchvision("faster_rcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2_coco-dd69338a", 167.104, 46.7),
+        _torchvision("mask_rcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2_coco-73cbd019", 177.219, 47.4, 41.8),
         _torchvision(
             "retinanet_resnet50_fpn",
             "retinanet_resnet50_fpn_coco-eeacb38b",

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torchvision import ops
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
     fcos_resnet50_fpn,
     maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
 )
@@ -30,6 +32,7 @@ from torchvision.ops.boxes import _batched_nms_vanilla
 
 DATA = Path(__file__).parent.parent / "data"
 BODIES = ("resnet18", "resnet34", "resnet50", "resnet101")
+DENSE = (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn)
 # A canvas whose P5 has an odd number of rows, so that P6's stride is not 64.
 CANVAS, STRIDES, SIZES, ASPECT_RATIOS = (800, 1088), (4, 8, 16, 32, 64), (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
@@ -210,7 +213,7 @@ def losses(rng):
 def parameter_names():
     """Names and shapes of the backbones with their pyramids, and of each detector's other parameters.
 
-    These are a two-stage detector's heads, and a dense detector's pyramid and heads.
+    These are a two-stage detector's heads, and the pyramid and heads of dense detectors and of second versions.
     """
 
     def shapes(model):
@@ -228,17 +231,26 @@ def parameter_names():
         return root
 
     backbones = {body: shapes(resnet_fpn_backbone(backbone_name=body, weights=None)) for body in BODIES}
-    trees = {"backbones": {body: tree(flat) for body, flat in backbones.items()}, "heads": {}, "dense": {}}
+    trees = {
+        "backbones": {body: tree(flat) for body, flat in backbones.items()},
+        "heads": {},
+        "second": {},
+        "dense": {},
+    }
     for name, build in (("faster_rcnn", fasterrcnn_resnet50_fpn), ("mask_rcnn", maskrcnn_resnet50_fpn)):
         everything = shapes(build(weights=None, weights_backbone=None))
         backbone = {k.removeprefix("backbone."): v for k, v in everything.items() if k.startswith("backbone.")}
         assert backbone == backbones["resnet50"]
         trees["heads"][name] = tree({k: v for k, v in everything.items() if not k.startswith("backbone.")})
     body = {k: v for k, v in backbones["resnet50"].items() if k.startswith("body.")}
-    for build in (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn):
+    for kind, name, build in (
+        ("second", "faster_rcnn_resnet50_fpn_v2", fasterrcnn_resnet50_fpn_v2),
+        ("second", "mask_rcnn_resnet50_fpn_v2", maskrcnn_resnet50_fpn_v2),
+        *(("dense", build.__name__, build) for build in DENSE),
+    ):
         everything = shapes(build(weights=None, weights_backbone=None))
         assert body == {k.removeprefix("backbone."): v for k, v in everything.items() if "backbone.body." in k}
-        trees["dense"][build.__name__] = tree({k: v for k, v in everything.items() if "backbone.body." not in k})
+        trees[kind][name] = tree({k: v for k, v in everything.items() if "backbone.body." not in k})
     return trees
 
 

@@ -29,6 +29,8 @@ from .torchvision_models import arrays_of, random_detector, real_images
 CASES = {
     "faster_rcnn_resnet50_fpn": 90,
     "mask_rcnn_resnet50_fpn": 90,
+    "faster_rcnn_resnet50_fpn_v2": 90,
+    "mask_rcnn_resnet50_fpn_v2": 90,
     "retinanet_resnet50_fpn": 91,
     "retinanet_resnet50_fpn_v2": 91,
     "fcos_resnet50_fpn": 91,
@@ -271,6 +273,9 @@ def test_weights_round_trip(name):
 PARAMETERS = {
     "faster_rcnn_resnet50_fpn": 41_755_286,
     "mask_rcnn_resnet50_fpn": 44_401_393,
+    # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
+    "faster_rcnn_resnet50_fpn_v2": 43_712_278 - 53_120 - 4_096 - 2_048,
+    "mask_rcnn_resnet50_fpn_v2": 46_359_409 - 53_120 - 4_096 - 2 * 2_048,
     "retinanet_resnet50_fpn": 34_014_999,
     "retinanet_resnet50_fpn_v2": 38_198_935 - 53_120,  # less those of its BatchNorms, which are frozen here
     "fcos_resnet50_fpn": 32_269_600,
