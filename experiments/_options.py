@@ -84,7 +84,8 @@ class ArchitectureOptions:
     """Norm of the backbone (torchvision's COCO weights: frozen_batch_eps0). Default: frozen_batch with --init,
     else group."""
     trainable_layers: int | None = None
-    """Trained stages of the backbone, 0..5, counted from the top. Default: 3 with --init, else 5."""
+    """Trained stages of the backbone, counted from the top: ResNets have 5, MobileNets 6. Default: 3 with --init, else
+    all."""
     anchor_sizes: tuple[float, ...] | None = None
     """Side in pixels of the square anchor per level, after resizing. Default: the detector's own."""
     aspect_ratios: tuple[float, ...] | None = None
@@ -259,7 +260,7 @@ def complete(options: Options, epoch_steps: int) -> Options:
     imported = options.detector.init is not None
     defaults = {
         "norm": "frozen_batch" if imported else "group",
-        "trainable_layers": 3 if imported else 5,
+        "trainable_layers": 3 if imported else len(architecture(options).shapes(1).backbone.stages),
         "lr": LEARNING_RATES[options.optimization.optimizer],
         "warmup_steps": min(WARMUP_STEPS, int(WARMUP_SHARE * steps)),
         "decay_epochs": tuple(round(decay * epochs / RECIPE_EPOCHS, 3) for decay in RECIPE_DECAYS),

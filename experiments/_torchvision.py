@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor, resnet_fpn_backbone
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor, mobilenet_backbone, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, RPNHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -31,6 +32,8 @@ def new_detector(name: str, num_outputs: int = NUM_OUTPUTS, **options: Any) -> n
 
 
 def _two_stage(kind: Callable[..., nn.Module], body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
+    if body.startswith("mobilenet"):
+        return _mobilenet(kind, body, num_outputs, **options)
     if not second:
         return kind(_backbone(body), num_outputs, **options)
     norm = {"norm_layer": FrozenBatchNorm2d}
@@ -42,6 +45,22 @@ def _two_stage(kind: Callable[..., nn.Module], body: str, num_outputs: int, *, s
         heads["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, **norm)
     backbone = _resnet_fpn_extractor(getattr(resnet, body)(**norm), 5, **norm)
     return kind(backbone, num_outputs, **heads, **options)
+
+
+def _mobilenet(kind: Callable[..., nn.Module], body: str, num_outputs: int, **options) -> nn.Module:
+    low_resolution = {"min_size": 320, "max_size": 640, "rpn_score_thresh": 0.05}
+    low_resolution |= {"rpn_pre_nms_top_n_test": 150, "rpn_post_nms_top_n_test": 150}
+    if body.endswith("_320"):
+        options = low_resolution | options
+    backbone = mobilenet_backbone(
+        backbone_name=body.removesuffix("_320"),
+        weights=None,
+        fpn=True,
+        norm_layer=FrozenBatchNorm2d,
+        trainable_layers=6,
+    )
+    anchors = AnchorGenerator(((32, 64, 128, 256, 512),) * 3, ((0.5, 1.0, 2.0),) * 3)
+    return kind(backbone, num_outputs, rpn_anchor_generator=anchors, **options)
 
 
 def _retinanet(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
@@ -92,9 +111,12 @@ def random_detector(name: str, *, num_outputs: int = NUM_OUTPUTS, seed: int = 0,
             elif isinstance(module, nn.GroupNorm):
                 module.weight.copy_(uniform(module.weight, 0.6, 1.0))
                 module.bias.copy_(uniform(module.bias, -0.1, 0.1))
+            elif isinstance(module, nn.Conv2d) and module.groups > 1:
+                # torchvision draws weights by the fan-out of all groups, with which features vanish.
+                module.weight.mul_(module.groups**0.5)
         # Features grow with every residual block. In stages of more than six blocks, the residuals are scaled down so
         # that they add the variance of six. ResNet-50 has at most six.
-        for stage in (getattr(model.backbone.body, f"layer{i}") for i in range(1, 5)):
+        for stage in (getattr(model.backbone.body, f"layer{i}", ()) for i in range(1, 5)):
             for block in stage if len(stage) > 6 else ():
                 block.bn3.weight.mul_((6 / len(stage)) ** 0.5)
     image = torch.rand(3, 320, 480, generator=generator)

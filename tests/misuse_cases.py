@@ -118,6 +118,7 @@ OTHERS = [
     call(models.sample_anchors, [MORE_BOXES], TARGETS, key=KEY),
     call(models.sample_proposals, PROPOSALS, TARGETS, key=KEY),
     call(nn.conv2d, f32(2, 6, 6), f32(5, 2, 3, 3), f32(5)),
+    call(nn.conv2d, f32(4, 6, 6), f32(8, 2, 3, 3), f32(8), stride=2, padding=2, groups=2, dilation=2),
     call(nn.max_pool2d, f32(2, 6, 6), kernel_size=2, stride=2),
     call(train.augment, PICTURE, SIZE, TARGETS, canvas=(64, 64), min_sizes=[32], max_size=64, key=KEY),
     call(train.jitter_colors, f32(4, 5, 3), SIZE, key=KEY),
@@ -161,7 +162,7 @@ ELSEWHERE = {
     | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos"},
     # test_predictor.py, test_download.py
     zoo: {"cache_folder", "names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
-    nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
+    nn: {"relu", *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet")))},
     train: {
         "latest_checkpoint",
         "load_checkpoint",

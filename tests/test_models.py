@@ -39,6 +39,16 @@ def tiny_dense(build, key, num_classes=3, **parts):
     return replace(build(backbone, num_classes, key=heads_key, depth=2, **parts), preprocessing=PREPROCESSING)
 
 
+def tiny_mobilenet(build, key, num_classes=3):
+    """A Faster R-CNN on a narrow MobileNet: levels of strides 16 to 64, the last two of the body of equal size."""
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    body = build(key=body_key, width_multiplier=0.25, norm=partial(nn.GroupNorm, groups=8))
+    backbone = nn.MobileNetFPN(body, key=fpn_key, channels=16, levels=(3, 4, 5))
+    sizes = ((8.0, 16.0, 32.0, 64.0),) * 4
+    model = models.faster_rcnn(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes)
+    return replace(model, preprocessing=PREPROCESSING, sampling=replace(SAMPLING, rpn_score_threshold=0.01))
+
+
 V2 = {
     "fpn_norm": nn.GroupNorm,
     "rpn_depth": 2,
@@ -53,6 +63,8 @@ MODELS = {
         partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16, mask_norm=nn.GroupNorm, **V2),
         LOSSES | {"loss_mask"},
     ),
+    "mobilenet_v2": (partial(tiny_mobilenet, nn.mobilenet_v2), LOSSES),
+    "mobilenet_v3": (partial(tiny_mobilenet, nn.mobilenet_v3_large), LOSSES),
     "retinanet": (
         partial(tiny_dense, models.retinanet, anchor_sizes=((12.0,), (24.0,), (36.0,), (48.0,), (64.0,))),
         {"classification", "bbox_regression"},
@@ -313,6 +325,8 @@ def _iou(a, b):
         # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
         ("faster_rcnn_resnet50_fpn_v2", 90, 43_712_278 - 53_120 - 4_096 - 2_048),
         ("mask_rcnn_resnet50_fpn_v2", 90, 46_359_409 - 53_120 - 4_096 - 2 * 2_048),
+        ("faster_rcnn_mobilenet_v3_large_fpn", 90, 19_386_354 - 24_400),  # less those of its BatchNorms
+        ("faster_rcnn_mobilenet_v3_large_320_fpn", 90, 19_386_354 - 24_400),
         ("retinanet_resnet50_fpn", 91, 34_014_999),
         ("retinanet_resnet50_fpn_v2", 91, 38_198_935 - 53_120),  # less those of its BatchNorms, which are frozen here
         ("fcos_resnet50_fpn", 91, 32_269_600),
@@ -323,11 +337,20 @@ def test_parameter_counts_equal_torchvisions(name, num_classes, parameters):
     assert models.num_parameters(model) == parameters
 
 
+def is_norm(node):
+    return isinstance(node, nn.FrozenBatchNorm | nn.GroupNorm)
+
+
 @pytest.mark.parametrize("name", zoo.names())
 def test_every_name_is_a_detector(name):
     model = eqx.filter_eval_shape(zoo.build, name, 7, key=jr.key(0))
     assert isinstance(model, models.AbstractDetector)
     assert model.num_classes == 7 and "boxes" in model.needs
+    from_scratch = eqx.filter_eval_shape(zoo.Architecture(name, "group").build, 7, key=jr.key(0))
+    norms = [x for x in jax.tree.leaves(from_scratch, is_leaf=is_norm) if is_norm(x)]
+    assert norms and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
+    # 32 groups, or fewer where a MobileNet's width is not a multiple of 32.
+    assert all(norm.groups in (8, 16, 32) for norm in norms)
 
 
 def test_an_unknown_name_lists_those_there_are():

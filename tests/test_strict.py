@@ -52,7 +52,7 @@ WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine",
 # `test_detectors_are_built_under_x64` covers.
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
-    *{"resnet18", "resnet34", "resnet50", "resnet101"},
+    *{name for name in dir(nn) if name.startswith(("resne", "wide_resnet"))},
     *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "selected", "smallest_canvas"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",

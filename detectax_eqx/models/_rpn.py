@@ -212,6 +212,7 @@ def propose(
     pre_nms_top_n: int = 1000,
     post_nms_top_n: int = 1000,
     nms_threshold: float = 0.7,
+    score_threshold: float = 0.0,
     min_size: float = 1e-3,
     weights: Weights = RPN_WEIGHTS,
 ) -> Proposals:
@@ -219,7 +220,7 @@ def propose(
 
     - `image_size`: `(height, width)` of the image on its canvas. Boxes are clipped to it, and those with a side below
       `min_size` pixels are dropped.
-    - `pre_nms_top_n`: number of candidates per level.
+    - `pre_nms_top_n`: number of candidates per level. Those with a score below `score_threshold` are dropped.
     - `post_nms_top_n`: number of boxes over all levels, the capacity of the result.
     - `weights`: of the box coder.
 
@@ -232,6 +233,8 @@ def propose(
     """
     if not 0 <= nms_threshold <= 1:
         raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}.")
     if pre_nms_top_n < 1 or post_nms_top_n < 1:
         raise ValueError(
             f"pre_nms_top_n and post_nms_top_n must be at least 1, got {pre_nms_top_n} and {post_nms_top_n}."
@@ -246,7 +249,7 @@ def propose(
         keep, keep_valid = nms_indices(
             level_boxes,
             level_scores,
-            has_size(level_boxes, min_size),
+            has_size(level_boxes, min_size) & (level_scores >= score_threshold),
             iou_threshold=nms_threshold,
             max_outputs=top.shape[0],
         )

@@ -83,6 +83,8 @@ class ConvolvedTop(eqx.Module):
 class FPN(eqx.Module):
     """Maps features of increasing width, such as C2..C5, to levels of one width with the semantics of the coarsest.
 
+    Each input map has the size of the previous one or half of it.
+
     `top` adds coarser levels: a module that takes the input maps and the output maps and returns a tuple of
     `top.levels` maps. With `norm`, each convolution is followed by a norm and has no bias.
     """
@@ -115,7 +117,9 @@ class FPN(eqx.Module):
         for level in reversed(range(len(features))):
             x = self.lateral[level](features[level])  # (i, h, w) -> (c, h, w)
             x = x if self.lateral_norms is None else self.lateral_norms[level](x)
-            coarser = x if coarser is None else x + named_call(_upsample_nearest, coarser)
+            if coarser is not None and coarser.shape != x.shape:  # equal if the input maps have the same stride
+                coarser = named_call(_upsample_nearest, coarser)
+            coarser = x if coarser is None else x + coarser
             y = self.output[level](coarser)
             outputs.insert(0, y if self.output_norms is None else self.output_norms[level](y))
         return (*outputs, *self.top(features, tuple(outputs)))

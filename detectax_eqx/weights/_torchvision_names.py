@@ -61,9 +61,16 @@ TORCHVISION: Names = {
     nn.BasicBlock: {"norm1": "bn1", "norm2": "bn2"},
     nn.Bottleneck: {"norm1": "bn1", "norm2": "bn2", "norm3": "bn3"},
     nn.Downsample: {"conv": "0", "norm": "1"},
+    nn.MobileNet: {"layers": "{i}"},
+    nn.ConvNorm: {"conv": "0", "norm": "1"},
+    nn.LinearBottleneck: {"layers": "conv.{i}"},
+    nn.InvertedResidual: {"layers": "block.{i}"},
 }
+# In the file of a classifier, the names of these have a prefix that detectors do not have.
+CLASSIFIERS = {nn.MobileNet: "features."}
 
 
 def torchvision_names(model: Any) -> dict[str, str]:
     """Maps the names of `named_leaves(model)` to torchvision's names."""
-    return foreign_names(model, TORCHVISION)
+    prefix = CLASSIFIERS.get(type(model), "")
+    return {ours: prefix + theirs for ours, theirs in foreign_names(model, TORCHVISION).items()}

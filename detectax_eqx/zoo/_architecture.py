@@ -1,5 +1,6 @@
 """The name of a detector and the options that determine its arrays, from which it can be rebuilt."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,12 +14,21 @@ from ..nn import FrozenBatchNorm, GroupNorm, Norm
 from ._detectors import build
 
 
+# The number of groups of GroupNorm where it divides the number of channels, as it does in ResNets.
+GROUPS = 32
+
+
+def _group_norm(channels: int) -> GroupNorm:
+    """A norm of 32 groups, or of the most that divide both 32 and the channels: MobileNets have widths such as 40."""
+    return GroupNorm(channels, groups=math.gcd(GROUPS, channels))
+
+
 NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
 NORMS: dict[NormName, Norm] = {
     "frozen_batch": FrozenBatchNorm,
     # torchvision's first COCO detectors were trained with `eps=0`.
     "frozen_batch_eps0": partial(FrozenBatchNorm, eps=0.0),
-    "group": GroupNorm,
+    "group": _group_norm,
 }
 
 

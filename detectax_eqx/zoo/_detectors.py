@@ -1,24 +1,46 @@
 """Builds detectors by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from ..models import AbstractDetector, ConvBoxHead, faster_rcnn, fcos, giou_of_boxes, mask_rcnn, retinanet
+from ..models import (
+    ANCHOR_SIZES,
+    AbstractDetector,
+    ConvBoxHead,
+    FasterRCNN,
+    ShortestEdge,
+    faster_rcnn,
+    fcos,
+    giou_of_boxes,
+    mask_rcnn,
+    retinanet,
+)
 from ..nn import (
     ConvolvedTop,
     FrozenBatchNorm,
     GroupNorm,
+    MobileNet,
+    MobileNetFPN,
     Norm,
     ResNet,
     ResNetFPN,
+    mobilenet_v2,
+    mobilenet_v3_large,
     resnet18,
     resnet34,
     resnet50,
     resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
 )
 
 
@@ -122,17 +144,55 @@ def _dense(
     return detector(ResNetFPN(body, key=fpn_key, finest=3, top=top), num_classes, key=heads_key, **parts)
 
 
+def _mobilenet(
+    mobilenet: Callable[..., MobileNet],
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    norm: Norm,
+    checkpoint: bool,
+    **parts: Any,
+) -> FasterRCNN:
+    """A Faster R-CNN on the last two maps of a MobileNet, with anchors of all sizes on each level."""
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    backbone = MobileNetFPN(mobilenet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key)
+    every_size = tuple(size for sizes in ANCHOR_SIZES for size in sizes)
+    parts = {"anchor_sizes": (every_size,) * len(backbone.strides)} | parts
+    return faster_rcnn(backbone, num_classes, key=heads_key, **parts)
+
+
+def _mobilenet_320(num_classes: int, **options: Any) -> FasterRCNN:
+    """torchvision's low-resolution detector, with fewer proposals."""
+    model = _mobilenet(mobilenet_v3_large, num_classes, **options)
+    return replace(
+        model,
+        preprocessing=replace(model.preprocessing, resize=ShortestEdge(320, 640)),
+        selection=replace(model.selection, pre_nms_top_n=150, post_nms_top_n=150, rpn_score_threshold=0.05),
+        sampling=replace(model.sampling, rpn_score_threshold=0.05),
+    )
+
+
+# Bodies of two-stage detectors, by the name that is part of the detector's.
+_RESNETS: dict[str, Callable[..., ResNet]] = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "resnext50_32x4d": resnext50_32x4d,
+    "resnext101_32x8d": resnext101_32x8d,
+    "resnext101_64x4d": resnext101_64x4d,
+    "wide_resnet50_2": wide_resnet50_2,
+    "wide_resnet101_2": wide_resnet101_2,
+}
 _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
-    "faster_rcnn_resnet18_fpn": partial(_two_stage, faster_rcnn, resnet18),
-    "faster_rcnn_resnet34_fpn": partial(_two_stage, faster_rcnn, resnet34),
-    "faster_rcnn_resnet50_fpn": partial(_two_stage, faster_rcnn, resnet50),
+    **{f"faster_rcnn_{body}_fpn": partial(_two_stage, faster_rcnn, build) for body, build in _RESNETS.items()},
     "faster_rcnn_resnet50_fpn_v2": partial(_two_stage_v2, faster_rcnn, resnet50),
-    "faster_rcnn_resnet101_fpn": partial(_two_stage, faster_rcnn, resnet101),
-    "mask_rcnn_resnet18_fpn": partial(_two_stage, mask_rcnn, resnet18),
-    "mask_rcnn_resnet34_fpn": partial(_two_stage, mask_rcnn, resnet34),
-    "mask_rcnn_resnet50_fpn": partial(_two_stage, mask_rcnn, resnet50),
+    "faster_rcnn_mobilenet_v2_fpn": partial(_mobilenet, mobilenet_v2),
+    "faster_rcnn_mobilenet_v3_large_fpn": partial(_mobilenet, mobilenet_v3_large),
+    "faster_rcnn_mobilenet_v3_large_320_fpn": _mobilenet_320,
+    **{f"mask_rcnn_{body}_fpn": partial(_two_stage, mask_rcnn, build) for body, build in _RESNETS.items()},
     "mask_rcnn_resnet50_fpn_v2": partial(_mask_rcnn_v2, resnet50),
-    "mask_rcnn_resnet101_fpn": partial(_two_stage, mask_rcnn, resnet101),
     "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
     "retinanet_resnet50_fpn_v2": partial(
         _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes

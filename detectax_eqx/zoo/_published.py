@@ -121,6 +121,10 @@ _PUBLISHED: dict[str, Published] = {
             norm="frozen_batch_eps0",
         ),
         _torchvision("faster_rcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2_coco-dd69338a", 167.104, 46.7),
+        _torchvision("faster_rcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7", 74.239, 32.8),
+        _torchvision(
+            "faster_rcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9", 74.239, 22.8
+        ),
         _torchvision("mask_rcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2_coco-73cbd019", 177.219, 47.4, 41.8),
         _torchvision(
             "retinanet_resnet50_fpn",

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision import ops
+from torchvision.models import mobilenet_v2
 from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_fpn,
     fasterrcnn_resnet50_fpn,
     fasterrcnn_resnet50_fpn_v2,
     fcos_resnet50_fpn,
@@ -31,8 +33,9 @@ from torchvision.ops.boxes import _batched_nms_vanilla
 
 
 DATA = Path(__file__).parent.parent / "data"
-BODIES = ("resnet18", "resnet34", "resnet50", "resnet101")
+BODIES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
 DENSE = (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn)
+WHOLE = {"faster_rcnn_mobilenet_v3_large_fpn": fasterrcnn_mobilenet_v3_large_fpn}
 # A canvas whose P5 has an odd number of rows, so that P6's stride is not 64.
 CANVAS, STRIDES, SIZES, ASPECT_RATIOS = (800, 1088), (4, 8, 16, 32, 64), (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
@@ -214,6 +217,7 @@ def parameter_names():
     """Names and shapes of the backbones with their pyramids, and of each detector's other parameters.
 
     These are a two-stage detector's heads, and the pyramid and heads of dense detectors and of second versions.
+    Detectors with another body are whole.
     """
 
     def shapes(model):
@@ -236,6 +240,7 @@ def parameter_names():
         "heads": {},
         "second": {},
         "dense": {},
+        "whole": {},
     }
     for name, build in (("faster_rcnn", fasterrcnn_resnet50_fpn), ("mask_rcnn", maskrcnn_resnet50_fpn)):
         everything = shapes(build(weights=None, weights_backbone=None))
@@ -251,6 +256,9 @@ def parameter_names():
         everything = shapes(build(weights=None, weights_backbone=None))
         assert body == {k.removeprefix("backbone."): v for k, v in everything.items() if "backbone.body." in k}
         trees[kind][name] = tree({k: v for k, v in everything.items() if "backbone.body." not in k})
+    for name, build in WHOLE.items():
+        trees["whole"][name] = tree(shapes(build(weights=None, weights_backbone=None)))
+    trees["mobilenet_v2"] = tree(shapes(mobilenet_v2(weights=None)))
     return trees
 
 

@@ -31,6 +31,10 @@ CASES = {
     "mask_rcnn_resnet50_fpn": 90,
     "faster_rcnn_resnet50_fpn_v2": 90,
     "mask_rcnn_resnet50_fpn_v2": 90,
+    "faster_rcnn_resnext50_32x4d_fpn": 90,
+    "faster_rcnn_mobilenet_v2_fpn": 90,
+    "faster_rcnn_mobilenet_v3_large_fpn": 90,
+    "faster_rcnn_mobilenet_v3_large_320_fpn": 90,
     "retinanet_resnet50_fpn": 91,
     "retinanet_resnet50_fpn_v2": 91,
     "fcos_resnet50_fpn": 91,
@@ -232,7 +236,8 @@ def _losses_and_gradients(name, precision):
         jnp.asarray(boxes), jnp.asarray(labels), jnp.ones((2, objects), bool), jnp.asarray(masks) == 1, frame
     )
     if two_stage:
-        sampled = models.TwoStageSampling(
+        sampled = replace(
+            model.sampling,
             pre_nms_top_n=200,
             post_nms_top_n=60,
             rpn_samples=everything,
@@ -276,6 +281,10 @@ PARAMETERS = {
     # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
     "faster_rcnn_resnet50_fpn_v2": 43_712_278 - 53_120 - 4_096 - 2_048,
     "mask_rcnn_resnet50_fpn_v2": 46_359_409 - 53_120 - 4_096 - 2 * 2_048,
+    "faster_rcnn_resnext50_32x4d_fpn": 41_755_286 - 23_454_912 + 22_911_680,  # another body
+    "faster_rcnn_mobilenet_v2_fpn": 18_699_570,
+    "faster_rcnn_mobilenet_v3_large_fpn": 19_386_354 - 24_400,
+    "faster_rcnn_mobilenet_v3_large_320_fpn": 19_386_354 - 24_400,
     "retinanet_resnet50_fpn": 34_014_999,
     "retinanet_resnet50_fpn_v2": 38_198_935 - 53_120,  # less those of its BatchNorms, which are frozen here
     "fcos_resnet50_fpn": 32_269_600,
