@@ -40,7 +40,7 @@ class ModelOptions:
 
 @dataclass(kw_only=True)
 class SizeOptions:
-    """Image sizes and capacities."""
+    """Image sizes and capacities. Detectors with other sizes, such as SSD, have those by default."""
 
     min_sizes: tuple[int, ...] = (800,)
     """Short sides in pixels to resize images to; each image draws one each time."""
@@ -267,6 +267,15 @@ def complete(options: Options, epoch_steps: int) -> Options:
     }
     values = flat(options)
     return grouped(**values | {name: value for name, value in defaults.items() if values[name] is None})
+
+
+def with_own_sizes(options: Options, model: models.AbstractDetector) -> Options:
+    """The options with the detector's own image sizes in place of the defaults, if none is given and they differ."""
+    if options.sizes != SizeOptions(max_objects=options.sizes.max_objects):
+        return options
+    limits = model.preprocessing.limits
+    sizes = {"min_sizes": (int(limits["min_size"]),), "max_size": int(limits["max_size"])}
+    return grouped(**flat(options) | sizes | {"canvases": zoo.canvases(model)})
 
 
 def check_sense(options: Options) -> None:

@@ -159,10 +159,29 @@ ELSEWHERE = {
     # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
-    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos"},
+    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd", "ssdlite"},
     # test_predictor.py, test_download.py
-    zoo: {"cache_folder", "names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
-    nn: {"relu", *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet")))},
+    zoo: {
+        "cache_folder",
+        "canvases",
+        "names",
+        "build",
+        "initialize",
+        "pretrained",
+        "published",
+        "published_names",
+        "run_metadata",
+    },
+    nn: {
+        "relu",
+        "relu6",
+        "hard_sigmoid",
+        "hard_swish",
+        "mobilenet_v2",
+        "mobilenet_v3_large",
+        "vgg16",
+        *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet"))),
+    },
     train: {
         "latest_checkpoint",
         "load_checkpoint",

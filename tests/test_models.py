@@ -49,6 +49,25 @@ def tiny_mobilenet(build, key, num_classes=3):
     return replace(model, preprocessing=PREPROCESSING, sampling=replace(SAMPLING, rpn_score_threshold=0.01))
 
 
+BOXES = models.DefaultBoxes(steps=None)
+
+
+def tiny_ssd(key, num_classes=3):
+    body_key, extras_key, heads_key = jr.split(key, 3)
+    extras = ((32, 2, 1), (16, 2, 1), (16, 2, 1), (16, 2, 1))
+    backbone = nn.SSDVGG(nn.vgg16(key=body_key, width=8), key=extras_key, fc_channels=32, extras=extras)
+    model = models.ssd(backbone, num_classes, key=heads_key, default_boxes=BOXES)
+    return replace(model, preprocessing=PREPROCESSING)
+
+
+def tiny_ssdlite(key, num_classes=3):
+    body_key, extras_key, heads_key = jr.split(key, 3)
+    norm = partial(nn.GroupNorm, groups=8)
+    body = nn.mobilenet_v3_large(key=body_key, norm=norm, width_multiplier=0.25, reduced_tail=True)
+    backbone = nn.SSDMobileNet(body, key=extras_key, norm=norm, extras=(32, 16, 16, 16))
+    return replace(models.ssdlite(backbone, num_classes, key=heads_key, norm=norm), preprocessing=PREPROCESSING)
+
+
 V2 = {
     "fpn_norm": nn.GroupNorm,
     "rpn_depth": 2,
@@ -69,6 +88,8 @@ MODELS = {
         partial(tiny_dense, models.retinanet, anchor_sizes=((12.0,), (24.0,), (36.0,), (48.0,), (64.0,))),
         {"classification", "bbox_regression"},
     ),
+    "ssd": (tiny_ssd, {"classification", "bbox_regression"}),
+    "ssdlite": (tiny_ssdlite, {"classification", "bbox_regression"}),
     "fcos": (partial(tiny_dense, models.fcos), {"classification", "bbox_regression", "bbox_ctrness"}),
 }
 
@@ -325,11 +346,13 @@ def _iou(a, b):
         # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
         ("faster_rcnn_resnet50_fpn_v2", 90, 43_712_278 - 53_120 - 4_096 - 2_048),
         ("mask_rcnn_resnet50_fpn_v2", 90, 46_359_409 - 53_120 - 4_096 - 2 * 2_048),
-        ("faster_rcnn_mobilenet_v3_large_fpn", 90, 19_386_354 - 24_400),  # less those of its BatchNorms
-        ("faster_rcnn_mobilenet_v3_large_320_fpn", 90, 19_386_354 - 24_400),
+        ("faster_rcnn_mobilenet_v3_large_fpn", 90, 19_386_354),
+        ("faster_rcnn_mobilenet_v3_large_320_fpn", 90, 19_386_354),
         ("retinanet_resnet50_fpn", 91, 34_014_999),
         ("retinanet_resnet50_fpn_v2", 91, 38_198_935 - 53_120),  # less those of its BatchNorms, which are frozen here
         ("fcos_resnet50_fpn", 91, 32_269_600),
+        ("ssd300_vgg16", 90, 35_641_826),
+        ("ssdlite320_mobilenet_v3_large", 90, 3_440_060 - 32_944),  # less those of its BatchNorms
     ],
 )
 def test_parameter_counts_equal_torchvisions(name, num_classes, parameters):
@@ -348,7 +371,7 @@ def test_every_name_is_a_detector(name):
     assert model.num_classes == 7 and "boxes" in model.needs
     from_scratch = eqx.filter_eval_shape(zoo.Architecture(name, "group").build, 7, key=jr.key(0))
     norms = [x for x in jax.tree.leaves(from_scratch, is_leaf=is_norm) if is_norm(x)]
-    assert norms and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
+    assert (norms or name == "ssd300_vgg16") and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
     # 32 groups, or fewer where a MobileNet's width is not a multiple of 32.
     assert all(norm.groups in (8, 16, 32) for norm in norms)
 

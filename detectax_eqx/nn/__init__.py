@@ -1,4 +1,4 @@
-"""Neural network modules for a single example: convolutions, norms, ResNet, MobileNet, FPN."""
+"""Neural network modules for a single example: convolutions, norms, ResNet, MobileNet, VGG, pyramids."""
 
 from .._xla import convolution_options as convolution_options
 from ._conv import (
@@ -48,3 +48,11 @@ from ._resnet import (
     wide_resnet50_2 as wide_resnet50_2,
     wide_resnet101_2 as wide_resnet101_2,
 )
+from ._ssd import (
+    SSDVGG as SSDVGG,
+    SeparableConv2d as SeparableConv2d,
+    SSDBackbone as SSDBackbone,
+    SSDExtra as SSDExtra,
+    SSDMobileNet as SSDMobileNet,
+)
+from ._vgg import VGG as VGG, vgg16 as vgg16

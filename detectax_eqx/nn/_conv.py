@@ -129,16 +129,23 @@ class Upsample2x2(eqx.Module):
         return jnp.einsum("ihw,ioab->hwabo", x, self.weight) + self.bias[None, None, None, None]
 
 
-def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
+def max_pool2d(
+    x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0, round_up: bool = False
+) -> Float[Array, "c h2 w2"]:
     """Takes the maximum of each window, where padding never wins. On ties, the gradient goes to the first value.
 
-    Both rules are torch's.
+    Both rules are torch's. `round_up`: whether a last window that extends past the map counts, torch's `ceil_mode`.
 
     >>> max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), kernel_size=2, stride=2).tolist()
     [[[5.0, 7.0], [13.0, 15.0]]]
     """
     if kernel_size < 1 or stride < 1:
         raise ValueError(f"kernel_size and stride must be at least 1, got {kernel_size} and {stride}.")
+    if round_up:  # such a window must begin on the map or its first padding
+        sides = [side + 2 * padding for side in x.shape[1:]]
+        windows = [min(-(-(side - kernel_size) // stride), (side - padding - 1) // stride) for side in sides]
+        more = [max(0, n * stride + kernel_size - side) for n, side in zip(windows, sides, strict=True)]
+        x = jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])), constant_values=-jnp.inf)
     return max_pool(x, kernel_size=kernel_size, stride=stride, padding=padding)
 
 

@@ -23,11 +23,12 @@ _DETECTORS = (
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
     (("head.regression_head.bbox_ctrness.", "centerness."), "FCOS"),
     (("head.classification_head.conv", "class_tower."), "RetinaNet"),
-    (("head.classification_head.",), "SSD"),
+    (("head.classification_head.", "class_heads."), "SSD"),
 )
 # Bodies other than ResNets, by a pattern in torchvision's names or this package's.
 _OTHER_BODIES = (
     (re.compile(r"(^|\.)\d+\.block\.\d|layers\.\d+\.layers\.2\.fc1\."), "MobileNetV3"),
+    (re.compile(r"(^|\.)(features\.28|extra\.0\.5|convs\.12)\.weight$"), "VGG-16"),
     (re.compile(r"(^|\.)\d+\.conv\.\d|layers\.\d+\.layers\.2\.weight"), "MobileNetV2"),
 )
 _CLASS_LOGITS = ("box_predictor.cls_score.bias", "classification_head.cls_logits.bias", "class_logits.bias")

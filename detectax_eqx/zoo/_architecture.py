@@ -63,7 +63,9 @@ class Architecture:
             parts["anchor_sizes"] = tuple((size,) for size in self.anchor_sizes)
         if self.aspect_ratios is not None:
             parts["aspect_ratios"] = self.aspect_ratios
-        return build(self.name, num_classes, key=key, norm=NORMS[self.norm], checkpoint=checkpoint, **parts)
+        # Each detector's frozen norm has an `eps` of its own.
+        norm = None if self.norm == "frozen_batch" else NORMS[self.norm]
+        return build(self.name, num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
 
     def shapes(self, num_classes: int) -> AbstractDetector:
         """The detector with `jax.ShapeDtypeStruct`s instead of arrays, so that no memory is allocated."""

@@ -138,5 +138,7 @@ _PUBLISHED: dict[str, Published] = {
             "retinanet_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2_coco-5905b1c5", 146.037, 41.5, background=False
         ),
         _torchvision("fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7", 123.608, 39.2, background=False),
+        _torchvision("ssd300_vgg16", "ssd300_vgg16_coco-b556d3b4", 135.988, 25.1),
+        _torchvision("ssdlite320_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large_coco-a79551df", 13.418, 21.3),
     )
 }

@@ -23,6 +23,8 @@ from torchvision.models.detection import (
     maskrcnn_resnet50_fpn_v2,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
 )
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -35,7 +37,11 @@ from torchvision.ops.boxes import _batched_nms_vanilla
 DATA = Path(__file__).parent.parent / "data"
 BODIES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
 DENSE = (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn)
-WHOLE = {"faster_rcnn_mobilenet_v3_large_fpn": fasterrcnn_mobilenet_v3_large_fpn}
+WHOLE = {
+    "faster_rcnn_mobilenet_v3_large_fpn": fasterrcnn_mobilenet_v3_large_fpn,
+    "ssd300_vgg16": ssd300_vgg16,
+    "ssdlite320_mobilenet_v3_large": ssdlite320_mobilenet_v3_large,
+}
 # A canvas whose P5 has an odd number of rows, so that P6's stride is not 64.
 CANVAS, STRIDES, SIZES, ASPECT_RATIOS = (800, 1088), (4, 8, 16, 32, 64), (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
