@@ -120,10 +120,9 @@ def with_sizes(predictor: zoo.Predictor, min_size: int | None, max_size: int | N
     model, resize = predictor.model, predictor.model.preprocessing.resize
     if not isinstance(resize, models.ShortestEdge):
         raise SystemExit(f"--min-size and --max-size: the detector resizes images by {resize}. Leave them out.")
-    short, long = min_size or resize.min_size, max_size or resize.max_size
-    wide = models.smallest_canvas((int(short), int(max(short, long))), divisor=model.backbone.divisor)
-    preprocessing = replace(model.preprocessing, resize=models.ShortestEdge(short, long))
-    return replace(predictor, model=replace(model, preprocessing=preprocessing), canvases=(wide, wide[::-1]))
+    resize = models.ShortestEdge(min_size or resize.min_size, max_size or resize.max_size)
+    model = replace(model, preprocessing=replace(model.preprocessing, resize=resize))
+    return replace(predictor, model=model, canvases=zoo.canvases(model))
 
 
 def detect_dataset(

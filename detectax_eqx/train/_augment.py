@@ -26,6 +26,7 @@ def augment(
     max_size: int,
     flip_probability: float = 0.5,
     scale_range: tuple[float, float] | None = None,
+    square: bool = False,
     keypoint_pairs: Sequence[tuple[int, int]] = (),
     key: PRNGKeyArray,
 ) -> tuple[Float32[Array, "{canvas[0]} {canvas[1]} _"], Int32[Array, " 2"], Targets]:
@@ -39,6 +40,10 @@ def augment(
     is multiplied by a factor drawn uniformly from the range, and an image larger than the canvas is cropped at a random
     position; `min_sizes` and `max_size` are not used. Boxes are clipped to the crop, and boxes without area become
     invalid. `mask_boxes` are not clipped and may extend past the border, so the masks within them need no resampling.
+
+    With `square`, both sides are resized to one of `min_sizes`, whatever the aspect ratio, or to the canvas if that is
+    smaller; `max_size` is not used. With `scale_range` as well, an image that fills the canvas is scaled instead. This
+    is for detectors that resize by `models.Square`.
 
     - `image`: on its source canvas, usually RGB. `image_size`: its `(height, width)` there. `targets`: in its pixels.
     - `canvas`: static `(height, width)` of the result.
@@ -64,10 +69,14 @@ def augment(
     flip = jr.bernoulli(flip_key, jnp.asarray(flip_probability, jnp.float32))
     if scale_range is None:
         chosen = jr.randint(size_key, (), 0, len(min_sizes), jnp.int32)
-        output_size = _resized_size(image_size, jnp.asarray(min_sizes, jnp.int32)[chosen], max_size, canvas)
+        min_size = jnp.asarray(min_sizes, jnp.int32)[chosen]
+        output_size = jnp.minimum(min_size, jnp.asarray(canvas, jnp.int32))
+        if not square:
+            output_size = _resized_size(image_size, min_size, max_size, canvas)
         offset, visible_size = jnp.zeros(2, jnp.int32), output_size
     else:
-        output_size = _jittered_size(image_size, canvas, scale_range, size_key)
+        sides = jnp.asarray(canvas, jnp.int32) if square else image_size
+        output_size = _jittered_size(sides, canvas, scale_range, size_key)
         visible_size = jnp.minimum(output_size, jnp.asarray(canvas, jnp.int32))
         offset = jr.randint(crop_key, (2,), 0, output_size - visible_size + 1, jnp.int32)
     resized = resize_image(
