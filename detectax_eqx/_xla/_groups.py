@@ -18,7 +18,8 @@ def convolve_groups(
     dilation: int,
 ) -> Float[Array, "n o h2 w2"]:
     """Cross-correlates `n` maps, zero-padded on all sides, group by group, and adds the bias."""
-    x, weight, bias = varying_like((x, weight, jnp.zeros((), x.dtype) if bias is None else bias))
+    offset = jnp.zeros((1,), x.dtype) if bias is None else bias
+    x, weight, offset = varying_like((x, weight, offset))
     y = lax.conv_general_dilated(
         x,
         weight,
@@ -28,4 +29,4 @@ def convolve_groups(
         dimension_numbers=("NCHW", "OIHW", "NCHW"),
         feature_group_count=groups,
     )
-    return y + bias.astype(y.dtype)[None, :, None, None] if bias.ndim else y
+    return y if bias is None else y + offset.astype(y.dtype)[None, :, None, None]

@@ -270,7 +270,7 @@ def mobilenet_v2(
     """
     keys = iter(jr.split(key, 2 + sum(count for *_, count, _ in V2_BLOCKS)))
     width = divisible(V2_STEM * width_multiplier)
-    layers = [(ConvNorm(in_channels, width, stride=2, norm=norm, key=next(keys)), width, 2)]
+    layers: list[tuple[Any, int, int]] = [(ConvNorm(in_channels, width, stride=2, norm=norm, key=next(keys)), width, 2)]
     for expansion, channels, count, first_stride in V2_BLOCKS:
         out = divisible(channels * width_multiplier)
         for position in range(count):

@@ -32,8 +32,8 @@ def canvases(model: AbstractDetector) -> Canvases:
     if resize == ShortestEdge():
         return CANVASES
     short, long = int(resize.min_size), int(max(resize.min_size, resize.max_size))
-    wide = smallest_canvas((short, long), divisor=divisor)
-    return tuple(dict.fromkeys((wide, wide[::-1])))
+    height, width = smallest_canvas((short, long), divisor=divisor)
+    return ((height, width),) if height == width else ((height, width), (width, height))
 
 
 def about(

@@ -78,7 +78,7 @@ def test_maps_and_gradients(name):
     expected = maps_of(name, theirs, tensor)
     # Scaled, so that the gradients of maps of any size are comparable.
     scales = [float(x.detach().abs().mean()) for x in expected]
-    sum((torch.cos(x / scale)).sum() for x, scale in zip(expected, scales, strict=True)).backward()
+    torch.stack([torch.cos(x / scale).sum() for x, scale in zip(expected, scales, strict=True)]).sum().backward()
     gradients = {key: p.grad.numpy() for key, p in theirs.named_parameters() if p.grad is not None}
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         body = load_torchvision(eqx.filter_eval_shape(partial(getattr(nn, name), key=jr.key(0))), arrays_of(theirs))
