@@ -72,8 +72,7 @@ def augment(
         output_size = _square_size(side, canvas) if square else _resized_size(image_size, side, max_size, canvas)
         offset, visible_size = jnp.zeros(2, jnp.int32), output_size
     else:
-        whole = jnp.asarray(canvas, jnp.int32) if square else image_size
-        output_size = _jittered_size(whole, canvas, scale_range, size_key)
+        output_size = _jittered_size(jnp.asarray(canvas) if square else image_size, canvas, scale_range, size_key)
         visible_size = jnp.minimum(output_size, jnp.asarray(canvas, jnp.int32))
         offset = jr.randint(crop_key, (2,), 0, output_size - visible_size + 1, jnp.int32)
     resized = resize_image(
