@@ -33,7 +33,7 @@ class ModelOptions:
     model: ModelName = "mask_rcnn_resnet50_fpn"
     """Detector to train. A mask detector needs a segmentation for every object."""
     init: Path | None = None
-    """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet ResNet."""
+    """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet classifier."""
     precision: Precision = "float32"
     """Dtype of convolutions and matrix products. Parameters, losses and box arithmetic stay float32."""
 

@@ -41,9 +41,8 @@ def augment(
     position; `min_sizes` and `max_size` are not used. Boxes are clipped to the crop, and boxes without area become
     invalid. `mask_boxes` are not clipped and may extend past the border, so the masks within them need no resampling.
 
-    With `square`, both sides are resized to one of `min_sizes`, whatever the aspect ratio, or to the canvas if that is
-    smaller; `max_size` is not used. With `scale_range` as well, an image that fills the canvas is scaled instead. This
-    is for detectors that resize by `models.Square`.
+    With `square`, for detectors that resize by `models.Square`, both sides are resized to one of `min_sizes` or, with
+    `scale_range`, to a multiple of the canvas's, whatever the aspect ratio; `max_size` is not used.
 
     - `image`: on its source canvas, usually RGB. `image_size`: its `(height, width)` there. `targets`: in its pixels.
     - `canvas`: static `(height, width)` of the result.
@@ -69,14 +68,11 @@ def augment(
     flip = jr.bernoulli(flip_key, jnp.asarray(flip_probability, jnp.float32))
     if scale_range is None:
         chosen = jr.randint(size_key, (), 0, len(min_sizes), jnp.int32)
-        min_size = jnp.asarray(min_sizes, jnp.int32)[chosen]
-        output_size = jnp.minimum(min_size, jnp.asarray(canvas, jnp.int32))
-        if not square:
-            output_size = _resized_size(image_size, min_size, max_size, canvas)
+        side = jnp.asarray(min_sizes, jnp.int32)[chosen]
+        output_size = _square_size(side, canvas) if square else _resized_size(image_size, side, max_size, canvas)
         offset, visible_size = jnp.zeros(2, jnp.int32), output_size
     else:
-        sides = jnp.asarray(canvas, jnp.int32) if square else image_size
-        output_size = _jittered_size(sides, canvas, scale_range, size_key)
+        output_size = _jittered_size(jnp.asarray(canvas) if square else image_size, canvas, scale_range, size_key)
         visible_size = jnp.minimum(output_size, jnp.asarray(canvas, jnp.int32))
         offset = jr.randint(crop_key, (2,), 0, output_size - visible_size + 1, jnp.int32)
     resized = resize_image(
@@ -159,6 +155,11 @@ def _resized_size(
     # (4, 2); rounding down is monotonic, so the minimum of the sizes belongs to the smallest scale.
     sizes = image_size[None] * wanted[:, None] // present[:, None]
     return jnp.maximum(jnp.min(sizes, axis=0), 1)
+
+
+def _square_size(side: Int32[Array, ""], canvas: tuple[int, int]) -> Int32[Array, " 2"]:
+    """Both sides of a square, each at most that of the canvas."""
+    return jnp.minimum(side, jnp.asarray(canvas, jnp.int32))
 
 
 def _jittered_size(
