@@ -194,7 +194,7 @@ ELSEWHERE = {
         "init_train_state",
     }
     | {"adamw", "no_vectors", "sgd"},
-    weights: {"read_pth", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
+    weights: {"read_pth", "read_pkl", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {
         "load_torchvision_backbone",
         "read_torchvision",

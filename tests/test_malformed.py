@@ -11,11 +11,11 @@ from detectax_eqx.data import DatasetError
 from detectax_eqx.train import CheckpointError
 from detectax_eqx.weights import WeightsError
 
-from .malformed import annotations, checkpoints, images, options, results, weights
+from .malformed import annotations, checkpoints, images, options, pickles, results, weights
 
 
 # The short form takes every n-th case of each family, the long form every case.
-FAMILIES = {annotations: 3, images: 3, weights: 6, checkpoints: 3, options: 6, results: 6}
+FAMILIES = {annotations: 3, images: 3, weights: 6, pickles: 12, checkpoints: 3, options: 6, results: 6}
 # `SECONDS` are processor time, which other work on the machine does not lengthen.
 SECONDS, WAITING_SECONDS, MEGABYTES = 20, 120, 300
 OURS = (DatasetError, WeightsError, CheckpointError, SystemExit, ConnectionError, FileNotFoundError)
@@ -54,7 +54,7 @@ def test_malformed(family, every, tmp_path, capsys, monkeypatch, tally):
     for number, case in enumerate(family.cases()):
         if not every and number % FAMILIES[family]:
             continue
-        if every and family is weights:
+        if every and family in (weights, pickles):
             tracemalloc.start()
         try:
             outcomes[outcome(case, tmp_path / str(number), capsys)] += 1

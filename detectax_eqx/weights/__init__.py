@@ -1,7 +1,8 @@
-"""Reads and writes weights: torchvision checkpoints, `.pth` files without torch, and safetensors."""
+"""Reads and writes weights: torchvision checkpoints, `.pth` and `.pkl` files, and safetensors."""
 
 from ._describe import describe as describe
 from ._names import current_name as current_name
+from ._pkl import read_pkl as read_pkl
 from ._pth import read_pth as read_pth
 from ._safetensors import (
     load_safetensors as load_safetensors,

@@ -50,12 +50,16 @@ class Reader(NamedTuple):
     - `call(name, arguments)`: returns the result of a call.
     - `refer(id)`: returns the object of a persistent id.
     - `stateless`: types whose pickled state is accepted and dropped.
+    - `build(object, state)`: sets the state of an object that `call` returned. Returns whether it is of such a type.
+    - `encoding`: of Python 2's strings, `"utf-8"` or `"latin-1"`. The latter keeps the bytes of arrays.
     """
 
     names: frozenset[str]
     call: Callable[[str, tuple], Any]
     refer: Callable[[Any], Any]
     stateless: tuple[type, ...]
+    build: Callable[[Any, Any], bool] = lambda target, state: False
+    encoding: str = "utf-8"
 
 
 @no_type_check
@@ -96,7 +100,8 @@ class _Machine:
             case name if name in NUMBERS or name in STRINGS:
                 stack.append(argument)
             case name if name in PYTHON_2_STRINGS:
-                stack.append(argument.encode("latin-1").decode())
+                # `pickletools` has decoded the bytes as Latin-1.
+                stack.append(argument if self.reader.encoding == "latin-1" else argument.encode("latin-1").decode())
             case name if name in CONSTANTS:
                 stack.append(CONSTANTS[name])
             case name if name in CONTAINERS:
@@ -166,8 +171,9 @@ class _Machine:
                 del stack[-2:]
                 stack[-1] = self._new(stack[-1])
             case "BUILD":
-                stack.pop()
-                if not isinstance(stack[-1], (Skipped, *self.reader.stateless)):
+                state = stack.pop()
+                stateless = isinstance(stack[-1], (Skipped, *self.reader.stateless))
+                if not (stateless or self.reader.build(stack[-1], state)):
                     raise WeightsError(f"it sets the state of a {type(stack[-1]).__name__}.")
             case "BINPERSID":
                 stack.append(self.reader.refer(stack.pop()))

@@ -146,15 +146,20 @@ def of_type_checker(event, arguments):
 sys.addaudithook(watch)
 
 
-def read(path):
-    """Reads a file, fails if that has side effects, and loads its content."""
+def without_side_effects(call):
+    """Returns the result of `call`. Fails if it raises one of the events above."""
     global ran
     ran = []
     try:
-        weights.read_pth(path)
+        return call()
     finally:
         events, ran = ran, None
         assert not events, f"it ran {events}"
+
+
+def read(path):
+    """Reads a file, fails if that has side effects, and loads its content."""
+    without_side_effects(lambda: weights.read_pth(path))
     loaded = weights.load_torchvision(Backbone(**model()), path)
     return {"conv": loaded.conv, "norm": loaded.norm}
 
