@@ -120,7 +120,7 @@ def with_sizes(predictor: zoo.Predictor, min_size: int | None, max_size: int | N
     model, resize = predictor.model, predictor.model.preprocessing.resize
     if not isinstance(resize, models.ShortestEdge):
         raise SystemExit(f"--min-size and --max-size: the detector resizes images by {resize}. Leave them out.")
-    resize = models.ShortestEdge(min_size or resize.min_size, max_size or resize.max_size)
+    resize = replace(resize, min_size=min_size or resize.min_size, max_size=max_size or resize.max_size)
     model = replace(model, preprocessing=replace(model.preprocessing, resize=resize))
     return replace(predictor, model=model, canvases=zoo.canvases(model))
 

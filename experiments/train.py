@@ -181,11 +181,11 @@ def make_model(options: Options, num_classes: int, *, pretrained: bool) -> Abstr
         model, notes = zoo.initialize(model, parts, options.detector.init)
         for note in notes:
             console.print(note, highlight=False)
-    sizes = options.sizes
-    square = isinstance(model.preprocessing.resize, models.Square)
-    resize = (
-        models.Square(max(sizes.min_sizes)) if square else models.ShortestEdge(max(sizes.min_sizes), sizes.max_size)
-    )
+    sizes, resize = options.sizes, model.preprocessing.resize
+    if isinstance(resize, models.Square):
+        resize = models.Square(max(sizes.min_sizes))
+    else:
+        resize = replace(resize, min_size=max(sizes.min_sizes), max_size=sizes.max_size)
     return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
 

@@ -57,6 +57,7 @@ SAMPLED = models.SampledProposals(f32(M, 4), flags(M), flags(M), i32(M))
 ANCHORS = models.SampledAnchors(i32(M), f32(M, 4), flags(M), flags(M), i32(M))
 RPN_OUTPUT = models.RPNOutput((f32(N),), (f32(N, 4),), (f32(N, 4),))
 PICTURE = np.zeros((64, 64, 3), np.uint8)
+PIXELS = jnp.asarray(PICTURE[:8, :9])
 
 OPS = [
     call(ops.anchor_grid, (2, 3), stride=8, sizes=(32,), aspect_ratios=(1.0,)),
@@ -82,6 +83,7 @@ OPS = [
     call(ops.pairwise_iou, BOXES, MORE_BOXES),
     call(ops.paste_masks, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.resize_image, f32(8, 9, 3), image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
+    call(ops.resize_image_pillow, PIXELS, image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
     call(ops.resized_size, (480, 640), min_size=800, max_size=1333),
     call(ops.roi_align, f32(2, 8, 9), BOXES, output_size=2, spatial_scale=0.25),
     call(ops.sample_balanced, flags(N), flags(N), num_samples=2, positive_fraction=0.5, key=KEY),
@@ -252,6 +254,7 @@ OPTIONS = [
     (ops.nms_indices, "max_outputs", 0),
     (ops.paste_masks, "image_size", (0, 9)),
     (ops.resize_image, "canvas", (0, 7)),
+    (ops.resize_image_pillow, "canvas", (0, 7)),
     (ops.resized_size, "image_size", (0, 640)),
     (ops.resized_size, "min_size", 0),
     (ops.resized_size, "max_size", -1),

@@ -29,7 +29,6 @@ from ..models import (
     roi_features,
 )
 from ..nn import relu
-from ..ops import resize_image
 from ._extras import require
 from ._fold import fold_constants, fold_norms, trace
 from ._parts import two_stage_parts
@@ -197,7 +196,7 @@ class _Host:
 
 
 def _prepare(model, image, image_size, size, canvas):
-    pixels = resize_image(image.astype(jnp.float32), image_size=image_size, output_size=size, canvas=canvas)
+    pixels = model.preprocessing.place(image, image_size=image_size, output_size=size, canvas=canvas)
     return model.preprocessing.normalize(pixels, size).transpose(1, 2, 0)[None]
 
 

@@ -25,7 +25,6 @@ from ..models import (
     propose,
     roi_features,
 )
-from ..ops import resize_image
 from ._extras import require
 from ._fold import fold_norms
 from ._host import host_nms
@@ -96,8 +95,8 @@ def _proposals(parts, shape, size_on_canvas, images, image_sizes):
     """The program of the first file: the highest-scoring boxes of each level, and the features."""
     detector, chosen = parts
     resized = size_on_canvas(image_sizes[0])
-    pixels = resize_image(
-        images[0].astype(jnp.float32), image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
+    pixels = detector.preprocessing.place(
+        images[0], image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
     )
     rois, _, output = extract(detector, pixels, resized)
     proposals = [

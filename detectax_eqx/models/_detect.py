@@ -14,7 +14,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
 from .._types import Detections, Image, Images
-from ..ops import resize_image
 from ._detector import AbstractDetector, Selection, SelectionT
 
 
@@ -79,8 +78,8 @@ def detect(
         source_size = jnp.array(image.shape[:2], jnp.int32)
         canvas_size = jnp.array(static_size, jnp.int32)
     assert canvas is not None
-    pixels = resize_image(
-        jnp.asarray(image).astype(jnp.float32), image_size=source_size, output_size=canvas_size, canvas=canvas
+    pixels = model.preprocessing.place(
+        jnp.asarray(image), image_size=source_size, output_size=canvas_size, canvas=canvas
     )
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model, image, pixels))):
         _advise_jit()

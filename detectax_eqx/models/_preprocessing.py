@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Real
+from jaxtyping import Array, Float, Float64, Int, Int32, Real, UInt8
 
-from ..ops import resized_size
+from ..ops import resize_image, resize_image_pillow, resized_size
 
 
 # Mean and standard deviation of ImageNet pixels, RGB in 0..255.
@@ -22,12 +22,15 @@ class ShortestEdge:
     The aspect ratio is kept. Rule and defaults are torchvision's. Computed on the host in double precision, see
     `ops.resized_size`.
 
-    >>> ShortestEdge(800, 1333)((480, 640))
-    (800, 1066)
+    - `rounded`: whether sides are rounded to the nearest pixel, as in Detectron2, rather than down.
+
+    >>> ShortestEdge(800, 1333)((480, 640)), ShortestEdge(800, 1333, rounded=True)((480, 640))
+    ((800, 1066), (800, 1067))
     """
 
     min_size: float = 800
     max_size: float = 1333
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         if self.min_size <= 0 or self.max_size <= 0:
@@ -35,15 +38,40 @@ class ShortestEdge:
 
     def __call__(self, source_size: tuple[int, int], *, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
         """Returns `(height, width)` after the resize, shrunk further to fit `canvas` if given."""
-        return resized_size(source_size, min_size=self.min_size, max_size=self.max_size, canvas=canvas)
+        size = resized_size(source_size, min_size=self.min_size, max_size=self.max_size, canvas=canvas)
+        if not self.rounded:
+            return size
+        height, width = (np.full((1, 1), side, np.float64) for side in source_size)
+        height, width = self._nearest(height, width, canvas)[0, 0].tolist()
+        return height, width
 
     def table(self, source: tuple[int, int], *, canvas: tuple[int, int]) -> Int[np.ndarray, "h w 2"]:
         """Tabulates `__call__` for sizes up to `source`: entry `(i, j)` is for an image of `(i + 1, j + 1)` pixels."""
         height, width = (np.arange(1, side + 1, dtype=np.float64) for side in source)
         height, width = height[:, None], width[None, :]  # (h, 1) and (1, w)
+        if self.rounded:
+            return self._nearest(height, width, canvas)
         scale = np.minimum(self.min_size / np.minimum(height, width), self.max_size / np.maximum(height, width))
         scale = np.minimum(scale, np.minimum(canvas[0] / height, canvas[1] / width))  # (h, w)
         return np.maximum(1, np.floor(np.stack([height * scale, width * scale], axis=2))).astype(np.int32)
+
+    def _nearest(
+        self, height: Float64[np.ndarray, "h 1"], width: Float64[np.ndarray, "1 w"], canvas: tuple[int, int] | None
+    ) -> Int[np.ndarray, "h w 2"]:
+        """The size after the resize by Detectron2's rule, in its order of operations, which decides ties."""
+        scale, is_wide = self.min_size / np.minimum(height, width), height < width  # (h, w)
+        # The short side is `min_size` exactly, without a product that may round.
+        sides = [
+            np.where(is_wide, self.min_size, scale * height),
+            np.where(is_wide, scale * width, self.min_size),
+        ]
+        limit = np.minimum(1, self.max_size / np.maximum(*sides))
+        sides = [side * limit for side in sides]
+        if canvas is not None:
+            limit = np.minimum(1, np.minimum(canvas[0] / sides[0], canvas[1] / sides[1]))
+            sides = [side * limit for side in sides]
+        size = np.maximum(1, np.floor(np.stack(sides, axis=2) + 0.5)).astype(np.int32)
+        return size if canvas is None else np.minimum(size, np.array(canvas, np.int32)[None, None])
 
 
 @dataclass(frozen=True)
@@ -76,8 +104,10 @@ class Square:
 class Preprocessing:
     """What is done to an image before the backbone. Part of the model, so that it is saved and exported with it.
 
-    - `resize`: the resize rule. Pixels are interpolated by `ops.resize_image`: bilinear, without antialiasing.
+    - `resize`: the resize rule.
     - `mean`, `std`: one number per channel, for pixel values 0..255.
+    - `pillow`: whether pixels are interpolated by `ops.resize_image_pillow`, antialiased and rounded to 8 bits as in
+      Detectron2, rather than by `ops.resize_image`, bilinear without antialiasing as in torchvision.
 
     >>> grayscale = Preprocessing(ShortestEdge(320, 640), mean=(128.0,), std=(64.0,))
     >>> grayscale.resize((480, 640)), grayscale.channels
@@ -87,6 +117,7 @@ class Preprocessing:
     resize: ShortestEdge | Square = ShortestEdge()
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    pillow: bool = False
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
@@ -107,6 +138,28 @@ class Preprocessing:
     def channels(self) -> int:
         """Number of channels of an image."""
         return len(self.mean)
+
+    def place(
+        self,
+        image: UInt8[Array, "h w c"],
+        *,
+        image_size: Int32[Array, " 2"],
+        output_size: Int32[Array, " 2"],
+        canvas: tuple[int, int],
+    ) -> Float[Array, "{canvas[0]} {canvas[1]} c"]:
+        """Resizes the top-left `image_size` part of an image and places it on a canvas; returns pixel values 0..255.
+
+        Both sizes are `(height, width)` and may be traced; `output_size` is usually the result of `resize`.
+
+        >>> image, size = jnp.array([[0, 100]], jnp.uint8)[..., None], jnp.array([1, 2])
+        >>> Preprocessing().place(image, image_size=size, output_size=size, canvas=(1, 3)).ravel().tolist()
+        [0.0, 100.0, 0.0]
+        """
+        if self.pillow:
+            pixels = resize_image_pillow(image, image_size=image_size, output_size=output_size, canvas=canvas)
+            return pixels.astype(jnp.float32)
+        pixels = image.astype(jnp.float32)
+        return resize_image(pixels, image_size=image_size, output_size=output_size, canvas=canvas)
 
     def normalize(self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]) -> Float[Array, "c h w"]:
         """Returns `(image - mean) / std`, channels first, with zeros in the padding.

@@ -24,6 +24,7 @@ from ._losses import (
 from ._masks import crop_masks as crop_masks, paste_masks as paste_masks
 from ._matching import Matches as Matches, match_boxes as match_boxes, sample_balanced as sample_balanced
 from ._nms import class_aware_nms as class_aware_nms, nms as nms, nms_indices as nms_indices
+from ._pillow_resize import resize_image_pillow as resize_image_pillow
 from ._resize import resize_image as resize_image, resized_size as resized_size
 from ._roi_align import (
     RoIFeatures as RoIFeatures,

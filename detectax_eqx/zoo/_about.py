@@ -83,4 +83,5 @@ def preprocessing_of(content: Mapping[str, Any]) -> Preprocessing:
         return Preprocessing(ShortestEdge(content["min_size"], content["max_size"]))
     fields = content["preprocessing"]
     resize = (Square if "size" in fields["resize"] else ShortestEdge)(**fields["resize"])
-    return Preprocessing(resize, tuple(fields["mean"]), tuple(fields["std"]))
+    pillow = bool(fields.get("pillow", False))  # older files, written before there was a choice, lack it
+    return Preprocessing(resize, tuple(fields["mean"]), tuple(fields["std"]), pillow)
