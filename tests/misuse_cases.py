@@ -82,6 +82,7 @@ OPS = [
     call(ops.pairwise_ioa, BOXES, MORE_BOXES),
     call(ops.pairwise_iou, BOXES, MORE_BOXES),
     call(ops.paste_masks, f32(N, 5, 6), BOXES, image_size=(8, 9)),
+    call(ops.paste_masks_at_centers, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.resize_image, f32(8, 9, 3), image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
     call(ops.resize_image_pillow, PIXELS, image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
     call(ops.resized_size, (480, 640), min_size=800, max_size=1333),
@@ -161,7 +162,8 @@ ELSEWHERE = {
     # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
-    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd", "ssdlite"},
+    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd", "ssdlite"}
+    | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "retinanet_detectron2"},
     # test_predictor.py, test_download.py
     zoo: {
         "cache_folder",
@@ -196,7 +198,8 @@ ELSEWHERE = {
         "init_train_state",
     }
     | {"adamw", "no_vectors", "sgd"},
-    weights: {"read_pth", "read_pkl", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
+    weights: {"load_detectron2", "load_detectron2_backbone", "read_detectron2", "to_detectron2", "detectron2_shapes"}
+    | {"read_pth", "read_pkl", "load_safetensors", "read_safetensors", "save_safetensors", "load_torchvision"}
     | {
         "load_torchvision_backbone",
         "read_torchvision",
@@ -253,6 +256,7 @@ OPTIONS = [
     (ops.nms_indices, "iou_threshold", 1.5),
     (ops.nms_indices, "max_outputs", 0),
     (ops.paste_masks, "image_size", (0, 9)),
+    (ops.paste_masks_at_centers, "image_size", (0, 9)),
     (ops.resize_image, "canvas", (0, 7)),
     (ops.resize_image_pillow, "canvas", (0, 7)),
     (ops.resized_size, "image_size", (0, 640)),
@@ -324,6 +328,7 @@ OPTIONS = [
     (nn.GroupNorm, "channels", 48, call(nn.GroupNorm, 32)),
     (models.BoxHead, "num_classes", 0, call(models.BoxHead, 16, 3, key=KEY)),
     (models.RPN, "anchor_sizes", ((32,), (64, 128)), call(models.RPN, 16, key=KEY)),
+    (models.RPN, "anchor_strides", (4, 8), call(models.RPN, 16, key=KEY)),
     (train.augment, "min_sizes", []),
     (train.augment, "min_sizes", [0]),
     (train.augment, "max_size", 0),

@@ -57,6 +57,7 @@ WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine",
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
     *{name for name in dir(nn) if name.startswith(("resne", "wide_resnet", "mobilenet", "vgg"))},
+    *{"faster_rcnn_detectron2", "mask_rcnn_detectron2", "retinanet_detectron2"},
     *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd", "ssdlite", "selected", "smallest_canvas"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",

@@ -64,7 +64,8 @@ def detect_dataset(
             max_detections=max_detections,
             mesh=mesh,
         )
-        results += to_coco_results(detections, images, image_ids=image_ids, category_ids=category_ids)
+        ids = {"image_ids": image_ids, "category_ids": category_ids}
+        results += to_coco_results(detections, images, paste=model.paste, **ids)
         on_images(int(images.valid.sum()) * jax.process_count())
     return _gather(results) if jax.process_count() > 1 else results
 

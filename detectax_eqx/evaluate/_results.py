@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def to_coco_results(
     image_ids: Sequence[int],
     category_ids: Sequence[int],
     mask_threshold: float = 0.5,
+    paste: Callable[..., Bool[Array, "n h w"]] = paste_masks,
 ) -> list[dict[str, Any]]:
     """Converts the detections of a batch to COCO's results format, for `evaluate_coco`, pycocotools' `loadRes` or JSON.
 
@@ -40,7 +41,8 @@ def to_coco_results(
     - `image_ids`: the id of every image of the dataset, by its position in the dataset (`images.indices`).
     - `category_ids`: the category id of every label.
     - `mask_threshold`: a pixel belongs to a mask if its probability is above this. Masks are pasted into their boxes
-      (`detectax_eqx.ops.paste_masks`) at the resolution of the original image and encoded as compressed run lengths.
+      by `paste` at the resolution of the original image and encoded as compressed run lengths.
+    - `paste`: `ops.paste_masks` or a function with its arguments, such as a model's `paste`.
 
     Returns results in the order of the detections. Each has `image_id`, `category_id`, `bbox` (x, y, width, height),
     `score`, and `segmentation` if there are masks. Boxes and masks are scaled to `images.original_sizes`.
@@ -65,7 +67,7 @@ def to_coco_results(
     originals, indices = np.asarray(images.original_sizes), np.asarray(images.indices)
     source = images.pixels.shape[-3], images.pixels.shape[-2]
     boxes = boxes * (originals / sizes.clip(1))[:, None, [1, 0, 1, 0]]  # (b, n, 4) * (b, 1, 4)
-    results, paste = [], {}
+    results, entries_by_canvas = [], {}
     for i, row in np.argwhere(np.asarray(detections.valid) & np.asarray(images.valid)[:, None]):
         label, index = int(labels[i, row]), int(indices[i])
         if not 0 <= label < len(category_ids):
@@ -80,13 +82,13 @@ def to_coco_results(
             "score": float(scores[i, row]),
         }
         if masks is not None:
-            paste.setdefault(_canvas(originals[i], source), []).append((result, i, row))
+            entries_by_canvas.setdefault(_canvas(originals[i], source), []).append((result, i, row))
         results.append(result)
-    for canvas, entries in paste.items():
+    for canvas, entries in entries_by_canvas.items():
         assert masks is not None
         where = tuple(np.array([(i, row) for _, i, row in entries]).T)
         for (result, i, _), mask in zip(
-            entries, _paste(masks[where], boxes[where], canvas, mask_threshold), strict=True
+            entries, _paste(masks[where], boxes[where], canvas, mask_threshold, paste), strict=True
         ):
             height, width = originals[i]
             result["segmentation"] = encode_mask(mask[:height, :width])
@@ -155,7 +157,11 @@ def _canvas(original: Int32[np.ndarray, " 2"], source: tuple[int, int]) -> tuple
 
 
 def _paste(
-    masks: Float[np.ndarray, "n s t"], boxes: Float[np.ndarray, "n 4"], canvas: tuple[int, int], threshold: float
+    masks: Float[np.ndarray, "n s t"],
+    boxes: Float[np.ndarray, "n 4"],
+    canvas: tuple[int, int],
+    threshold: float,
+    paste: Callable[..., Bool[Array, "n h w"]],
 ) -> Iterator[Bool[np.ndarray, "h w"]]:
     """Yields the masks pasted onto the canvas one by one, computed in chunks of equal shape."""
     size = min(_CHUNK, max(1, _CHUNK_PIXELS // (canvas[0] * canvas[1])))
@@ -168,16 +174,18 @@ def _paste(
             np.pad(boxes[chunk].astype(np.float32), padding[:2]),
             threshold,
             canvas=canvas,
+            paste=paste,
         )
         yield from np.asarray(pasted)[:count]
 
 
-@partial(jax.jit, static_argnames="canvas")
+@partial(jax.jit, static_argnames=("canvas", "paste"))
 def _paste_chunk(
     masks: Float[Array, "n s t"],
     boxes: Float[Array, "n 4"],
     threshold: float | Float[Array, ""],
     *,
     canvas: tuple[int, int],
+    paste: Callable[..., Bool[Array, "n h w"]],
 ) -> Bool[Array, "n h w"]:
-    return paste_masks(masks, boxes, image_size=canvas, threshold=threshold)
+    return paste(masks, boxes, image_size=canvas, threshold=threshold)

@@ -216,6 +216,7 @@ def _pool(model, outputs, size, canvas, selection):
         post_nms_top_n=selection.post_nms_top_n,
         nms_threshold=selection.rpn_nms_threshold,
         min_size=selection.rpn_min_size,
+        rank_by_logits=selection.rpn_rank_by_logits,
         weights=model.rpn.weights,
     )
     pooled = roi_features(model, features).pool(proposals.boxes, output_size=model.box_head.pool_size)

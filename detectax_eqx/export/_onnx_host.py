@@ -106,6 +106,7 @@ def _proposals(parts, shape, size_on_canvas, images, image_sizes):
             pre_nms_top_n=chosen.pre_nms_top_n,
             post_nms_top_n=chosen.pre_nms_top_n,
             min_size=chosen.rpn_min_size,
+            rank_by_logits=chosen.rpn_rank_by_logits,
             weights=detector.rpn.weights,
         )
         for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True)
@@ -140,12 +141,12 @@ def _detections(parts, num_candidates, proposals, valid, resized, *features):
 
 def _best_indices(boxes, scores, *rest, iou_threshold, max_outputs):
     """Replaces `nms_indices` by the highest-scoring valid rows, without suppression."""
-    valid = rest[-1]
-    scores = jnp.where(valid, scores, -1.0)
+    valid, lowest = rest[-1], float(jnp.finfo(scores.dtype).min)
+    scores = jnp.where(valid, scores, lowest)
     if max_outputs > scores.shape[0]:
-        scores = jnp.concatenate([scores, jnp.full(max_outputs - scores.shape[0], -1.0)])
+        scores = jnp.concatenate([scores, jnp.full(max_outputs - scores.shape[0], lowest)])
     best, indices = lax.top_k(scores, max_outputs)
-    return jnp.where(best >= 0, indices, 0), best >= 0
+    return jnp.where(best > lowest, indices, 0), best > lowest
 
 
 def host_detections(

@@ -15,7 +15,12 @@ from ._detect import (
     selected as selected,
     smallest_canvas as smallest_canvas,
 )
-from ._detector import AbstractDetector as AbstractDetector, Selection as Selection
+from ._detector import AbstractDetector as AbstractDetector, Paste as Paste, Selection as Selection
+from ._detectron2 import (
+    faster_rcnn_detectron2 as faster_rcnn_detectron2,
+    mask_rcnn_detectron2 as mask_rcnn_detectron2,
+    retinanet_detectron2 as retinanet_detectron2,
+)
 from ._faster_rcnn import FasterRCNN as FasterRCNN, faster_rcnn as faster_rcnn
 from ._fcos import FCOS as FCOS, FCOSMatching as FCOSMatching, fcos as fcos
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss

@@ -20,7 +20,7 @@ from ..ops import (
     sample_balanced,
     smooth_l1_loss,
 )
-from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_size
+from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_area, has_size
 
 
 # The inverse of the standard deviations of matched proposals' deltas on COCO, about 0.1 for offsets and 0.2 for sizes
@@ -261,6 +261,8 @@ def box_detections(
 
     A proposal yields one candidate for each class whose softmax score exceeds `score_threshold`. Boxes are clipped to
     the image, and those with a side below `min_size` pixels are dropped. All remaining candidates enter suppression.
+    With a `min_size` of 0, as in Detectron2, boxes without area count as detections until `max_detections` are chosen,
+    and are dropped from the result.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> proposals = Proposals(boxes, jnp.array([0.9]), jnp.array([True]))
@@ -285,9 +287,20 @@ def box_detections(
     keep, valid = nms_indices(
         boxes, scores, candidates, iou_threshold=nms_threshold, max_outputs=max_detections, labels=labels
     )
+    if min_size <= 0:
+        keep, valid = without_empty(boxes, keep, valid)
     return Detections(
         jnp.where(valid[:, None], boxes[keep], 0.0),
         jnp.where(valid, scores[keep], 0.0),
         jnp.where(valid, labels[keep], 0),
         valid,
     )
+
+
+def without_empty(
+    boxes: Float[Array, "n 4"], keep: Int32[Array, " m"], valid: Bool[Array, " m"]
+) -> tuple[Int32[Array, " m"], Bool[Array, " m"]]:
+    """Drops boxes without area from a selection of `boxes` by the indices `keep`, and moves the others to the front."""
+    valid = valid & has_area(boxes[keep])
+    order = jnp.argsort(~valid, stable=True)
+    return keep[order], valid[order]

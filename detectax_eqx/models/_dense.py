@@ -16,6 +16,8 @@ from .._types import Detections
 from .._xla import rematerialise
 from ..nn import Conv2d, Initializer, Norm, relu
 from ..ops import anchor_grid, clip_boxes, nms_indices, sigmoid_focal_loss
+from ._box_head import without_empty
+from ._rpn import anchor_strides
 
 
 # Initial probability of the rare foreground: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
@@ -72,22 +74,24 @@ def level_anchors(
     *,
     sizes: Sequence[Sequence[float]],
     aspect_ratios: Sequence[float],
+    strides: tuple[int, ...] | None = None,
+    rounded: bool = True,
 ) -> tuple[Float[Array, "_ 4"], ...]:
     """Returns the anchors of each level in canvas pixels; `sizes` has one tuple per level.
 
-    The stride is torchvision's: the integer quotient of the canvas's and the map's side, which is not a power of two
-    for a level of odd size.
+    - `strides`, `rounded`: see `anchor_strides` and `rounded_anchors` of `RPN`.
     """
     if len(features) != len(sizes):
         raise ValueError(f"anchor_sizes has {len(sizes)} levels, but the backbone has {len(features)}.")
     return tuple(
         anchor_grid(
             (x.shape[1], x.shape[2]),
-            stride=(canvas[0] // x.shape[1], canvas[1] // x.shape[2]),
+            stride=stride,
             sizes=level_sizes,
             aspect_ratios=aspect_ratios,
+            rounded=rounded,
         )
-        for x, level_sizes in zip(features, sizes, strict=True)
+        for x, stride, level_sizes in zip(features, anchor_strides(features, canvas, strides), sizes, strict=True)
     )
 
 
@@ -99,12 +103,15 @@ class DenseSelection:
     - `nms_threshold`: IoU above which the lower-scoring of two detections of a class is dropped.
     - `max_detections`: maximum number of detections per image.
     - `top_n`: number of candidates per level before suppression.
+    - `clip_last`: whether boxes are clipped to the image only after suppression, as in Detectron2, where boxes that are
+      then without area count among the `max_detections` and are dropped.
     """
 
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     max_detections: int = 300
     top_n: int = 1000
+    clip_last: bool = False
 
 
 def dense_detections(
@@ -117,12 +124,14 @@ def dense_detections(
     """Selects the best predictions of all levels with non-maximum suppression per class, in canvas pixels.
 
     - `scores`: maps class logits and the extra inputs of each anchor to scores in 0..1; must increase with each logit.
-    - `decode`: maps deltas and anchors to boxes, which are clipped to the image of `canvas_size` = `(height, width)`.
+    - `decode`: maps deltas and anchors to boxes.
+    - `canvas_size`: `(height, width)` of the image, to which boxes are clipped.
     - `levels`: for each level, class logits from `maps_by_anchor`, then three arrays with one row per anchor, cells in
       row-major order: the extra inputs of `scores`, the deltas and the anchors.
 
     As in torchvision, each level contributes its `top_n` best pairs of anchor and class above the threshold.
     """
+    image_size = canvas_size.astype(jnp.float32)
     boxes, best, labels = [], [], []
     for logits, extra, deltas, anchors in levels:
         num_anchors, num_classes, num_cells = logits.shape
@@ -137,7 +146,8 @@ def dense_detections(
         pairs = scores(row_logits, extra[rows]).reshape(-1)  # (r k)
         level_scores, pair = lax.top_k(pairs, min(selection.top_n, pairs.shape[0]))
         row = rows[pair // num_classes]  # pair = row * k + class
-        boxes.append(clip_boxes(decode(deltas[row], anchors[row]), canvas_size.astype(jnp.float32)))
+        level_boxes = decode(deltas[row], anchors[row])
+        boxes.append(level_boxes if selection.clip_last else clip_boxes(level_boxes, image_size))
         best.append(level_scores)
         labels.append((pair % num_classes).astype(jnp.int32))
     all_boxes, all_scores, all_labels = jnp.concatenate(boxes), jnp.concatenate(best), jnp.concatenate(labels)
@@ -149,6 +159,9 @@ def dense_detections(
         max_outputs=selection.max_detections,
         labels=all_labels,
     )
+    if selection.clip_last:
+        all_boxes = clip_boxes(all_boxes, image_size)
+        keep, valid = without_empty(all_boxes, keep, valid)
     return Detections(
         jnp.where(valid[:, None], all_boxes[keep], 0.0),
         jnp.where(valid, all_scores[keep], 0.0),

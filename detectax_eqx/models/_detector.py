@@ -1,13 +1,15 @@
 """The interface of detectors, which detection, training, evaluation and export rely on."""
 
 import abc
-from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
+from ..ops import paste_masks
 from ._preprocessing import Preprocessing
 
 
@@ -28,6 +30,9 @@ class Selection(Protocol):
 
 SelectionT = TypeVar("SelectionT", bound=Selection)
 
+# Pastes masks into their boxes in an image: `ops.paste_masks` or another function with its arguments.
+Paste = Callable[..., Any]
+
 
 class AbstractDetector(eqx.Module, Generic[SelectionT]):
     """An object detector: a PyTree that maps one image on its canvas to detections, and has a loss.
@@ -37,6 +42,7 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     - `backbone`: computes the features. The sides of a canvas must be multiples of its `divisor`.
     - `preprocessing`: how an image is resized and normalised; static.
     - `selection`: which detections to keep by default; static.
+    - `paste`: how its masks are pasted onto an image.
     - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"`.
 
     Subclasses are final: each defines all of its fields itself. Code shared by several detectors is in free functions.
@@ -45,6 +51,7 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     backbone: eqx.AbstractVar[Backbone]
     preprocessing: eqx.AbstractVar[Preprocessing]
     selection: eqx.AbstractVar[SelectionT]
+    paste: ClassVar[Paste] = staticmethod(paste_masks)
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     @property

@@ -83,11 +83,13 @@ def mask_loss(
     *,
     sampling_ratio: int = 0,
     aligned: bool = False,
+    threshold: float | None = None,
 ) -> dict[str, WeightedSum]:
     """Computes the per-pixel binary cross entropy of the positives' masks: `loss_mask`.
 
     The target is the object's mask resampled to the proposal by `crop_masks`, which takes `sampling_ratio` and
-    `aligned`; the defaults are torchvision's. Normalised by the number of pixels of all positives.
+    `aligned`; the defaults are torchvision's. With `threshold`, target pixels are 1 from this value on and 0 below, as
+    in Detectron2, which has 0.5. Normalised by the number of pixels of all positives.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0]])
     >>> sampled = SampledProposals(boxes, jnp.array([True]), jnp.array([True]), jnp.array([0]))
@@ -108,6 +110,8 @@ def mask_loss(
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )  # (s, m, m)
+    if threshold is not None:
+        target_masks = (target_masks >= threshold).astype(target_masks.dtype)
     losses = binary_cross_entropy(logits, target_masks).sum(axis=(1, 2))  # (s,), over the m² pixels
     count = sampled.positive.sum().astype(jnp.float32) * float(size * size)
     return {"loss_mask": WeightedSum(jnp.where(sampled.positive, losses, 0.0).sum(), count)}

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from .._xla import map_chunks
 from ..nn import Backbone, Norm
-from ..ops import RoIFeatures
+from ..ops import RoIFeatures, paste_masks
 from ._box_head import BoxHead, ConvBoxHead
-from ._detector import AbstractDetector
+from ._detector import AbstractDetector, Paste
 from ._faster_rcnn import faster_rcnn
 from ._mask_head import MaskHead, mask_loss
 from ._preprocessing import Preprocessing
@@ -34,9 +34,9 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
 
     `mask_rcnn` builds one with torchvision's parts.
 
-    - `pooling`, `mask_targets`, `preprocessing`, `selection`, `sampling`: static options; the defaults are
-      torchvision's. `mask_targets` sets how an object's mask is resampled to the frame of a proposal, see
-      `ops.crop_masks`.
+    - `pooling`, `mask_targets`, `mask_threshold`, `paste`, `preprocessing`, `selection`, `sampling`: static options;
+      the defaults are torchvision's. `mask_targets` and `mask_threshold` set how an object's mask is resampled to the
+      frame of a proposal, see `ops.crop_masks` and `mask_loss`. `paste`: how masks are pasted onto an image.
     """
 
     backbone: Backbone
@@ -45,6 +45,8 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
     mask_head: MaskHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     mask_targets: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling(sampling_ratio=0))
+    mask_threshold: float | None = eqx.field(static=True, kw_only=True, default=None)
+    paste: Paste = eqx.field(static=True, kw_only=True, default=paste_masks)
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
     sampling: TwoStageSampling = eqx.field(static=True, kw_only=True, default=TwoStageSampling())
@@ -100,8 +102,8 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
         capacity = min(sampled.boxes.shape[0], self.sampling.max_box_positives)
         positives = jax.tree.map(lambda x: x[:capacity], sampled)
         logits = self.mask_logits(rois, positives.boxes, targets.labels[positives.matched], positives.positive)
-        crop = self.mask_targets
-        return losses | mask_loss(logits, positives, targets, sampling_ratio=crop.sampling_ratio, aligned=crop.aligned)
+        crop = {"sampling_ratio": self.mask_targets.sampling_ratio, "aligned": self.mask_targets.aligned}
+        return losses | mask_loss(logits, positives, targets, threshold=self.mask_threshold, **crop)
 
 
 def _mask_logits(

@@ -69,6 +69,8 @@ class RetinaNet(AbstractDetector[DenseSelection]):
     `retinanet` builds one with torchvision's parts.
 
     - `class_tower`, `box_tower`: 3×3 convolutions before `class_logits` `(a k, h, w)` and `deltas` `(a 4, h, w)`.
+    - `rounded_anchors`, `anchor_strides`: see `RPN`. `normalize_per_image`: whether losses are divided by the positives
+      of each image and averaged, as in torchvision, rather than divided by the positives of the batch.
     - `box_loss`, `preprocessing`, `selection`, `matching`: static options; the defaults are those of torchvision's
       first version.
 
@@ -83,6 +85,9 @@ class RetinaNet(AbstractDetector[DenseSelection]):
     deltas: Conv2d
     anchor_sizes: tuple[tuple[float, ...], ...] = eqx.field(static=True, kw_only=True, default=ANCHOR_SIZES)
     aspect_ratios: tuple[float, ...] = eqx.field(static=True, kw_only=True, default=(0.5, 1.0, 2.0))
+    rounded_anchors: bool = eqx.field(static=True, kw_only=True, default=True)
+    anchor_strides: tuple[int, ...] | None = eqx.field(static=True, kw_only=True, default=None)
+    normalize_per_image: bool = eqx.field(static=True, kw_only=True, default=True)
     box_loss: BoxLoss = eqx.field(static=True, kw_only=True, default=l1_of_deltas)
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: DenseSelection = eqx.field(static=True, kw_only=True, default=DenseSelection())
@@ -102,7 +107,14 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         """
         features = self.backbone(self.preprocessing.normalize(image, canvas_size))
         canvas = (image.shape[0], image.shape[1])
-        anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=self.aspect_ratios)
+        anchors = level_anchors(
+            features,
+            canvas,
+            sizes=self.anchor_sizes,
+            aspect_ratios=self.aspect_ratios,
+            strides=self.anchor_strides,
+            rounded=self.rounded_anchors,
+        )
         logits = [maps_by_anchor(self.class_logits(self.class_tower(x)), self.num_classes) for x in features]
         deltas = [by_anchor(self.deltas(self.box_tower(x)), 4) for x in features]
         return list(zip(logits, deltas, anchors, strict=True))
@@ -119,8 +131,8 @@ class RetinaNet(AbstractDetector[DenseSelection]):
     ) -> dict[str, WeightedSum]:
         """Returns `classification` (focal loss) and `bbox_regression` of one image.
 
-        As in torchvision, both are divided by the image's number of positive anchors, then averaged over images. `key`
-        is not used.
+        As in torchvision, both are divided by the image's number of positive anchors, then averaged over images. If not
+        `normalize_per_image`, both are divided by the number of positive anchors of all images. `key` is not used.
         """
         targets.check_labels(self.num_classes)
         logits, *others = zip(*self.predict(image, canvas_size), strict=True)
@@ -137,12 +149,15 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         # Anchors without an object take their own box as a placeholder of nonzero area; their loss is masked out.
         boxes = jnp.where(matches.positive[:, None], targets.boxes[matches.indices], anchors)
         box_losses = self.box_loss(deltas, anchors, boxes)  # (a,)
-        positives = jnp.maximum(matches.positive.sum(), 1).astype(jnp.float32)
-        one = jnp.ones((), jnp.float32)
-        return {
-            "classification": WeightedSum(class_loss(logits, labels, counted) / positives, one),
-            "bbox_regression": WeightedSum(jnp.where(matches.positive, box_losses, 0.0).sum() / positives, one),
+        losses = {
+            "classification": class_loss(logits, labels, counted),
+            "bbox_regression": jnp.where(matches.positive, box_losses, 0.0).sum(),
         }
+        positives = matches.positive.sum().astype(jnp.float32)
+        if not self.normalize_per_image:
+            return {name: WeightedSum(loss, positives) for name, loss in losses.items()}
+        one = jnp.ones((), jnp.float32)
+        return {name: WeightedSum(loss / jnp.maximum(positives, 1), one) for name, loss in losses.items()}
 
 
 def _sigmoid(logits: Float[Array, "a k"], _: Array) -> Float[Array, "a k"]:

@@ -62,6 +62,9 @@ class RPN(eqx.Module):
 
     - `weights`: of the box coder.
     - `smooth_l1_beta`: of the box regression loss; 0 gives the L1 loss, as in Detectron2.
+    - `rounded_anchors`: whether the sides of anchors are whole pixels, as in torchvision but not in Detectron2.
+    - `anchor_strides`: distance in pixels between anchors for each level, as in Detectron2. `None` for torchvision's:
+      the integer quotient of the canvas's and the map's side, which is not 64 for a P6 above a P5 of odd size.
     """
 
     convs: tuple[Conv2d, ...]
@@ -71,6 +74,8 @@ class RPN(eqx.Module):
     aspect_ratios: tuple[float, ...] = eqx.field(static=True)
     weights: Weights = eqx.field(static=True)
     smooth_l1_beta: float = eqx.field(static=True)
+    rounded_anchors: bool = eqx.field(static=True)
+    anchor_strides: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -82,6 +87,8 @@ class RPN(eqx.Module):
         depth: int = 1,
         weights: Weights = RPN_WEIGHTS,
         smooth_l1_beta: float = SMOOTH_L1_BETA,
+        rounded_anchors: bool = True,
+        anchor_strides: tuple[int, ...] | None = None,
     ):
         """Initialises the head.
 
@@ -91,6 +98,8 @@ class RPN(eqx.Module):
         counts = {len(sizes) for sizes in anchor_sizes}
         if len(counts) != 1:
             raise ValueError(f"anchor_sizes must have the same number of sizes for each level, got {anchor_sizes}.")
+        if anchor_strides is not None and len(anchor_strides) != len(anchor_sizes):
+            raise ValueError(f"anchor_strides must have one stride for each level, got {anchor_strides}.")
         num_anchors = counts.pop() * len(aspect_ratios)
         conv_key, *keys = jr.split(key, 3)
         conv_keys = [conv_key] if depth == 1 else jr.split(conv_key, depth)
@@ -102,20 +111,22 @@ class RPN(eqx.Module):
         self.aspect_ratios = aspect_ratios
         self.weights = weights
         self.smooth_l1_beta = smooth_l1_beta
+        self.rounded_anchors = rounded_anchors
+        self.anchor_strides = anchor_strides
 
     def __call__(self, features: Sequence[Float[Array, "c _ _"]], canvas: tuple[int, int]) -> RPNOutput:
         """Returns predictions at all anchors for an image on a canvas of `(height, width)` pixels."""
         if len(features) != len(self.anchor_sizes):
             raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} levels, but the backbone has {len(features)}.")
         logits, deltas, anchors = [], [], []
-        for feature, sizes in zip(features, self.anchor_sizes, strict=True):
+        strides = anchor_strides(features, canvas, self.anchor_strides)
+        for feature, stride, sizes in zip(features, strides, self.anchor_sizes, strict=True):
             size = feature.shape[1], feature.shape[2]
             level_logits, level_deltas = self._at_cells(feature)
             logits.append(level_logits)
             deltas.append(level_deltas)
-            # The integer quotient, as in torchvision: at P6 above a P5 of odd size it differs from the nominal 64.
-            stride = canvas[0] // size[0], canvas[1] // size[1]
-            anchors.append(anchor_grid(size, stride=stride, sizes=sizes, aspect_ratios=self.aspect_ratios))
+            options = {"aspect_ratios": self.aspect_ratios, "rounded": self.rounded_anchors}
+            anchors.append(anchor_grid(size, stride=stride, sizes=sizes, **options))
         return RPNOutput(tuple(logits), tuple(deltas), tuple(anchors))
 
     def _at_cells(self, x: Float[Array, "c h w"]) -> tuple[Float[Array, " a"], Float[Array, "a 4"]]:
@@ -192,6 +203,15 @@ def _with_bias(x: Float[Array, "s o"], conv: Conv2d) -> Float[Array, "s o"]:
     return x if conv.bias is None else x + conv.bias[None]
 
 
+def anchor_strides(
+    features: Sequence[Float[Array, "c _ _"]], canvas: tuple[int, int], strides: tuple[int, ...] | None
+) -> list[tuple[int, int]]:
+    """The vertical and horizontal distance between the anchors of each level; `strides`: see `RPN.anchor_strides`."""
+    if strides is not None:
+        return [(stride, stride) for stride in strides]
+    return [(canvas[0] // x.shape[1], canvas[1] // x.shape[2]) for x in features]
+
+
 class SampledAnchors(eqx.Module):
     """The anchors sampled for the loss, positives first.
 
@@ -214,17 +234,21 @@ def propose(
     nms_threshold: float = 0.7,
     score_threshold: float = 0.0,
     min_size: float = 1e-3,
+    rank_by_logits: bool = False,
     weights: Weights = RPN_WEIGHTS,
 ) -> Proposals:
     """Selects the best boxes of all levels with non-maximum suppression per level, without gradient.
 
-    - `image_size`: `(height, width)` of the image on its canvas. Boxes are clipped to it, and those with a side below
-      `min_size` pixels are dropped.
+    - `image_size`: `(height, width)` of the image on its canvas. Boxes are clipped to it, and those without area or
+      with a side below `min_size` pixels are dropped.
     - `pre_nms_top_n`: number of candidates per level. Those with a score below `score_threshold` are dropped.
     - `post_nms_top_n`: number of boxes over all levels, the capacity of the result.
+    - `rank_by_logits`: whether boxes are ranked by their logits rather than their scores, which are equal from a logit
+      of 17 on.
     - `weights`: of the box coder.
 
-    Rule and defaults are torchvision's, which uses 2000 and 2000 during training.
+    Rule and defaults are torchvision's, which uses 2000 and 2000 during training. Detectron2 ranks by logits, has a
+    `min_size` of 0, and uses 2000 and 1000 during training.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> output = RPNOutput((jnp.array([2.0, -1.0]),), (jnp.zeros((2, 4)),), (boxes,))
@@ -239,25 +263,27 @@ def propose(
         raise ValueError(
             f"pre_nms_top_n and post_nms_top_n must be at least 1, got {pre_nms_top_n} and {post_nms_top_n}."
         )
-    boxes, scores, valid = [], [], []
+    boxes, scores, ranks, valid = [], [], [], []
     for logits, deltas, anchors in zip(output.logits, output.deltas, output.anchors, strict=True):
         # (t,), t = min(pre_nms_top_n, a)
         top_logits, top = lax.top_k(lax.stop_gradient(logits), min(pre_nms_top_n, logits.shape[0]))
         level_boxes = decode_boxes(lax.stop_gradient(deltas)[top], anchors[top], weights=weights)  # (t, 4)
         level_boxes = clip_boxes(level_boxes, image_size)
         level_scores = jax.nn.sigmoid(top_logits)
+        level_ranks = top_logits if rank_by_logits else level_scores
         keep, keep_valid = nms_indices(
             level_boxes,
-            level_scores,
-            has_size(level_boxes, min_size) & (level_scores >= score_threshold),
+            level_ranks,
+            has_area(level_boxes) & has_size(level_boxes, min_size) & (level_scores >= score_threshold),
             iou_threshold=nms_threshold,
             max_outputs=top.shape[0],
         )
         boxes.append(level_boxes[keep])
         scores.append(level_scores[keep])
+        ranks.append(level_ranks[keep])
         valid.append(keep_valid)
-    boxes, scores, valid = jnp.concatenate(boxes), jnp.concatenate(scores), jnp.concatenate(valid)
-    _, best = lax.top_k(jnp.where(valid, scores, -1.0), min(post_nms_top_n, scores.shape[0]))
+    boxes, scores, ranks, valid = map(jnp.concatenate, (boxes, scores, ranks, valid))
+    _, best = lax.top_k(jnp.where(valid, ranks, -jnp.inf), min(post_nms_top_n, scores.shape[0]))
     return Proposals(boxes[best], jnp.where(valid[best], scores[best], 0.0), valid[best])
 
 
@@ -306,12 +332,15 @@ def rpn_loss(
     *,
     weights: Weights = RPN_WEIGHTS,
     beta: float = SMOOTH_L1_BETA,
+    normalizer: float | None = None,
 ) -> dict[str, WeightedSum]:
     """Computes the objectness and box losses of the sampled anchors: `loss_objectness`, `loss_rpn_box_reg`.
 
-    Both are normalised by the number of sampled anchors, as in torchvision. Only positives contribute to the box loss.
+    Only positives contribute to the box loss.
 
     - `weights`: of the box coder. `beta`: of the smooth L1 loss.
+    - `normalizer`: the number per image by which both are divided. By default, the number of sampled anchors, as in
+      torchvision. Detectron2 divides by the number that it tries to sample, 256.
 
     >>> boxes = jnp.array([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 20.0, 20.0]])
     >>> targets = Targets(boxes[:1], jnp.array([2]), jnp.array([True]))
@@ -323,7 +352,7 @@ def rpn_loss(
     target_deltas = encode_boxes(targets.boxes[sampled.matched], sampled.boxes, weights=weights)  # (s, 4)
     box_losses = smooth_l1_loss(deltas, target_deltas, beta=beta).sum(axis=1)  # (s,)
     logit_losses = binary_cross_entropy(logits, sampled.positive.astype(jnp.float32))  # (s,)
-    count = sampled.valid.sum().astype(jnp.float32)
+    count = sampled.valid.sum().astype(jnp.float32) if normalizer is None else jnp.asarray(normalizer, jnp.float32)
     return {
         "loss_objectness": WeightedSum(jnp.where(sampled.valid, logit_losses, 0.0).sum(), count),
         "loss_rpn_box_reg": WeightedSum(jnp.where(sampled.positive, box_losses, 0.0).sum(), count),
@@ -338,3 +367,8 @@ def binary_cross_entropy(logits: Float[Array, "*s"], targets: Float[Array, "*s"]
 def has_size(boxes: Float[Array, "*n 4"], min_size: float) -> Bool[Array, "*n"]:
     """Whether both sides of each box are at least `min_size` pixels."""
     return (boxes[..., 2] - boxes[..., 0] >= min_size) & (boxes[..., 3] - boxes[..., 1] >= min_size)
+
+
+def has_area(boxes: Float[Array, "*n 4"]) -> Bool[Array, "*n"]:
+    """Whether both sides of each box are longer than 0."""
+    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])

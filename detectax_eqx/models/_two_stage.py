@@ -29,6 +29,7 @@ class TwoStageSelection:
     - `rpn_nms_threshold`: IoU above which the lower-scoring of two proposals of a level is dropped.
     - `rpn_score_threshold`: score in 0..1 below which proposals are dropped.
     - `rpn_min_size`, `box_min_size`: minimum side in pixels of a proposal and of a detection.
+    - `rpn_rank_by_logits`: whether proposals are ranked by their logits rather than their scores.
     """
 
     score_threshold: float = 0.05
@@ -40,6 +41,7 @@ class TwoStageSelection:
     rpn_score_threshold: float = 0.0
     rpn_min_size: float = 1e-3
     box_min_size: float = 1e-2
+    rpn_rank_by_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ class TwoStageSampling:
     """Which anchors and proposals a two-stage loss samples; the defaults are torchvision's.
 
     - `pre_nms_top_n`, `post_nms_top_n`: number of proposals per level before suppression, and of all levels after it.
-    - `rpn_nms_threshold`, `rpn_score_threshold`, `rpn_min_size`: as in `TwoStageSelection`.
+    - `rpn_nms_threshold`, `rpn_score_threshold`, `rpn_min_size`, `rpn_rank_by_logits`: as in `TwoStageSelection`.
     - `rpn_samples`, `rpn_positive_fraction`: number of sampled anchors per image, and maximum fraction of positives.
     - `rpn_positive_iou`, `rpn_negative_iou`: IoU from which an anchor is positive, and below which it is negative.
+    - `rpn_normalizer`: the number per image by which the losses of the RPN are divided; default, the number of sampled
+      anchors.
     - `box_samples`, `box_positive_fraction`: the same for proposals.
     - `box_positive_iou`: IoU from which a proposal is positive; below it, the proposal is negative.
     """
@@ -66,6 +70,8 @@ class TwoStageSampling:
     box_samples: int = 512
     box_positive_fraction: float = 0.25
     box_positive_iou: float = 0.5
+    rpn_rank_by_logits: bool = False
+    rpn_normalizer: float | None = None
 
     @property
     def max_box_positives(self) -> int:
@@ -75,13 +81,15 @@ class TwoStageSampling:
 
 @dataclass(frozen=True)
 class RoIPooling:
-    """How features are pooled in a box, see `ops.roi_align`.
+    """How features are pooled in a box, see `ops.multilevel_roi_align`.
 
-    The defaults are torchvision's. Detectron2 has `aligned=True, sampling_ratio=0`.
+    The defaults are torchvision's. Detectron2 has `aligned=True, sampling_ratio=0, level_epsilon=0, size_epsilon=1e-8`.
     """
 
     aligned: bool = False
     sampling_ratio: int = 2
+    level_epsilon: float = 1e-6
+    size_epsilon: float = 0.0
 
 
 @runtime_checkable
@@ -120,6 +128,8 @@ def roi_features(model: TwoStage, maps: Features) -> RoIFeatures:
         strides=tuple(strides[i] for i in pooled),
         sampling_ratio=model.pooling.sampling_ratio,
         aligned=model.pooling.aligned,
+        level_epsilon=model.pooling.level_epsilon,
+        size_epsilon=model.pooling.size_epsilon,
     )
 
 
@@ -137,6 +147,7 @@ def detect_boxes(
         nms_threshold=selection.rpn_nms_threshold,
         score_threshold=selection.rpn_score_threshold,
         min_size=selection.rpn_min_size,
+        rank_by_logits=selection.rpn_rank_by_logits,
         weights=model.rpn.weights,
     )
     # (p, k + 1), (p, k + 1, 4)
@@ -178,7 +189,15 @@ def box_losses(
     )
     # The proposals made from `output` have no gradient. The loss recomputes the head at the sampled anchors.
     logits, deltas = model.rpn.at_anchors(features, anchors.indices)  # (s,), (s, 4)
-    losses = rpn_loss(logits, deltas, anchors, targets, weights=model.rpn.weights, beta=model.rpn.smooth_l1_beta)
+    losses = rpn_loss(
+        logits,
+        deltas,
+        anchors,
+        targets,
+        weights=model.rpn.weights,
+        beta=model.rpn.smooth_l1_beta,
+        normalizer=sampling.rpn_normalizer,
+    )
     proposals = propose(
         output,
         canvas_size.astype(jnp.float32),
@@ -187,6 +206,7 @@ def box_losses(
         nms_threshold=sampling.rpn_nms_threshold,
         score_threshold=sampling.rpn_score_threshold,
         min_size=sampling.rpn_min_size,
+        rank_by_logits=sampling.rpn_rank_by_logits,
         weights=model.rpn.weights,
     )
     sampled = sample_proposals(

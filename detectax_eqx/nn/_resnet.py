@@ -52,11 +52,12 @@ class BasicBlock(eqx.Module):
         key: PRNGKeyArray,
         groups: int = 1,
         width_per_group: int = WIDTH,
+        stride_in_1x1: bool = False,
     ):
-        if (groups, width_per_group) != (1, WIDTH):
+        if (groups, width_per_group, stride_in_1x1) != (1, WIDTH, False):
             raise ValueError(
-                f"A BasicBlock has neither groups nor another width, got groups={groups} and "
-                f"width_per_group={width_per_group}. Use Bottleneck."
+                f"A BasicBlock has neither groups nor another width nor 1×1 convolutions, got groups={groups}, "
+                f"width_per_group={width_per_group} and stride_in_1x1={stride_in_1x1}. Use Bottleneck."
             )
         keys = jr.split(key, 3)
         self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, use_bias=False, key=keys[0])
@@ -75,7 +76,8 @@ class BasicBlock(eqx.Module):
 class Bottleneck(eqx.Module):
     """1×1, 3×3, 1×1 convolutions and a shortcut: the block of ResNet-50 and deeper.
 
-    The 3×3 convolution has `groups` groups of `channels * width_per_group / 64` channels.
+    The 3×3 convolution has `groups` groups of `channels * width_per_group / 64` channels. It has the stride, as in
+    torchvision, unless `stride_in_1x1`: then the first 1×1 convolution has it, as in the paper and in Caffe's weights.
     """
 
     conv1: Conv2d
@@ -97,13 +99,15 @@ class Bottleneck(eqx.Module):
         key: PRNGKeyArray,
         groups: int = 1,
         width_per_group: int = WIDTH,
+        stride_in_1x1: bool = False,
     ):
         keys = jr.split(key, 4)
+        strides = (stride, 1) if stride_in_1x1 else (1, stride)
         out_channels = self.expansion * channels
         width = groups * (channels * width_per_group // WIDTH)
-        self.conv1 = Conv2d(in_channels, width, 1, use_bias=False, key=keys[0])
+        self.conv1 = Conv2d(in_channels, width, 1, stride=strides[0], use_bias=False, key=keys[0])
         self.norm1 = norm(width)
-        self.conv2 = Conv2d(width, width, 3, stride=stride, groups=groups, use_bias=False, key=keys[1])
+        self.conv2 = Conv2d(width, width, 3, stride=strides[1], groups=groups, use_bias=False, key=keys[1])
         self.norm2 = norm(width)
         self.conv3 = Conv2d(width, out_channels, 1, use_bias=False, key=keys[2])
         self.norm3 = norm(out_channels)
@@ -141,6 +145,7 @@ class ResNet(eqx.Module):
         width: int = WIDTH,
         groups: int = 1,
         width_per_group: int = WIDTH,
+        stride_in_1x1: bool = False,
         checkpoint: bool = False,
         in_channels: int = 3,
     ):
@@ -149,6 +154,7 @@ class ResNet(eqx.Module):
         - `depths`: number of blocks per stage. `width`: base width, 64 in the paper: the channels of the stem and of
           the blocks of the first stage, before their expansion.
         - `groups`, `width_per_group`: of the 3×3 convolutions, see `Bottleneck`.
+        - `stride_in_1x1`: whether a bottleneck's first convolution has its stride, see `Bottleneck`.
         - `in_channels`: number of channels of the image.
         - `checkpoint`: whether to use rematerialisation: save only the input of each block for the backward pass and
           recompute everything else (arXiv:1604.06174).
@@ -161,7 +167,8 @@ class ResNet(eqx.Module):
             blocks = []
             for position, block_key in enumerate(jr.split(stage_key, depth)):
                 stride = 2 if stage > 0 and position == 0 else 1  # all stages but the first halve the resolution
-                options = {"stride": stride, "norm": norm, "groups": groups, "width_per_group": width_per_group}
+                options = {"norm": norm, "groups": groups, "width_per_group": width_per_group}
+                options |= {"stride": stride, "stride_in_1x1": stride_in_1x1}
                 blocks.append(block(in_channels, width * 2**stage, key=block_key, **options))
                 in_channels = block.expansion * width * 2**stage
             layers.append(tuple(blocks))
@@ -233,14 +240,16 @@ def resnet50(
     width: int = WIDTH,
     checkpoint: bool = False,
     in_channels: int = 3,
+    stride_in_1x1: bool = False,
 ) -> ResNet:
-    """ResNet-50: 23.5 million parameters.
+    """ResNet-50: 23.5 million parameters. `stride_in_1x1`: see `Bottleneck`.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet50(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
     options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    options["stride_in_1x1"] = stride_in_1x1
     return ResNet(Bottleneck, (3, 4, 6, 3), key=key, norm=norm, **options)
 
 
@@ -251,14 +260,16 @@ def resnet101(
     width: int = WIDTH,
     checkpoint: bool = False,
     in_channels: int = 3,
+    stride_in_1x1: bool = False,
 ) -> ResNet:
-    """ResNet-101: 42.4 million parameters.
+    """ResNet-101: 42.4 million parameters. `stride_in_1x1`: see `Bottleneck`.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet101(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     23
     """
     options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    options["stride_in_1x1"] = stride_in_1x1
     return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, **options)
 
 

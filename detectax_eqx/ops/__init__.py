@@ -21,7 +21,11 @@ from ._losses import (
     sigmoid_focal_loss as sigmoid_focal_loss,
     smooth_l1_loss as smooth_l1_loss,
 )
-from ._masks import crop_masks as crop_masks, paste_masks as paste_masks
+from ._masks import (
+    crop_masks as crop_masks,
+    paste_masks as paste_masks,
+    paste_masks_at_centers as paste_masks_at_centers,
+)
 from ._matching import Matches as Matches, match_boxes as match_boxes, sample_balanced as sample_balanced
 from ._nms import class_aware_nms as class_aware_nms, nms as nms, nms_indices as nms_indices
 from ._pillow_resize import resize_image_pillow as resize_image_pillow

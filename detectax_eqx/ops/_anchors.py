@@ -8,8 +8,15 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 
-def _base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Float32[np.ndarray, "a 4"]:
-    """Anchors centred on the origin, rounded half to even. In float32, since the rounding depends on the last bit."""
+def _base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float], rounded: bool) -> Float32[np.ndarray, "a 4"]:
+    """Anchors centred on the origin, rounded half to even if `rounded`."""
+    if not rounded:  # in double precision, as in Detectron2
+        area, ratio = np.square(np.asarray(sizes, np.float64))[None, :], np.asarray(aspect_ratios, np.float64)[:, None]
+        width = np.sqrt(area / ratio)  # (ratios, sizes)
+        height = ratio * width
+        width, height = width.reshape(-1), height.reshape(-1)
+        return (np.stack([-width, -height, width, height], axis=1) / 2).astype(np.float32)
+    # In single precision, as in torchvision: the rounding depends on the last bit.
     scale_y = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]  # (ratios, 1)
     scale_x = 1 / scale_y
     size = np.asarray(sizes, np.float32)[None, :]  # (1, sizes)
@@ -23,6 +30,7 @@ def anchor_grid(
     stride: int | tuple[int, int],
     sizes: Sequence[float],
     aspect_ratios: Sequence[float],
+    rounded: bool = True,
 ) -> Float32[Array, "n 4"]:
     """Generates the anchors of a feature map of `(h, w)` cells, in pixels.
 
@@ -31,6 +39,8 @@ def anchor_grid(
     whole pixels. Anchors are centred on the top-left corner `(x * stride, y * stride)` of their cell, without a
     half-stride offset, exactly as in torchvision's `AnchorGenerator`. `stride` is a number of pixels or
     `(stride_y, stride_x)`. A map without cells has no anchors.
+
+    - `rounded`: whether the sides of anchors are rounded to whole pixels, as in torchvision. Detectron2 does not.
 
     Raises a `ValueError` for a negative feature size, and for strides, sizes or aspect ratios that are not positive.
 
@@ -50,4 +60,4 @@ def anchor_grid(
     x = jnp.broadcast_to((jnp.arange(width) * stride_x)[None, :], feature_size)
     corners = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4).astype(jnp.float32)  # (h w, 1, 4)
     # (h w, 1, 4) + (1, a, 4) -> (h w a, 4)
-    return (corners + jnp.asarray(_base_anchors(sizes, aspect_ratios))[None]).reshape(-1, 4)
+    return (corners + jnp.asarray(_base_anchors(sizes, aspect_ratios, rounded))[None]).reshape(-1, 4)

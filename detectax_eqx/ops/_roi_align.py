@@ -13,7 +13,8 @@ from ._sampling import box_axis, check_sampling_ratio, output_bins
 from ._taps import BilinearTaps
 
 
-# Added to a level before rounding down, so that a box of exactly the canonical size is not assigned to the level below.
+# Added to a level before rounding down, so that a box of exactly the canonical size is not assigned to the level below:
+# torchvision's value.
 LEVEL_EPSILON = 1e-6
 
 
@@ -69,13 +70,18 @@ def multilevel_roi_align(
     aligned: bool = True,
     canonical_size: float = 224,
     canonical_level: int = 4,
+    level_epsilon: float = LEVEL_EPSILON,
+    size_epsilon: float = 0.0,
 ) -> Float[Array, "n c p q"]:
     """Applies `roi_align` to a feature pyramid, assigning each box to a level by its size.
 
     `features` are the levels, finest first. A box of area `s**2` is pooled from level
-    `floor(canonical_level + log2(s / canonical_size) + 1e-6)`, clamped to the levels available, where level `k` is the
-    map of stride `2**k`. Lin et al. 2017, equation 1. A box without area is assigned to the finest level. Each box
-    reads its own level only, and the assignment has no gradient.
+    `floor(canonical_level + log2(s / canonical_size + size_epsilon) + level_epsilon)`, clamped to the levels available,
+    where level `k` is the map of stride `2**k`. Lin et al. 2017, equation 1. A box without area is assigned to the
+    finest level. Each box reads its own level only, and the assignment has no gradient.
+
+    - `level_epsilon`, `size_epsilon`: decide for boxes whose size lies exactly between two levels. The defaults are
+      torchvision's; Detectron2 has 0 and 1e-8.
 
     `boxes` are in pixels. `output_size`, `sampling_ratio` and `aligned` are those of `roi_align`; the spatial scale is
     `1 / stride`.
@@ -96,6 +102,8 @@ def multilevel_roi_align(
         aligned=aligned,
         canonical_size=canonical_size,
         canonical_level=canonical_level,
+        level_epsilon=level_epsilon,
+        size_epsilon=size_epsilon,
     )
     return rois.pool(boxes, output_size=output_size)
 
@@ -104,7 +112,8 @@ class RoIFeatures(eqx.Module):
     """A feature pyramid for pooling boxes: `multilevel_roi_align` with the maps laid out once for all calls.
 
     - `features`, stored as `maps`: the levels, finest first, each `(c, h, w)`.
-    - `strides`, `sampling_ratio`, `aligned`, `canonical_size`, `canonical_level`: see `multilevel_roi_align`.
+    - `strides`, `sampling_ratio`, `aligned`, `canonical_size`, `canonical_level`, `level_epsilon`, `size_epsilon`: see
+      `multilevel_roi_align`.
 
     >>> fine, coarse = jnp.zeros((1, 8, 8)), jnp.ones((1, 4, 4))
     >>> features = RoIFeatures([fine, coarse], strides=(4, 8), canonical_size=64)
@@ -119,6 +128,8 @@ class RoIFeatures(eqx.Module):
     aligned: bool = eqx.field(static=True)
     canonical_size: float = eqx.field(static=True)
     canonical_level: int = eqx.field(static=True)
+    level_epsilon: float = eqx.field(static=True)
+    size_epsilon: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -129,6 +140,8 @@ class RoIFeatures(eqx.Module):
         aligned: bool = True,
         canonical_size: float = 224,
         canonical_level: int = 4,
+        level_epsilon: float = LEVEL_EPSILON,
+        size_epsilon: float = 0.0,
     ):
         strides = tuple(strides)
         if not strides or len(strides) != len(features):
@@ -151,24 +164,34 @@ class RoIFeatures(eqx.Module):
         self.aligned = aligned
         self.canonical_size = canonical_size
         self.canonical_level = canonical_level
+        self.level_epsilon = level_epsilon
+        self.size_epsilon = size_epsilon
 
     def pool(self, boxes: Float[Array, "n 4"], *, output_size: int | tuple[int, int]) -> Float[Array, "n c p q"]:
         """Pools the features of `boxes`, in canvas pixels, each from the level for its size."""
         first = self.strides[0].bit_length() - 1
         last = first + len(self.strides) - 1
-        level = _levels(boxes, first, last, self.canonical_size, self.canonical_level) - first  # (n,)
+        options = (self.canonical_size, self.canonical_level, self.level_epsilon, self.size_epsilon)
+        level = _levels(boxes, first, last, *options) - first  # (n,)
         scales = [1 / stride for stride in self.strides]
         return _align(self.maps, self.cells, boxes, level, scales, output_size, self.sampling_ratio, self.aligned)
 
 
 def _levels(
-    boxes: Float[Array, "n 4"], first: int, last: int, canonical_size: float, canonical_level: int
+    boxes: Float[Array, "n 4"],
+    first: int,
+    last: int,
+    canonical_size: float,
+    canonical_level: int,
+    level_epsilon: float = LEVEL_EPSILON,
+    size_epsilon: float = 0.0,
 ) -> Int32[Array, " n"]:
     """Assigns each box to a level in `first..last`."""
     boxes = _upcast(boxes)
     size = jnp.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))  # √area, (n,)
     known = size > 0  # false for zero and negative areas
-    level = jnp.floor(canonical_level + jnp.log2(jnp.where(known, size, 1) / canonical_size) + LEVEL_EPSILON)
+    ratio = jnp.where(known, size, 1) / canonical_size + size_epsilon
+    level = jnp.floor(canonical_level + jnp.log2(ratio) + level_epsilon)
     return jnp.where(known, jnp.clip(level, first, last), first).astype(jnp.int32)
 
 

@@ -1,6 +1,13 @@
-"""Reads and writes weights: torchvision checkpoints, `.pth` and `.pkl` files, and safetensors."""
+"""Reads and writes weights: of torchvision and Detectron2, `.pth` and `.pkl` files, and safetensors."""
 
 from ._describe import describe as describe
+from ._detectron2 import (
+    detectron2_shapes as detectron2_shapes,
+    load_detectron2 as load_detectron2,
+    load_detectron2_backbone as load_detectron2_backbone,
+    read_detectron2 as read_detectron2,
+    to_detectron2 as to_detectron2,
+)
 from ._names import current_name as current_name
 from ._pkl import read_pkl as read_pkl
 from ._pth import read_pth as read_pth

@@ -18,11 +18,11 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 }
 # Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
 _DETECTORS = (
-    (("roi_heads.mask_predictor.", "mask_head."), "Mask R-CNN"),
-    (("roi_heads.keypoint_predictor.",), "Keypoint R-CNN"),
+    (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
+    (("roi_heads.keypoint_predictor.", "roi_heads.keypoint_head."), "Keypoint R-CNN"),
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
     (("head.regression_head.bbox_ctrness.", "centerness."), "FCOS"),
-    (("head.classification_head.conv", "class_tower."), "RetinaNet"),
+    (("head.classification_head.conv", "head.cls_subnet.", "class_tower."), "RetinaNet"),
     (("head.classification_head.", "class_heads."), "SSD"),
 )
 # Bodies other than ResNets, by a pattern in torchvision's names or this package's.
@@ -31,9 +31,16 @@ _OTHER_BODIES = (
     (re.compile(r"(^|\.)(features\.28|extra\.0\.5|convs\.12)\.weight$"), "VGG-16"),
     (re.compile(r"(^|\.)\d+\.conv\.\d|layers\.\d+\.layers\.2\.weight"), "MobileNetV2"),
 )
-_CLASS_LOGITS = ("box_predictor.cls_score.bias", "classification_head.cls_logits.bias", "class_logits.bias")
+# Prefixes of a body's names in torchvision, which this package shares, and in Detectron2.
+_BODIES = ("backbone.body.", "backbone.bottom_up.")
+_CLASS_LOGITS = (
+    "head.cls_score.bias",
+    "box_predictor.cls_score.bias",
+    "classification_head.cls_logits.bias",
+    "class_logits.bias",
+)
 # The box outputs of dense detectors, four per anchor. Their class outputs are also per anchor.
-_DENSE_DELTAS = ("head.regression_head.bbox_reg.bias", "deltas.bias")
+_DENSE_DELTAS = ("head.regression_head.bbox_reg.bias", "head.bbox_pred.bias", "deltas.bias")
 _SECOND_RPN = ("rpn.head.conv.1.", "rpn.convs.1.")
 _STEM = 64  # channels of the first convolution in every published ResNet
 
@@ -51,16 +58,17 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
     'a ResNet-18'
     """
     arrays = {current_name(name): array for name, array in arrays.items()}
-    prefix = "backbone.body." if any(name.startswith("backbone.body.") for name in arrays) else ""
+    prefix = next((prefix for prefix in _BODIES if any(name.startswith(prefix) for name in arrays)), "")
     body = _body({name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)})
     body = body or next((f"a {kind}" for pattern, kind in _OTHER_BODIES if any(map(pattern.search, arrays))), None)
     detector = next((kind for parts, kind in _DETECTORS if any(name.startswith(parts) for name in arrays)), None)
     if detector is not None:
+        source = " of Detectron2" if prefix == _BODIES[1] else ""
         second = " of the second version" if any(name.startswith(_SECOND_RPN) for name in arrays) else ""
         outputs = next((array.shape[0] for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
         anchors = next((array.shape[0] // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
         with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
-        return f"a {detector}{second} on {body or 'a backbone'}{with_outputs}"
+        return f"a {detector}{source}{second} on {body or 'a backbone'}{with_outputs}"
     last = max((name for name in arrays if re.fullmatch(r"(fc|classifier\.\d)\.weight", name)), default=None)
     if body is not None and last is not None:
         classes = arrays[last].shape[0]
@@ -87,8 +95,10 @@ def _body(arrays: Mapping[str, Any]) -> str | None:
 
 
 def _block_name(name: str) -> str:
-    """Returns torchvision's name of a ResNet parameter from either name, as far as this file needs it."""
-    return re.sub(r"^layers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.", re.sub(r"^norm1\.", "bn1.", name))
+    """Returns torchvision's name of a ResNet parameter from any name, as far as this file needs it."""
+    name = re.sub(r"^layers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.", re.sub(r"^norm1\.", "bn1.", name))
+    name = re.sub(r"^res([2-5])\.", lambda m: f"layer{int(m[1]) - 1}.", name)
+    return re.sub(r"^stem\.conv1\.(norm\.)?", lambda m: "bn1." if m[1] else "conv1.", name)
 
 
 def explain(error: WeightsError, source: str, arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> WeightsError:

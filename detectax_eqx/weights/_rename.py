@@ -53,6 +53,8 @@ def _walk(
 def _field(
     child: Any, names: Names, ours: tuple[str, ...], theirs: tuple[str, ...], foreign: Any
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    if child is None:  # an optional part that the model does not have
+        return
     if isinstance(foreign, Mapping):
         yield from _walk(child, names, ours, theirs, foreign)
     elif isinstance(child, tuple | list) and (callable(foreign) or "{i}" in foreign):

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from ._describe import explain
+from ._load import load_named
 from ._names import current_name, current_torchvision_name, is_counter, without_prefixes
 from ._pth import read_pth
 from ._safetensors import read_safetensors
 from ._torchvision_names import torchvision_names
-from ._trees import MAX_LISTED, WeightsError, named_leaves, named_values, replace_leaves
+from ._trees import named_values
 
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -87,27 +86,8 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     arrays, names = read_torchvision(source, model), torchvision_names(model)
     # The last layers of a classifier are not part of a backbone. Classifiers lack the prefix that detectors have.
     classifier = not any(name.startswith("backbone.") for name in arrays)
-    wanted = {names[name]: (name, leaf) for name, leaf in named_leaves(model).items()}
-    replacements, nonfinite = {}, []
-    for name, array in arrays.items():
-        if classifier and name.startswith(("fc.", "classifier.")):
-            continue
-        ours, leaf = wanted.get(name, (name, None))
-        # Arrays that do not fit are not copied, since a shape alone can make them large. They are reported below.
-        if leaf is not None and array.shape == leaf.shape and jnp.issubdtype(array.dtype, jnp.floating):
-            with np.errstate(over="ignore"):
-                array = array.astype(leaf.dtype)
-            if not np.isfinite(array).all():
-                nonfinite.append(name)
-        replacements[ours] = array
     origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given mapping"
-    try:
-        loaded = replace_leaves(model, replacements, source=origin)
-    except WeightsError as error:
-        raise explain(error, origin, arrays, {name: leaf for name, (_, leaf) in wanted.items()}) from None
-    if nonfinite:
-        raise WeightsError(f"{origin} has non-finite values in {', '.join(nonfinite[:MAX_LISTED])}.")
-    return loaded
+    return load_named(model, arrays, names, origin, ignored=("fc.", "classifier.") if classifier else ())
 
 
 def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:

@@ -16,10 +16,13 @@ from ..models import (
     FasterRCNN,
     ShortestEdge,
     faster_rcnn,
+    faster_rcnn_detectron2,
     fcos,
     giou_of_boxes,
     mask_rcnn,
+    mask_rcnn_detectron2,
     retinanet,
+    retinanet_detectron2,
     ssd,
     ssdlite,
 )
@@ -57,6 +60,11 @@ def names() -> tuple[str, ...]:
     ('faster_rcnn_resnet18_fpn', 'faster_rcnn_resnet34_fpn')
     """
     return tuple(_DETECTORS)
+
+
+def detectron2_detectors() -> frozenset[str]:
+    """The names of the detectors that follow Detectron2, whose files have its names."""
+    return frozenset(name for name in _DETECTORS if name.endswith("_detectron2"))
 
 
 def build(
@@ -128,6 +136,11 @@ def _two_stage_v2(
     backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=norm)
     parts = {"rpn_depth": 2, "box_head": partial(ConvBoxHead, norm=norm)} | parts
     return detector(backbone, num_classes, key=heads_key, **parts)
+
+
+def _lsj(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
+    """Detectron2's baselines with large-scale jitter (arXiv:2012.07177), which have the parts of the second version."""
+    return _two_stage_v2(mask_rcnn_detectron2, *arguments, norm=norm, **({"mask_norm": norm} | options))
 
 
 def _mask_rcnn_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
@@ -204,6 +217,8 @@ def _ssdlite320(
     return ssdlite(backbone, num_classes, key=heads_key, norm=norm, **parts)
 
 
+# The standard deviation of the pixels of ImageNet, with which Detectron2's ResNeXt was trained, RGB.
+_RESNEXT_STD = (58.395, 57.12, 57.375)
 # Bodies of two-stage detectors, by the name that is part of the detector's.
 _RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnet18": resnet18,
@@ -216,6 +231,11 @@ _RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnext101_64x4d": resnext101_64x4d,
     "wide_resnet50_2": wide_resnet50_2,
     "wide_resnet101_2": wide_resnet101_2,
+}
+# Those of MSRA, from which Detectron2's detectors were trained, have their strides in the 1×1 convolutions.
+_DETECTRON2_RESNETS: dict[str, Callable[..., ResNet]] = {
+    "resnet50": partial(resnet50, stride_in_1x1=True),
+    "resnet101": partial(resnet101, stride_in_1x1=True),
 }
 _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     **{f"faster_rcnn_{body}_fpn": partial(_two_stage, faster_rcnn, build) for body, build in _RESNETS.items()},
@@ -230,6 +250,22 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
         _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes
     ),
     "fcos_resnet50_fpn": partial(_dense, fcos, resnet50),
+    **{
+        f"{name}_{body}_fpn_detectron2": partial(_two_stage, detector, build)
+        for name, detector in (("faster_rcnn", faster_rcnn_detectron2), ("mask_rcnn", mask_rcnn_detectron2))
+        for body, build in _DETECTRON2_RESNETS.items()
+    },
+    "faster_rcnn_resnext101_32x8d_fpn_detectron2": partial(
+        _two_stage, faster_rcnn_detectron2, resnext101_32x8d, std=_RESNEXT_STD
+    ),
+    "mask_rcnn_resnext101_32x8d_fpn_detectron2": partial(
+        _two_stage, mask_rcnn_detectron2, resnext101_32x8d, std=_RESNEXT_STD
+    ),
+    **{f"mask_rcnn_{body}_fpn_lsj_detectron2": partial(_lsj, build) for body, build in _DETECTRON2_RESNETS.items()},
+    **{
+        f"retinanet_{body}_fpn_detectron2": partial(_dense, retinanet_detectron2, build, from_features=True)
+        for body, build in _DETECTRON2_RESNETS.items()
+    },
     "ssd300_vgg16": _ssd300,
     "ssdlite320_mobilenet_v3_large": _ssdlite320,
 }

@@ -1,5 +1,6 @@
 """The result of a predictor for one image."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ class Prediction:
     - `size`: the image's `(height, width)`. `source`: its path or URL, or `None` if it was passed as an array or Pillow
       image.
     - `class_names`, `category_ids`: the class name and category id of each label.
+    - `paste`: how masks are pasted onto the image, `ops.paste_masks` or the model's own function.
     """
 
     detections: Detections
@@ -32,6 +34,7 @@ class Prediction:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     _pixels: UInt8[np.ndarray, "h w c"] | None = field(default=None)
+    paste: Callable[..., Any] = paste_masks
 
     def __len__(self) -> int:
         return len(self.detections.scores)
@@ -86,7 +89,8 @@ class Prediction:
         pixels = np.broadcast_to(np.uint8(0), (1, *self.size, 3))
         images = Images(pixels, sizes, sizes, index, np.array([True]), canvas=self.size)
         batch = replace(self.detections, **{k: v[None] for k, v in vars(self.detections).items() if v is not None})
-        return to_coco_results(batch, images, image_ids=[image_id], category_ids=self.category_ids)
+        ids = {"image_ids": [image_id], "category_ids": self.category_ids}
+        return to_coco_results(batch, images, paste=self.paste, **ids)
 
     def masks(self, *, threshold: float = 0.5) -> np.ndarray | None:
         """Boolean masks of the objects on the image, `(n, h, w)`, or `None` if the detector has no masks."""
@@ -95,10 +99,8 @@ class Prediction:
             return None
         if not len(self):
             return np.zeros((0, *self.size), bool)
-        return (
-            np.asarray(paste_masks(jnp.asarray(detections.masks), jnp.asarray(detections.boxes), image_size=self.size))
-            > threshold
-        )
+        masks, boxes = jnp.asarray(detections.masks), jnp.asarray(detections.boxes)
+        return np.asarray(self.paste(masks, boxes, image_size=self.size, threshold=threshold))
 
     def to_supervision(self) -> Any:
         """The objects as `supervision.Detections`. Raises an `ImportError` if that package is not installed."""

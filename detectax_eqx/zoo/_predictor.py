@@ -20,7 +20,7 @@ from ._about import about, canvases as own_canvases, with_about
 from ._architecture import Architecture, NormName
 from ._inputs import is_folder, padded_images, pixels_of
 from ._prediction import Prediction
-from ._published import pretrained, published, published_names
+from ._published import announce, pretrained, published, published_file
 from ._run import load_run
 from ._weights import load_weights
 
@@ -80,15 +80,19 @@ class Predictor:
     def from_weights(cls, name: str, file: str | os.PathLike, *, norm: NormName | None = None) -> "Predictor":
         """Loads the named detector with the weights of a torchvision `.pth` or a `.safetensors` file.
 
+        For a detector of Detectron2, the file is a `.pkl` of its model zoo or a `.pth` of its trainer.
+
         If the file has the name of the detector's published weights, their norm and categories are used. Otherwise, the
         norm is `frozen_batch` unless given, and the categories and image sizes are those that `save_weights` stored in
         the file. A warning is issued if a `.safetensors` file has none.
         """
         path = Path(file)
-        known = published(name) if name in published_names() and published(name).file == path.name else None
+        known = published_file(name, path.name)
         architecture = Architecture(name, norm or (known.architecture.norm if known else "frozen_batch"))
         model = load_weights(architecture, path)
         predictor = cls(model, canvases=own_canvases(model), architecture=architecture)
+        if known is not None:
+            announce(known)
         if known is not None and len(known.categories) == predictor.model.num_classes:
             return replace(predictor, categories=known.categories)
         if path.suffix != ".safetensors":
@@ -256,6 +260,7 @@ class Predictor:
                     self.class_names,
                     self.category_ids(),
                     None if on_disk else arrays[index],
+                    self.model.paste,
                 )
 
     def _groups(self, arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[_Shape, list[int]]]:

@@ -1,10 +1,14 @@
 """Published weights, by the name of their detector."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
 
 from ..data import Category
 from ..models import AbstractDetector
-from ..weights import load_torchvision
+from ..weights import load_detectron2, load_torchvision
 from ._architecture import Architecture, NormName
 from ._coco import COCO_IDS
 from ._download import download
@@ -14,11 +18,13 @@ from ._download import download
 class Published:
     """A weights file that a library published, with the published figures.
 
-    - `name`: the name of the detector in `zoo.names()`. `source`: the library that published the weights. `licence`:
-      its licence. `url`: the URL of the file.
-    - `sha256`: the beginning of the file's checksum, as given in its name. `megabytes`: its size.
+    - `name`: the name of the detector in `zoo.names()`, with the training schedule appended if it is not the longest.
+    - `source`: the library that published the weights. `licence`: its licence. `url`: the URL of the file.
+    - `sha256`: the beginning of the file's checksum, as given in its name; empty if none was published.
+    - `megabytes`: its size.
     - `box_ap`, `mask_ap`: AP@[.5:.95] on COCO val2017 as published; `mask_ap` is `None` for detectors without masks.
     - `architecture`, `categories`: those of the training. Ids that are not classes in COCO are named `N/A`.
+    - `load`: the function of `weights` that loads the file into a detector.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Published:
     mask_ap: float | None
     architecture: Architecture
     categories: tuple[Category, ...]
+    load: Callable[[AbstractDetector, Path], AbstractDetector] = load_torchvision
 
     @property
     def file(self) -> str:
@@ -39,7 +46,7 @@ class Published:
 
 
 def published_names() -> tuple[str, ...]:
-    """The detectors with published weights.
+    """The names of published weights, which are those of their detectors. One detector may have several.
 
     >>> published_names()[:2]
     ('faster_rcnn_resnet50_fpn', 'mask_rcnn_resnet50_fpn')
@@ -72,7 +79,25 @@ def pretrained(name: str) -> AbstractDetector:
     """
     weights = published(name)
     path = download(weights.url, sha256=weights.sha256)
-    return load_torchvision(weights.architecture.shapes(len(weights.categories)), path)
+    model = weights.load(weights.architecture.shapes(len(weights.categories)), path)
+    announce(weights)
+    return model
+
+
+def announce(weights: Published) -> None:
+    """Prints the licence of weights if it extends to what is made from them."""
+    if weights.licence in _SHARE_ALIKE:
+        Console(stderr=True).print(
+            f"{weights.file} of {weights.source} is licensed under {weights.licence}. Weights that are converted or "
+            f"fine-tuned from it have the same licence: {_SHARE_ALIKE[weights.licence]}",
+            highlight=False,
+        )
+
+
+def published_file(name: str, file: str) -> Published | None:
+    """The published weights of a detector in a file of this name, if there are any."""
+    rows = (row for row in _PUBLISHED.values() if row.architecture.name == name and row.file == file)
+    return next(rows, None)
 
 
 def _torchvision(
@@ -102,6 +127,31 @@ def _torchvision(
     )
 
 
+def _detectron2(
+    name: str, path: str, megabytes: float, box_ap: float, mask_ap: float | None = None, *, schedule: str = ""
+) -> Published:
+    """Published weights of `name` with Detectron2's rules, with the figures of its `MODEL_ZOO.md`."""
+    name = f"{name}_detectron2"
+    return Published(
+        name=f"{name}{schedule}",
+        source="Detectron2",
+        licence="CC-BY-SA-3.0",
+        url=f"https://dl.fbaipublicfiles.com/detectron2/{path}.pkl",
+        sha256="",
+        megabytes=megabytes,
+        box_ap=box_ap,
+        mask_ap=mask_ap,
+        architecture=Architecture(name),
+        categories=tuple(Category(*category) for category in COCO_IDS.items()),
+        load=load_detectron2,
+    )
+
+
+# Folders of Detectron2's model zoo.
+_BOXES, _MASKS = "COCO-Detection/", "COCO-InstanceSegmentation/"
+_LSJ = "new_baselines/mask_rcnn_"
+# Licences that extend to what is made from the weights, and where to read them.
+_SHARE_ALIKE = {"CC-BY-SA-3.0": "https://creativecommons.org/licenses/by-sa/3.0/"}
 _PUBLISHED: dict[str, Published] = {
     weights.name: weights
     for weights in (
@@ -140,5 +190,96 @@ _PUBLISHED: dict[str, Published] = {
         _torchvision("fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7", 123.608, 39.2, background=False),
         _torchvision("ssd300_vgg16", "ssd300_vgg16_coco-b556d3b4", 135.988, 25.1),
         _torchvision("ssdlite320_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large_coco-a79551df", 13.418, 21.3),
+        _detectron2(
+            "faster_rcnn_resnet50_fpn", _BOXES + "faster_rcnn_R_50_FPN_3x/137849458/model_final_280758", 159.5, 40.2
+        ),
+        _detectron2(
+            "faster_rcnn_resnet50_fpn",
+            _BOXES + "faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba",
+            159.5,
+            37.9,
+            schedule="_1x",
+        ),
+        _detectron2(
+            "faster_rcnn_resnet101_fpn", _BOXES + "faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1", 232.1, 42.0
+        ),
+        _detectron2(
+            "faster_rcnn_resnext101_32x8d_fpn",
+            _BOXES + "faster_rcnn_X_101_32x8d_FPN_3x/139173657/model_final_68b088",
+            401.3,
+            43.0,
+        ),
+        _detectron2(
+            "mask_rcnn_resnet50_fpn", _MASKS + "mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217", 169.6, 41.0, 37.2
+        ),
+        _detectron2(
+            "mask_rcnn_resnet50_fpn",
+            _MASKS + "mask_rcnn_R_50_FPN_1x/137260431/model_final_a54504",
+            169.6,
+            38.6,
+            35.2,
+            schedule="_1x",
+        ),
+        _detectron2(
+            "mask_rcnn_resnet101_fpn", _MASKS + "mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72", 242.2, 42.9, 38.6
+        ),
+        _detectron2(
+            "mask_rcnn_resnext101_32x8d_fpn",
+            _MASKS + "mask_rcnn_X_101_32x8d_FPN_3x/139653917/model_final_2d9806",
+            411.4,
+            44.3,
+            39.5,
+        ),
+        _detectron2(
+            "retinanet_resnet50_fpn", _BOXES + "retinanet_R_50_FPN_3x/190397829/model_final_5bd44e", 145.0, 38.7
+        ),
+        _detectron2(
+            "retinanet_resnet50_fpn",
+            _BOXES + "retinanet_R_50_FPN_1x/190397773/model_final_bfca0b",
+            145.0,
+            37.4,
+            schedule="_1x",
+        ),
+        _detectron2(
+            "retinanet_resnet101_fpn", _BOXES + "retinanet_R_101_FPN_3x/190397697/model_final_971ab9", 217.7, 40.4
+        ),
+        _detectron2(
+            "mask_rcnn_resnet50_fpn_lsj", _LSJ + "R_50_FPN_400ep_LSJ/42019571/model_final_14d201", 176.9, 47.4, 42.5
+        ),
+        _detectron2(
+            "mask_rcnn_resnet50_fpn_lsj",
+            _LSJ + "R_50_FPN_200ep_LSJ/42047638/model_final_89a8d3",
+            176.9,
+            46.3,
+            41.7,
+            schedule="_200ep",
+        ),
+        _detectron2(
+            "mask_rcnn_resnet50_fpn_lsj",
+            _LSJ + "R_50_FPN_100ep_LSJ/42047764/model_final_bb69de",
+            176.9,
+            44.6,
+            40.3,
+            schedule="_100ep",
+        ),
+        _detectron2(
+            "mask_rcnn_resnet101_fpn_lsj", _LSJ + "R_101_FPN_400ep_LSJ/42073830/model_final_f96b26", 249.5, 48.9, 43.7
+        ),
+        _detectron2(
+            "mask_rcnn_resnet101_fpn_lsj",
+            _LSJ + "R_101_FPN_200ep_LSJ/42131867/model_final_0bb7ae",
+            249.5,
+            48.0,
+            43.1,
+            schedule="_200ep",
+        ),
+        _detectron2(
+            "mask_rcnn_resnet101_fpn_lsj",
+            _LSJ + "R_101_FPN_100ep_LSJ/42025812/model_final_4f7b58",
+            249.5,
+            46.4,
+            41.6,
+            schedule="_100ep",
+        ),
     )
 }

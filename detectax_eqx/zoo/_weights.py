@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,28 +12,45 @@ from ..models import AbstractDetector
 from ..weights import (
     WeightsError,
     describe,
+    detectron2_shapes,
+    load_detectron2,
+    load_detectron2_backbone,
     load_torchvision,
     load_torchvision_backbone,
+    read_detectron2,
     read_torchvision,
     to_torchvision,
 )
 from ._architecture import Architecture
+from ._detectors import detectron2_detectors
 
 
 def load_weights(architecture: Architecture, path: str | os.PathLike) -> AbstractDetector:
     """The detector with the weights of a torchvision `.pth` or a `.safetensors` file.
 
+    For a detector of Detectron2, a `.pkl` or `.pth` file has Detectron2's names.
+
     The number of classes is inferred from the file. Raises a `WeightsError` that says what the file seems to contain if
     it does not hold this detector.
     """
-    num_classes = count_classes(architecture, path)
-    return load_torchvision(architecture.shapes(num_classes), path)
+    shapes = architecture.shapes(count_classes(architecture, path))
+    return load_detectron2(shapes, path) if is_detectron2s(architecture, path) else load_torchvision(shapes, path)
+
+
+def is_detectron2s(architecture: Architecture, path: str | os.PathLike) -> bool:
+    """Whether a file is Detectron2's. A `.safetensors` file has the names of this package, whatever the detector."""
+    return architecture.name in detectron2_detectors() and Path(path).suffix != ".safetensors"
 
 
 def count_classes(architecture: Architecture, path: str | os.PathLike) -> int:
     """The number of classes of the weights in a file, inferred from the arrays whose shapes depend on it."""
-    few, more = (array_shapes(architecture.shapes(count)) for count in (1, 2))
-    arrays = read_torchvision(path, architecture.shapes(1))
+    few, more = (architecture.shapes(count) for count in (1, 2))
+    if is_detectron2s(architecture, path):
+        few, more = (detectron2_shapes(model) for model in (few, more))
+        arrays = read_detectron2(path)
+    else:
+        arrays = read_torchvision(path, few)
+        few, more = (array_shapes(model) for model in (few, more))
     counts = set()
     for key in few.keys() & arrays.keys():
         shape = arrays[key].shape
@@ -42,7 +60,7 @@ def count_classes(architecture: Architecture, path: str | os.PathLike) -> int:
     if not counts:
         missing = next(key for key in few if few[key] != more[key])
         raise WeightsError(
-            f"{path} seems to be {describe(arrays) or 'no model of torchvision or this package'}: "
+            f"{path} seems to be {describe(arrays) or 'no model of torchvision, Detectron2 or this package'}: "
             f"it has no entry {missing}, so it does not hold a {architecture.name}."
         )
     whole_counts = [int(count) for count in counts if count >= 1 and count == int(count)]
@@ -69,7 +87,10 @@ def initialize(
 
     Returns the model, and a sentence about each kind of layer that was not loaded.
     """
-    if not any(key.startswith("backbone.") for key in read_torchvision(path, model)):
+    if is_detectron2s(architecture, path):
+        if not any(key.startswith("backbone.") for key in read_detectron2(path)):
+            return load_detectron2_backbone(model, path), ()
+    elif not any(key.startswith("backbone.") for key in read_torchvision(path, model)):
         return load_torchvision_backbone(model, path), ()
     source = load_weights(Architecture(architecture.name, architecture.norm), path)
     arrays: dict[str, Shaped[np.ndarray, "..."]] = dict(to_torchvision(source))

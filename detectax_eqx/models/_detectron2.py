@@ -1,0 +1,194 @@
+"""Detectors with every rule of Detectron2: Faster R-CNN, Mask R-CNN and RetinaNet, for its published weights.
+
+Each difference from torchvision is an option of the parts; this file sets them. Differences of layout (BGR images, the
+background as the last class, no box for it, the order of anchors) are settled when weights are loaded.
+"""
+
+from collections.abc import Callable
+
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from ..nn import Backbone, Norm
+from ..ops import paste_masks_at_centers
+from ._box_head import BoxHead, ConvBoxHead
+from ._dense import DenseSelection
+from ._faster_rcnn import FasterRCNN
+from ._mask_head import MaskHead
+from ._mask_rcnn import MaskRCNN
+from ._preprocessing import Preprocessing, ShortestEdge
+from ._retinanet import RetinaNet, retinanet
+from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
+from ._two_stage import RoIPooling, TwoStageSampling, TwoStageSelection
+
+
+# The mean of ImageNet's pixels as in Caffe, RGB in 0..255. The ResNets of MSRA were trained without a scale.
+CAFFE_MEAN = (123.675, 116.28, 103.53)
+DETECTRON2_PREPROCESSING = Preprocessing(
+    ShortestEdge(800, 1333, rounded=True), mean=CAFFE_MEAN, std=(1.0, 1.0, 1.0), pillow=True
+)
+DETECTRON2_POOLING = RoIPooling(aligned=True, sampling_ratio=0, level_epsilon=0.0, size_epsilon=1e-8)
+DETECTRON2_SELECTION = TwoStageSelection(rpn_min_size=0.0, box_min_size=0.0, rpn_rank_by_logits=True)
+DETECTRON2_SAMPLING = TwoStageSampling(
+    post_nms_top_n=1000, rpn_min_size=0.0, rpn_rank_by_logits=True, rpn_normalizer=256.0
+)
+DETECTRON2_DENSE_SELECTION = DenseSelection(max_detections=100, clip_last=True)
+# The threshold from which a pixel of a resampled mask is part of the target.
+MASK_TARGET_THRESHOLD = 0.5
+# RetinaNet's three sizes per octave, not rounded.
+DETECTRON2_ANCHOR_SIZES = tuple(
+    (size, size * 2.0 ** (1.0 / 3), size * 2.0 ** (2.0 / 3)) for size in (32.0, 64.0, 128.0, 256.0, 512.0)
+)
+
+
+def faster_rcnn_detectron2(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
+    hidden_size: int = 1024,
+    rpn_depth: int = 1,
+    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> FasterRCNN:
+    """Builds a `FasterRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
+
+    `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
+
+    - `std`: standard deviation of pixels, for normalisation. Detectron2's ResNeXt has another one.
+    - The other arguments are those of `faster_rcnn`.
+
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = faster_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=32)
+    >>> model.preprocessing.resize((480, 640)), model.rpn.anchor_strides
+    ((800, 1067), (4, 8, 16, 32, 64))
+    """
+    rpn_key, head_key = jr.split(key)
+    rpn = RPN(
+        backbone.channels,
+        key=rpn_key,
+        anchor_sizes=anchor_sizes,
+        aspect_ratios=aspect_ratios,
+        depth=rpn_depth,
+        smooth_l1_beta=0.0,
+        rounded_anchors=False,
+        anchor_strides=backbone.strides,
+    )
+    return FasterRCNN(
+        backbone,
+        rpn,
+        box_head(backbone.channels, num_classes, key=head_key, hidden_size=hidden_size, smooth_l1_beta=0.0),
+        pooling=DETECTRON2_POOLING,
+        preprocessing=preprocessing_with(std),
+        selection=DETECTRON2_SELECTION,
+        sampling=DETECTRON2_SAMPLING,
+    )
+
+
+def mask_rcnn_detectron2(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
+    hidden_size: int = 1024,
+    hidden_channels: int = 256,
+    rpn_depth: int = 1,
+    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
+    mask_norm: Norm | None = None,
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> MaskRCNN:
+    """Builds a `MaskRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
+
+    `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
+
+    - `hidden_channels`: width of the mask head. `mask_norm`: its norm. The other arguments are those of
+      `faster_rcnn_detectron2`. Detectron2's baselines with large-scale jitter have an `rpn_depth` of 2, `ConvBoxHead`,
+      and norms in the pyramid and both heads.
+
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = mask_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=32, hidden_channels=16)
+    >>> model.paste.__name__
+    'paste_masks_at_centers'
+    """
+    box_key, mask_key = jr.split(key)
+    boxes = faster_rcnn_detectron2(
+        backbone,
+        num_classes,
+        key=box_key,
+        anchor_sizes=anchor_sizes,
+        aspect_ratios=aspect_ratios,
+        hidden_size=hidden_size,
+        rpn_depth=rpn_depth,
+        box_head=box_head,
+        std=std,
+    )
+    return MaskRCNN(
+        backbone,
+        boxes.rpn,
+        boxes.box_head,
+        MaskHead(backbone.channels, num_classes, key=mask_key, hidden_channels=hidden_channels, norm=mask_norm),
+        pooling=boxes.pooling,
+        mask_targets=RoIPooling(aligned=True, sampling_ratio=0),
+        mask_threshold=MASK_TARGET_THRESHOLD,
+        paste=paste_masks_at_centers,
+        preprocessing=boxes.preprocessing,
+        selection=boxes.selection,
+        sampling=boxes.sampling,
+    )
+
+
+def retinanet_detectron2(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    anchor_sizes: tuple[tuple[float, ...], ...] = DETECTRON2_ANCHOR_SIZES,
+    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
+    depth: int = 4,
+) -> RetinaNet:
+    """Builds a `RetinaNet` on `backbone` with Detectron2's parts and rules, randomly initialised.
+
+    `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
+
+    In Detectron2, losses are divided by a moving average of the number of positive anchors in a batch. Here, they are
+    divided by the number itself, so that the loss depends on nothing but its batch.
+
+    - `backbone`: has P6 and P7, convolved from C5.
+    - The other arguments are those of `retinanet`.
+
+    >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
+    >>> keys = jr.split(jr.key(0), 4)
+    >>> top = ConvolvedTop(64, 16, key=keys[0], from_features=True)
+    >>> backbone = ResNetFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
+    >>> retinanet_detectron2(backbone, 3, key=keys[3]).selection.max_detections
+    100
+    """
+    parts = retinanet(
+        backbone, num_classes, key=key, anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios, depth=depth
+    )
+    return RetinaNet(
+        backbone,
+        parts.class_tower,
+        parts.class_logits,
+        parts.box_tower,
+        parts.deltas,
+        anchor_sizes=anchor_sizes,
+        aspect_ratios=aspect_ratios,
+        rounded_anchors=False,
+        anchor_strides=backbone.strides,
+        normalize_per_image=False,
+        preprocessing=DETECTRON2_PREPROCESSING,
+        selection=DETECTRON2_DENSE_SELECTION,
+    )
+
+
+def preprocessing_with(std: tuple[float, float, float]) -> Preprocessing:
+    """Detectron2's preprocessing with another standard deviation."""
+    rule = DETECTRON2_PREPROCESSING
+    return Preprocessing(rule.resize, rule.mean, std, rule.pillow)

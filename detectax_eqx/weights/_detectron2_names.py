@@ -1,0 +1,174 @@
+"""Detectron2's and Caffe2's parameter names, and where Detectron2 arranges parameters in another way, as data."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .. import models, nn
+from ._rename import Names, foreign_names
+
+
+# Entries of a file that are not parameters.
+_IGNORED = re.compile(
+    r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std)$|anchor_generator\.cell_anchors\.|^(fc1000|pred|stem\.fc)[._]"
+)
+# Caffe2's names of a ResNet.
+_CAFFE2_BLOCK = re.compile(r"^res(\d)_(\d+)_branch(1|2a|2b|2c)_(w|bn_s|bn_b|bn_rm|bn_riv)$")
+_CAFFE2_STEM = {"conv1_w": "weight"} | {
+    f"{prefix}_bn_{code}": f"norm.{name}"
+    for prefix in ("res_conv1", "conv1")
+    for code, name in (("s", "weight"), ("b", "bias"), ("rm", "running_mean"), ("riv", "running_var"))
+}
+_CAFFE2_LAYERS = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+_CAFFE2_KINDS = {
+    "w": "weight",
+    "bn_s": "norm.weight",
+    "bn_b": "norm.bias",
+    "bn_rm": "norm.running_mean",
+    "bn_riv": "norm.running_var",
+}
+
+
+def is_ignored(name: str) -> bool:
+    """Whether an entry of a file is not a parameter: a counter, preprocessing, anchors or a classifier's last layer."""
+    return _IGNORED.search(name) is not None
+
+
+def current_detectron2_name(name: str) -> str:
+    """Replaces a name of Caffe2's ResNets by Detectron2's.
+
+    >>> current_detectron2_name("res2_0_branch2a_bn_s")
+    'res2.0.conv1.norm.weight'
+    """
+    if name in _CAFFE2_STEM:
+        return f"stem.conv1.{_CAFFE2_STEM[name]}"
+    if match := _CAFFE2_BLOCK.match(name):
+        stage, block, layer, kind = match.groups()
+        return f"res{stage}.{block}.{_CAFFE2_LAYERS[layer]}.{_CAFFE2_KINDS[kind]}"
+    return name
+
+
+def _names(first_level: int, rpn_depth: int) -> Names:
+    """The names of fields, for a pyramid from P`first_level` on and an RPN of `rpn_depth` convolutions."""
+    return {
+        models.FasterRCNN: {"rpn": "proposal_generator.rpn_head", "box_head": "roi_heads"},
+        models.MaskRCNN: {
+            "rpn": "proposal_generator.rpn_head",
+            "box_head": "roi_heads",
+            "mask_head": "roi_heads.mask_head",
+        },
+        models.RPN: {
+            "convs": lambda i: "conv" if rpn_depth == 1 else f"conv.conv{i}",
+            "objectness": "objectness_logits",
+            "deltas": "anchor_deltas",
+        },
+        models.BoxHead: {
+            "fc6": "box_head.fc1",
+            "fc7": "box_head.fc2",
+            "class_logits": "box_predictor.cls_score",
+            "box_deltas": "box_predictor.bbox_pred",
+        },
+        models.ConvBoxHead: {
+            "convs": lambda i: f"box_head.conv{i + 1}",
+            "norms": lambda i: f"box_head.conv{i + 1}.norm",
+            "fc": "box_head.fc1",
+            "class_logits": "box_predictor.cls_score",
+            "box_deltas": "box_predictor.bbox_pred",
+        },
+        models.MaskHead: {
+            "convs": lambda i: f"mask_fcn{i + 1}",
+            "norms": lambda i: f"mask_fcn{i + 1}.norm",
+            "upsample": "deconv",
+            "mask_logits": "predictor",
+        },
+        # In a tower of Detectron2, convolutions and ReLUs form one list.
+        models.RetinaNet: {
+            "class_tower": {"convs": lambda i: f"head.cls_subnet.{2 * i}"},
+            "class_logits": "head.cls_score",
+            "box_tower": {"convs": lambda i: f"head.bbox_subnet.{2 * i}"},
+            "deltas": "head.bbox_pred",
+        },
+        nn.ResNetFPN: {"body": "bottom_up", "fpn": ""},
+        nn.FPN: {
+            "lateral": lambda i: f"fpn_lateral{first_level + i}",
+            "lateral_norms": lambda i: f"fpn_lateral{first_level + i}.norm",
+            "output": lambda i: f"fpn_output{first_level + i}",
+            "output_norms": lambda i: f"fpn_output{first_level + i}.norm",
+            "top": "top_block",
+        },
+        nn.ResNet: {"conv1": "stem.conv1", "norm1": "stem.conv1.norm", "layers": lambda i: f"res{i + 2}"},
+        nn.BasicBlock: {"norm1": "conv1.norm", "norm2": "conv2.norm", "downsample": "shortcut"},
+        nn.Bottleneck: {"norm1": "conv1.norm", "norm2": "conv2.norm", "norm3": "conv3.norm", "downsample": "shortcut"},
+        nn.Downsample: {"conv": "", "norm": "norm"},
+    }
+
+
+def _part(model: Any, kind: type) -> Any:
+    """The first part of a model of this class, or `None`."""
+    parts = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))
+    return next((part for part in parts if isinstance(part, kind)), None)
+
+
+def detectron2_names(model: Any) -> dict[str, str]:
+    """Maps the names of `named_leaves(model)` to Detectron2's names."""
+    pyramid, rpn = _part(model, nn.FPN), _part(model, models.RPN)
+    levels = 4 if pyramid is None else len(pyramid.lateral)  # up to P5
+    return foreign_names(model, _names(6 - levels, 1 if rpn is None else len(rpn.convs)))
+
+
+class Layout(NamedTuple):
+    """How Detectron2 arranges a parameter.
+
+    - `pattern`: of its name. `to_ours`, `to_theirs`: rearrange an array.
+    """
+
+    pattern: re.Pattern[str]
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+def layouts(model: Any, *, bgr: bool) -> tuple[Layout, ...]:
+    """The parameters of a model that Detectron2 arranges in another way. `bgr`: whether its images are BGR."""
+    rules = [
+        # The background is Detectron2's last class and our first. It has neither a box nor a mask there.
+        (r"^roi_heads\.box_predictor\.cls_score\.", _last_first, _first_last),
+        (r"^roi_heads\.box_predictor\.bbox_pred\.", _after_zeros(4), lambda x: x[4:]),
+        (r"^roi_heads\.mask_head\.predictor\.", _after_zeros(1), lambda x: x[1:]),
+    ]
+    if bgr:  # (o, i, k, k)
+        rules.append((r"(^|^backbone\.bottom_up\.)stem\.conv1\.weight$", _reversed_inputs, _reversed_inputs))
+    if type(model) is models.RetinaNet:
+        # Our anchors of a cell are ordered by ratio, then by size; Detectron2's the other way round.
+        sizes, ratios = len(model.anchor_sizes[0]), len(model.aspect_ratios)
+        rules.append((r"^head\.(cls_score|bbox_pred)\.", _transposed(sizes, ratios), _transposed(ratios, sizes)))
+    return tuple(Layout(re.compile(pattern), *functions) for pattern, *functions in rules)
+
+
+def _last_first(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x[-1:], x[:-1]])
+
+
+def _first_last(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x[1:], x[:1]])
+
+
+def _after_zeros(count: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: np.concatenate([np.zeros((count, *x.shape[1:]), x.dtype), x])
+
+
+def _reversed_inputs(x: np.ndarray) -> np.ndarray:
+    return x[:, ::-1]
+
+
+def _transposed(rows: int, columns: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Transposes the first axis as `(rows, columns)` blocks."""
+
+    def transpose(x: np.ndarray) -> np.ndarray:
+        if x.shape[0] % (rows * columns):
+            return x  # of another number of anchors, which is reported
+        return x.reshape(rows, columns, -1).swapaxes(0, 1).reshape(x.shape)
+
+    return transpose

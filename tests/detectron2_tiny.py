@@ -1,0 +1,80 @@
+"""Tiny detectors with Detectron2's rules, for comparison with its own results. Uses neither torch nor Detectron2."""
+
+import zlib
+from dataclasses import replace
+
+import equinox as eqx
+import jax.random as jr
+import numpy as np
+
+from detectax_eqx import models, nn
+from detectax_eqx.weights import detectron2_shapes
+
+
+CLASSES, WIDTH, CHANNELS, HIDDEN, DEPTH = 5, 8, 16, 32, 2
+SIZES = (8.0, 16.0, 32.0, 64.0, 128.0)
+SHORT, LONG = 128, 208
+KINDS = ("faster_rcnn", "mask_rcnn", "retinanet")
+
+
+def build(kind):
+    """A detector on a ResNet of one bottleneck per stage, as shapes only."""
+
+    def make():
+        keys = jr.split(jr.key(0), 4)
+        body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=keys[0], width=WIDTH, stride_in_1x1=True)
+        if kind == "retinanet":
+            top = nn.ConvolvedTop(body.channels[-1], CHANNELS, key=keys[1], from_features=True)
+            backbone = nn.ResNetFPN(body, key=keys[2], channels=CHANNELS, finest=3, top=top)
+            octaves = tuple((size, size * 2 ** (1 / 3), size * 2 ** (2 / 3)) for size in SIZES)
+            return models.retinanet_detectron2(backbone, CLASSES, key=keys[3], depth=DEPTH, anchor_sizes=octaves)
+        backbone = nn.ResNetFPN(body, key=keys[2], channels=CHANNELS)
+        options = {"key": keys[3], "hidden_size": HIDDEN, "anchor_sizes": tuple((size,) for size in SIZES)}
+        if kind == "mask_rcnn":
+            return models.mask_rcnn_detectron2(backbone, CLASSES, hidden_channels=CHANNELS, **options)
+        return models.faster_rcnn_detectron2(backbone, CLASSES, **options)
+
+    model = eqx.filter_eval_shape(make)
+    resize = replace(model.preprocessing.resize, min_size=SHORT, max_size=LONG)
+    return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
+
+
+def random_arrays(kind):
+    """Random parameters by Detectron2's names. Each depends on its name and shape alone."""
+    arrays = {}
+    for name, shape in detectron2_shapes(build(kind)).items():
+        draw = np.random.default_rng(zlib.crc32(name.encode()))
+        low, high = {"weight": (0.6, 1.0), "running_var": (0.8, 1.2)}.get(name.rpartition(".")[2], (-0.1, 0.1))
+        if len(shape) > 1:
+            array = draw.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape)  # keeps the scale of features through ReLUs
+        else:
+            array = draw.uniform(low, high, shape)
+        arrays[name] = array.astype(np.float32)
+    return arrays
+
+
+def images():
+    """Two 8-bit RGB images, wide and tall: blocks of random colours with noise. One is enlarged, one shrunk."""
+    draw = np.random.default_rng(7)
+    result = []
+    for rows, columns, height, width in ((6, 9, 90, 131), (11, 7, 290, 187)):
+        coarse = draw.integers(0, 256, (rows, columns, 3))
+        y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
+        noise = draw.integers(-25, 26, (height, width, 3))
+        result.append(np.clip(coarse[y][:, x] + noise, 0, 255).astype(np.uint8))
+    return result
+
+
+def targets():
+    """Boxes, labels and masks of image size for a batch of two images of 128×160 pixels, and their pixels."""
+    draw = np.random.default_rng(8)
+    height, width, objects = 128, 160, 4
+    pixels = draw.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    corners = draw.uniform(0, (width - 70, height - 70), (2, objects, 2))
+    boxes = np.concatenate([corners, corners + draw.uniform(12, 70, (2, objects, 2))], axis=2).astype(np.float32)
+    labels = draw.integers(0, CLASSES, (2, objects)).astype(np.int32)
+    masks = draw.random((2, objects, height // 8, width // 8)) < 0.5
+    masks = masks.repeat(8, axis=2).repeat(8, axis=3)
+    inside_y = (np.arange(height) >= boxes[..., 1, None]) & (np.arange(height) < boxes[..., 3, None])
+    inside_x = (np.arange(width) >= boxes[..., 0, None]) & (np.arange(width) < boxes[..., 2, None])
+    return pixels, boxes, labels, masks & inside_y[..., :, None] & inside_x[..., None, :]

@@ -1,0 +1,191 @@
+"""Detectron2's detectors at the same weights: the same detections in real images, the same losses and gradients.
+
+Skipped where Detectron2 is not installed; detectron2_models.py says how it runs without compiling.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+
+torch = pytest.importorskip(
+    "torch", reason="torch is not installed; `make parity` runs this in an environment of its own"
+)
+pytest.importorskip(
+    "detectron2", reason="Detectron2 is not installed and not on PyPI; detectron2_models.py says how to get it"
+)
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from detectax_eqx import Targets, models, zoo
+from detectax_eqx.weights import load_detectron2, to_detectron2
+
+from ..test_detectron2_reference import THEIR_LOSSES
+from .detectron2_models import CONFIGS, LSJ, arrays_of, detections, losses, random_detector, resized
+from .torchvision_models import real_images
+
+
+NUM_IMAGES, CLASSES = 10, 80
+# Detectors whose networks differ; the deeper ones are compared on fewer images.
+DEEP = [name for name in CONFIGS if "101" in name]
+
+
+def build(name):
+    """Our model, as shapes only."""
+    return eqx.filter_eval_shape(zoo.build, name, CLASSES, key=jr.key(0))
+
+
+def compared(found, expected, *, pixels, scores=1e-4):
+    """Fails unless the detections are the same in the same order, and returns the largest differences.
+
+    Neighbours whose scores differ by less than rounding errors may have swapped places.
+    """
+    valid = np.asarray(found.valid)
+    count = len(expected["scores"])
+    assert valid.sum() == count, f"{valid.sum()} detections, not {count}"
+    boxes, labels = np.asarray(found.boxes)[valid], np.asarray(found.labels)[valid]
+    own = np.asarray(found.scores)[valid]
+    order, free = [], set(range(count))
+    for box, label in zip(expected["boxes"], expected["labels"], strict=True):
+        distances = np.abs(boxes - box).max(axis=1) + 1e6 * (labels != label)
+        order.append(min(free, key=lambda row: distances[row]))
+        free.remove(order[-1])
+    swapped = [row for row, other in enumerate(order) if row != other]
+    assert all(abs(own[row] - own[order[row]]) < 2e-6 for row in swapped), f"another order at rows {swapped}"
+    np.testing.assert_array_equal(labels[order], expected["labels"])
+    np.testing.assert_allclose(own[order], expected["scores"], atol=scores)
+    np.testing.assert_allclose(boxes[order], expected["boxes"], atol=pixels)
+    of_boxes, of_scores = np.abs(boxes[order] - expected["boxes"]), np.abs(own[order] - expected["scores"])
+    return order, (of_boxes.max(initial=0), of_scores.max(initial=0)), len(swapped)
+
+
+def on_canvas(model, image):
+    """Detections in an image that is already resized."""
+    canvas = models.smallest_canvas(image.shape[:2], divisor=model.backbone.divisor)
+    padded = np.zeros((*canvas, 3), np.uint8)
+    padded[: image.shape[0], : image.shape[1]] = image
+    return eqx.filter_jit(model)(jnp.asarray(padded), jnp.asarray(image.shape[:2], jnp.int32))
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [*CONFIGS, LSJ])
+def test_detections_on_real_images(name):
+    images = real_images(2 if name in (*DEEP, LSJ) else NUM_IMAGES)
+    if not images:
+        pytest.skip("no folder of real images beside the repository")
+    reference = random_detector(name)
+    model = load_detectron2(build(name), arrays_of(reference))
+    detect = eqx.filter_jit(models.detect)
+    total, swaps, own_worst, raw_worst, ious = 0, 0, [], [], []
+    for i, image in enumerate(images):
+        own = resized(image)
+        assert model.preprocessing.resize(image.shape[:2]) == own.shape[:2]
+        _, differences, _ = compared(on_canvas(model, own), detections(reference, own), pixels=1e-2)
+        own_worst.append(differences)
+        expected, found = detections(reference, own, size=image.shape[:2]), detect(model, image)
+        order, differences, swapped = compared(found, expected, pixels=0.1)
+        raw_worst.append(differences)
+        total, swaps = total + len(order), swaps + swapped
+        print(
+            f"{name} image {i}: {len(order)} detections, own input {own_worst[-1]}, raw image {raw_worst[-1]}",
+            flush=True,
+        )
+        if "masks" in expected and len(order):
+            valid = np.asarray(found.valid)
+            masks, boxes = (jnp.asarray(np.asarray(x)[valid][order]) for x in (found.masks, found.boxes))
+            pasted = np.asarray(model.paste(masks, boxes, image_size=image.shape[:2], threshold=0.5))
+            union = (pasted | expected["masks"]).sum(axis=(1, 2))
+            both = (pasted & expected["masks"]).sum(axis=(1, 2))
+            ious += (both[union > 0] / union[union > 0]).tolist()
+    print(f"{name}: {total} detections in {len(images)} images, {swaps} swapped with a neighbour")
+    print(f"  own input: boxes {max(a for a, _ in own_worst):.2e} px, scores {max(b for _, b in own_worst):.2e}")
+    print(f"  raw image: boxes {max(a for a, _ in raw_worst):.2e} px, scores {max(b for _, b in raw_worst):.2e}")
+    assert total > 5 * len(images), f"only {total} detections: the comparison shows little"
+    if ious:
+        print(f"  masks: IoU least {min(ious):.5f}, mean {np.mean(ious):.6f} of {len(ious)}")
+        assert min(ious) > 0.99
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in DEEP])
+def test_losses_and_gradients(name):
+    """Every loss to 1e-5, and the gradient of every parameter; see test_models.py for their tolerances."""
+    height, width, objects, everything = 256, 320, 5, 1_000_000
+    changes = {
+        "MODEL__RPN__BATCH_SIZE_PER_IMAGE": everything,
+        "MODEL__RPN__PRE_NMS_TOPK_TRAIN": 200,
+        "MODEL__RPN__POST_NMS_TOPK_TRAIN": 60,
+        "MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": everything,
+        "MODEL__ROI_HEADS__POSITIVE_FRACTION": 0.5,
+        "MODEL__BACKBONE__FREEZE_AT": 0,
+        "INPUT__MASK_FORMAT": "bitmask",
+    }
+    reference = random_detector(name, **changes)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    corners = rng.uniform(0, (width - 120, height - 120), (2, objects, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(20, 120, (2, objects, 2))], axis=2).astype(np.float32)
+    labels = rng.integers(0, CLASSES, (2, objects)).astype(np.int32)
+    masks = rng.random((2, objects, height, width)) < 0.5
+    model = load_detectron2(build(name), arrays_of(reference))
+    expected = losses(reference, pixels, boxes, labels, masks)
+    # A tensor, though pyright sees the 0 that the sum starts from.
+    sum(expected.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+
+    if "retinanet" not in name:
+        sampling = replace(
+            model.sampling,
+            pre_nms_top_n=200,
+            post_nms_top_n=60,
+            rpn_samples=everything,
+            box_samples=everything,
+            box_positive_fraction=0.5,
+            rpn_normalizer=float(everything),
+        )
+        model = replace(model, sampling=sampling)
+    frame = jnp.tile(jnp.array([0, 0, width, height], jnp.float32), (2, objects, 1))
+    valid = jnp.ones((2, objects), bool)
+    targets = Targets(jnp.asarray(boxes), jnp.asarray(labels), valid, jnp.asarray(masks), frame)
+
+    @eqx.filter_jit
+    @eqx.filter_grad(has_aux=True)
+    def total(model):
+        size = jnp.array([height, width], jnp.int32)
+        terms = jax.vmap(lambda i, t: model.loss(i, size, t, key=jr.key(0)))(jnp.asarray(pixels), targets)
+        sums = {term: jax.tree.map(lambda x: x.sum(), values) for term, values in terms.items()}
+        means = {term: values.mean() for term, values in sums.items()}
+        return sum(means.values()), (means, sums)
+
+    grads, (means, sums) = total(model)
+    # Detectron2 divides RetinaNet's losses by a moving average of the number of positives.
+    moving = getattr(reference, "loss_normalizer", None)
+    scale = 1.0 if moving is None else float(sums["classification"].count) / moving
+    ours = {THEIR_LOSSES[term]: float(mean) * scale for term, mean in means.items()}
+    assert ours.keys() == expected.keys()
+    for term, value in expected.items():
+        print(f"{name} {term}: {ours[term]:.6f} Detectron2 {value.item():.6f}")
+    for term, value in expected.items():
+        np.testing.assert_allclose(ours[term], value.item(), rtol=1e-5, atol=1e-6, err_msg=term)
+    own = to_detectron2(grads)
+    differences = []
+    for layer, parameter in reference.named_parameters():
+        theirs = parameter.grad.numpy()
+        size = np.linalg.norm(theirs)
+        differences.append((float(np.linalg.norm(own[layer] * scale - theirs) / (size or 1.0)), layer))
+    middle, worst = sorted(differences)[len(differences) // 2], max(differences)
+    print(f"{name}: {len(differences)} gradients, relative differences: worst {worst}, middle {middle}")
+    assert middle[0] < 1e-3 and worst[0] < 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in DEEP])
+def test_weights_round_trip(name):
+    reference = random_detector(name)
+    arrays = arrays_of(reference)
+    back = to_detectron2(load_detectron2(build(name), arrays))
+    assert back.keys() == arrays.keys()
+    assert all(np.array_equal(back[key], array) for key, array in arrays.items())
+    reference.load_state_dict({key: torch.from_numpy(array) for key, array in back.items()})
