@@ -31,7 +31,7 @@ class ModelOptions:
     """Detector and initial weights."""
 
     model: ModelName = "mask_rcnn_resnet50_fpn"
-    """Detector to train. A mask detector needs a segmentation for every object."""
+    """Detector to train, see `detectax list`. A mask detector needs a segmentation for every object."""
     init: Path | None = None
     """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet classifier."""
     precision: Precision = "float32"
