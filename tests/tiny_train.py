@@ -72,7 +72,7 @@ def build(
     return _build(_kind(name), num_classes, jr.key(seed), checkpoint, anchor_sizes, aspect_ratios or (0.5, 1.0, 2.0))
 
 
-def _in_zoo(name, num_classes, *, key, norm, checkpoint, anchor_sizes=None, aspect_ratios=None):
+def _in_zoo(name, num_classes, *, key, norm=None, checkpoint=False, anchor_sizes=None, aspect_ratios=None):
     sizes = anchor_sizes or ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
     return _build(_kind(name), num_classes, key, checkpoint, sizes, aspect_ratios or (0.5, 1.0, 2.0))
 

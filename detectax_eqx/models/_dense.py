@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import equinox as eqx
@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 from .._types import Detections
 from .._xla import rematerialise
 from ..nn import Conv2d, Initializer, Norm, relu
-from ..ops import anchor_grid, clip_boxes, nms_indices, sigmoid_focal_loss
-from ._box_head import without_empty
+from ..ops import anchor_grid, clip_boxes, sigmoid_focal_loss
 from ._rpn import anchor_strides
+from ._suppress import suppress, without_empty
 
 
 # Initial probability of the rare foreground: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
@@ -151,23 +151,17 @@ def dense_detections(
         best.append(level_scores)
         labels.append((pair % num_classes).astype(jnp.int32))
     all_boxes, all_scores, all_labels = jnp.concatenate(boxes), jnp.concatenate(best), jnp.concatenate(labels)
-    keep, valid = nms_indices(
+    found = suppress(
         all_boxes,
         all_scores,
+        all_labels,
         all_scores > selection.score_threshold,
-        iou_threshold=selection.nms_threshold,
-        max_outputs=selection.max_detections,
-        labels=all_labels,
+        nms_threshold=selection.nms_threshold,
+        max_detections=selection.max_detections,
     )
-    if selection.clip_last:
-        all_boxes = clip_boxes(all_boxes, image_size)
-        keep, valid = without_empty(all_boxes, keep, valid)
-    return Detections(
-        jnp.where(valid[:, None], all_boxes[keep], 0.0),
-        jnp.where(valid, all_scores[keep], 0.0),
-        jnp.where(valid, all_labels[keep], 0),
-        valid,
-    )
+    if not selection.clip_last:
+        return found
+    return without_empty(replace(found, boxes=clip_boxes(found.boxes, image_size)))
 
 
 def class_loss(
