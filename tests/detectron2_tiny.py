@@ -12,7 +12,7 @@ from detectax_eqx.weights import detectron2_shapes
 
 
 CLASSES, WIDTH, CHANNELS, HIDDEN, DEPTH = 5, 8, 16, 32, 2
-SIZES = (8.0, 16.0, 32.0, 64.0, 128.0)
+SIZES = (16.0, 32.0, 64.0, 128.0, 256.0)
 SHORT, LONG = 128, 208
 KINDS = ("faster_rcnn", "mask_rcnn", "retinanet")
 

@@ -54,7 +54,7 @@ def resize_image_pillow(
     Interpolation is bilinear, `Image.BILINEAR`: a triangle filter that spans one source pixel to either side when
     enlarging, and one pixel of the result when shrinking, so that the result is antialiased. Columns are resized first,
     then rows, and each result is rounded to 8 bits. This is the resize of Detectron2. (From version 13 on, Pillow
-    resizes rows first if the height shrinks much more than the width, which a resize by one scale does not do.)
+    resizes rows first if that removes over twice as many rows as columns. Some pixels then differ by one.)
 
     Arguments are those of `resize_image`, but the image and the result are 8-bit. Both sizes may be traced.
 

@@ -65,15 +65,20 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
     if detector is not None:
         source = " of Detectron2" if prefix == _BODIES[1] else ""
         second = " of the second version" if any(name.startswith(_SECOND_RPN) for name in arrays) else ""
-        outputs = next((array.shape[0] for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
-        anchors = next((array.shape[0] // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
+        outputs = next((_length(array) for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
+        anchors = next((_length(array) // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
         with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
         return f"a {detector}{source}{second} on {body or 'a backbone'}{with_outputs}"
     last = max((name for name in arrays if re.fullmatch(r"(fc|classifier\.\d)\.weight", name)), default=None)
     if body is not None and last is not None:
-        classes = arrays[last].shape[0]
+        classes = _length(arrays[last])
         return f"{body} {'ImageNet ' if classes == 1000 else ''}classifier with {classes} classes"
     return body
+
+
+def _length(array: Any) -> int:
+    """The first side of an array's shape, 0 for a scalar."""
+    return array.shape[0] if array.shape else 0
 
 
 def _body(arrays: Mapping[str, Any]) -> str | None:
@@ -84,7 +89,7 @@ def _body(arrays: Mapping[str, Any]) -> str | None:
         return None
     counts = tuple(sum(stage == str(k) for stage, _ in blocks) for k in (1, 2, 3, 4))
     name = _RESNETS.get(("layer1.0.conv3.weight" in arrays, counts), f"ResNet of {'-'.join(map(str, counts))} blocks")
-    width = arrays["conv1.weight"].shape[0]
+    width = _length(arrays["conv1.weight"])
     middle = getattr(arrays.get("layer1.0.conv2.weight"), "shape", ())  # (channels, channels per group, 3, 3)
     if "layer1.0.conv3.weight" in arrays and len(middle) == 4 and middle[:2] != (width, width):
         groups, depth = middle[0] // middle[1], name.removeprefix("ResNet-")
