@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
@@ -56,6 +56,7 @@ def _backbone(body: str, **options) -> nn.Module:
 _KINDS: dict[str, Callable[..., nn.Module]] = {
     "faster_rcnn": partial(_two_stage, FasterRCNN),
     "mask_rcnn": partial(_two_stage, MaskRCNN),
+    "keypoint_rcnn": partial(_two_stage, KeypointRCNN),
     "retinanet": _retinanet,
     "fcos": _fcos,
 }
@@ -100,6 +101,10 @@ def _sharpen_two_stage(model: nn.Module, image: torch.Tensor) -> None:
     predictor.bbox_pred.weight.mul_(10)
     if model.roi_heads.has_mask():
         model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
+    if model.roi_heads.has_keypoint():
+        layer = model.roi_heads.keypoint_predictor.kps_score_lowres
+        heatmaps = torch.cat([x.flatten() for x in _outputs(layer, model, image)])
+        layer.weight.mul_(2.0 / heatmaps.std())
     (logits, _), *_ = _outputs(predictor, model, image)
     scale = 2.5 / logits.std(dim=0).mean()
     predictor.cls_score.weight.mul_(scale)

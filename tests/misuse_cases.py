@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ OTHERS = [
     call(models.box_detections, f32(M, 4), f32(M, 4, 4), PROPOSALS, f32(2)),
     call(models.box_loss, f32(M, 4), f32(M, 4, 4), SAMPLED, TARGETS),
     call(models.giou_of_boxes, BOXES, BOXES, BOXES),
+    call(models.keypoint_loss, f32(M, 4, 7, 7), SAMPLED, replace(TARGETS, keypoints=f32(N, 4, 3))),
     call(models.l1_of_deltas, BOXES, BOXES, BOXES),
     call(models.mask_loss, f32(M, 7, 7), SAMPLED, TARGETS),
     call(models.propose, RPN_OUTPUT, f32(2)),
@@ -160,7 +162,7 @@ ELSEWHERE = {
     # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
-    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos"},
+    | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos"},
     # test_predictor.py, test_download.py
     zoo: {"cache_folder", "names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
     nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
@@ -303,6 +305,7 @@ OPTIONS = [
     (nn.max_pool2d, "stride", 0),
     (nn.GroupNorm, "channels", 48, call(nn.GroupNorm, 32)),
     (models.BoxHead, "num_classes", 0, call(models.BoxHead, 16, 3, key=KEY)),
+    (models.KeypointHead, "num_keypoints", 0, call(models.KeypointHead, 16, key=KEY)),
     (models.RPN, "anchor_sizes", ((32,), (64, 128)), call(models.RPN, 16, key=KEY)),
     (train.augment, "min_sizes", []),
     (train.augment, "min_sizes", [0]),

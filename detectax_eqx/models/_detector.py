@@ -37,7 +37,8 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     - `backbone`: computes the features. The sides of a canvas must be multiples of its `divisor`.
     - `preprocessing`: how an image is resized and normalised; static.
     - `selection`: which detections to keep by default; static.
-    - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"`.
+    - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"` or
+      `"keypoints"`.
 
     Subclasses are final: each defines all of its fields itself. Code shared by several detectors is in free functions.
     """

@@ -19,12 +19,13 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 # Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
 _DETECTORS = (
     (("roi_heads.mask_predictor.", "mask_head."), "Mask R-CNN"),
-    (("roi_heads.keypoint_predictor.",), "Keypoint R-CNN"),
+    (("roi_heads.keypoint_predictor.", "keypoint_head."), "Keypoint R-CNN"),
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
     (("head.regression_head.bbox_ctrness.", "centerness."), "FCOS"),
     (("head.classification_head.conv", "class_tower."), "RetinaNet"),
     (("head.classification_head.",), "SSD"),
 )
+_HEATMAPS = ("keypoint_predictor.kps_score_lowres.bias", "keypoint_head.heatmaps.bias")
 _CLASS_LOGITS = ("box_predictor.cls_score.bias", "classification_head.cls_logits.bias", "class_logits.bias")
 # The box outputs of dense detectors, four per anchor. Their class outputs are also per anchor.
 _DENSE_DELTAS = ("head.regression_head.bbox_reg.bias", "deltas.bias")
@@ -53,6 +54,8 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
         outputs = next((array.shape[0] for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
         anchors = next((array.shape[0] // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
         with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
+        points = next((array.shape[0] for name, array in arrays.items() if name.endswith(_HEATMAPS)), 0)
+        with_outputs += f" and {points} keypoints" if points else ""
         return f"a {detector}{second} on {body or 'a backbone'}{with_outputs}"
     if body is not None and "fc.weight" in arrays:
         classes = arrays["fc.weight"].shape[0]

@@ -7,7 +7,7 @@ from typing import Any
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from ..models import AbstractDetector, faster_rcnn, fcos, giou_of_boxes, mask_rcnn, retinanet
+from ..models import AbstractDetector, faster_rcnn, fcos, giou_of_boxes, keypoint_rcnn, mask_rcnn, retinanet
 from ..nn import (
     ConvolvedTop,
     FrozenBatchNorm,
@@ -110,6 +110,7 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "mask_rcnn_resnet34_fpn": partial(_two_stage, mask_rcnn, resnet34),
     "mask_rcnn_resnet50_fpn": partial(_two_stage, mask_rcnn, resnet50),
     "mask_rcnn_resnet101_fpn": partial(_two_stage, mask_rcnn, resnet101),
+    "keypoint_rcnn_resnet50_fpn": partial(_two_stage, keypoint_rcnn, resnet50),
     "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
     "retinanet_resnet50_fpn_v2": partial(
         _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes

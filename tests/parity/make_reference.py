@@ -16,6 +16,7 @@ from torchvision import ops
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
     fcos_resnet50_fpn,
+    keypointrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
@@ -229,7 +230,12 @@ def parameter_names():
 
     backbones = {body: shapes(resnet_fpn_backbone(backbone_name=body, weights=None)) for body in BODIES}
     trees = {"backbones": {body: tree(flat) for body, flat in backbones.items()}, "heads": {}, "dense": {}}
-    for name, build in (("faster_rcnn", fasterrcnn_resnet50_fpn), ("mask_rcnn", maskrcnn_resnet50_fpn)):
+    two_stage = {
+        "faster_rcnn": fasterrcnn_resnet50_fpn,
+        "mask_rcnn": maskrcnn_resnet50_fpn,
+        "keypoint_rcnn": keypointrcnn_resnet50_fpn,
+    }
+    for name, build in two_stage.items():
         everything = shapes(build(weights=None, weights_backbone=None))
         backbone = {k.removeprefix("backbone."): v for k, v in everything.items() if k.startswith("backbone.")}
         assert backbone == backbones["resnet50"]
