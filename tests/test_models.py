@@ -244,6 +244,7 @@ def test_mask_loss_refuses_targets_without_masks(getkey):
 
 def test_keypoint_loss_refuses_targets_without_keypoints(getkey):
     model, targets = made("keypoint"), targets_of([], [])
+    assert targets.keypoints is not None
     with pytest.raises(ValueError, match="targets have no keypoints"):
         model.loss(_image(getkey()), SIZE, replace(targets, keypoints=None), key=getkey())
     with pytest.raises(ValueError, match="targets have 2 keypoints per object, but the model has 3"):
@@ -258,11 +259,13 @@ def test_keypoint_loss_equals_naive_reference(getkey):
         boxes, jnp.ones(4, bool), jnp.array([True, True, True, False]), jnp.array([0, 0, 1, 1])
     )
     targets = targets_of([[10, 10, 40, 50], [48, 18, 74, 31]], [0, 0])
-    targets = replace(targets, keypoints=targets.keypoints.at[0, 0, 2].set(0.0).at[1, 2].set(jnp.array([71.0, 25.0, 2.0])))
+    assert targets.keypoints is not None
+    keypoints = targets.keypoints.at[0, 0, 2].set(0.0).at[1, 2].set(jnp.array([71.0, 25.0, 2.0]))
+    targets = replace(targets, keypoints=keypoints)
     loss = models.keypoint_loss(logits, sampled, targets)["loss_keypoint"]
     total, count = 0.0, 0
     for row, (x0, y0, x1, y1), matched in zip(np.asarray(logits, np.float64), boxes.tolist(), (0, 0, 1), strict=False):
-        for values, (x, y, visibility) in zip(row, targets.keypoints[matched].tolist(), strict=True):
+        for values, (x, y, visibility) in zip(row, keypoints[matched].tolist(), strict=True):
             if visibility and x0 <= x < x1 and y0 <= y < y1:
                 value = values[int((y - y0) * 8 / (y1 - y0)), int((x - x0) * 8 / (x1 - x0))]
                 total, count = total + np.log(np.exp(values).sum()) - value, count + 1

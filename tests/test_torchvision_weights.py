@@ -39,8 +39,9 @@ def _mask_rcnn():
 
 def _keypoint_rcnn(num_keypoints=5):
     backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
-    parts = {"hidden_size": 32, "hidden_channels": 16, "depth": 2}
-    return models.keypoint_rcnn(backbone, 3, key=jr.key(0), num_keypoints=num_keypoints, **parts)
+    return models.keypoint_rcnn(
+        backbone, 3, key=jr.key(0), num_keypoints=num_keypoints, hidden_size=32, hidden_channels=16, depth=2
+    )
 
 
 def _dense_backbone():

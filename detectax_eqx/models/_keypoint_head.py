@@ -58,7 +58,8 @@ class KeypointHead(eqx.Module):
         for conv in self.convs:
             x = relu(jax.vmap(conv)(x))
         logits = jax.vmap(self.heatmaps)(x)  # (n, k, 2 s, 2 s)
-        return _double(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))  # (n, k, 4 s, 4 s)
+        half = jnp.finfo(logits.dtype).bits < 32
+        return _double(logits.astype(jnp.float32) if half else logits)  # (n, k, 4 s, 4 s)
 
 
 def _double(x: Float[Array, "n k h w"]) -> Float[Array, "n k 2*h 2*w"]:

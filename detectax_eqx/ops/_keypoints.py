@@ -126,8 +126,9 @@ def keypoint_targets(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
-    dtype = jnp.promote_types(jnp.promote_types(keypoints.dtype, boxes.dtype), jnp.float32)
-    points, boxes = keypoints.astype(dtype), boxes.astype(dtype)
+    points, boxes = _upcast(keypoints), _upcast(boxes)
+    dtype = max(points.dtype, boxes.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    points, boxes = points.astype(dtype), boxes.astype(dtype)
     start, end = boxes[:, None, :2], boxes[:, None, 2:]  # (n, 1, 2)
     extent = end - start
     has_extent = (extent > 0) & jnp.isfinite(extent)
