@@ -6,7 +6,7 @@ from ..data import Category
 from ..models import AbstractDetector
 from ..weights import load_torchvision
 from ._architecture import Architecture, NormName
-from ._coco import COCO_IDS
+from ._coco import COCO_IDS, KEYPOINTS, SKELETON
 from ._download import download
 
 
@@ -17,7 +17,8 @@ class Published:
     - `name`: the name of the detector in `zoo.names()`. `source`: the library that published the weights. `licence`:
       its licence. `url`: the URL of the file.
     - `sha256`: the beginning of the file's checksum, as given in its name. `megabytes`: its size.
-    - `box_ap`, `mask_ap`: AP@[.5:.95] on COCO val2017 as published; `mask_ap` is `None` for detectors without masks.
+    - `box_ap`, `mask_ap`, `keypoint_ap`: AP@[.5:.95] on COCO val2017 as published, the last of persons over OKS; `None`
+      for detectors without masks or keypoints.
     - `architecture`, `categories`: those of the training. Ids that are not classes in COCO are named `N/A`.
     """
 
@@ -31,6 +32,7 @@ class Published:
     mask_ap: float | None
     architecture: Architecture
     categories: tuple[Category, ...]
+    keypoint_ap: float | None = None
 
     @property
     def file(self) -> str:
@@ -84,10 +86,13 @@ def _torchvision(
     *,
     norm: NormName = "frozen_batch",
     background: bool = True,
+    keypoint_ap: float | None = None,
 ) -> Published:
     """Published weights, with the metadata of torchvision 0.27.1. `background`: if label 0 is category id 1, not 0."""
     first = 1 if background else 0  # torchvision's dense detectors have an unused output for the background
     categories = tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(first, 91))
+    if keypoint_ap is not None:  # a detector of persons alone
+        categories = (Category(1, COCO_IDS[1], KEYPOINTS, SKELETON),)
     return Published(
         name=name,
         source="torchvision",
@@ -99,6 +104,7 @@ def _torchvision(
         mask_ap=mask_ap,
         architecture=Architecture(name, norm),
         categories=categories,
+        keypoint_ap=keypoint_ap,
     )
 
 
@@ -119,6 +125,14 @@ _PUBLISHED: dict[str, Published] = {
             37.9,
             34.6,
             norm="frozen_batch_eps0",
+        ),
+        _torchvision(
+            "keypoint_rcnn_resnet50_fpn",
+            "keypointrcnn_resnet50_fpn_coco-fc266e95",
+            226.054,
+            54.6,
+            norm="frozen_batch_eps0",
+            keypoint_ap=65.0,
         ),
         _torchvision(
             "retinanet_resnet50_fpn",
