@@ -1,4 +1,4 @@
-"""Evaluates a detector on a dataset in COCO format: prints the twelve COCO metrics and the AP of each class.
+"""Evaluates a detector on a dataset in COCO format: prints the COCO metrics and the AP of each class.
 
     python experiments/evaluate.py --checkpoint runs/mine --annotations test.json --images test/ --output runs/mine/test
 
@@ -10,11 +10,12 @@ existing results file, of any detector.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from _shared import (
     COCO_LIMIT,
     DetectorOptions,
+    Kind,
     Precision,
     SelectionOptions,
     check_ranges,
@@ -109,12 +110,11 @@ def check_no_detector(options: Options) -> None:
         raise SystemExit(f"{names}: with --detections no detector is run, and this has no effect. Leave it out.")
 
 
-def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Literal["bbox", "segm"], ...]:
-    """What can be evaluated: boxes, and masks where all results have one; masks alone where none has a box."""
-    masks = bool(results) and all(result.get("segmentation") for result in results)
-    if masks and not any(result.get("bbox") for result in results):
-        return ("segm",)
-    return ("bbox", "segm") if masks else ("bbox",)
+def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Kind, ...]:
+    """What can be evaluated: boxes, and masks or keypoints where all results have them; these alone without boxes."""
+    fields: dict[Kind, str] = {"segm": "segmentation", "keypoints": "keypoints"}
+    others = tuple(kind for kind, key in fields.items() if results and all(result.get(key) for result in results))
+    return others if others and not any(result.get("bbox") for result in results) else ("bbox", *others)
 
 
 if __name__ == "__main__":

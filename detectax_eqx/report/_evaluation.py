@@ -42,7 +42,11 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, evaluate.CocoMetrics],
 ) -> None:
-    """Writes the page. `metrics` are the metrics of `results` on `dataset`, for boxes and optionally for masks."""
+    """Writes the page. `metrics` are the metrics of `results` on `dataset`, for boxes and optionally for masks.
+
+    Metrics of keypoints are left out: errors are analysed by IoU, not by OKS.
+    """
+    metrics = {kind: one for kind, one in metrics.items() if one.iou_type != "keypoints"}
     analyses = {
         kind: evaluate.analyze_errors(dataset, results, iou_type=one.iou_type, max_detections=one.max_detections)
         for kind, one in metrics.items()
