@@ -101,14 +101,14 @@ def _sharpen_two_stage(model: nn.Module, image: torch.Tensor) -> None:
     predictor.bbox_pred.weight.mul_(10)
     if model.roi_heads.has_mask():
         model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
-    if model.roi_heads.has_keypoint():
-        layer = model.roi_heads.keypoint_predictor.kps_score_lowres
-        heatmaps = torch.cat([x.flatten() for x in _outputs(layer, model, image)])
-        layer.weight.mul_(2.0 / heatmaps.std())
     (logits, _), *_ = _outputs(predictor, model, image)
     scale = 2.5 / logits.std(dim=0).mean()
     predictor.cls_score.weight.mul_(scale)
     predictor.cls_score.bias.sub_(logits.mean(dim=0)).mul_(scale)
+    if model.roi_heads.has_keypoint():
+        layer = model.roi_heads.keypoint_predictor.kps_score_lowres
+        heatmaps = torch.cat([x.flatten() for x in _outputs(layer, model, image)])
+        layer.weight.mul_(2.0 / heatmaps.std())
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class KeypointAgreement:
         self.compared = self.judged_in_double = 0
         self.worst, self.worst_in_double = 0.0, 0.0
         self.boxes = None  # on the canvas, of the last image
-        reference.roi_heads.register_forward_hook(self._remember)
+        # A function rather than a method: copies of the reference need not copy this object.
+        reference.roi_heads.register_forward_hook(lambda *call: self._remember(*call))
 
     def __str__(self):
         return (
