@@ -31,16 +31,16 @@ class ModelOptions:
     """Detector and initial weights."""
 
     model: ModelName = "mask_rcnn_resnet50_fpn"
-    """Detector to train. A mask detector needs a segmentation for every object."""
+    """Detector to train, see `detectax list`. A mask detector needs a segmentation for every object."""
     init: Path | None = None
-    """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet ResNet."""
+    """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet classifier."""
     precision: Precision = "float32"
     """Dtype of convolutions and matrix products. Parameters, losses and box arithmetic stay float32."""
 
 
 @dataclass(kw_only=True)
 class SizeOptions:
-    """Image sizes and capacities."""
+    """Image sizes and capacities. Detectors with other sizes, such as SSD, have those by default."""
 
     min_sizes: tuple[int, ...] = (800,)
     """Short sides in pixels to resize images to; each image draws one each time."""
@@ -84,7 +84,8 @@ class ArchitectureOptions:
     """Norm of the backbone (torchvision's COCO weights: frozen_batch_eps0). Default: frozen_batch with --init,
     else group."""
     trainable_layers: int | None = None
-    """Trained stages of the backbone, 0..5, counted from the top. Default: 3 with --init, else 5."""
+    """Trained stages of the backbone, counted from the top: ResNets have 5, MobileNets 6. Default: 3 with --init, else
+    all."""
     anchor_sizes: tuple[float, ...] | None = None
     """Side in pixels of the square anchor per level, after resizing. Default: the detector's own."""
     aspect_ratios: tuple[float, ...] | None = None
@@ -262,13 +263,22 @@ def complete(options: Options, epoch_steps: int) -> Options:
     imported = options.detector.init is not None
     defaults = {
         "norm": "frozen_batch" if imported else "group",
-        "trainable_layers": 3 if imported else 5,
+        "trainable_layers": 3 if imported else len(architecture(options).shapes(1).backbone.stages),
         "lr": LEARNING_RATES[options.optimization.optimizer],
         "warmup_steps": min(WARMUP_STEPS, int(WARMUP_SHARE * steps)),
         "decay_epochs": tuple(round(decay * epochs / RECIPE_EPOCHS, 3) for decay in RECIPE_DECAYS),
     }
     values = flat(options)
     return grouped(**values | {name: value for name, value in defaults.items() if values[name] is None})
+
+
+def with_own_sizes(options: Options, model: models.AbstractDetector) -> Options:
+    """The options with the detector's own image sizes in place of the defaults, if none is given and they differ."""
+    if options.sizes != SizeOptions(max_objects=options.sizes.max_objects):
+        return options
+    limits = model.preprocessing.limits
+    sizes = {"min_sizes": (int(limits["min_size"]),), "max_size": int(limits["max_size"])}
+    return grouped(**flat(options) | sizes | {"canvases": zoo.canvases(model)})
 
 
 def check_sense(options: Options) -> None:

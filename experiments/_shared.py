@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from detectax_eqx import data, evaluate, files, models, nn, zoo
 if TYPE_CHECKING:
     ModelName = str
 else:
-    ModelName = Literal[zoo.names()]  # a choice on the command line
+    # A choice on the command line; help does not list the names.
+    ModelName = Annotated[Literal[zoo.names()], tyro.conf.arg(metavar="NAME")]
 Precision = Literal["float32", "bfloat16"]
 
 # Default anchors: one side in pixels per level, and height / width.
@@ -120,10 +121,9 @@ def with_sizes(predictor: zoo.Predictor, min_size: int | None, max_size: int | N
     model, resize = predictor.model, predictor.model.preprocessing.resize
     if not isinstance(resize, models.ShortestEdge):
         raise SystemExit(f"--min-size and --max-size: the detector resizes images by {resize}. Leave them out.")
-    short, long = min_size or resize.min_size, max_size or resize.max_size
-    wide = models.smallest_canvas((int(short), int(max(short, long))), divisor=model.backbone.divisor)
-    preprocessing = replace(model.preprocessing, resize=models.ShortestEdge(short, long))
-    return replace(predictor, model=replace(model, preprocessing=preprocessing), canvases=(wide, wide[::-1]))
+    resize = models.ShortestEdge(min_size or resize.min_size, max_size or resize.max_size)
+    model = replace(model, preprocessing=replace(model.preprocessing, resize=resize))
+    return replace(predictor, model=model, canvases=zoo.canvases(model))
 
 
 def detect_dataset(

@@ -8,8 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models import resnet
+from torchvision.models.detection import (
+    FCOS,
+    FasterRCNN,
+    KeypointRCNN,
+    MaskRCNN,
+    RetinaNet,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor, mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, RPNHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -28,8 +40,35 @@ def new_detector(name: str, num_outputs: int = NUM_OUTPUTS, **options: Any) -> n
 
 
 def _two_stage(kind: Callable[..., nn.Module], body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
-    assert not second
-    return kind(_backbone(body), num_outputs, **options)
+    if body.startswith("mobilenet"):
+        return _mobilenet(kind, body, num_outputs, **options)
+    if not second:
+        return kind(_backbone(body), num_outputs, **options)
+    norm = {"norm_layer": FrozenBatchNorm2d}
+    heads: dict[str, nn.Module] = {
+        "rpn_head": RPNHead(256, 3, conv_depth=2),
+        "box_head": FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], **norm),
+    }
+    if kind is MaskRCNN:
+        heads["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, **norm)
+    backbone = _resnet_fpn_extractor(getattr(resnet, body)(**norm), 5, **norm)
+    return kind(backbone, num_outputs, **heads, **options)
+
+
+def _mobilenet(kind: Callable[..., nn.Module], body: str, num_outputs: int, **options) -> nn.Module:
+    low_resolution = {"min_size": 320, "max_size": 640, "rpn_score_thresh": 0.05}
+    low_resolution |= {"rpn_pre_nms_top_n_test": 150, "rpn_post_nms_top_n_test": 150}
+    if body.endswith("_320"):
+        options = low_resolution | options
+    backbone = mobilenet_backbone(
+        backbone_name=body.removesuffix("_320"),
+        weights=None,
+        fpn=True,
+        norm_layer=FrozenBatchNorm2d,
+        trainable_layers=6,
+    )
+    anchors = AnchorGenerator(((32, 64, 128, 256, 512),) * 3, ((0.5, 1.0, 2.0),) * 3)
+    return kind(backbone, num_outputs, rpn_anchor_generator=anchors, **options)
 
 
 def _retinanet(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
@@ -47,6 +86,23 @@ def _fcos(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
     return FCOS(backbone, num_outputs, **options)
 
 
+def _ssd(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
+    del body, second
+    return ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_outputs, **options)
+
+
+def _ssdlite(body: str, num_outputs: int, *, second: bool, **options) -> nn.Module:
+    del body, second
+    norm = partial(FrozenBatchNorm2d, eps=1e-3)
+    parts = {"weights": None, "weights_backbone": None, "norm_layer": norm}
+    model = ssdlite320_mobilenet_v3_large(num_classes=num_outputs, **parts, **options)
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Conv2d):  # torchvision draws weights so small that features vanish
+            nn.init.kaiming_normal_(module.weight)
+            module.weight.data.div_(module.groups**0.5)  # `random_detector` multiplies by it
+    return model
+
+
 def _backbone(body: str, **options) -> nn.Module:
     return resnet_fpn_backbone(
         backbone_name=body, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5, **options
@@ -59,6 +115,8 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
     "keypoint_rcnn": partial(_two_stage, KeypointRCNN),
     "retinanet": _retinanet,
     "fcos": _fcos,
+    "ssdlite320": _ssdlite,
+    "ssd300": _ssd,
 }
 
 
@@ -81,13 +139,23 @@ def random_detector(name: str, *, num_outputs: int = NUM_OUTPUTS, seed: int = 0,
             elif isinstance(module, nn.GroupNorm):
                 module.weight.copy_(uniform(module.weight, 0.6, 1.0))
                 module.bias.copy_(uniform(module.bias, -0.1, 0.1))
+            elif isinstance(module, nn.Conv2d) and module.groups > 1:
+                # torchvision draws weights by the fan-out of all groups, with which features vanish.
+                module.weight.mul_(module.groups**0.5)
         # Features grow with every residual block. In stages of more than six blocks, the residuals are scaled down so
         # that they add the variance of six. ResNet-50 has at most six.
-        for stage in (getattr(model.backbone.body, f"layer{i}") for i in range(1, 5)):
+        body = getattr(model.backbone, "body", None)
+        for stage in (getattr(body, f"layer{i}", ()) for i in range(1, 5)):
             for block in stage if len(stage) > 6 else ():
                 block.bn3.weight.mul_((6 / len(stage)) ** 0.5)
     image = torch.rand(3, 320, 480, generator=generator)
-    (_sharpen_two_stage if hasattr(model, "roi_heads") else _sharpen_dense)(model.eval(), image)
+    model.eval()
+    if hasattr(model, "roi_heads"):
+        _sharpen_two_stage(model, image)
+    elif name.startswith("ssd"):
+        _sharpen_ssd(model, image, num_outputs)
+    else:
+        _sharpen_dense(model, image)
     return model
 
 
@@ -126,6 +194,24 @@ def _sharpen_dense(model: nn.Module, image: torch.Tensor) -> None:
         centerness = torch.cat([x.flatten() for x in _outputs(boxes.bbox_ctrness, model, image)])
         boxes.bbox_ctrness.weight.mul_(1.0 / centerness.std())
         boxes.bbox_ctrness.bias.fill_(2.0)
+
+
+@torch.no_grad()
+def _sharpen_ssd(model: nn.Module, image: torch.Tensor, num_outputs: int) -> None:
+    """Scales and centres the predictors of each level, so that some boxes are confident and they differ in size."""
+    for head, columns, spread in (
+        (model.head.classification_head, num_outputs, 2.0),
+        (model.head.regression_head, 4, 1.5),
+    ):
+        for block in head.module_list:
+            (y,) = _outputs(block, model, image)  # (1, b columns, h, w)
+            conv = block[-1] if isinstance(block, nn.Sequential) else block
+            y = y.flatten(1) if y.shape[2] * y.shape[3] < 9 else y.flatten(2)[0]  # too few cells: over all channels
+            scale = spread / y.std(dim=1).mean()
+            conv.weight.mul_(scale)
+            conv.bias.sub_(y.mean(dim=1)).mul_(scale)
+            if columns == num_outputs:
+                conv.bias.view(-1, columns)[:, 0].add_(4.0)  # background
 
 
 def _outputs(layer: nn.Module, model: nn.Module, image: torch.Tensor) -> list[Any]:

@@ -24,7 +24,16 @@ import jax
 import jax.random as jr
 import optax
 from _header import check_objects, print_header
-from _options import Options, architecture, check_model, check_promise, check_sense, complete, total_steps
+from _options import (
+    Options,
+    architecture,
+    check_model,
+    check_promise,
+    check_sense,
+    complete,
+    total_steps,
+    with_own_sizes,
+)
 from _pace import Pace
 from _record import ESTIMATE_AFTER, Record, print_memory
 from _resume import check_options, given_before, restore, save_options, saved_options
@@ -140,6 +149,7 @@ class Job:
 def prepare(options: Options, *, going_on: bool) -> Job:
     """Reads and checks the data, and builds the model. `going_on`: a checkpoint will replace its parameters."""
     shapes = architecture(options).shapes(1)
+    options = with_own_sizes(options, shapes)
     check_model(options, shapes)
     train_set, val_set = load_data(options, shapes.needs)
     mesh = make_mesh(options)
@@ -173,7 +183,11 @@ def make_model(options: Options, parts: zoo.Architecture, num_classes: int, *, p
         model, notes = zoo.initialize(model, parts, options.detector.init)
         for note in notes:
             console.print(note, highlight=False)
-    resize = models.ShortestEdge(max(options.sizes.min_sizes), options.sizes.max_size)
+    sizes = options.sizes
+    square = isinstance(model.preprocessing.resize, models.Square)
+    resize = (
+        models.Square(max(sizes.min_sizes)) if square else models.ShortestEdge(max(sizes.min_sizes), sizes.max_size)
+    )
     return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
 
@@ -275,6 +289,7 @@ def make_loss(
             flip_probability=options.augmentation.flip,
             scale_range=options.augmentation.jitter,
             keypoint_pairs=keypoint_pairs,
+            square=isinstance(model.preprocessing.resize, models.Square),
             key=augment_key,
         )
         return nn.cast(model, options.detector.precision).loss(image, image_size, targets, key=loss_key)

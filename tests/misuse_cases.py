@@ -122,6 +122,7 @@ OTHERS = [
     call(models.sample_anchors, [MORE_BOXES], TARGETS, key=KEY),
     call(models.sample_proposals, PROPOSALS, TARGETS, key=KEY),
     call(nn.conv2d, f32(2, 6, 6), f32(5, 2, 3, 3), f32(5)),
+    call(nn.conv2d, f32(4, 6, 6), f32(8, 2, 3, 3), f32(8), stride=2, padding=2, groups=2, dilation=2),
     call(nn.max_pool2d, f32(2, 6, 6), kernel_size=2, stride=2),
     call(train.augment, PICTURE, SIZE, TARGETS, canvas=(64, 64), min_sizes=[32], max_size=64, key=KEY),
     call(train.jitter_colors, f32(4, 5, 3), SIZE, key=KEY),
@@ -162,10 +163,29 @@ ELSEWHERE = {
     # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
-    | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos"},
+    | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"},
     # test_predictor.py, test_download.py
-    zoo: {"cache_folder", "names", "build", "initialize", "pretrained", "published", "published_names", "run_metadata"},
-    nn: {"relu", "resnet18", "resnet34", "resnet50", "resnet101"},
+    zoo: {
+        "cache_folder",
+        "canvases",
+        "names",
+        "build",
+        "initialize",
+        "pretrained",
+        "published",
+        "published_names",
+        "run_metadata",
+    },
+    nn: {
+        "relu",
+        "relu6",
+        "hard_sigmoid",
+        "hard_swish",
+        "mobilenet_v2",
+        "mobilenet_v3_large",
+        "vgg16",
+        *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet"))),
+    },
     train: {
         "latest_checkpoint",
         "load_checkpoint",

@@ -1,5 +1,7 @@
 """Augmentation: pixels, boxes and masks move together for every random draw."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -145,6 +147,22 @@ def test_a_box_that_is_cropped_away_is_not_valid(getkey):
     gone = np.asarray((frames[:, 0, 2] <= 0) | (frames[:, 0, 3] <= 0) | (frames[:, 0, 0] >= 64))
     assert gone.any() and not gone.all()
     np.testing.assert_array_equal(np.asarray(moved.valid[:, 0]), ~gone)
+
+
+def test_square_stretches_both_sides():
+    """Boxes and pixels follow the scale of each axis, as in a detector that resizes by `Square`."""
+    boxes = jnp.array([[10.0, 5.0, 30.0, 25.0]])
+    targets = Targets(boxes, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
+    image = jnp.broadcast_to(jnp.arange(60, dtype=jnp.uint8)[None, :, None], (40, 60, 3))
+    options: dict[str, Any] = {"canvas": (30, 30), "min_sizes": (30,), "max_size": 5, "flip_probability": 0.0}
+    options |= {"key": jr.key(0), "square": True}
+    pixels, size, moved = augment(image, jnp.array([40, 60]), targets, **options)
+    assert size.tolist() == [30, 30]
+    np.testing.assert_allclose(moved.boxes, boxes * jnp.array([[0.5, 0.75, 0.5, 0.75]]), atol=1e-5)
+    np.testing.assert_allclose(pixels[7, :, 0], np.arange(30) * 2 + 0.5, atol=1e-4)
+    _, size, moved = augment(image, jnp.array([40, 60]), targets, scale_range=(0.5, 0.5), **options)
+    assert size.tolist() == [15, 15]
+    np.testing.assert_allclose(moved.boxes, boxes * jnp.array([[0.25, 0.375, 0.25, 0.375]]), atol=1e-5)
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])

@@ -24,9 +24,9 @@ def tiny_body(key):
     return nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=key, width=8, norm=nn.GroupNorm)
 
 
-def tiny_two_stage(build, key, num_classes=3, **parts):
+def tiny_two_stage(build, key, num_classes=3, fpn_norm=None, **parts):
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = nn.ResNetFPN(tiny_body(body_key), key=fpn_key, channels=16)
+    backbone = nn.ResNetFPN(tiny_body(body_key), key=fpn_key, channels=16, norm=fpn_norm)
     sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
     model = build(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes, **parts)
     return replace(model, preprocessing=PREPROCESSING, sampling=SAMPLING)
@@ -39,6 +39,40 @@ def tiny_dense(build, key, num_classes=3, **parts):
     return replace(build(backbone, num_classes, key=heads_key, depth=2, **parts), preprocessing=PREPROCESSING)
 
 
+def tiny_mobilenet(build, key, num_classes=3):
+    """A Faster R-CNN on a narrow MobileNet: levels of strides 16 to 64, the last two of the body of equal size."""
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    body = build(key=body_key, width_multiplier=0.25, norm=partial(nn.GroupNorm, groups=8))
+    backbone = nn.MobileNetFPN(body, key=fpn_key, channels=16, levels=(3, 4, 5))
+    sizes = ((8.0, 16.0, 32.0, 64.0),) * 4
+    model = models.faster_rcnn(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes)
+    return replace(model, preprocessing=PREPROCESSING, sampling=replace(SAMPLING, rpn_score_threshold=0.01))
+
+
+BOXES = models.DefaultBoxes(steps=None)
+
+
+def tiny_ssd(key, num_classes=3):
+    body_key, extras_key, heads_key = jr.split(key, 3)
+    extras = ((32, 2, 1), (16, 2, 1), (16, 2, 1), (16, 2, 1))
+    backbone = nn.SSDVGG(nn.vgg16(key=body_key, width=8), key=extras_key, fc_channels=32, extras=extras)
+    model = models.ssd(backbone, num_classes, key=heads_key, default_boxes=BOXES)
+    return replace(model, preprocessing=PREPROCESSING)
+
+
+def tiny_ssdlite(key, num_classes=3):
+    body_key, extras_key, heads_key = jr.split(key, 3)
+    norm = partial(nn.GroupNorm, groups=8)
+    body = nn.mobilenet_v3_large(key=body_key, norm=norm, width_multiplier=0.25, reduced_tail=True)
+    backbone = nn.SSDMobileNet(body, key=extras_key, norm=norm, extras=(32, 16, 16, 16))
+    return replace(models.ssdlite(backbone, num_classes, key=heads_key, norm=norm), preprocessing=PREPROCESSING)
+
+
+V2 = {
+    "fpn_norm": nn.GroupNorm,
+    "rpn_depth": 2,
+    "box_head": partial(models.ConvBoxHead, hidden_channels=16, depth=2, norm=nn.GroupNorm),
+}
 # How to build each tiny detector, and the names of its loss terms.
 MODELS = {
     "faster": (partial(tiny_two_stage, models.faster_rcnn), LOSSES),
@@ -47,10 +81,17 @@ MODELS = {
         partial(tiny_two_stage, models.keypoint_rcnn, num_keypoints=3, hidden_channels=16, depth=2),
         LOSSES | {"loss_keypoint"},
     ),
+    "mask_v2": (
+        partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16, mask_norm=nn.GroupNorm, **V2),
+        LOSSES | {"loss_mask"},
+    ),
+    "mobilenet": (partial(tiny_mobilenet, nn.mobilenet_v3_large), LOSSES),
     "retinanet": (
         partial(tiny_dense, models.retinanet, anchor_sizes=((12.0,), (24.0,), (36.0,), (48.0,), (64.0,))),
         {"classification", "bbox_regression"},
     ),
+    "ssd": (tiny_ssd, {"classification", "bbox_regression"}),
+    "ssdlite": (tiny_ssdlite, {"classification", "bbox_regression"}),
     "fcos": (partial(tiny_dense, models.fcos), {"classification", "bbox_regression", "bbox_ctrness"}),
 }
 
@@ -83,12 +124,22 @@ def made(kind):
     return eqx.filter_jit(MODELS[kind][0])(jr.key(0))
 
 
-def test_predictions_at_some_anchors(getkey):
-    """They equal those of the dense head, in the corners and the middle of every level, and so do the gradients."""
-    rpn = made("faster").rpn
+@pytest.mark.parametrize("kind", ["faster", "mask_v2"])
+@pytest.mark.parametrize("part", ["corners", "all"])
+def test_predictions_at_some_anchors(kind, part, getkey):
+    """They equal those of the dense head, in the corners and the middle of every level, and so do the gradients.
+
+    A few anchors are computed from their patches, all of them from the maps.
+    """
+    rpn = made(kind).rpn
     features = tuple(jr.normal(getkey(), (16, h, w)) for h, w in ((16, 24), (8, 12), (4, 6), (2, 3), (1, 2)))
-    total = sum(x.shape[1] * x.shape[2] for x in features) * 3
-    indices = jnp.arange(total, dtype=jnp.int32)[::-1]
+    indices, first = [], 0
+    for _, h, w in (x.shape for x in features):
+        rows, columns = (sorted({0, size // 2, max(0, size - 2), size - 1}) for size in (h, w))
+        cells = range(h * w) if part == "all" else sorted({row * w + column for row in rows for column in columns})
+        indices += [first + 3 * cell + i for cell in cells for i in (range(3) if part == "all" else [cell % 3])]
+        first += 3 * h * w
+    indices = jnp.asarray(indices[::-1], jnp.int32)
 
     def dense(rpn, features):
         output = rpn(features, CANVAS)
@@ -111,7 +162,11 @@ def test_predictions_at_some_anchors(getkey):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
 
 
-@pytest.fixture(params=MODELS)
+# Models that compile for long: `make test-slow` has them.
+SLOW = ("mask_v2", "mobilenet", "ssdlite")
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS])
 def case(request):
     return made(request.param), MODELS[request.param][1]
 
@@ -274,8 +329,7 @@ def test_keypoint_loss_equals_naive_reference(getkey):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("mask", "keypoint", "retinanet"))) for kind in MODELS],
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("faster", "fcos"))) for kind in MODELS]
 )
 def test_overfits_a_handful_of_images(kind):
     """Bright rectangles on a dark background: after 300 steps each is found, with its class.
@@ -342,9 +396,16 @@ def _iou(a, b):
         ("faster_rcnn_resnet50_fpn", 90, 41_755_286),
         ("mask_rcnn_resnet50_fpn", 90, 44_401_393),
         ("keypoint_rcnn_resnet50_fpn", 1, 59_137_258),
+        # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
+        ("faster_rcnn_resnet50_fpn_v2", 90, 43_712_278 - 53_120 - 4_096 - 2_048),
+        ("mask_rcnn_resnet50_fpn_v2", 90, 46_359_409 - 53_120 - 4_096 - 2 * 2_048),
+        ("faster_rcnn_mobilenet_v3_large_fpn", 90, 19_386_354),
+        ("faster_rcnn_mobilenet_v3_large_320_fpn", 90, 19_386_354),
         ("retinanet_resnet50_fpn", 91, 34_014_999),
         ("retinanet_resnet50_fpn_v2", 91, 38_198_935 - 53_120),  # less those of its BatchNorms, which are frozen here
         ("fcos_resnet50_fpn", 91, 32_269_600),
+        ("ssd300_vgg16", 90, 35_641_826),
+        ("ssdlite320_mobilenet_v3_large", 90, 3_440_060 - 32_944),  # less those of its BatchNorms
     ],
 )
 def test_parameter_counts_equal_torchvisions(name, num_classes, parameters):
@@ -352,11 +413,20 @@ def test_parameter_counts_equal_torchvisions(name, num_classes, parameters):
     assert models.num_parameters(model) == parameters
 
 
+def is_norm(node):
+    return isinstance(node, nn.FrozenBatchNorm | nn.GroupNorm)
+
+
 @pytest.mark.parametrize("name", zoo.names())
 def test_every_name_is_a_detector(name):
     model = eqx.filter_eval_shape(zoo.build, name, 7, key=jr.key(0))
     assert isinstance(model, models.AbstractDetector)
     assert model.num_classes == 7 and "boxes" in model.needs
+    from_scratch = eqx.filter_eval_shape(zoo.Architecture(name, "group").build, 7, key=jr.key(0))
+    norms = [x for x in jax.tree.leaves(from_scratch, is_leaf=is_norm) if is_norm(x)]
+    assert (norms or name == "ssd300_vgg16") and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
+    # 32 groups, or fewer where a MobileNet's width is not a multiple of 32.
+    assert all(norm.groups in (8, 16, 32) for norm in norms)
 
 
 def test_an_unknown_name_lists_those_there_are():

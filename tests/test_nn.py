@@ -1,5 +1,7 @@
 """Modules against NumPy, and the properties that detectors rely on."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,12 @@ def test_group_norm_refuses_groups_that_do_not_divide():
         (nn.resnet34, 21_267_648, (64, 128, 256, 512)),
         (nn.resnet50, 23_454_912, (256, 512, 1024, 2048)),
         (nn.resnet101, 42_394_816, (256, 512, 1024, 2048)),
+        (nn.resnet152, 57_992_384, (256, 512, 1024, 2048)),
+        (nn.resnext50_32x4d, 22_911_680, (256, 512, 1024, 2048)),
+        (nn.resnext101_32x8d, 86_539_456, (256, 512, 1024, 2048)),
+        (nn.resnext101_64x4d, 81_203_392, (256, 512, 1024, 2048)),
+        (nn.wide_resnet50_2, 66_766_016, (256, 512, 1024, 2048)),
+        (nn.wide_resnet101_2, 124_699_840, (256, 512, 1024, 2048)),
     ],
 )
 def test_resnet_parameters_equal_torchvisions(build, parameters, channels):
@@ -150,6 +158,112 @@ def test_resnet_parameters_equal_torchvisions(build, parameters, channels):
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
     assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
     assert model.channels == channels
+
+
+@pytest.mark.parametrize(
+    "build, parameters, channels",
+    [
+        (nn.mobilenet_v2, 3_504_872 - 1_281_000 - 34_112, (32, 24, 32, 64, 160, 1280)),
+        (nn.mobilenet_v3_large, 5_483_032 - 2_511_080 - 24_400, (16, 24, 40, 80, 160, 960)),
+    ],
+)
+def test_mobilenet_parameters_equal_torchvisions(build, parameters, channels):
+    """torchvision's counts, less the classifier and the norms' affine parameters, which are buffers when frozen."""
+    model = eqx.filter_eval_shape(build, key=jr.key(0))
+    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nn.FrozenBatchNorm))
+    norms = [leaf for leaf in leaves if isinstance(leaf, nn.FrozenBatchNorm)]
+    assert sum(leaf.size for leaf in leaves if not isinstance(leaf, nn.FrozenBatchNorm)) == parameters
+    assert sum(2 * norm.weight.size for norm in norms) in (34_112, 24_400)
+    assert model.channels == channels and len(model.stages) == 6
+
+
+def naive_groups(x, weight, stride, padding, dilation):
+    """A convolution in groups, one output pixel at a time, in float64."""
+    outputs, per_group, kernel, _ = weight.shape
+    padded = np.pad(x.astype(np.float64), ((0, 0), (padding, padding), (padding, padding)))
+    span = dilation * (kernel - 1) + 1
+    sides = [(side - span) // stride + 1 for side in padded.shape[1:]]
+    y = np.zeros((outputs, *sides))
+    per_output = outputs // (len(x) // per_group)
+    for o in range(outputs):
+        first = o // per_output * per_group
+        for i, j in np.ndindex(*sides):
+            window = padded[first : first + per_group, i * stride :, j * stride :][:, :span:dilation, :span:dilation]
+            y[o, i, j] = (window[:, :kernel, :kernel] * weight[o]).sum()
+    return y
+
+
+@pytest.mark.parametrize(
+    "groups, out, kernel, stride, padding, dilation",
+    [
+        (6, 6, 3, 1, 1, 1),
+        (6, 6, 5, 2, 2, 1),
+        (2, 4, 3, 2, 1, 1),
+        (3, 9, 1, 1, 0, 1),
+        (1, 5, 3, 1, 6, 6),
+        (6, 12, 3, 1, 2, 2),
+    ],
+)
+def test_convolution_in_groups(groups, out, kernel, stride, padding, dilation, getkey):
+    x, weight = jr.normal(getkey(), (6, 9, 13)), jr.normal(getkey(), (out, 6 // groups, kernel, kernel))
+    bias = jr.normal(getkey(), (out,))
+    options = {"stride": stride, "padding": padding, "groups": groups, "dilation": dilation}
+    y = nn.conv2d(x, weight, bias, **options)
+    expected = naive_groups(np.asarray(x), np.asarray(weight), stride, padding, dilation)
+    np.testing.assert_allclose(y, expected + np.asarray(bias)[:, None, None], atol=1e-4)
+    # The function is linear in each argument: gradients of a weighted sum, by the naive convolution of unit vectors.
+    cotangent = np.asarray(jr.normal(getkey(), y.shape))
+    gx, gw, gb = jax.grad(lambda *args: (nn.conv2d(*args, **options) * cotangent).sum(), argnums=(0, 1, 2))(
+        x, weight, bias
+    )
+    np.testing.assert_allclose(gb, cotangent.sum((1, 2)), atol=1e-4)
+    for index in [(0, 0, 0), (5, 8, 12), (3, 4, 6)]:
+        unit = np.zeros(x.shape)
+        unit[index] = 1
+        expected = (naive_groups(unit, np.asarray(weight), stride, padding, dilation) * cotangent).sum()
+        np.testing.assert_allclose(gx[index], expected, atol=1e-4)
+    for index in [(0, 0, 0, 0), (out - 1, 6 // groups - 1, kernel - 1, 0)]:
+        unit = np.zeros(weight.shape)
+        unit[index] = 1
+        expected = (naive_groups(np.asarray(x), unit, stride, padding, dilation) * cotangent).sum()
+        np.testing.assert_allclose(gw[index], expected, atol=1e-4)
+
+
+def test_convolution_refuses_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="groups must divide the channels, got 6 to 8 in 4 groups"):
+        nn.Conv2d(6, 8, 3, groups=4, key=jr.key(0))
+    with pytest.raises(ValueError, match=r"x has 6 channels, but weight .* in 2 groups needs 4"):
+        nn.conv2d(jnp.zeros((6, 4, 4)), jnp.zeros((8, 2, 3, 3)), groups=2)
+    with pytest.raises(ValueError, match="A BasicBlock has neither groups nor another width, got groups=2"):
+        nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), groups=2, key=jr.key(0))
+
+
+def test_squeeze_and_excitation(getkey):
+    module = nn.SqueezeExcitation(6, 4, key=getkey())
+    x = jr.normal(getkey(), (6, 3, 5))
+    fc1, fc2 = (np.asarray(conv.weight)[:, :, 0, 0] for conv in (module.fc1, module.fc2))
+    hidden = np.maximum(fc1 @ np.asarray(x).mean((1, 2)), 0)
+    scale = np.clip(fc2 @ hidden + 3, 0, 6) / 6
+    np.testing.assert_allclose(module(x), np.asarray(x) * scale[:, None, None], atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [nn.mobilenet_v2, nn.mobilenet_v3_large], ids=lambda build: build.__name__)
+def test_mobilenet_maps(build, getkey):
+    """Sizes and widths of the maps, and that the pyramid adds levels of equal size without upsampling."""
+    norm = functools.partial(nn.GroupNorm, groups=8)
+    model = nn.MobileNetFPN(build(key=getkey(), width_multiplier=0.25, norm=norm), key=getkey(), channels=16)
+    image = jr.normal(getkey(), (3, 64, 96))
+    maps = eqx.filter_jit(model.body)(image)
+    assert [x.shape for x in maps] == [
+        (channels, 64 // stride, 96 // stride)
+        for channels, stride in zip(model.body.channels, (2, 4, 8, 16, 32, 32), strict=True)
+    ]
+    levels = eqx.filter_jit(model)(image)
+    assert model.strides == (32, 32, 64) and [x.shape for x in levels] == [(16, 2, 3), (16, 2, 3), (16, 1, 2)]
+    merged = model.fpn.lateral[0](maps[4]) + model.fpn.lateral[1](maps[5])
+    np.testing.assert_allclose(levels[0], model.fpn.output[0](merged), atol=1e-4)
+    with pytest.raises(ValueError, match=r"levels must be ascending numbers in 0\.\.5, got \(5, 4\)"):
+        nn.MobileNetFPN(model.body, key=getkey(), levels=(5, 4))
 
 
 def test_pyramid_levels_and_upsampling(getkey):

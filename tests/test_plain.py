@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from detectax_eqx import _xla, nn, train
-from detectax_eqx._xla import _plain
+from detectax_eqx._xla import _plain, _undivided
 
 from . import plain_results
 
@@ -69,7 +69,6 @@ OF_TRICK = {
     "chunks": chunks,
     "convolution": plain_results.convolutions,
     "max_pool": plain_results.max_pooling,
-    "nonzero": plain_results.suppression,
     "platforms": plain_results.suppression,
     "pooling": plain_results.pooling,
     "rematerialisation": plain_results.checkpointed,
@@ -91,6 +90,16 @@ def test_each_trick_on_its_own(trick):
         other, results = program_and_results()
     assert program != other, "the switch changes nothing"
     assert_same(results, expected)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_unit_takes_any_first_array(batched):
+    def select(mask, x):
+        return _undivided.undivided(lambda mask, x: jnp.where(mask, x, -x), mask, x)
+
+    mask, x = jnp.array([[True, False], [False, False]]), jnp.array([[1.0, 2.0], [jnp.nan, 4.0]])
+    result = jax.vmap(select)(mask, x) if batched else select(mask, x)
+    np.testing.assert_array_equal(result, [[1, -2], [jnp.nan, -4]])
 
 
 def test_compiler_options(monkeypatch):

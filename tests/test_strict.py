@@ -27,6 +27,10 @@ PACKAGES = ("detectax_eqx.ops", "detectax_eqx.nn", "detectax_eqx.models", "detec
 CALLS = [
     *(one for one in OPS + OTHERS if one.function.__module__.startswith(PACKAGES)),
     call(nn.relu, f32(2, 3)),
+    call(nn.relu6, f32(2, 3)),
+    call(nn.hard_sigmoid, f32(2, 3)),
+    call(nn.hard_swish, f32(2, 3)),
+    call(nn.max_pool2d, f32(2, 7, 5), kernel_size=2, stride=2, round_up=True),
     call(ops.nms, f32(3, 4), f32(3), iou_threshold=0.5),
     call(ops.nms_indices, f32(9, 4), f32(9), iou_threshold=0.5, max_outputs=2),  # greedy selection
     call(ops.roi_align, f32(2, 8, 9), f32(3, 4), output_size=2, spatial_scale=0.25, sampling_ratio=0),
@@ -52,8 +56,18 @@ WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine",
 # `test_detectors_are_built_under_x64` covers.
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
-    *{"resnet18", "resnet34", "resnet50", "resnet101"},
-    *{"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "selected", "smallest_canvas"},
+    *{name for name in dir(nn) if name.startswith(("resne", "wide_resnet", "mobilenet", "vgg"))},
+    *{
+        "faster_rcnn",
+        "mask_rcnn",
+        "keypoint_rcnn",
+        "retinanet",
+        "fcos",
+        "ssd",
+        "ssdlite",
+        "selected",
+        "smallest_canvas",
+    },
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",
     *{"scale_learning_rate", "local_rows", "make_mesh", "step_compiler_options"},

@@ -13,6 +13,7 @@ import pytest
 from detectax_eqx import models, nn, zoo
 from detectax_eqx.weights import (
     WeightsError,
+    describe,
     load_safetensors,
     load_torchvision,
     load_torchvision_backbone,
@@ -44,6 +45,21 @@ def _keypoint_rcnn(num_keypoints=5):
     )
 
 
+def _second(build, **parts):
+    """torchvision's second version: norms everywhere, two convolutions in the RPN."""
+    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16, norm=nn.FrozenBatchNorm)
+    head = partial(models.ConvBoxHead, hidden_channels=16)
+    return build(backbone, 3, key=jr.key(0), hidden_size=32, rpn_depth=2, box_head=head, **parts)
+
+
+def _faster_rcnn_v2():
+    return _second(models.faster_rcnn)
+
+
+def _mask_rcnn_v2():
+    return _second(models.mask_rcnn, hidden_channels=16, mask_norm=nn.FrozenBatchNorm)
+
+
 def _dense_backbone():
     top = nn.ConvolvedTop(64, 16, key=jr.key(0))
     return nn.ResNetFPN(_body(), key=jr.key(0), channels=16, finest=3, top=top)
@@ -59,8 +75,33 @@ def _fcos():
 
 TWO_STAGE = {"faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn, "keypoint_rcnn": _keypoint_rcnn}
 DENSE = {"retinanet": _retinanet, "retinanet_v2": partial(_retinanet, nn.GroupNorm), "fcos": _fcos}
-DETECTORS = TWO_STAGE | DENSE
-BUILDERS = {"resnet": _body} | DETECTORS
+SECOND = {"faster_rcnn_v2": _faster_rcnn_v2, "mask_rcnn_v2": _mask_rcnn_v2}
+
+
+def _mobilenet(build):
+    """A Faster R-CNN on a narrow MobileNet."""
+    backbone = nn.MobileNetFPN(build(key=jr.key(0), width_multiplier=0.25), key=jr.key(0), channels=16)
+    return models.faster_rcnn(backbone, 3, key=jr.key(0), hidden_size=32)
+
+
+def _ssd():
+    extras = ((32, 2, 1), (16, 2, 1), (16, 2, 1), (16, 2, 1))
+    backbone = nn.SSDVGG(nn.vgg16(key=jr.key(0), width=8), key=jr.key(0), fc_channels=32, extras=extras)
+    return models.ssd(backbone, 3, key=jr.key(0))
+
+
+def _ssdlite():
+    body = nn.mobilenet_v3_large(key=jr.key(0), width_multiplier=0.25, reduced_tail=True)
+    backbone = nn.SSDMobileNet(body, key=jr.key(0), extras=(32, 16, 16, 16))
+    return models.ssdlite(backbone, 3, key=jr.key(0))
+
+
+MOBILE = {
+    "mobilenet_v2": partial(_mobilenet, nn.mobilenet_v2),
+    "mobilenet_v3": partial(_mobilenet, nn.mobilenet_v3_large),
+}
+DETECTORS = TWO_STAGE | SECOND | DENSE
+BUILDERS = {"resnet": _body} | DETECTORS | MOBILE | {"ssd": _ssd, "ssdlite": _ssdlite}
 
 
 @cache
@@ -128,7 +169,7 @@ def _names_and_shapes(name, num_classes):
     return {name: array.shape for name, array in arrays.items()}
 
 
-@pytest.mark.parametrize("body", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("body", STORED["backbones"])
 @pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn"])
 def test_real_names_and_shapes(head, body):
     """With torchvision's 91 outputs, every builder has the names and shapes of torchvision (make_reference.py)."""
@@ -141,10 +182,61 @@ def test_real_names_and_shapes_of_keypoint_rcnn():
     assert _names_and_shapes("keypoint_rcnn_resnet50_fpn", 1) == expected
 
 
-@pytest.mark.parametrize("name", STORED["dense"])
-def test_real_names_and_shapes_of_dense_detectors(name):
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("second", "dense") for name in STORED[kind]])
+def test_real_names_and_shapes_of_other_detectors(kind, name):
     body = _flat(STORED["backbones"]["resnet50"]["body"], "backbone.body.")
-    assert _names_and_shapes(name, 91) == body | _flat(STORED["dense"][name])
+    assert _names_and_shapes(name, {"second": 90, "dense": 91}[kind]) == body | _flat(STORED[kind][name])
+
+
+@pytest.mark.parametrize("name", STORED["whole"])
+def test_real_names_and_shapes_of_detectors_with_a_body_of_their_own(name):
+    assert _names_and_shapes(name, 90) == _flat(STORED["whole"][name])
+
+
+def test_real_names_and_shapes_of_a_mobilenets_classifier():
+    shapes = eqx.filter_eval_shape(lambda: nn.mobilenet_v2(key=jr.key(0)))
+    arrays = to_torchvision(jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), shapes))
+    ours = {name: array.shape for name, array in arrays.items()}
+    theirs = _flat(STORED["mobilenet_v2"])
+    classifier = {name: shape for name, shape in theirs.items() if name not in ours}
+    assert ours.items() <= theirs.items()
+    assert classifier == {"classifier.1.weight": (1000, 1280), "classifier.1.bias": (1000,)}
+
+
+@pytest.mark.parametrize("build, title", [(nn.mobilenet_v2, "MobileNetV2"), (nn.mobilenet_v3_large, "MobileNetV3")])
+def test_a_mobilenets_classifier_loads_into_detectors(build, title):
+    body = partial(build, key=jr.key(0), width_multiplier=0.25)
+
+    def detector():
+        return models.faster_rcnn(nn.MobileNetFPN(body(), key=jr.key(1), channels=16), 3, key=jr.key(2), hidden_size=32)
+
+    source, model = _random(body, seed=1), _random(detector)
+    arrays = to_torchvision(source)
+    assert arrays["features.0.0.weight"].shape == (8, 3, 3, 3)
+    arrays |= {"classifier.1.weight": np.zeros((1000, 5), np.float32), "classifier.1.bias": np.full(1000, np.nan)}
+    loaded = load_torchvision_backbone(model, arrays)
+    _check_equal(loaded.backbone.body, source)
+    names = to_torchvision(loaded)
+    np.testing.assert_array_equal(names["backbone.body.0.0.weight"], arrays["features.0.0.weight"])
+    message = f"seems to be a {title} ImageNet classifier with 1000 classes, but the model is a ResNet-18 of width 8."
+    with pytest.raises(WeightsError, match=message):
+        load_torchvision(_random(_body), arrays)
+    with pytest.raises(WeightsError, match=f"seems to be a Faster R-CNN on a {title} with 4 outputs, but the model is"):
+        load_torchvision(_random(_faster_rcnn), names)
+
+
+def test_a_vggs_classifier_loads_into_ssd():
+    """torchvision's file for SSD has a classifier with numbers that are not finite."""
+    source = _random(partial(nn.vgg16, key=jr.key(0), width=8), seed=1)
+    arrays = to_torchvision(source)
+    assert arrays["features.28.weight"].shape == (64, 64, 3, 3)
+    arrays |= {"classifier.6.weight": np.full((1000, 4), np.nan, np.float32)}
+    loaded = load_torchvision_backbone(_random(_ssd), arrays)
+    _check_equal(loaded.backbone.body, source)
+    np.testing.assert_array_equal(to_torchvision(loaded)["backbone.extra.0.5.weight"], arrays["features.28.weight"])
+    for build, body in ((_ssd, "VGG-16"), (_ssdlite, "MobileNetV3")):
+        for names in (to_torchvision(_random(build)), named_leaves(_random(build))):
+            assert describe(names) == f"a SSD on a {body}"
 
 
 def _flat(tree, prefix=""):
@@ -204,7 +296,7 @@ def test_counters_are_ignored(build):
     counters = {
         name.replace("running_var", "num_batches_tracked"): np.array(7) for name in arrays if "running_var" in name
     }
-    assert counters
+    assert counters or build is _ssd  # which has no norms
     _check_equal(load_torchvision(_random(build, seed=1), arrays | counters), model)
 
 
@@ -250,7 +342,7 @@ def _of(name):
     return arrays | {"fc.weight": np.zeros((1000, 1), np.float32), "fc.bias": np.zeros(1000, np.float32)}
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101", "resnet152"])
 def test_another_resnet_is_named_in_the_first_line(name):
     body = eqx.filter_eval_shape(lambda: nn.resnet18(key=jr.key(0)))
     title = f"ResNet-{name.removeprefix('resnet')}"
@@ -259,6 +351,20 @@ def test_another_resnet_is_named_in_the_first_line(name):
     first, rest = str(caught.value).split("\n", 1)
     assert f"seems to be a {title} ImageNet classifier with 1000 classes, but the model is a ResNet-18." in first
     assert "does not fit the model" in rest and caught.value.unused
+
+
+@pytest.mark.parametrize(
+    "name, title",
+    [
+        ("resnext50_32x4d", "ResNeXt-50 32x4d"),
+        ("resnext101_64x4d", "ResNeXt-101 64x4d"),
+        ("wide_resnet101_2", "Wide ResNet-101-2"),
+    ],
+)
+def test_other_blocks_are_named_in_the_first_line(name, title):
+    body = eqx.filter_eval_shape(lambda: nn.resnet50(key=jr.key(0)))
+    with pytest.raises(WeightsError, match=f"seems to be a {title} ImageNet classifier .* the model is a ResNet-50."):
+        load_torchvision(body, _of(name))
 
 
 def test_another_detector_is_named_in_the_first_line(tmp_path):

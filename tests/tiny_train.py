@@ -74,7 +74,9 @@ def build(
     return _build(_kind(name), num_classes, key, checkpoint, anchor_sizes, ratios, num_keypoints)
 
 
-def _in_zoo(name, num_classes, *, key, norm, checkpoint, anchor_sizes=None, aspect_ratios=None, num_keypoints=None):
+def _in_zoo(
+    name, num_classes, *, key, norm=None, checkpoint=False, anchor_sizes=None, aspect_ratios=None, num_keypoints=None
+):
     sizes, ratios = anchor_sizes or ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,)), aspect_ratios or (0.5, 1.0, 2.0)
     return _build(_kind(name), num_classes, key, checkpoint, sizes, ratios, num_keypoints)
 

@@ -2,6 +2,7 @@
 
 from ._chunks import map_chunks as map_chunks
 from ._convolution import convolve as convolve
+from ._groups import convolve_groups as convolve_groups
 from ._max_pool import max_pool as max_pool
 from ._named import named_call as named_call
 from ._options import convolution_options as convolution_options, step_compiler_options as step_compiler_options

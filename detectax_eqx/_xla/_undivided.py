@@ -22,7 +22,8 @@ def undivided(function: Callable, *args: Any) -> Any:
 
     def cpu(*args):
         number = jax.tree.leaves(args)[0].ravel()[0]
-        always = jnp.logical_or(number < 0, ~(number < 0))
+        negative = number < jnp.zeros_like(number)
+        always = jnp.logical_or(negative, ~negative)
         return lax.cond(unvmap_max(always), function, never, *args)
 
     def never(*args):

@@ -25,8 +25,8 @@ CONTROL_FLOW = ("scan", "while", "cond")
 def fold_norms(model: Module) -> Module:
     """Returns a copy of `model` with each `FrozenBatchNorm` folded into the weight and bias of its convolution.
 
-    Norms and convolutions are paired by field name, for example `norm1` with `conv1`. Other norms depend on the image
-    and are left unchanged.
+    Norms and convolutions are paired by field name, for example `norm1` with `conv1`, tuples `norms` with `convs`, and
+    `output_norms` with `output`. Other norms depend on the image and are left unchanged.
 
     >>> import jax.numpy as jnp, jax.random as jr
     >>> from detectax_eqx.nn import resnet18
@@ -48,6 +48,9 @@ def _pairs(node: Any) -> Iterator[tuple[Conv2d, FrozenBatchNorm]]:
     for name, child in fields.items():
         if isinstance(child, FrozenBatchNorm):
             yield fields[name.replace("norm", "conv")], child
+        elif isinstance(child, tuple) and child and all(isinstance(norm, FrozenBatchNorm) for norm in child):
+            convs = name.replace("norms", "convs")
+            yield from zip(fields[convs if convs in fields else name.removesuffix("_norms")], child, strict=True)
     for child in node if isinstance(node, tuple) else fields.values():
         yield from _pairs(child)
 

@@ -1,7 +1,8 @@
-"""Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet and FCOS, their losses, and detection in any image."""
+"""Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD, their losses, and detection in any image."""
 
 from ._box_head import (
     BoxHead as BoxHead,
+    ConvBoxHead as ConvBoxHead,
     SampledProposals as SampledProposals,
     box_detections as box_detections,
     box_loss as box_loss,
@@ -40,6 +41,14 @@ from ._rpn import (
     propose as propose,
     rpn_loss as rpn_loss,
     sample_anchors as sample_anchors,
+)
+from ._ssd import (
+    SSD as SSD,
+    DefaultBoxes as DefaultBoxes,
+    SSDMatching as SSDMatching,
+    SSDSelection as SSDSelection,
+    ssd as ssd,
+    ssdlite as ssdlite,
 )
 from ._two_stage import (
     RoIPooling as RoIPooling,

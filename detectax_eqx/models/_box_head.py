@@ -1,4 +1,6 @@
-"""The second stage, which classifies proposals and refines their boxes: head, sampling, loss and detections."""
+"""The second stage, which classifies proposals and refines their boxes: heads, sampling, loss and detections."""
+
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -7,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from .._types import Detections, Targets, WeightedSum
-from ..nn import relu
+from ..nn import Conv2d, FrozenBatchNorm, Norm, relu
 from ..ops import (
     clip_boxes,
     decode_boxes,
@@ -79,6 +81,73 @@ class BoxHead(eqx.Module):
         x = features.reshape(features.shape[0], -1)  # (p, c s s)
         x = relu(_linear(self.fc6, x))
         x = relu(_linear(self.fc7, x))
+        logits = _linear(self.class_logits, x).astype(jnp.float32)  # (p, k + 1)
+        deltas = _linear(self.box_deltas, x).astype(jnp.float32)
+        return logits, deltas.reshape(features.shape[0], -1, 4)  # (p, 4 (k + 1)) -> (p, k + 1, 4)
+
+
+class ConvBoxHead(eqx.Module):
+    """3×3 convolutions with norms and one fully connected layer, followed by the outputs of `BoxHead`.
+
+    The box head of torchvision's second Faster R-CNN and Mask R-CNN, from Mask R-CNN with GroupNorm (arXiv:1803.08494,
+    section 4.2).
+
+    - `weights`, `smooth_l1_beta`: as in `BoxHead`.
+    """
+
+    convs: tuple[Conv2d, ...]
+    norms: tuple[Callable, ...]
+    fc: eqx.nn.Linear
+    class_logits: eqx.nn.Linear
+    box_deltas: eqx.nn.Linear
+    pool_size: int = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True)
+    weights: Weights = eqx.field(static=True)
+    smooth_l1_beta: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        key: PRNGKeyArray,
+        pool_size: int = 7,
+        hidden_size: int = 1024,
+        hidden_channels: int = 256,
+        depth: int = 4,
+        norm: Norm = FrozenBatchNorm,
+        weights: Weights = BOX_WEIGHTS,
+        smooth_l1_beta: float = SMOOTH_L1_BETA,
+    ):
+        """Initialises the head.
+
+        - `num_classes`: foreground classes.
+        - `pool_size`: side of the pooled features, in bins.
+        - `hidden_size`: width of the fully connected layer.
+        - `hidden_channels`, `depth`: width and number of the convolutions. `norm`: the norm after each of them.
+        """
+        if num_classes < 1:
+            raise ValueError(f"num_classes counts foreground classes and must be at least 1, got {num_classes}.")
+        keys = jr.split(key, depth + 3)
+        widths = (channels,) + (hidden_channels,) * depth
+        self.convs = tuple(
+            Conv2d(i, o, 3, use_bias=False, key=k) for i, o, k in zip(widths[:-1], widths[1:], keys[3:], strict=True)
+        )
+        self.norms = tuple(norm(hidden_channels) for _ in self.convs)
+        self.fc = eqx.nn.Linear(widths[-1] * pool_size**2, hidden_size, key=keys[0])
+        self.class_logits = eqx.nn.Linear(hidden_size, num_classes + 1, key=keys[1])
+        self.box_deltas = eqx.nn.Linear(hidden_size, 4 * (num_classes + 1), key=keys[2])
+        self.pool_size = pool_size
+        self.num_classes = num_classes
+        self.weights = weights
+        self.smooth_l1_beta = smooth_l1_beta
+
+    def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
+        """Returns class logits and box deltas in float32, background at index 0."""
+        x = features
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.vmap(lambda x, conv=conv, norm=norm: relu(norm(conv(x))))(x)
+        x = relu(_linear(self.fc, x.reshape(x.shape[0], -1)))  # (p, c, s, s) -> (p, c s s) -> (p, hidden)
         logits = _linear(self.class_logits, x).astype(jnp.float32)  # (p, k + 1)
         deltas = _linear(self.box_deltas, x).astype(jnp.float32)
         return logits, deltas.reshape(features.shape[0], -1, 4)  # (p, 4 (k + 1)) -> (p, k + 1, 4)

@@ -1,12 +1,14 @@
 """Faster R-CNN (arXiv:1506.01497) on a feature pyramid."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
-from ._box_head import BoxHead
+from ._box_head import BoxHead, ConvBoxHead
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
@@ -24,7 +26,7 @@ class FasterRCNN(AbstractDetector[TwoStageSelection]):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead
+    box_head: BoxHead | ConvBoxHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
@@ -69,6 +71,8 @@ def faster_rcnn(
     anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
     aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
+    rpn_depth: int = 1,
+    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
 ) -> FasterRCNN:
     """Builds a `FasterRCNN` on `backbone` with torchvision's heads, randomly initialised.
 
@@ -77,6 +81,8 @@ def faster_rcnn(
     - `num_classes`: foreground classes.
     - `anchor_sizes`: side lengths in canvas pixels, one tuple per level; `aspect_ratios`: height / width.
     - `hidden_size`: width of the box head.
+    - `rpn_depth`: number of 3×3 convolutions of the RPN. `box_head`: the class of the box head. torchvision's second
+      version has 2 and `ConvBoxHead`.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
@@ -84,6 +90,5 @@ def faster_rcnn(
     3
     """
     keys = jr.split(key)
-    rpn = RPN(backbone.channels, key=keys[0], anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios)
-    box_head = BoxHead(backbone.channels, num_classes, key=keys[1], hidden_size=hidden_size)
-    return FasterRCNN(backbone, rpn, box_head)
+    rpn = RPN(backbone.channels, key=keys[0], anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios, depth=rpn_depth)
+    return FasterRCNN(backbone, rpn, box_head(backbone.channels, num_classes, key=keys[1], hidden_size=hidden_size))

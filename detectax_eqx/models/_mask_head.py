@@ -1,5 +1,7 @@
 """The mask branch of Mask R-CNN (arXiv:1703.06870): a low-resolution mask of each object in the frame of its box."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
-from ..nn import Conv2d, Upsample2x2, relu
+from ..nn import Conv2d, Norm, Upsample2x2, relu
 from ..ops import crop_masks
 from ._box_head import SampledProposals
 from ._rpn import binary_cross_entropy
@@ -17,6 +19,8 @@ from ._rpn import binary_cross_entropy
 class MaskHead(eqx.Module):
     """3×3 convolutions on a box's features, upsampling by a factor of two, and one mask per class.
 
+    `norms` follow the convolutions, if there are any.
+
     `mask_logits` has `num_classes + 1` channels to match torchvision's weights. The background comes first and is never
     used.
     """
@@ -24,6 +28,7 @@ class MaskHead(eqx.Module):
     convs: tuple[Conv2d, ...]
     upsample: Upsample2x2
     mask_logits: Conv2d
+    norms: tuple[Callable, ...] | None
     pool_size: int = eqx.field(static=True)
 
     def __init__(
@@ -35,16 +40,22 @@ class MaskHead(eqx.Module):
         pool_size: int = 14,
         hidden_channels: int = 256,
         depth: int = 4,
+        norm: Norm | None = None,
     ):
         """Initialises the head.
 
         - `num_classes`: foreground classes.
         - `pool_size`: side of the pooled features, in bins; masks are twice as large.
         - `hidden_channels`, `depth`: width and number of the 3×3 convolutions.
+        - `norm`: the norm after each of them, which then have no bias.
         """
         keys = jr.split(key, depth + 2)
         widths = (channels,) + (hidden_channels,) * depth
-        self.convs = tuple(Conv2d(i, o, 3, key=k) for i, o, k in zip(widths[:-1], widths[1:], keys[2:], strict=True))
+        self.convs = tuple(
+            Conv2d(i, o, 3, use_bias=norm is None, key=k)
+            for i, o, k in zip(widths[:-1], widths[1:], keys[2:], strict=True)
+        )
+        self.norms = None if norm is None else tuple(norm(hidden_channels) for _ in self.convs)
         self.upsample = Upsample2x2(widths[-1], hidden_channels, key=keys[0])
         self.mask_logits = Conv2d(hidden_channels, num_classes + 1, 1, key=keys[1])
         self.pool_size = pool_size
@@ -52,8 +63,9 @@ class MaskHead(eqx.Module):
     def __call__(self, features: Float[Array, "n c s s"], labels: Int32[Array, " n"]) -> Float[Array, "n 2*s 2*s"]:
         """Returns the mask logits of each box for its class in `labels` (foreground classes from 0), in float32."""
         x = features
-        for conv in self.convs:
-            x = relu(jax.vmap(conv)(x))
+        for i, conv in enumerate(self.convs):
+            x = jax.vmap(conv)(x)
+            x = relu(x if self.norms is None else jax.vmap(self.norms[i])(x))
         blocks = relu(jax.vmap(self.upsample.blocks)(x))  # (n, s, s, 2, 2, c)
         # The last 1×1 convolution is evaluated only for the channel of each box's class.
         weight = self.mask_logits.weight[labels + 1, :, 0, 0]  # (n, c)

@@ -1,5 +1,6 @@
 """Mask R-CNN (arXiv:1703.06870): Faster R-CNN with a mask branch."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from .._xla import map_chunks
-from ..nn import Backbone
+from ..nn import Backbone, Norm
 from ..ops import RoIFeatures
-from ._box_head import BoxHead
+from ._box_head import BoxHead, ConvBoxHead
 from ._detector import AbstractDetector
 from ._faster_rcnn import faster_rcnn
 from ._mask_head import MaskHead, mask_loss
@@ -40,7 +41,7 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead
+    box_head: BoxHead | ConvBoxHead
     mask_head: MaskHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     mask_targets: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling(sampling_ratio=0))
@@ -118,12 +119,15 @@ def mask_rcnn(
     aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
     hidden_channels: int = 256,
+    rpn_depth: int = 1,
+    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
+    mask_norm: Norm | None = None,
 ) -> MaskRCNN:
     """Builds a `MaskRCNN` on `backbone` with torchvision's heads, randomly initialised.
 
     Use `dataclasses.replace` to change its options.
 
-    - `hidden_channels`: width of the mask head. The other arguments are those of `faster_rcnn`.
+    - `hidden_channels`: width of the mask head. `mask_norm`: its norm. The other arguments are those of `faster_rcnn`.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
@@ -138,6 +142,8 @@ def mask_rcnn(
         anchor_sizes=anchor_sizes,
         aspect_ratios=aspect_ratios,
         hidden_size=hidden_size,
+        rpn_depth=rpn_depth,
+        box_head=box_head,
     )
-    mask_head = MaskHead(backbone.channels, num_classes, key=mask_key, hidden_channels=hidden_channels)
+    mask_head = MaskHead(backbone.channels, num_classes, key=mask_key, hidden_channels=hidden_channels, norm=mask_norm)
     return MaskRCNN(backbone, boxes.rpn, boxes.box_head, mask_head)

@@ -110,15 +110,20 @@ class RPN(eqx.Module):
         logits, deltas, anchors = [], [], []
         for feature, sizes in zip(features, self.anchor_sizes, strict=True):
             size = feature.shape[1], feature.shape[2]
-            x = feature
-            for conv in self.convs:
-                x = relu(conv(x))
-            logits.append(rearrange(self.objectness(x), "a h w -> (h w a)").astype(jnp.float32))
-            deltas.append(rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4).astype(jnp.float32))
+            level_logits, level_deltas = self._at_cells(feature)
+            logits.append(level_logits)
+            deltas.append(level_deltas)
             # The integer quotient, as in torchvision: at P6 above a P5 of odd size it differs from the nominal 64.
             stride = canvas[0] // size[0], canvas[1] // size[1]
             anchors.append(anchor_grid(size, stride=stride, sizes=sizes, aspect_ratios=self.aspect_ratios))
         return RPNOutput(tuple(logits), tuple(deltas), tuple(anchors))
+
+    def _at_cells(self, x: Float[Array, "c h w"]) -> tuple[Float[Array, " a"], Float[Array, "a 4"]]:
+        """Returns the logits and deltas of all anchors of a level."""
+        for conv in self.convs:
+            x = relu(conv(x))
+        logits = rearrange(self.objectness(x), "a h w -> (h w a)").astype(jnp.float32)
+        return logits, rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4).astype(jnp.float32)
 
     def at_anchors(
         self, features: Sequence[Float[Array, "c _ _"]], indices: Int32[Array, " s"]
@@ -127,8 +132,21 @@ class RPN(eqx.Module):
 
         These equal the predictions of `__call__`, but are computed only from the feature patches in the receptive field
         of each anchor. A loss samples a few hundred of a few hundred thousand anchors; this way the
-        cost of its gradient depends only on the sampled ones.
+        cost of its gradient depends only on the sampled ones. If their patches together are larger than the maps, the
+        predictions at all anchors are computed instead.
         """
+        # Outputs of all convolutions: a patch shrinks by two cells per side and convolution, to one cell.
+        of_patches = indices.shape[0] * sum((2 * k + 1) ** 2 for k in range(len(self.convs)))
+        of_maps = sum(x.shape[1] * x.shape[2] for x in features) * len(self.convs)
+        if of_patches > of_maps:
+            logits, deltas = map(jnp.concatenate, zip(*map(self._at_cells, features), strict=True))
+            return logits[indices], deltas[indices]
+        return self._at_patches(features, indices)
+
+    def _at_patches(
+        self, features: Sequence[Float[Array, "c _ _"]], indices: Int32[Array, " s"]
+    ) -> tuple[Float[Array, " s"], Float[Array, "s 4"]]:
+        """Computes `at_anchors` from one patch of features per anchor."""
         border = len(self.convs)  # cells of a patch on each side of its centre
         padded = [jnp.pad(x, ((0, 0), (border, border), (border, border))) for x in features]
         cells = jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in padded])  # (cells of all levels, c)
@@ -194,6 +212,7 @@ def propose(
     pre_nms_top_n: int = 1000,
     post_nms_top_n: int = 1000,
     nms_threshold: float = 0.7,
+    score_threshold: float = 0.0,
     min_size: float = 1e-3,
     weights: Weights = RPN_WEIGHTS,
 ) -> Proposals:
@@ -201,7 +220,7 @@ def propose(
 
     - `image_size`: `(height, width)` of the image on its canvas. Boxes are clipped to it, and those with a side below
       `min_size` pixels are dropped.
-    - `pre_nms_top_n`: number of candidates per level.
+    - `pre_nms_top_n`: number of candidates per level. Those with a score below `score_threshold` are dropped.
     - `post_nms_top_n`: number of boxes over all levels, the capacity of the result.
     - `weights`: of the box coder.
 
@@ -214,6 +233,8 @@ def propose(
     """
     if not 0 <= nms_threshold <= 1:
         raise ValueError(f"nms_threshold must be in 0..1, got {nms_threshold}.")
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}.")
     if pre_nms_top_n < 1 or post_nms_top_n < 1:
         raise ValueError(
             f"pre_nms_top_n and post_nms_top_n must be at least 1, got {pre_nms_top_n} and {post_nms_top_n}."
@@ -228,7 +249,7 @@ def propose(
         keep, keep_valid = nms_indices(
             level_boxes,
             level_scores,
-            has_size(level_boxes, min_size),
+            has_size(level_boxes, min_size) & (level_scores >= score_threshold),
             iou_threshold=nms_threshold,
             max_outputs=top.shape[0],
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
 from ..ops import RoIFeatures
-from ._box_head import BoxHead, SampledProposals, box_detections, box_loss, sample_proposals
+from ._box_head import BoxHead, ConvBoxHead, SampledProposals, box_detections, box_loss, sample_proposals
 from ._preprocessing import Preprocessing
 from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
 
@@ -27,6 +27,7 @@ class TwoStageSelection:
     - `max_detections`: maximum number of detections per image.
     - `pre_nms_top_n`, `post_nms_top_n`: number of proposals per level before suppression, and of all levels after it.
     - `rpn_nms_threshold`: IoU above which the lower-scoring of two proposals of a level is dropped.
+    - `rpn_score_threshold`: score in 0..1 below which proposals are dropped.
     - `rpn_min_size`, `box_min_size`: minimum side in pixels of a proposal and of a detection.
     """
 
@@ -36,6 +37,7 @@ class TwoStageSelection:
     pre_nms_top_n: int = 1000
     post_nms_top_n: int = 1000
     rpn_nms_threshold: float = 0.7
+    rpn_score_threshold: float = 0.0
     rpn_min_size: float = 1e-3
     box_min_size: float = 1e-2
 
@@ -45,7 +47,7 @@ class TwoStageSampling:
     """Which anchors and proposals a two-stage loss samples; the defaults are torchvision's.
 
     - `pre_nms_top_n`, `post_nms_top_n`: number of proposals per level before suppression, and of all levels after it.
-    - `rpn_nms_threshold`, `rpn_min_size`: as in `TwoStageSelection`.
+    - `rpn_nms_threshold`, `rpn_score_threshold`, `rpn_min_size`: as in `TwoStageSelection`.
     - `rpn_samples`, `rpn_positive_fraction`: number of sampled anchors per image, and maximum fraction of positives.
     - `rpn_positive_iou`, `rpn_negative_iou`: IoU from which an anchor is positive, and below which it is negative.
     - `box_samples`, `box_positive_fraction`: the same for proposals.
@@ -55,6 +57,7 @@ class TwoStageSampling:
     pre_nms_top_n: int = 2000
     post_nms_top_n: int = 2000
     rpn_nms_threshold: float = 0.7
+    rpn_score_threshold: float = 0.0
     rpn_min_size: float = 1e-3
     rpn_samples: int = 256
     rpn_positive_fraction: float = 0.5
@@ -87,7 +90,7 @@ class TwoStage(Protocol):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead
+    box_head: BoxHead | ConvBoxHead
     pooling: RoIPooling
     preprocessing: Preprocessing
 
@@ -107,11 +110,14 @@ def extract(
 def roi_features(model: TwoStage, maps: Features) -> RoIFeatures:
     """Wraps `maps` as the features that the heads pool from.
 
-    These exclude the pyramid's coarsest map, which is used for anchors only.
+    These exclude the pyramid's coarsest map, which is used for anchors only. Of several maps with the same stride, the
+    first is pooled, as in torchvision.
     """
+    strides = model.backbone.strides[:-1]
+    pooled = [i for i, stride in enumerate(strides) if stride not in strides[:i]]
     return RoIFeatures(
-        maps,
-        strides=model.backbone.strides[:-1],
+        tuple(maps[i] for i in pooled),
+        strides=tuple(strides[i] for i in pooled),
         sampling_ratio=model.pooling.sampling_ratio,
         aligned=model.pooling.aligned,
     )
@@ -129,6 +135,7 @@ def detect_boxes(
         pre_nms_top_n=selection.pre_nms_top_n,
         post_nms_top_n=selection.post_nms_top_n,
         nms_threshold=selection.rpn_nms_threshold,
+        score_threshold=selection.rpn_score_threshold,
         min_size=selection.rpn_min_size,
         weights=model.rpn.weights,
     )
@@ -178,6 +185,7 @@ def box_losses(
         pre_nms_top_n=sampling.pre_nms_top_n,
         post_nms_top_n=sampling.post_nms_top_n,
         nms_threshold=sampling.rpn_nms_threshold,
+        score_threshold=sampling.rpn_score_threshold,
         min_size=sampling.rpn_min_size,
         weights=model.rpn.weights,
     )

@@ -1,4 +1,4 @@
-"""Neural network modules for a single example: convolutions, norms, ResNet, FPN."""
+"""Neural network modules for a single example: convolutions, norms, ResNet, MobileNet, VGG, pyramids."""
 
 from .._xla import convolution_options as convolution_options
 from ._conv import (
@@ -17,6 +17,20 @@ from ._fpn import (
     ResNetFPN as ResNetFPN,
     SubsampledTop as SubsampledTop,
 )
+from ._mobilenet import (
+    Activation as Activation,
+    ConvNorm as ConvNorm,
+    InvertedResidual as InvertedResidual,
+    LinearBottleneck as LinearBottleneck,
+    MobileNet as MobileNet,
+    MobileNetFPN as MobileNetFPN,
+    SqueezeExcitation as SqueezeExcitation,
+    hard_sigmoid as hard_sigmoid,
+    hard_swish as hard_swish,
+    mobilenet_v2 as mobilenet_v2,
+    mobilenet_v3_large as mobilenet_v3_large,
+    relu6 as relu6,
+)
 from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
 from ._precision import cast as cast
 from ._resnet import (
@@ -28,4 +42,18 @@ from ._resnet import (
     resnet34 as resnet34,
     resnet50 as resnet50,
     resnet101 as resnet101,
+    resnet152 as resnet152,
+    resnext50_32x4d as resnext50_32x4d,
+    resnext101_32x8d as resnext101_32x8d,
+    resnext101_64x4d as resnext101_64x4d,
+    wide_resnet50_2 as wide_resnet50_2,
+    wide_resnet101_2 as wide_resnet101_2,
 )
+from ._ssd import (
+    SSDVGG as SSDVGG,
+    SeparableConv2d as SeparableConv2d,
+    SSDBackbone as SSDBackbone,
+    SSDExtra as SSDExtra,
+    SSDMobileNet as SSDMobileNet,
+)
+from ._vgg import VGG as VGG, vgg16 as vgg16

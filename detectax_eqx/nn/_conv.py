@@ -9,7 +9,7 @@ from einops import rearrange
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._xla import convolve, max_pool
+from .._xla import convolve, convolve_groups, max_pool
 
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
@@ -23,34 +23,53 @@ lecun_uniform: Initializer = variance_scaling(1.0, "fan_in", "uniform", in_axis=
 
 def conv2d(
     x: Float[Array, "i h w"],
-    weight: Float[Array, "o i kh kw"],
+    weight: Float[Array, "o _ kh kw"],
     bias: Float[Array, " o"] | None = None,
     *,
     stride: int = 1,
     padding: int = 0,
+    groups: int = 1,
+    dilation: int = 1,
 ) -> Float[Array, "o h2 w2"]:
     """Cross-correlates a map with a kernel, with zero padding, as in `torch.nn.functional.conv2d`.
 
     A 1×1 kernel without padding is a matrix product over the strided pixels.
 
+    - `weight`: `(o, i / groups, kh, kw)`.
+    - `groups`: number of groups of channels. Each group of outputs depends on its group of inputs only; with as many
+      groups as channels, the convolution is depthwise.
+    - `dilation`: distance in pixels between the taps of the kernel.
+
+    Raises a `ValueError` if an option is less than 1, or if the channels do not fit the groups.
+
     >>> x = jnp.arange(4.0).reshape(1, 2, 2)
     >>> conv2d(x, jnp.full((1, 1, 1, 1), 2.0)).tolist()
     [[[0.0, 2.0], [4.0, 6.0]]]
     """
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}.")
+    if stride < 1 or groups < 1 or dilation < 1:
+        raise ValueError(f"stride, groups and dilation must be at least 1, got {stride}, {groups} and {dilation}.")
+    if x.shape[0] != groups * weight.shape[1] or weight.shape[0] % groups:
+        raise ValueError(
+            f"x has {x.shape[0]} channels, but weight {weight.shape} in {groups} groups needs "
+            f"{groups * weight.shape[1]}, and a multiple of {groups} outputs."
+        )
+    if groups > 1 or dilation > 1:
+        options = {"stride": stride, "padding": padding, "groups": groups, "dilation": dilation}
+        return convolve_groups(x[None], weight, bias, **options)[0]
     if weight.shape[2:] == (1, 1) and padding == 0:
         x, stride = x[:, ::stride, ::stride], 1  # (i, h, w) -> (i, h2, w2)
     return convolve(x[None], weight, bias, stride=stride, padding=padding)[0]
 
 
 class Conv2d(eqx.Module):
-    """A convolution with parameters `weight (o, i, k, k)` and, unless `use_bias=False`, `bias (o)`."""
+    """A convolution with parameters `weight (o, i / groups, k, k)` and, unless `use_bias=False`, `bias (o)`."""
 
-    weight: Float[Array, "o i k k"]
+    weight: Float[Array, "o _ k k"]
     bias: Float[Array, " o"] | None
     stride: int = eqx.field(static=True)
     padding: int = eqx.field(static=True)
+    groups: int = eqx.field(static=True)
+    dilation: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -61,17 +80,30 @@ class Conv2d(eqx.Module):
         key: PRNGKeyArray,
         stride: int = 1,
         padding: int | None = None,
+        groups: int = 1,
+        dilation: int = 1,
         use_bias: bool = True,
         init: Initializer = he_fan_out,
     ):
-        """Initialises the layer. `padding` defaults to `kernel_size // 2`, which keeps the size at stride 1."""
-        self.weight = init(key, (out_channels, in_channels, kernel_size, kernel_size))
+        """Initialises the layer.
+
+        `padding` defaults to `dilation * (kernel_size // 2)`, which keeps the size at stride 1. The other options are
+        those of `conv2d`.
+        """
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide the channels, got {in_channels} to {out_channels} in {groups} groups."
+            )
+        self.weight = init(key, (out_channels, in_channels // groups, kernel_size, kernel_size))
         self.bias = jnp.zeros(out_channels) if use_bias else None
         self.stride = stride
-        self.padding = kernel_size // 2 if padding is None else padding
+        self.padding = dilation * (kernel_size // 2) if padding is None else padding
+        self.groups = groups
+        self.dilation = dilation
 
     def __call__(self, x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
-        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+        options = {"stride": self.stride, "padding": self.padding, "groups": self.groups, "dilation": self.dilation}
+        return conv2d(x, self.weight, self.bias, **options)
 
 
 class Upsample2x2(eqx.Module):
@@ -123,16 +155,23 @@ class Upsample4x4(eqx.Module):
         return rearrange(blocks, "(o a b) h w -> o (h a) (w b)", a=2, b=2)
 
 
-def max_pool2d(x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0) -> Float[Array, "c h2 w2"]:
+def max_pool2d(
+    x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0, round_up: bool = False
+) -> Float[Array, "c h2 w2"]:
     """Takes the maximum of each window, where padding never wins. On ties, the gradient goes to the first value.
 
-    Both rules are torch's.
+    Both rules are torch's. `round_up`: whether a last window that extends past the map counts, torch's `ceil_mode`.
 
     >>> max_pool2d(jnp.arange(16.0).reshape(1, 4, 4), kernel_size=2, stride=2).tolist()
     [[[5.0, 7.0], [13.0, 15.0]]]
     """
     if kernel_size < 1 or stride < 1:
         raise ValueError(f"kernel_size and stride must be at least 1, got {kernel_size} and {stride}.")
+    if round_up:  # such a window must begin on the map or its first padding
+        sides = [side + 2 * padding for side in x.shape[1:]]
+        windows = [min(-(-(side - kernel_size) // stride), (side - padding - 1) // stride) for side in sides]
+        more = [max(0, n * stride + kernel_size - side) for n, side in zip(windows, sides, strict=True)]
+        x = jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])), constant_values=-jnp.inf)
     return max_pool(x, kernel_size=kernel_size, stride=stride, padding=padding)
 
 

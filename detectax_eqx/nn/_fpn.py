@@ -1,5 +1,7 @@
 """Feature pyramid network (arXiv:1612.03144) on a bottom-up backbone."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import named_call
 from ._conv import Conv2d, lecun_uniform, relu
+from ._norm import Norm
 from ._resnet import ResNet
 
 
@@ -80,13 +83,17 @@ class ConvolvedTop(eqx.Module):
 class FPN(eqx.Module):
     """Maps features of increasing width, such as C2..C5, to levels of one width with the semantics of the coarsest.
 
+    Each input map has the size of the previous one or half of it.
+
     `top` adds coarser levels: a module that takes the input maps and the output maps and returns a tuple of
-    `top.levels` maps.
+    `top.levels` maps. With `norm`, each convolution is followed by a norm and has no bias.
     """
 
     lateral: tuple[Conv2d, ...]
     output: tuple[Conv2d, ...]
     top: SubsampledTop | ConvolvedTop
+    lateral_norms: tuple[Callable, ...] | None
+    output_norms: tuple[Callable, ...] | None
 
     def __init__(
         self,
@@ -95,20 +102,26 @@ class FPN(eqx.Module):
         *,
         key: PRNGKeyArray,
         top: SubsampledTop | ConvolvedTop = SUBSAMPLED_TOP,
+        norm: Norm | None = None,
     ):
         keys = jr.split(key, 2 * len(in_channels))
-        self.lateral = tuple(
-            Conv2d(c, channels, 1, init=lecun_uniform, key=k) for c, k in zip(in_channels, keys[::2], strict=True)
-        )
-        self.output = tuple(Conv2d(channels, channels, 3, init=lecun_uniform, key=k) for k in keys[1::2])
+        conv = partial(Conv2d, use_bias=norm is None, init=lecun_uniform)
+        self.lateral = tuple(conv(c, channels, 1, key=k) for c, k in zip(in_channels, keys[::2], strict=True))
+        self.output = tuple(conv(channels, channels, 3, key=k) for k in keys[1::2])
         self.top = top
+        self.lateral_norms = None if norm is None else tuple(norm(channels) for _ in in_channels)
+        self.output_norms = None if norm is None else tuple(norm(channels) for _ in in_channels)
 
     def __call__(self, features: tuple[Float[Array, "_ _ _"], ...]) -> tuple[Float[Array, "c _ _"], ...]:
         coarser, outputs = None, []
-        for x, lateral, output in reversed(list(zip(features, self.lateral, self.output, strict=True))):
-            x = lateral(x)  # (i, h, w) -> (c, h, w)
-            coarser = x if coarser is None else x + named_call(_upsample_nearest, coarser)
-            outputs.insert(0, output(coarser))
+        for level in reversed(range(len(features))):
+            x = self.lateral[level](features[level])  # (i, h, w) -> (c, h, w)
+            x = x if self.lateral_norms is None else self.lateral_norms[level](x)
+            if coarser is not None and coarser.shape != x.shape:  # equal if the input maps have the same stride
+                coarser = named_call(_upsample_nearest, coarser)
+            coarser = x if coarser is None else x + coarser
+            y = self.output[level](coarser)
+            outputs.insert(0, y if self.output_norms is None else self.output_norms[level](y))
         return (*outputs, *self.top(features, tuple(outputs)))
 
 
@@ -137,12 +150,13 @@ class ResNetFPN(eqx.Module):
         channels: int = 256,
         finest: int = 2,
         top: SubsampledTop | ConvolvedTop = SUBSAMPLED_TOP,
+        norm: Norm | None = None,
     ):
-        """Builds the pyramid. `finest`: its first level, 2 for P2. `top`: the levels above P5, see `FPN`."""
+        """Builds the pyramid. `finest`: its first level, 2 for P2. `top`: the levels above P5. `norm`: see `FPN`."""
         if not 2 <= finest <= 5:
             raise ValueError(f"finest must be in 2..5, got {finest}.")
         self.body = body
-        self.fpn = FPN(body.channels[finest - 2 :], channels, key=key, top=top)
+        self.fpn = FPN(body.channels[finest - 2 :], channels, key=key, top=top, norm=norm)
         self.channels = channels
         self.finest = finest
 

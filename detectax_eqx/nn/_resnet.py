@@ -1,4 +1,7 @@
-"""ResNet (arXiv:1512.03385) as a feature extractor: torchvision's architecture, stride in the 3×3 convolution."""
+"""ResNet (arXiv:1512.03385) as a feature extractor: torchvision's architecture, stride in the 3×3 convolution.
+
+ResNeXt (arXiv:1611.05431) and Wide ResNet (arXiv:1605.07146) differ in the 3×3 convolution of their blocks alone.
+"""
 
 from collections.abc import Callable
 
@@ -9,6 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._xla import rematerialise, rematerialise_stem
 from ._conv import Conv2d, max_pool2d, relu
 from ._norm import FrozenBatchNorm, Norm
+
+
+# Channels of the stem, and of each group in a block of the first stage: the unit of `width_per_group`.
+WIDTH = 64
 
 
 class Downsample(eqx.Module):
@@ -35,7 +42,22 @@ class BasicBlock(eqx.Module):
     downsample: Downsample | None
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: Norm, key: PRNGKeyArray):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        stride: int,
+        norm: Norm,
+        key: PRNGKeyArray,
+        groups: int = 1,
+        width_per_group: int = WIDTH,
+    ):
+        if (groups, width_per_group) != (1, WIDTH):
+            raise ValueError(
+                f"A BasicBlock has neither groups nor another width, got groups={groups} and "
+                f"width_per_group={width_per_group}. Use Bottleneck."
+            )
         keys = jr.split(key, 3)
         self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, use_bias=False, key=keys[0])
         self.norm1 = norm(channels)
@@ -51,7 +73,10 @@ class BasicBlock(eqx.Module):
 
 
 class Bottleneck(eqx.Module):
-    """1×1, 3×3, 1×1 convolutions and a shortcut: the block of ResNet-50 and deeper."""
+    """1×1, 3×3, 1×1 convolutions and a shortcut: the block of ResNet-50 and deeper.
+
+    The 3×3 convolution has `groups` groups of `channels * width_per_group / 64` channels.
+    """
 
     conv1: Conv2d
     norm1: Callable
@@ -62,14 +87,25 @@ class Bottleneck(eqx.Module):
     downsample: Downsample | None
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: Norm, key: PRNGKeyArray):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        stride: int,
+        norm: Norm,
+        key: PRNGKeyArray,
+        groups: int = 1,
+        width_per_group: int = WIDTH,
+    ):
         keys = jr.split(key, 4)
         out_channels = self.expansion * channels
-        self.conv1 = Conv2d(in_channels, channels, 1, use_bias=False, key=keys[0])
-        self.norm1 = norm(channels)
-        self.conv2 = Conv2d(channels, channels, 3, stride=stride, use_bias=False, key=keys[1])
-        self.norm2 = norm(channels)
-        self.conv3 = Conv2d(channels, out_channels, 1, use_bias=False, key=keys[2])
+        width = groups * (channels * width_per_group // WIDTH)
+        self.conv1 = Conv2d(in_channels, width, 1, use_bias=False, key=keys[0])
+        self.norm1 = norm(width)
+        self.conv2 = Conv2d(width, width, 3, stride=stride, groups=groups, use_bias=False, key=keys[1])
+        self.norm2 = norm(width)
+        self.conv3 = Conv2d(width, out_channels, 1, use_bias=False, key=keys[2])
         self.norm3 = norm(out_channels)
         changes = stride != 1 or in_channels != out_channels
         self.downsample = (
@@ -102,7 +138,9 @@ class ResNet(eqx.Module):
         *,
         key: PRNGKeyArray,
         norm: Norm = FrozenBatchNorm,
-        width: int = 64,
+        width: int = WIDTH,
+        groups: int = 1,
+        width_per_group: int = WIDTH,
         checkpoint: bool = False,
         in_channels: int = 3,
     ):
@@ -110,6 +148,7 @@ class ResNet(eqx.Module):
 
         - `depths`: number of blocks per stage. `width`: base width, 64 in the paper: the channels of the stem and of
           the blocks of the first stage, before their expansion.
+        - `groups`, `width_per_group`: of the 3×3 convolutions, see `Bottleneck`.
         - `in_channels`: number of channels of the image.
         - `checkpoint`: whether to use rematerialisation: save only the input of each block for the backward pass and
           recompute everything else (arXiv:1604.06174).
@@ -122,7 +161,8 @@ class ResNet(eqx.Module):
             blocks = []
             for position, block_key in enumerate(jr.split(stage_key, depth)):
                 stride = 2 if stage > 0 and position == 0 else 1  # all stages but the first halve the resolution
-                blocks.append(block(in_channels, width * 2**stage, stride=stride, norm=norm, key=block_key))
+                options = {"stride": stride, "norm": norm, "groups": groups, "width_per_group": width_per_group}
+                blocks.append(block(in_channels, width * 2**stage, key=block_key, **options))
                 in_channels = block.expansion * width * 2**stage
             layers.append(tuple(blocks))
         self.layers = tuple(layers)
@@ -154,7 +194,7 @@ def resnet18(
     *,
     key: PRNGKeyArray,
     norm: Norm = FrozenBatchNorm,
-    width: int = 64,
+    width: int = WIDTH,
     checkpoint: bool = False,
     in_channels: int = 3,
 ) -> ResNet:
@@ -164,16 +204,15 @@ def resnet18(
     >>> len(body.layers[2])  # blocks of the third stage
     2
     """
-    return ResNet(
-        BasicBlock, (2, 2, 2, 2), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
-    )
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(BasicBlock, (2, 2, 2, 2), key=key, norm=norm, **options)
 
 
 def resnet34(
     *,
     key: PRNGKeyArray,
     norm: Norm = FrozenBatchNorm,
-    width: int = 64,
+    width: int = WIDTH,
     checkpoint: bool = False,
     in_channels: int = 3,
 ) -> ResNet:
@@ -183,16 +222,15 @@ def resnet34(
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
-    return ResNet(
-        BasicBlock, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
-    )
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(BasicBlock, (3, 4, 6, 3), key=key, norm=norm, **options)
 
 
 def resnet50(
     *,
     key: PRNGKeyArray,
     norm: Norm = FrozenBatchNorm,
-    width: int = 64,
+    width: int = WIDTH,
     checkpoint: bool = False,
     in_channels: int = 3,
 ) -> ResNet:
@@ -202,25 +240,131 @@ def resnet50(
     >>> len(body.layers[2])  # blocks of the third stage
     6
     """
-    return ResNet(
-        Bottleneck, (3, 4, 6, 3), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
-    )
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 6, 3), key=key, norm=norm, **options)
 
 
 def resnet101(
     *,
     key: PRNGKeyArray,
     norm: Norm = FrozenBatchNorm,
-    width: int = 64,
+    width: int = WIDTH,
     checkpoint: bool = False,
     in_channels: int = 3,
 ) -> ResNet:
-    """ResNet-101: 42.5 million parameters.
+    """ResNet-101: 42.4 million parameters.
 
     >>> body = eqx.filter_eval_shape(lambda: resnet101(key=jr.key(0)))  # shapes only
     >>> len(body.layers[2])  # blocks of the third stage
     23
     """
-    return ResNet(
-        Bottleneck, (3, 4, 23, 3), key=key, norm=norm, width=width, checkpoint=checkpoint, in_channels=in_channels
-    )
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, **options)
+
+
+def resnet152(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = WIDTH,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """ResNet-152: 58.0 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnet152(key=jr.key(0)))  # shapes only
+    >>> len(body.layers[2])  # blocks of the third stage
+    36
+    """
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 8, 36, 3), key=key, norm=norm, **options)
+
+
+def resnext50_32x4d(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = WIDTH,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """ResNeXt-50 32x4d, with 32 groups of 4 channels in the first stage: 22.9 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnext50_32x4d(key=jr.key(0)))  # shapes only
+    >>> len(body.layers[2])  # blocks of the third stage
+    6
+    """
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 6, 3), key=key, norm=norm, groups=32, width_per_group=4, **options)
+
+
+def resnext101_32x8d(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = WIDTH,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """ResNeXt-101 32x8d, with 32 groups of 8 channels in the first stage: 86.5 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnext101_32x8d(key=jr.key(0)))  # shapes only
+    >>> len(body.layers[2])  # blocks of the third stage
+    23
+    """
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, groups=32, width_per_group=8, **options)
+
+
+def resnext101_64x4d(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = WIDTH,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """ResNeXt-101 64x4d, with 64 groups of 4 channels in the first stage: 81.2 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: resnext101_64x4d(key=jr.key(0)))  # shapes only
+    >>> len(body.layers[2])  # blocks of the third stage
+    23
+    """
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, groups=64, width_per_group=4, **options)
+
+
+def wide_resnet50_2(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = WIDTH,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """Wide ResNet-50-2, with 3×3 convolutions of twice the width: 66.8 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: wide_resnet50_2(key=jr.key(0)))  # shapes only
+    >>> len(body.layers[2])  # blocks of the third stage
+    6
+    """
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 6, 3), key=key, norm=norm, width_per_group=128, **options)
+
+
+def wide_resnet101_2(
+    *,
+    key: PRNGKeyArray,
+    norm: Norm = FrozenBatchNorm,
+    width: int = WIDTH,
+    checkpoint: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """Wide ResNet-101-2, with 3×3 convolutions of twice the width: 124.7 million parameters.
+
+    >>> body = eqx.filter_eval_shape(lambda: wide_resnet101_2(key=jr.key(0)))  # shapes only
+    >>> len(body.layers[2])  # blocks of the third stage
+    23
+    """
+    options = {"width": width, "checkpoint": checkpoint, "in_channels": in_channels}
+    return ResNet(Bottleneck, (3, 4, 23, 3), key=key, norm=norm, width_per_group=128, **options)

@@ -26,6 +26,7 @@ def augment(
     max_size: int,
     flip_probability: float = 0.5,
     scale_range: tuple[float, float] | None = None,
+    square: bool = False,
     keypoint_pairs: Sequence[tuple[int, int]] = (),
     key: PRNGKeyArray,
 ) -> tuple[Float32[Array, "{canvas[0]} {canvas[1]} _"], Int32[Array, " 2"], Targets]:
@@ -39,6 +40,9 @@ def augment(
     is multiplied by a factor drawn uniformly from the range, and an image larger than the canvas is cropped at a random
     position; `min_sizes` and `max_size` are not used. Boxes are clipped to the crop, and boxes without area become
     invalid. `mask_boxes` are not clipped and may extend past the border, so the masks within them need no resampling.
+
+    With `square`, for detectors that resize by `models.Square`, both sides are resized to one of `min_sizes` or, with
+    `scale_range`, to a multiple of the canvas's, whatever the aspect ratio; `max_size` is not used.
 
     - `image`: on its source canvas, usually RGB. `image_size`: its `(height, width)` there. `targets`: in its pixels.
     - `canvas`: static `(height, width)` of the result.
@@ -64,10 +68,11 @@ def augment(
     flip = jr.bernoulli(flip_key, jnp.asarray(flip_probability, jnp.float32))
     if scale_range is None:
         chosen = jr.randint(size_key, (), 0, len(min_sizes), jnp.int32)
-        output_size = _resized_size(image_size, jnp.asarray(min_sizes, jnp.int32)[chosen], max_size, canvas)
+        side = jnp.asarray(min_sizes, jnp.int32)[chosen]
+        output_size = _square_size(side, canvas) if square else _resized_size(image_size, side, max_size, canvas)
         offset, visible_size = jnp.zeros(2, jnp.int32), output_size
     else:
-        output_size = _jittered_size(image_size, canvas, scale_range, size_key)
+        output_size = _jittered_size(jnp.asarray(canvas) if square else image_size, canvas, scale_range, size_key)
         visible_size = jnp.minimum(output_size, jnp.asarray(canvas, jnp.int32))
         offset = jr.randint(crop_key, (2,), 0, output_size - visible_size + 1, jnp.int32)
     resized = resize_image(
@@ -150,6 +155,11 @@ def _resized_size(
     # (4, 2); rounding down is monotonic, so the minimum of the sizes belongs to the smallest scale.
     sizes = image_size[None] * wanted[:, None] // present[:, None]
     return jnp.maximum(jnp.min(sizes, axis=0), 1)
+
+
+def _square_size(side: Int32[Array, ""], canvas: tuple[int, int]) -> Int32[Array, " 2"]:
+    """Both sides of a square, each at most that of the canvas."""
+    return jnp.minimum(side, jnp.asarray(canvas, jnp.int32))
 
 
 def _jittered_size(

@@ -23,7 +23,13 @@ _DETECTORS = (
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
     (("head.regression_head.bbox_ctrness.", "centerness."), "FCOS"),
     (("head.classification_head.conv", "class_tower."), "RetinaNet"),
-    (("head.classification_head.",), "SSD"),
+    (("head.classification_head.", "class_heads."), "SSD"),
+)
+# Bodies other than ResNets, by a pattern in torchvision's names or this package's.
+_OTHER_BODIES = (
+    (re.compile(r"(^|\.)\d+\.block\.\d|layers\.\d+\.layers\.2\.fc1\."), "MobileNetV3"),
+    (re.compile(r"(^|\.)(features\.28|extra\.0\.5|convs\.12)\.weight$"), "VGG-16"),
+    (re.compile(r"(^|\.)\d+\.conv\.\d|layers\.\d+\.layers\.2\.weight"), "MobileNetV2"),
 )
 _HEATMAPS = ("keypoint_predictor.kps_score_lowres.bias", "keypoint_head.heatmaps.bias")
 _CLASS_LOGITS = ("box_predictor.cls_score.bias", "classification_head.cls_logits.bias", "class_logits.bias")
@@ -48,6 +54,7 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
     arrays = {current_name(name): array for name, array in arrays.items()}
     prefix = "backbone.body." if any(name.startswith("backbone.body.") for name in arrays) else ""
     body = _body({name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)})
+    body = body or next((f"a {kind}" for pattern, kind in _OTHER_BODIES if any(map(pattern.search, arrays))), None)
     detector = next((kind for parts, kind in _DETECTORS if any(name.startswith(parts) for name in arrays)), None)
     if detector is not None:
         second = " of the second version" if any(name.startswith(_SECOND_RPN) for name in arrays) else ""
@@ -57,14 +64,15 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
         points = next((array.shape[0] for name, array in arrays.items() if name.endswith(_HEATMAPS)), 0)
         with_outputs += f" and {points} keypoints" if points else ""
         return f"a {detector}{second} on {body or 'a backbone'}{with_outputs}"
-    if body is not None and "fc.weight" in arrays:
-        classes = arrays["fc.weight"].shape[0]
+    last = max((name for name in arrays if re.fullmatch(r"(fc|classifier\.\d)\.weight", name)), default=None)
+    if body is not None and last is not None:
+        classes = arrays[last].shape[0]
         return f"{body} {'ImageNet ' if classes == 1000 else ''}classifier with {classes} classes"
     return body
 
 
 def _body(arrays: Mapping[str, Any]) -> str | None:
-    """Describes the ResNet with these parameters, or returns `None` if they do not belong to a ResNet."""
+    """Describes the ResNet or its variant with these parameters; `None` if they do not belong to a ResNet."""
     arrays = {_block_name(name): array for name, array in arrays.items()}
     blocks = {match.groups() for name in arrays if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
     if "conv1.weight" not in arrays or not blocks:
@@ -72,6 +80,11 @@ def _body(arrays: Mapping[str, Any]) -> str | None:
     counts = tuple(sum(stage == str(k) for stage, _ in blocks) for k in (1, 2, 3, 4))
     name = _RESNETS.get(("layer1.0.conv3.weight" in arrays, counts), f"ResNet of {'-'.join(map(str, counts))} blocks")
     width = arrays["conv1.weight"].shape[0]
+    middle = getattr(arrays.get("layer1.0.conv2.weight"), "shape", ())  # (channels, channels per group, 3, 3)
+    if "layer1.0.conv3.weight" in arrays and len(middle) == 4 and middle[:2] != (width, width):
+        groups, depth = middle[0] // middle[1], name.removeprefix("ResNet-")
+        wide = f"Wide ResNet-{depth}-{middle[0] // width}"
+        name = wide if groups == 1 else f"ResNeXt-{depth} {groups}x{middle[1]}d"
     width = "" if width == _STEM else f" of width {width}"
     return f"a {name}{width}{'' if 'bn1.running_var' in arrays else ' with GroupNorm'}"
 
@@ -88,7 +101,7 @@ def explain(error: WeightsError, source: str, arrays: Mapping[str, Any], wanted:
     - `wanted`: the arrays of the model, as for `describe`.
     """
     theirs, ours = describe(arrays), describe(wanted)
-    backbone = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
+    backbone = {name: array for name, array in arrays.items() if not name.startswith(("fc.", "classifier."))}
     if theirs is None or ours in (theirs, describe(backbone)):
         return error
     line = f"{source} seems to be {theirs}{f', but the model is {ours}' if ours else ''}."

@@ -11,9 +11,9 @@ from ._trees import ARRAYS, named_leaves
 # For each module class, the names that the other library has for its fields. Fields that are not listed keep their
 # names. A value is one of:
 # - a string, in which `{i}` stands for the position if the field is a tuple; an empty string adds no level to the path;
-# - a function from the position to such a string;
+# - a function from the position to such a string, or to a dictionary as below for the part at that position;
 # - a dictionary of the same kind with names for the fields of that part, replacing the table's entry for its class.
-FieldNames = Mapping[str, "str | Callable[[int], str] | FieldNames"]
+FieldNames = Mapping[str, "str | Callable[[int], str | FieldNames] | FieldNames"]
 Names = Mapping[type, FieldNames]
 
 
@@ -57,7 +57,10 @@ def _field(
         yield from _walk(child, names, ours, theirs, foreign)
     elif isinstance(child, tuple | list) and (callable(foreign) or "{i}" in foreign):
         for i, part in enumerate(child):
-            name = str(foreign(i)) if callable(foreign) else str(foreign.format(i=i))
-            yield from _walk(part, names, (*ours, str(i)), (*theirs, name), None)
+            name = foreign(i) if callable(foreign) else foreign.format(i=i)
+            if isinstance(name, Mapping):
+                yield from _walk(part, names, (*ours, str(i)), theirs, name)
+            else:
+                yield from _walk(part, names, (*ours, str(i)), (*theirs, str(name)), None)
     else:
         yield from _walk(child, names, ours, (*theirs, foreign), None)

@@ -63,8 +63,8 @@ def read_torchvision(
 def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
     """Returns a copy of `model` with torchvision's parameters.
 
-    - `model`: a detector of `zoo`, or a `ResNet` for the checkpoint of an ImageNet classifier, whose `fc` layer is
-      ignored. Its shapes are sufficient (`equinox.filter_eval_shape`).
+    - `model`: a detector of `zoo`, or a backbone's body such as a `ResNet` for the checkpoint of an ImageNet
+      classifier, whose last layers are ignored. Its shapes are sufficient (`equinox.filter_eval_shape`).
     - `source`: any source that `read_torchvision` accepts: a `.pth` file, read without torch and without running
       anything in it, a `.safetensors` file, or a mapping from torchvision's names to arrays.
 
@@ -85,12 +85,12 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
     >>> loaded = load_torchvision(body, arrays)
     """
     arrays, names = read_torchvision(source, model), torchvision_names(model)
-    # The last layer of a classifier is not part of a backbone. Classifiers lack the prefix that detectors have.
+    # The last layers of a classifier are not part of a backbone. Classifiers lack the prefix that detectors have.
     classifier = not any(name.startswith("backbone.") for name in arrays)
     wanted = {names[name]: (name, leaf) for name, leaf in named_leaves(model).items()}
     replacements, nonfinite = {}, []
     for name, array in arrays.items():
-        if classifier and name in ("fc.weight", "fc.bias"):
+        if classifier and name.startswith(("fc.", "classifier.")):
             continue
         ours, leaf = wanted.get(name, (name, None))
         # Arrays that do not fit are not copied, since a shape alone can make them large. They are reported below.
@@ -111,9 +111,10 @@ def load_torchvision(model: Model, source: str | os.PathLike | Mapping[str, Any]
 
 
 def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
-    """Returns a copy of a detector whose ResNet has the parameters of an ImageNet classifier's checkpoint.
+    """Returns a copy of a detector whose backbone has the parameters of an ImageNet classifier's checkpoint.
 
-    `source` is as in `load_torchvision`. The pyramid and the heads keep their values.
+    The classifier must have the architecture of `model.backbone.body`. `source` is as in `load_torchvision`. The
+    pyramid and the heads keep their values.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import faster_rcnn

@@ -1,5 +1,6 @@
 """Detectors by name, their published weights, and `Predictor`, a model with its categories and image sizes."""
 
+from ._about import canvases as canvases
 from ._architecture import NORMS as NORMS, Architecture as Architecture, NormName as NormName
 from ._detectors import build as build, names as names
 from ._download import cache_folder as cache_folder

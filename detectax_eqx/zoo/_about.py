@@ -6,13 +6,34 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import Category
-from ..models import AbstractDetector, Preprocessing, ShortestEdge, Square
+from ..data import CANVASES, Category
+from ..models import AbstractDetector, Preprocessing, ShortestEdge, Square, smallest_canvas
 
 
 ABOUT = "detector"  # the key in the metadata of a safetensors file
 
 Canvases = tuple[tuple[int, int], ...]
+
+
+def canvases(model: AbstractDetector) -> Canvases:
+    """The canvases on which a detector's images fit: one for a square, a wide and a tall one otherwise.
+
+    For the usual sizes, 800 and 1333, these are `data.CANVASES`. The model may consist of shapes only.
+
+    >>> import equinox as eqx, jax.random as jr
+    >>> from detectax_eqx import zoo
+    >>> model = eqx.filter_eval_shape(zoo.build, "faster_rcnn_mobilenet_v3_large_320_fpn", 3, key=jr.key(0))
+    >>> canvases(model)
+    ((320, 640), (640, 320))
+    """
+    resize, divisor = model.preprocessing.resize, model.backbone.divisor
+    if isinstance(resize, Square):
+        return (smallest_canvas((resize.size, resize.size), divisor=divisor),)
+    if resize == ShortestEdge():
+        return CANVASES
+    short, long = int(resize.min_size), int(max(resize.min_size, resize.max_size))
+    height, width = smallest_canvas((short, long), divisor=divisor)
+    return ((height, width),) if height == width else ((height, width), (width, height))
 
 
 def about(

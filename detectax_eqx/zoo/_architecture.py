@@ -1,5 +1,6 @@
 """The name of a detector and the options that determine its arrays, from which it can be rebuilt."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,21 @@ from ..nn import FrozenBatchNorm, GroupNorm, Norm
 from ._detectors import build
 
 
+# The number of groups of GroupNorm where it divides the number of channels, as it does in ResNets.
+GROUPS = 32
+
+
+def _group_norm(channels: int) -> GroupNorm:
+    """A norm of 32 groups, or of the most that divide both 32 and the channels: MobileNets have widths such as 40."""
+    return GroupNorm(channels, groups=math.gcd(GROUPS, channels))
+
+
 NormName = Literal["frozen_batch", "frozen_batch_eps0", "group"]
 NORMS: dict[NormName, Norm] = {
     "frozen_batch": FrozenBatchNorm,
     # torchvision's first COCO detectors were trained with `eps=0`.
     "frozen_batch_eps0": partial(FrozenBatchNorm, eps=0.0),
-    "group": GroupNorm,
+    "group": _group_norm,
 }
 
 
@@ -57,7 +67,9 @@ class Architecture:
             parts["aspect_ratios"] = self.aspect_ratios
         if self.num_keypoints is not None:
             parts["num_keypoints"] = self.num_keypoints
-        return build(self.name, num_classes, key=key, norm=NORMS[self.norm], checkpoint=checkpoint, **parts)
+        # Each detector's frozen norm has an `eps` of its own.
+        norm = None if self.norm == "frozen_batch" else NORMS[self.norm]
+        return build(self.name, num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Architecture":

@@ -1,24 +1,53 @@
 """Builds detectors by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from ..models import AbstractDetector, faster_rcnn, fcos, giou_of_boxes, keypoint_rcnn, mask_rcnn, retinanet
+from ..models import (
+    ANCHOR_SIZES,
+    SSD,
+    AbstractDetector,
+    ConvBoxHead,
+    FasterRCNN,
+    ShortestEdge,
+    faster_rcnn,
+    fcos,
+    giou_of_boxes,
+    keypoint_rcnn,
+    mask_rcnn,
+    retinanet,
+    ssd,
+    ssdlite,
+)
 from ..nn import (
+    SSDVGG,
     ConvolvedTop,
     FrozenBatchNorm,
     GroupNorm,
+    MobileNet,
+    MobileNetFPN,
     Norm,
     ResNet,
     ResNetFPN,
+    SSDMobileNet,
+    mobilenet_v2,
+    mobilenet_v3_large,
     resnet18,
     resnet34,
     resnet50,
     resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    vgg16,
+    wide_resnet50_2,
+    wide_resnet101_2,
 )
 
 
@@ -36,7 +65,7 @@ def build(
     num_classes: int,
     *,
     key: PRNGKeyArray,
-    norm: Norm = FrozenBatchNorm,
+    norm: Norm | None = None,
     checkpoint: bool = False,
     **parts: Any,
 ) -> AbstractDetector:
@@ -44,7 +73,8 @@ def build(
 
     - `num_classes`: foreground classes only. torchvision also counts the background: its 91 classes are 90 here.
     - `norm`: the normalisation of the backbone: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from
-      scratch. torchvision's COCO checkpoints need `functools.partial(FrozenBatchNorm, eps=0.0)`.
+      scratch. The default is `FrozenBatchNorm` with the `eps` of torchvision's detector. torchvision's first COCO
+      checkpoints need `functools.partial(FrozenBatchNorm, eps=0.0)`. SSD300 has no norms.
     - `checkpoint`: gradient checkpointing in the backbone, see `nn.ResNet`.
     - `parts`: further arguments of the detector's own function in `models`, such as `anchor_sizes` of `faster_rcnn`.
 
@@ -60,7 +90,8 @@ def build(
     if name not in _DETECTORS:
         raise ValueError(f"There is no detector {name!r}; choose one of {', '.join(names())}.")
     try:
-        return _DETECTORS[name](num_classes, key=key, norm=norm, checkpoint=checkpoint, **parts)
+        options = parts if norm is None else parts | {"norm": norm}
+        return _DETECTORS[name](num_classes, key=key, checkpoint=checkpoint, **options)
     except TypeError as error:
         unknown = [part for part in parts if f"unexpected keyword argument '{part}'" in str(error)]
         if not unknown:
@@ -74,13 +105,34 @@ def _two_stage(
     num_classes: int,
     *,
     key: PRNGKeyArray,
-    norm: Norm,
     checkpoint: bool,
+    norm: Norm = FrozenBatchNorm,
     **parts: Any,
 ) -> AbstractDetector:
     body_key, fpn_key, heads_key = jr.split(key, 3)
     backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key)
     return detector(backbone, num_classes, key=heads_key, **parts)
+
+
+def _two_stage_v2(
+    detector: Callable[..., AbstractDetector],
+    resnet: Callable[..., ResNet],
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    checkpoint: bool,
+    norm: Norm = FrozenBatchNorm,
+    **parts: Any,
+) -> AbstractDetector:
+    """torchvision's second version: norms in the pyramid and the heads too, and one more convolution in the RPN."""
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=norm)
+    parts = {"rpn_depth": 2, "box_head": partial(ConvBoxHead, norm=norm)} | parts
+    return detector(backbone, num_classes, key=heads_key, **parts)
+
+
+def _mask_rcnn_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
+    return _two_stage_v2(mask_rcnn, *arguments, norm=norm, **({"mask_norm": norm} | options))
 
 
 def _dense(
@@ -89,8 +141,8 @@ def _dense(
     num_classes: int,
     *,
     key: PRNGKeyArray,
-    norm: Norm,
     checkpoint: bool,
+    norm: Norm = FrozenBatchNorm,
     from_features: bool = False,
     **parts: Any,
 ) -> AbstractDetector:
@@ -101,19 +153,85 @@ def _dense(
     return detector(ResNetFPN(body, key=fpn_key, finest=3, top=top), num_classes, key=heads_key, **parts)
 
 
+def _mobilenet(
+    mobilenet: Callable[..., MobileNet],
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    checkpoint: bool,
+    norm: Norm = FrozenBatchNorm,
+    **parts: Any,
+) -> FasterRCNN:
+    """A Faster R-CNN on the last two maps of a MobileNet, with anchors of all sizes on each level."""
+    body_key, fpn_key, heads_key = jr.split(key, 3)
+    backbone = MobileNetFPN(mobilenet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key)
+    every_size = tuple(size for sizes in ANCHOR_SIZES for size in sizes)
+    parts = {"anchor_sizes": (every_size,) * len(backbone.strides)} | parts
+    return faster_rcnn(backbone, num_classes, key=heads_key, **parts)
+
+
+def _mobilenet_320(num_classes: int, **options: Any) -> FasterRCNN:
+    """torchvision's low-resolution detector, with fewer proposals."""
+    model = _mobilenet(mobilenet_v3_large, num_classes, **options)
+    return replace(
+        model,
+        preprocessing=replace(model.preprocessing, resize=ShortestEdge(320, 640)),
+        selection=replace(model.selection, pre_nms_top_n=150, post_nms_top_n=150, rpn_score_threshold=0.05),
+        sampling=replace(model.sampling, rpn_score_threshold=0.05),
+    )
+
+
+def _ssd300(num_classes: int, *, key: PRNGKeyArray, checkpoint: bool, norm: Norm | None = None, **parts: Any) -> SSD:
+    """SSD on VGG-16, which has no norms."""
+    body_key, extras_key, heads_key = jr.split(key, 3)
+    body = vgg16(key=body_key, rounded_up=(2,), checkpoint=checkpoint)
+    return ssd(SSDVGG(body, key=extras_key), num_classes, key=heads_key, **parts)
+
+
+_SSDLITE_NORM: Norm = partial(FrozenBatchNorm, eps=1e-3)
+
+
+def _ssdlite320(
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    checkpoint: bool,
+    norm: Norm = _SSDLITE_NORM,
+    **parts: Any,
+) -> SSD:
+    body_key, extras_key, heads_key = jr.split(key, 3)
+    body = mobilenet_v3_large(key=body_key, norm=norm, reduced_tail=True, checkpoint=checkpoint)
+    backbone = SSDMobileNet(body, key=extras_key, norm=norm)
+    return ssdlite(backbone, num_classes, key=heads_key, norm=norm, **parts)
+
+
+# Bodies of two-stage detectors, by the name that is part of the detector's.
+_RESNETS: dict[str, Callable[..., ResNet]] = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "resnext50_32x4d": resnext50_32x4d,
+    "resnext101_32x8d": resnext101_32x8d,
+    "resnext101_64x4d": resnext101_64x4d,
+    "wide_resnet50_2": wide_resnet50_2,
+    "wide_resnet101_2": wide_resnet101_2,
+}
 _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
-    "faster_rcnn_resnet18_fpn": partial(_two_stage, faster_rcnn, resnet18),
-    "faster_rcnn_resnet34_fpn": partial(_two_stage, faster_rcnn, resnet34),
-    "faster_rcnn_resnet50_fpn": partial(_two_stage, faster_rcnn, resnet50),
-    "faster_rcnn_resnet101_fpn": partial(_two_stage, faster_rcnn, resnet101),
-    "mask_rcnn_resnet18_fpn": partial(_two_stage, mask_rcnn, resnet18),
-    "mask_rcnn_resnet34_fpn": partial(_two_stage, mask_rcnn, resnet34),
-    "mask_rcnn_resnet50_fpn": partial(_two_stage, mask_rcnn, resnet50),
-    "mask_rcnn_resnet101_fpn": partial(_two_stage, mask_rcnn, resnet101),
+    **{f"faster_rcnn_{body}_fpn": partial(_two_stage, faster_rcnn, build) for body, build in _RESNETS.items()},
+    "faster_rcnn_resnet50_fpn_v2": partial(_two_stage_v2, faster_rcnn, resnet50),
+    "faster_rcnn_mobilenet_v2_fpn": partial(_mobilenet, mobilenet_v2),
+    "faster_rcnn_mobilenet_v3_large_fpn": partial(_mobilenet, mobilenet_v3_large),
+    "faster_rcnn_mobilenet_v3_large_320_fpn": _mobilenet_320,
+    **{f"mask_rcnn_{body}_fpn": partial(_two_stage, mask_rcnn, build) for body, build in _RESNETS.items()},
+    "mask_rcnn_resnet50_fpn_v2": partial(_mask_rcnn_v2, resnet50),
     "keypoint_rcnn_resnet50_fpn": partial(_two_stage, keypoint_rcnn, resnet50),
     "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
     "retinanet_resnet50_fpn_v2": partial(
         _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes
     ),
     "fcos_resnet50_fpn": partial(_dense, fcos, resnet50),
+    "ssd300_vgg16": _ssd300,
+    "ssdlite320_mobilenet_v3_large": _ssdlite320,
 }

@@ -16,7 +16,7 @@ from .._types import Detections
 from ..data import CANVASES, Category, check_categories, list_images, make_buckets
 from ..models import AbstractDetector, Selection, detect_batch
 from ..weights import read_safetensors, replace_leaves, save_safetensors
-from ._about import about, with_about
+from ._about import about, canvases as own_canvases, with_about
 from ._architecture import Architecture, NormName
 from ._inputs import is_folder, padded_images, pixels_of
 from ._prediction import Prediction
@@ -63,8 +63,8 @@ class Predictor:
     @classmethod
     def pretrained(cls, name: str) -> "Predictor":
         """Loads a detector with its published weights, see `zoo.pretrained`."""
-        weights = published(name)
-        return cls(pretrained(name), weights.categories, architecture=weights.architecture)
+        weights, model = published(name), pretrained(name)
+        return cls(model, weights.categories, own_canvases(model), weights.architecture)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> "Predictor":
@@ -88,7 +88,8 @@ class Predictor:
         known = published(name) if name in published_names() and published(name).file == path.name else None
         norm = norm or (known.architecture.norm if known else "frozen_batch")
         architecture = with_keypoints(Architecture(name, norm), path)
-        predictor = cls(load_weights(architecture, path), architecture=architecture)
+        model = load_weights(architecture, path)
+        predictor = cls(model, canvases=own_canvases(model), architecture=architecture)
         if known is not None and len(known.categories) == predictor.model.num_classes:
             return replace(predictor, categories=known.categories)
         if path.suffix != ".safetensors":
@@ -124,7 +125,7 @@ class Predictor:
             raise ValueError(f"{path}: its metadata is not what Predictor.save writes ({error!r}).") from None
         model = replace_leaves(shapes, arrays, source=str(path))
         model, categories, canvases = with_about(model, metadata, path)
-        return cls(model, categories, canvases or CANVASES, architecture)
+        return cls(model, categories, canvases or own_canvases(model), architecture)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the predictor to a folder, from which `load` reads it without further arguments.

@@ -126,6 +126,12 @@ _PUBLISHED: dict[str, Published] = {
             34.6,
             norm="frozen_batch_eps0",
         ),
+        _torchvision("faster_rcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2_coco-dd69338a", 167.104, 46.7),
+        _torchvision("faster_rcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7", 74.239, 32.8),
+        _torchvision(
+            "faster_rcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9", 74.239, 22.8
+        ),
+        _torchvision("mask_rcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2_coco-73cbd019", 177.219, 47.4, 41.8),
         _torchvision(
             "keypoint_rcnn_resnet50_fpn",
             "keypointrcnn_resnet50_fpn_coco-fc266e95",
@@ -146,5 +152,7 @@ _PUBLISHED: dict[str, Published] = {
             "retinanet_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2_coco-5905b1c5", 146.037, 41.5, background=False
         ),
         _torchvision("fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7", 123.608, 39.2, background=False),
+        _torchvision("ssd300_vgg16", "ssd300_vgg16_coco-b556d3b4", 135.988, 25.1),
+        _torchvision("ssdlite320_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large_coco-a79551df", 13.418, 21.3),
     )
 }

@@ -87,7 +87,7 @@ def array_shapes(model: AbstractDetector) -> dict[str, tuple[int, ...]]:
 def initialize(
     model: AbstractDetector, architecture: Architecture, path: str | os.PathLike
 ) -> tuple[AbstractDetector, tuple[str, ...]]:
-    """Initialises `model` for fine-tuning, from a detector of its architecture or an ImageNet ResNet for its backbone.
+    """Initialises `model` for fine-tuning: from a detector of its architecture, or a classifier with its backbone.
 
     If the file's detector has another number of classes, the layers that depend on it keep their values. The same
     applies to the layers that depend on the number of anchors or keypoints.

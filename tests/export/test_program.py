@@ -1,6 +1,7 @@
 """The exported program gives the detections of the model; options out of range are refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ import pytest
 from detectax_eqx import export, models, nn, ops
 from detectax_eqx.export import _extras, _program
 
-from .detectors import SHAPE, Brightest, Cells
+from .detectors import SHAPE, Brightest, Cells, with_statistics
 
 
 def test_sizes_are_looked_up_as_they_are_computed(model):
@@ -40,6 +41,27 @@ def test_folded_norms_change_nothing(model):
     )
     image = jr.normal(jr.key(1), (3, 64, 64))
     for wanted, found in zip(*(eqx.filter_jit(m.backbone)(image) for m in (model, folded)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_pyramid_and_heads_are_folded_too():
+    keys = jr.split(jr.key(0), 4)
+    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], width=8), key=keys[1], channels=16, norm=nn.FrozenBatchNorm)
+    head = partial(models.ConvBoxHead, hidden_channels=16)
+    parts = {"hidden_size": 32, "hidden_channels": 16, "box_head": head, "mask_norm": nn.FrozenBatchNorm}
+    model = with_statistics(models.mask_rcnn(backbone, 3, key=keys[2], **parts), keys[3])
+    folded = export.fold_norms(model)
+    leaves = jax.tree.leaves((model, folded), is_leaf=lambda n: isinstance(n, nn.FrozenBatchNorm))
+    norms = [leaf for leaf in leaves if isinstance(leaf, nn.FrozenBatchNorm)]
+    assert len(norms) == 20 + 8 + 4 + 4  # of the model alone: ResNet-18, pyramid, box head, mask head
+    image, features = jr.normal(jr.key(1), (3, 64, 64)), jr.normal(jr.key(2), (2, 16, 7, 7))
+
+    @eqx.filter_jit
+    def run(model):
+        masks = model.mask_head(features, jnp.array([0, 2]))
+        return model.backbone(image), model.box_head(features), masks
+
+    for wanted, found in zip(jax.tree.leaves(run(model)), jax.tree.leaves(run(folded)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 

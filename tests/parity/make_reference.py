@@ -13,13 +13,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision import ops
+from torchvision.models import mobilenet_v2
 from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_fpn,
     fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
     fcos_resnet50_fpn,
     keypointrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
 )
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -30,7 +36,13 @@ from torchvision.ops.boxes import _batched_nms_vanilla
 
 
 DATA = Path(__file__).parent.parent / "data"
-BODIES = ("resnet18", "resnet34", "resnet50", "resnet101")
+BODIES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
+DENSE = (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn)
+WHOLE = {
+    "faster_rcnn_mobilenet_v3_large_fpn": fasterrcnn_mobilenet_v3_large_fpn,
+    "ssd300_vgg16": ssd300_vgg16,
+    "ssdlite320_mobilenet_v3_large": ssdlite320_mobilenet_v3_large,
+}
 # A canvas whose P5 has an odd number of rows, so that P6's stride is not 64.
 CANVAS, STRIDES, SIZES, ASPECT_RATIOS = (800, 1088), (4, 8, 16, 32, 64), (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
@@ -211,7 +223,8 @@ def losses(rng):
 def parameter_names():
     """Names and shapes of the backbones with their pyramids, and of each detector's other parameters.
 
-    These are a two-stage detector's heads, and a dense detector's pyramid and heads.
+    These are a two-stage detector's heads, and the pyramid and heads of dense detectors and of second versions.
+    Detectors with another body are whole.
     """
 
     def shapes(model):
@@ -229,7 +242,13 @@ def parameter_names():
         return root
 
     backbones = {body: shapes(resnet_fpn_backbone(backbone_name=body, weights=None)) for body in BODIES}
-    trees = {"backbones": {body: tree(flat) for body, flat in backbones.items()}, "heads": {}, "dense": {}}
+    trees = {
+        "backbones": {body: tree(flat) for body, flat in backbones.items()},
+        "heads": {},
+        "second": {},
+        "dense": {},
+        "whole": {},
+    }
     two_stage = {
         "faster_rcnn": fasterrcnn_resnet50_fpn,
         "mask_rcnn": maskrcnn_resnet50_fpn,
@@ -241,10 +260,17 @@ def parameter_names():
         assert backbone == backbones["resnet50"]
         trees["heads"][name] = tree({k: v for k, v in everything.items() if not k.startswith("backbone.")})
     body = {k: v for k, v in backbones["resnet50"].items() if k.startswith("body.")}
-    for build in (retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2, fcos_resnet50_fpn):
+    for kind, name, build in (
+        ("second", "faster_rcnn_resnet50_fpn_v2", fasterrcnn_resnet50_fpn_v2),
+        ("second", "mask_rcnn_resnet50_fpn_v2", maskrcnn_resnet50_fpn_v2),
+        *(("dense", build.__name__, build) for build in DENSE),
+    ):
         everything = shapes(build(weights=None, weights_backbone=None))
         assert body == {k.removeprefix("backbone."): v for k, v in everything.items() if "backbone.body." in k}
-        trees["dense"][build.__name__] = tree({k: v for k, v in everything.items() if "backbone.body." not in k})
+        trees[kind][name] = tree({k: v for k, v in everything.items() if "backbone.body." not in k})
+    for name, build in WHOLE.items():
+        trees["whole"][name] = tree(shapes(build(weights=None, weights_backbone=None)))
+    trees["mobilenet_v2"] = tree(shapes(mobilenet_v2(weights=None)))
     return trees
 
 

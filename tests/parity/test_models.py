@@ -25,15 +25,23 @@ from .keypoints import KeypointAgreement
 from .torchvision_models import arrays_of, random_detector, real_images
 
 
-# The number of classes of our model where torchvision's has 91 outputs, by name. Two-stage detectors add a background
-# class themselves; the others have a sigmoid for each id from 0.
+# The number of classes of our model where torchvision's has 91 outputs, by name. Two-stage detectors and SSD add a
+# background class themselves; the others have a sigmoid for each id from 0.
 CASES = {
     "faster_rcnn_resnet50_fpn": 90,
     "mask_rcnn_resnet50_fpn": 90,
     "keypoint_rcnn_resnet50_fpn": 90,
+    "faster_rcnn_resnet50_fpn_v2": 90,
+    "mask_rcnn_resnet50_fpn_v2": 90,
+    "faster_rcnn_resnext50_32x4d_fpn": 90,
+    "faster_rcnn_mobilenet_v2_fpn": 90,
+    "faster_rcnn_mobilenet_v3_large_fpn": 90,
+    "faster_rcnn_mobilenet_v3_large_320_fpn": 90,
     "retinanet_resnet50_fpn": 91,
     "retinanet_resnet50_fpn_v2": 91,
     "fcos_resnet50_fpn": 91,
+    "ssd300_vgg16": 90,
+    "ssdlite320_mobilenet_v3_large": 90,
 }
 
 
@@ -199,10 +207,12 @@ def test_losses_and_gradients(name, precision):
 
 def _losses_and_gradients(name, precision):
     """Our losses and gradients and torchvision's, at the same weights, with all candidates sampled."""
-    height, width, objects = 256, 320, 5
+    resize, objects = build(name).preprocessing.resize, 5
+    square = isinstance(resize, models.Square)
+    height, width = (resize.size, resize.size) if square else (256, 320)
     everything = 1_000_000
     dtype = getattr(torch, precision)
-    two_stage = CASES[name] == 90
+    two_stage = "rcnn" in name
     sampling = {
         "rpn_batch_size_per_image": everything,
         "box_batch_size_per_image": everything,
@@ -210,7 +220,8 @@ def _losses_and_gradients(name, precision):
         "rpn_post_nms_top_n_train": 60,
         "rpn_pre_nms_top_n_train": 200,
     }
-    reference = random_detector(name, min_size=height, max_size=width, **(sampling if two_stage else {})).train()
+    options = {} if square else {"min_size": height, "max_size": width}
+    reference = random_detector(name, **options, **(sampling if two_stage else {})).train()
     reference.to(dtype)
     first_label = 91 - CASES[name]
     rng = np.random.default_rng(0)
@@ -256,7 +267,8 @@ def _losses_and_gradients(name, precision):
         jnp.asarray(points),
     )
     if two_stage:
-        sampled = models.TwoStageSampling(
+        sampled = replace(
+            model.sampling,
             pre_nms_top_n=200,
             post_nms_top_n=60,
             rpn_samples=everything,
@@ -298,9 +310,18 @@ PARAMETERS = {
     "faster_rcnn_resnet50_fpn": 41_755_286,
     "mask_rcnn_resnet50_fpn": 44_401_393,
     "keypoint_rcnn_resnet50_fpn": 59_137_258 + 89 * 5 * 1025,  # torchvision's is for 2 classes, not 91
+    # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
+    "faster_rcnn_resnet50_fpn_v2": 43_712_278 - 53_120 - 4_096 - 2_048,
+    "mask_rcnn_resnet50_fpn_v2": 46_359_409 - 53_120 - 4_096 - 2 * 2_048,
+    "faster_rcnn_resnext50_32x4d_fpn": 41_755_286 - 23_454_912 + 22_911_680,  # another body
+    "faster_rcnn_mobilenet_v2_fpn": 18_710_482,
+    "faster_rcnn_mobilenet_v3_large_fpn": 19_386_354,
+    "faster_rcnn_mobilenet_v3_large_320_fpn": 19_386_354,
     "retinanet_resnet50_fpn": 34_014_999,
     "retinanet_resnet50_fpn_v2": 38_198_935 - 53_120,  # less those of its BatchNorms, which are frozen here
     "fcos_resnet50_fpn": 32_269_600,
+    "ssd300_vgg16": 35_641_826,
+    "ssdlite320_mobilenet_v3_large": 3_440_060 - 32_944,  # less those of its BatchNorms
 }
 
 
