@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import tyro
 from _shared import ModelName, Precision
 
 from detectax_eqx import data, models, zoo
@@ -30,7 +31,7 @@ class DataOptions:
 class ModelOptions:
     """Detector and initial weights."""
 
-    model: ModelName = "mask_rcnn_resnet50_fpn"
+    model: Annotated[ModelName, tyro.conf.arg(metavar="NAME")] = "mask_rcnn_resnet50_fpn"
     """Detector to train, see `detectax list`. A mask detector needs a segmentation for every object."""
     init: Path | None = None
     """Initial weights: .pth or .safetensors of the detector, whatever its classes, or of an ImageNet classifier."""

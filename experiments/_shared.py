@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,7 @@ from detectax_eqx import data, evaluate, files, models, nn, zoo
 if TYPE_CHECKING:
     ModelName = str
 else:
-    # A choice on the command line; help does not list the names.
-    ModelName = Annotated[Literal[zoo.names()], tyro.conf.arg(metavar="NAME")]
+    ModelName = Literal[zoo.names()]  # a choice on the command line
 Precision = Literal["float32", "bfloat16"]
 
 # Default anchors: one side in pixels per level, and height / width.

@@ -15,12 +15,12 @@ from ..ops import (
     decode_boxes,
     encode_boxes,
     match_boxes,
-    nms_indices,
     pairwise_iou,
     sample_balanced,
     smooth_l1_loss,
 )
 from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_size
+from ._suppress import suppress
 
 
 # The inverse of the standard deviations of matched proposals' deltas on COCO, about 0.1 for offsets and 0.2 for sizes
@@ -80,10 +80,7 @@ class BoxHead(eqx.Module):
         """Returns class logits and box deltas in float32, background at index 0."""
         x = features.reshape(features.shape[0], -1)  # (p, c s s)
         x = relu(_linear(self.fc6, x))
-        x = relu(_linear(self.fc7, x))
-        logits = _linear(self.class_logits, x).astype(jnp.float32)  # (p, k + 1)
-        deltas = _linear(self.box_deltas, x).astype(jnp.float32)
-        return logits, deltas.reshape(features.shape[0], -1, 4)  # (p, 4 (k + 1)) -> (p, k + 1, 4)
+        return _outputs(self.class_logits, self.box_deltas, relu(_linear(self.fc7, x)))
 
 
 class ConvBoxHead(eqx.Module):
@@ -148,9 +145,15 @@ class ConvBoxHead(eqx.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.vmap(lambda x, conv=conv, norm=norm: relu(norm(conv(x))))(x)
         x = relu(_linear(self.fc, x.reshape(x.shape[0], -1)))  # (p, c, s, s) -> (p, c s s) -> (p, hidden)
-        logits = _linear(self.class_logits, x).astype(jnp.float32)  # (p, k + 1)
-        deltas = _linear(self.box_deltas, x).astype(jnp.float32)
-        return logits, deltas.reshape(features.shape[0], -1, 4)  # (p, 4 (k + 1)) -> (p, k + 1, 4)
+        return _outputs(self.class_logits, self.box_deltas, x)
+
+
+def _outputs(
+    class_logits: eqx.nn.Linear, box_deltas: eqx.nn.Linear, x: Float[Array, "p i"]
+) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
+    """Class logits and box deltas of each proposal in float32."""
+    deltas = _linear(box_deltas, x).astype(jnp.float32)  # (p, 4 (k + 1))
+    return _linear(class_logits, x).astype(jnp.float32), deltas.reshape(x.shape[0], -1, 4)
 
 
 def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
@@ -282,12 +285,4 @@ def box_detections(
     scores = scores.reshape(-1)  # (p, k) -> (p k)
     labels = jnp.tile(jnp.arange(num_classes, dtype=jnp.int32), num_proposals)  # (p k)
     candidates = jnp.repeat(proposals.valid, num_classes) & (scores > score_threshold) & has_size(boxes, min_size)
-    keep, valid = nms_indices(
-        boxes, scores, candidates, iou_threshold=nms_threshold, max_outputs=max_detections, labels=labels
-    )
-    return Detections(
-        jnp.where(valid[:, None], boxes[keep], 0.0),
-        jnp.where(valid, scores[keep], 0.0),
-        jnp.where(valid, labels[keep], 0),
-        valid,
-    )
+    return suppress(boxes, scores, labels, candidates, nms_threshold=nms_threshold, max_detections=max_detections)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 from .._types import Detections
 from .._xla import rematerialise
 from ..nn import Conv2d, Initializer, Norm, relu
-from ..ops import anchor_grid, clip_boxes, nms_indices, sigmoid_focal_loss
+from ..ops import anchor_grid, clip_boxes, sigmoid_focal_loss
+from ._suppress import suppress
 
 
 # Initial probability of the rare foreground: Lin et al. 2017 (arXiv:1708.02002), section 3.3.
@@ -141,19 +142,13 @@ def dense_detections(
         best.append(level_scores)
         labels.append((pair % num_classes).astype(jnp.int32))
     all_boxes, all_scores, all_labels = jnp.concatenate(boxes), jnp.concatenate(best), jnp.concatenate(labels)
-    keep, valid = nms_indices(
+    return suppress(
         all_boxes,
         all_scores,
+        all_labels,
         all_scores > selection.score_threshold,
-        iou_threshold=selection.nms_threshold,
-        max_outputs=selection.max_detections,
-        labels=all_labels,
-    )
-    return Detections(
-        jnp.where(valid[:, None], all_boxes[keep], 0.0),
-        jnp.where(valid, all_scores[keep], 0.0),
-        jnp.where(valid, all_labels[keep], 0),
-        valid,
+        nms_threshold=selection.nms_threshold,
+        max_detections=selection.max_detections,
     )
 
 

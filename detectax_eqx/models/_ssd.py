@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import equinox as eqx
@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Conv2d, FrozenBatchNorm, Norm, SeparableConv2d, SSDBackbone
-from ..ops import clip_boxes, decode_boxes, encode_boxes, match_boxes, nms_indices, pairwise_iou, smooth_l1_loss
+from ..ops import clip_boxes, decode_boxes, encode_boxes, match_boxes, pairwise_iou, smooth_l1_loss
 from ._box_head import BOX_WEIGHTS
 from ._dense import by_anchor
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing, Square
 from ._rpn import Weights
+from ._suppress import suppress
 
 
 # Glorot and Bengio's initialisation, that of torchvision's heads.
@@ -182,20 +183,13 @@ class SSD(AbstractDetector[SSDSelection]):
         scores, rows = lax.top_k(scores, min(selection.top_n, len(boxes)))  # (k, t): the best boxes of each class
         labels = jnp.broadcast_to(jnp.arange(len(rows), dtype=jnp.int32)[:, None], rows.shape)
         scores, rows, labels = (x.reshape(-1) for x in (scores, rows, labels))  # (k t)
-        boxes = boxes[rows]
-        keep, valid = nms_indices(
-            boxes,
+        return suppress(
+            boxes[rows],
             scores,
+            labels,
             scores > selection.score_threshold,
-            iou_threshold=selection.nms_threshold,
-            max_outputs=selection.max_detections,
-            labels=labels,
-        )
-        return Detections(
-            jnp.where(valid[:, None], boxes[keep], 0.0),
-            jnp.where(valid, scores[keep], 0.0),
-            jnp.where(valid, labels[keep], 0),
-            valid,
+            nms_threshold=selection.nms_threshold,
+            max_detections=selection.max_detections,
         )
 
     def loss(
@@ -323,12 +317,8 @@ def ssdlite(
     """
     heads = partial(SeparableConv2d, norm=norm)
     model = ssd(backbone, num_classes, key=key, default_boxes=default_boxes, predictor=heads)
-    return SSD(
-        backbone,
-        model.class_heads,
-        model.box_heads,
-        default_boxes=default_boxes,
-        num_outputs=model.num_outputs,
+    return replace(
+        model,
         preprocessing=Preprocessing(Square(size), LITE_MEAN, LITE_STD),
         selection=SSDSelection(score_threshold=0.001, nms_threshold=0.55, max_detections=300, top_n=300),
     )

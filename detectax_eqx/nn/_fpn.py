@@ -130,6 +130,15 @@ def _upsample_nearest(x: Float[Array, "c h w"]) -> Float[Array, "c 2*h 2*w"]:
     return jnp.broadcast_to(x[:, :, None, :, None], (c, h, 2, w, 2)).reshape(c, 2 * h, 2 * w)
 
 
+def check_canvas(image: Float[Array, "i h w"], divisor: int) -> None:
+    """Raises a `ValueError` if a side of the image is not a multiple of `divisor`."""
+    height, width = image.shape[1:]
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f"The canvas must be a multiple of {divisor} in height and width, got {height}×{width}. Pad the image."
+        )
+
+
 class ResNetFPN(eqx.Module):
     """A ResNet with a feature pyramid. By default, maps an image to P2..P6 with strides 4, 8, 16, 32 and 64.
 
@@ -171,9 +180,5 @@ class ResNetFPN(eqx.Module):
         return self.body.stages
 
     def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]:
-        if image.shape[1] % self.divisor or image.shape[2] % self.divisor:
-            raise ValueError(
-                f"The canvas must be a multiple of {self.divisor} in height and width, got "
-                f"{image.shape[1]}×{image.shape[2]}. Pad the image."
-            )
+        check_canvas(image, self.divisor)
         return self.fpn(self.body(image)[self.finest - 2 :])

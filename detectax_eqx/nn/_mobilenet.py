@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import rematerialise
 from ._conv import Conv2d, Initializer, he_fan_out, relu
-from ._fpn import FPN, SUBSAMPLED_TOP, ConvolvedTop, SubsampledTop
+from ._fpn import FPN, SUBSAMPLED_TOP, ConvolvedTop, SubsampledTop, check_canvas
 from ._norm import FrozenBatchNorm, Norm
 
 
@@ -375,10 +375,6 @@ class MobileNetFPN(eqx.Module):
         return self.body.stages
 
     def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]:
-        if image.shape[1] % self.divisor or image.shape[2] % self.divisor:
-            raise ValueError(
-                f"The canvas must be a multiple of {self.divisor} in height and width, got "
-                f"{image.shape[1]}×{image.shape[2]}. Pad the image."
-            )
+        check_canvas(image, self.divisor)
         features = self.body(image)
         return self.fpn(tuple(features[level] for level in self.levels))

@@ -107,28 +107,18 @@ def _two_stage(
     key: PRNGKeyArray,
     checkpoint: bool,
     norm: Norm = FrozenBatchNorm,
+    pyramid_norm: Norm | None = None,
     **parts: Any,
 ) -> AbstractDetector:
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key)
+    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=pyramid_norm)
     return detector(backbone, num_classes, key=heads_key, **parts)
 
 
-def _two_stage_v2(
-    detector: Callable[..., AbstractDetector],
-    resnet: Callable[..., ResNet],
-    num_classes: int,
-    *,
-    key: PRNGKeyArray,
-    checkpoint: bool,
-    norm: Norm = FrozenBatchNorm,
-    **parts: Any,
-) -> AbstractDetector:
+def _two_stage_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
     """torchvision's second version: norms in the pyramid and the heads too, and one more convolution in the RPN."""
-    body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=norm)
-    parts = {"rpn_depth": 2, "box_head": partial(ConvBoxHead, norm=norm)} | parts
-    return detector(backbone, num_classes, key=heads_key, **parts)
+    second = {"pyramid_norm": norm, "rpn_depth": 2, "box_head": partial(ConvBoxHead, norm=norm)}
+    return _two_stage(*arguments, norm=norm, **(second | options))
 
 
 def _mask_rcnn_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
