@@ -179,7 +179,7 @@ def evaluate_on(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
-    kinds = [kind for kind, part in KINDS.items() if part in predictor.model.needs]
+    kinds: list[Kind] = [kind for kind, part in KINDS.items() if part in predictor.model.needs]
     return score_results(results, dataset, folder, kinds=kinds, max_detections=max(max_detections, COCO_LIMIT))
 
 
@@ -207,6 +207,9 @@ def score_results(
         for kind in kinds
         if there[kind]
     }
+    if not metrics:
+        names = " and ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"the results have {names} alone, and {dataset.annotations_path} has none to compare with.")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})

@@ -91,7 +91,9 @@ def main(options: Options) -> None:
     for kind in metrics.values():
         print(evaluate.format_metrics(kind))
         print(evaluate.format_per_class(kind))
-    if options.report:
+    if options.report and metrics.keys() == {"keypoints"}:
+        console.print("no report.html: it analyses errors of boxes and masks, and these results have keypoints alone")
+    elif options.report:
         report.write_report(options.output / "report.html", dataset, results, metrics)
         console.print(f"{options.output / 'report.html'} opens in any browser", highlight=False, soft_wrap=True)
 
@@ -113,7 +115,7 @@ def check_no_detector(options: Options) -> None:
 def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Kind, ...]:
     """What can be evaluated: boxes, and masks or keypoints where all results have them; these alone without boxes."""
     fields: dict[Kind, str] = {"segm": "segmentation", "keypoints": "keypoints"}
-    others = tuple(kind for kind, key in fields.items() if results and all(result.get(key) for result in results))
+    others: tuple[Kind, ...] = tuple(k for k, key in fields.items() if results and all(r.get(key) for r in results))
     return others if others and not any(result.get("bbox") for result in results) else ("bbox", *others)
 
 

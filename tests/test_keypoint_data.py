@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import jax.random as jr
 import numpy as np
@@ -140,12 +141,14 @@ def test_keypoints_in_fractions_of_the_image():
         points = annotation.get("keypoints", [])
         annotation["keypoints"] = [number / (*size, 1)[i % 3] for i, number in enumerate(points)]
     dataset, expected = load_annotations(fractions, box_format="normalized_xywh"), load_annotations(content())
-    np.testing.assert_allclose(dataset.objects(0).keypoints, expected.objects(0).keypoints)
+    found, wanted = dataset.objects(0).keypoints, expected.objects(0).keypoints
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted)
 
 
 def test_categories_must_have_the_same_keypoints():
     ours = [Category(1, "person", ("nose", "chin"))]
-    options = {"found_in": "val.json", "known_in": "the model"}
+    options: Any = {"found_in": "val.json", "known_in": "the model"}
     data.check_categories(ours, ours, **options)
     data.check_categories([Category(1, "person")], ours, **options)
     with pytest.raises(DatasetError, match=r'keypoint 2 of id 1 is "chin" in val\.json and "ear" in the model'):

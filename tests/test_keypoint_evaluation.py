@@ -44,7 +44,7 @@ def test_one_object_by_hand():
     truth = annotations_of([(BOX, PAIR, {})], "ab")
     sigma, side = 0.05, 100.0
     for factor, oks in ((0.5, np.exp(-1 / 8)), (1.0, np.exp(-1 / 2))):
-        moved = list(PAIR)
+        moved = [float(number) for number in PAIR]
         moved[0] += factor * 2 * sigma * side
         moved[4] -= factor * 2 * sigma * side
         numbers = evaluate_coco(truth, [result_of(moved, 0.9)], iou_type="keypoints").numbers

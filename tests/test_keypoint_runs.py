@@ -154,3 +154,26 @@ def test_training_refuses_data_without_keypoints(tmp_path, monkeypatch):
         SystemExit, match=r"no category that names keypoints, and keypoint_rcnn.* use --model faster_rcnn"
     ):
         tiny_train.script.main(options)
+
+
+def test_results_of_keypoints_alone(tmp_path, capsys):
+    """They are evaluated by OKS, without a report; annotations without keypoints are refused."""
+    from evaluate import Options, main
+
+    for name, keypoints in (("points", True), ("boxes", False)):
+        data.write_shapes_dataset(tmp_path / name, num_images=2, image_size=(64, 64), keypoints=keypoints)
+    dataset = data.load_coco(tmp_path / "points" / "annotations.json", tmp_path / "points" / "images")
+    points = dataset.objects(0).keypoints
+    assert points is not None
+    result = {"image_id": dataset.images[0].id, "category_id": 1, "score": 0.5, "keypoints": points[0].ravel().tolist()}
+    evaluate.write_results([result], tmp_path / "detections.json")
+    options = {"output": tmp_path / "out", "detections": tmp_path / "detections.json", "report": True}
+    files = {
+        name: (str(tmp_path / name / "annotations.json"), str(tmp_path / name / "images"))
+        for name in ("points", "boxes")
+    }
+    main(Options(*files["points"], **options))
+    assert "no report.html" in capsys.readouterr().out and not (tmp_path / "out" / "report.html").exists()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()).keys() == {"keypoints"}
+    with pytest.raises(SystemExit, match=r"the results have keypoints alone, and .*boxes.annotations\.json has none"):
+        main(Options(*files["boxes"], **options))

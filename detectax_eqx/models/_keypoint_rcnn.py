@@ -13,7 +13,7 @@ from .._types import Detections, Targets, WeightedSum
 from .._xla import map_chunks
 from ..nn import Backbone
 from ..ops import RoIFeatures, keypoints_from_heatmaps
-from ._box_head import BoxHead
+from ._box_head import BoxHead, ConvBoxHead
 from ._detector import AbstractDetector
 from ._faster_rcnn import faster_rcnn
 from ._keypoint_head import KeypointHead, keypoint_loss
@@ -38,7 +38,7 @@ class KeypointRCNN(AbstractDetector[TwoStageSelection]):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead
+    box_head: BoxHead | ConvBoxHead
     keypoint_head: KeypointHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())

@@ -46,13 +46,13 @@ def write_report(
 
     Metrics of keypoints are left out: errors are analysed by IoU, not by OKS.
     """
-    metrics = {kind: one for kind, one in metrics.items() if one.iou_type != "keypoints"}
     analyses = {
         kind: evaluate.analyze_errors(dataset, results, iou_type=one.iou_type, max_detections=one.max_detections)
         for kind, one in metrics.items()
+        if one.iou_type != "keypoints"
     }
-    limit = next(iter(metrics.values())).max_detections
-    first = next(iter(analyses.values()))
+    kind, first = next(iter(analyses.items()))
+    limit = metrics[kind].max_detections
     content = {
         "title": f"Evaluation: {path.resolve().parent.name}",
         "subtitle": f"{file_name(dataset.annotations_path)}: {len(dataset):,} images, "
