@@ -17,7 +17,7 @@ MOST_CLASSES = 12
 
 
 def check_objects(dataset: data.CocoDataset, options: Options, needs: frozenset[str]) -> None:
-    """Refuses data that the model cannot learn from: no objects, or no masks if it `needs` them."""
+    """Refuses data that the model cannot learn from: no objects, or no masks or keypoints if it `needs` them."""
     parts = [dataset.objects(index) for index in range(len(dataset))]
     crowds = sum(int(part.crowd.sum()) for part in parts)
     if crowds == sum(len(part.crowd) for part in parts):
@@ -41,6 +41,12 @@ def check_objects(dataset: data.CocoDataset, options: Options, needs: frozenset[
                 f"segmentation{more}, and {options.detector.model} learns masks. For boxes alone use --model "
                 f"{detector_without('masks', like=options.detector.model)}, or add the segmentations."
             )
+    if "keypoints" in needs and not any(part.keypoints is not None and part.keypoints[..., 2].any() for part in parts):
+        missing = "no labelled keypoint" if dataset.num_keypoints else "no category that names keypoints"
+        raise SystemExit(
+            f"{options.data.train_annotations} has {missing}, and {options.detector.model} learns keypoints. For boxes "
+            f"alone use --model {detector_without('keypoints', like=options.detector.model)}, or add the keypoints."
+        )
 
 
 def print_header(

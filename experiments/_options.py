@@ -1,6 +1,6 @@
 """The options of train.py in groups, and the defaults that depend on the run."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -243,10 +243,13 @@ WARMUP_STEPS, WARMUP_SHARE = 500, 0.1
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-4}
 
 
-def architecture(options: Options) -> zoo.Architecture:
-    """What the model is built from."""
+def architecture(options: Options, dataset: data.CocoDataset | None = None) -> zoo.Architecture:
+    """What the model is built from. A detector of keypoints has as many as the `dataset`, if it is given."""
     parts = options.architecture
-    return zoo.Architecture(options.detector.model, parts.norm or "group", parts.anchor_sizes, parts.aspect_ratios)
+    chosen = zoo.Architecture(options.detector.model, parts.norm or "group", parts.anchor_sizes, parts.aspect_ratios)
+    if dataset is None or "keypoints" not in chosen.shapes(1).needs:
+        return chosen
+    return replace(chosen, num_keypoints=dataset.num_keypoints)
 
 
 def total_steps(options: Options, epoch_steps: int) -> int:

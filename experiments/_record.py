@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from _options import Options, architecture
+from _options import Options
 from _pace import Pace
 from _resume import describe_data
 from _run import Stop, open_log, write
@@ -54,7 +54,7 @@ class Record:
         self._trackers = Trackers(options, start=start)
         self._drawn = 0.0
         about = zoo.run_metadata(
-            architecture(options),
+            job.architecture,
             job.model,
             job.train_set.categories,
             options.sizes.canvases,
@@ -153,7 +153,7 @@ class Record:
         self._trackers.log("val", numbers, done)
         shown = {name: number for name, number in numbers.items() if name.endswith(("AP", "AP50"))}
         text = ", ".join(f"{name} {format_number(number)}" for name, number in shown.items())
-        score = numbers["segm_AP" if "segm_AP" in numbers else "bbox_AP"]
+        score = next(numbers[f"{kind}_AP"] for kind in ("segm", "keypoints", "bbox") if f"{kind}_AP" in numbers)
         if score < 0:
             text += "; nothing to score by in the validation annotations: best/ is the last checkpoint"
         console.print(f"epoch {epoch:.1f}: {text}", highlight=False)

@@ -143,7 +143,7 @@ def restore(
         console.print(f"{error} {restored.path} is used instead.", highlight=False, soft_wrap=True)
     data.check_categories(
         train_set.categories,
-        [data.Category(entry["id"], entry["name"]) for entry in restored.metadata["categories"]],
+        [data.Category.from_fields(entry) for entry in restored.metadata["categories"]],
         found_in=str(options.data.train_annotations),
         known_in=str(last),
         allow_renamed=options.reading.allow_renamed,

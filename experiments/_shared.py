@@ -151,6 +151,9 @@ def detect_dataset(
         )
 
 
+# What is scored, by the target that a detector learns it from.
+Kind = Literal["bbox", "segm", "keypoints"]
+KINDS: dict[Kind, str] = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 # COCO counts the best 100 detections of each class per image.
 COCO_LIMIT = 100
 
@@ -163,7 +166,7 @@ def evaluate_on(
     max_detections: int = COCO_LIMIT,
     **options: Any,
 ) -> dict[str, evaluate.CocoMetrics]:
-    """COCO metrics of boxes, and of masks if the model has any; writes `detections.json` and `metrics.json`.
+    """COCO metrics of all that the model detects; writes `detections.json` and `metrics.json`.
 
     `max_detections` per image are kept and count, but at least COCO's 100 count.
     """
@@ -176,7 +179,7 @@ def evaluate_on(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_results(results, folder / "detections.json")
-    kinds = ("bbox", "segm") if "masks" in predictor.model.needs else ("bbox",)
+    kinds: list[Kind] = [kind for kind, part in KINDS.items() if part in predictor.model.needs]
     return score_results(results, dataset, folder, kinds=kinds, max_detections=max(max_detections, COCO_LIMIT))
 
 
@@ -185,21 +188,28 @@ def score_results(
     dataset: data.CocoDataset,
     folder: Path,
     *,
-    kinds: Sequence[Literal["bbox", "segm"]],
+    kinds: Sequence[Kind],
     max_detections: int = COCO_LIMIT,
 ) -> dict[str, evaluate.CocoMetrics]:
     """COCO metrics of each of the `kinds`, also written to `metrics.json` in `folder`.
 
-    Masks are skipped unless every object of the dataset has one. `max_detections` of each class count per image.
+    Masks are skipped unless every object of the dataset has one, and keypoints unless a category names some.
+    `max_detections` of each class count per image; of keypoints, COCO's 20.
     """
     has_masks = all(
         segmentation is not None for i in range(len(dataset)) for segmentation in dataset.objects(i).segmentations
     )
+    there = {"bbox": True, "segm": has_masks, "keypoints": dataset.num_keypoints > 0}
     metrics = {
-        kind: evaluate.evaluate_coco(dataset, results, iou_type=kind, max_detections=max_detections)
+        kind: evaluate.evaluate_coco(
+            dataset, results, iou_type=kind, max_detections=None if kind == "keypoints" else max_detections
+        )
         for kind in kinds
-        if kind == "bbox" or has_masks
+        if there[kind]
     }
+    if not metrics:
+        names = " and ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"the results have {names} alone, and {dataset.annotations_path} has none to compare with.")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", {kind: asdict(m) for kind, m in metrics.items()})

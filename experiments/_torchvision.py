@@ -12,6 +12,7 @@ from torchvision.models import resnet
 from torchvision.models.detection import (
     FCOS,
     FasterRCNN,
+    KeypointRCNN,
     MaskRCNN,
     RetinaNet,
     ssd300_vgg16,
@@ -111,6 +112,7 @@ def _backbone(body: str, **options) -> nn.Module:
 _KINDS: dict[str, Callable[..., nn.Module]] = {
     "faster_rcnn": partial(_two_stage, FasterRCNN),
     "mask_rcnn": partial(_two_stage, MaskRCNN),
+    "keypoint_rcnn": partial(_two_stage, KeypointRCNN),
     "retinanet": _retinanet,
     "fcos": _fcos,
     "ssdlite320": _ssdlite,
@@ -171,6 +173,10 @@ def _sharpen_two_stage(model: nn.Module, image: torch.Tensor) -> None:
     scale = 2.5 / logits.std(dim=0).mean()
     predictor.cls_score.weight.mul_(scale)
     predictor.cls_score.bias.sub_(logits.mean(dim=0)).mul_(scale)
+    if model.roi_heads.has_keypoint():
+        layer = model.roi_heads.keypoint_predictor.kps_score_lowres
+        heatmaps = torch.cat([x.flatten() for x in _outputs(layer, model, image)])
+        layer.weight.mul_(2.0 / heatmaps.std())
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from detectax_eqx import Batch, Images, Targets, models, train, zoo
 # Memory per core in GiB, from the "system architecture" pages of cloud.google.com/tpu/docs.
 GIB = {"v3": 16, "v5e": 16, "v6e": 32}
 # The side of a decoded COCO image, the side of a mask in the frame of its box, and the number of COCO training images.
-SOURCE, MASK, COCO = 640, 112, 118_287
+SOURCE, MASK, POINTS, COCO = 640, 112, 17, 118_287
 
 
 @dataclass
@@ -128,8 +128,9 @@ def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> ja
 
     state, trainable = eqx.filter_eval_shape(init)
     step = train.make_train_step(script.make_loss(options), optimizer, trainable=trainable, mesh=mesh)
-    with_masks = "masks" in state.model.needs
-    batch = eqx.filter_eval_shape(make_batch, options.run.batch_size, canvas, options.sizes.max_objects, with_masks)
+    batch = eqx.filter_eval_shape(
+        make_batch, options.run.batch_size, canvas, options.sizes.max_objects, state.model.needs
+    )
     state = shaped(state, NamedSharding(mesh, PartitionSpec()))
     batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     return lower(step, state, batch, donate=(0,))
@@ -148,12 +149,13 @@ def lower_detection(name: ModelName, canvas: tuple[int, int], mesh: Mesh) -> jax
     return lower(detect, *shaped((model, image, *eqx.filter_eval_shape(lambda: sizes)), one))
 
 
-def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int, with_masks: bool) -> Batch:
+def make_batch(batch_size: int, canvas: tuple[int, int], max_objects: int, needs: frozenset[str]) -> Batch:
     """A batch of black images without objects, in the layout of the loader."""
     sizes, ints = jnp.full((batch_size, 2), SOURCE, jnp.int32), jnp.zeros(batch_size, jnp.int32)
     boxes, labels = jnp.zeros((batch_size, max_objects, 4)), jnp.zeros((batch_size, max_objects), jnp.int32)
-    masks = (jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8), boxes) if with_masks else ()
-    targets = Targets(boxes, labels, labels > 0, *masks)
+    masks = (jnp.zeros((batch_size, max_objects, MASK, MASK), jnp.uint8), boxes) if "masks" in needs else ()
+    points = jnp.zeros((batch_size, max_objects, POINTS, 3)) if "keypoints" in needs else None
+    targets = Targets(boxes, labels, labels > 0, *masks, keypoints=points)
     pixels = jnp.zeros((batch_size, SOURCE, SOURCE, 3), jnp.uint8)
     return Batch(Images(pixels, sizes, sizes, ints, ints == 0, canvas), targets, overflow=ints)
 

@@ -1,4 +1,4 @@
-"""Evaluates a detector on a dataset in COCO format: prints the twelve COCO metrics and the AP of each class.
+"""Evaluates a detector on a dataset in COCO format: prints the COCO metrics and the AP of each class.
 
     python experiments/evaluate.py --checkpoint runs/mine --annotations test.json --images test/ --output runs/mine/test
 
@@ -10,11 +10,12 @@ existing results file, of any detector.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from _shared import (
     COCO_LIMIT,
     DetectorOptions,
+    Kind,
     Precision,
     SelectionOptions,
     check_ranges,
@@ -90,7 +91,9 @@ def main(options: Options) -> None:
     for kind in metrics.values():
         print(evaluate.format_metrics(kind))
         print(evaluate.format_per_class(kind))
-    if options.report:
+    if options.report and metrics.keys() == {"keypoints"}:
+        console.print("no report.html: it analyses errors of boxes and masks, and these results have keypoints alone")
+    elif options.report:
         report.write_report(options.output / "report.html", dataset, results, metrics)
         console.print(f"{options.output / 'report.html'} opens in any browser", highlight=False, soft_wrap=True)
 
@@ -109,12 +112,11 @@ def check_no_detector(options: Options) -> None:
         raise SystemExit(f"{names}: with --detections no detector is run, and this has no effect. Leave it out.")
 
 
-def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Literal["bbox", "segm"], ...]:
-    """What can be evaluated: boxes, and masks where all results have one; masks alone where none has a box."""
-    masks = bool(results) and all(result.get("segmentation") for result in results)
-    if masks and not any(result.get("bbox") for result in results):
-        return ("segm",)
-    return ("bbox", "segm") if masks else ("bbox",)
+def kinds_of(results: Sequence[dict[str, Any]]) -> tuple[Kind, ...]:
+    """What can be evaluated: boxes, and masks or keypoints where all results have them; these alone without boxes."""
+    fields: dict[Kind, str] = {"segm": "segmentation", "keypoints": "keypoints"}
+    others: tuple[Kind, ...] = tuple(k for k, key in fields.items() if results and all(r.get(key) for r in results))
+    return others if others and not any(result.get("bbox") for result in results) else ("bbox", *others)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from detectax_eqx import zoo
 
 def main() -> None:
     """Prints one line per detector."""
-    print(f"{'detector':<44}{'box AP':>8}{'mask AP':>9}{'MB':>6}  published by")
+    print(f"{'detector':<44}{'box AP':>8}{'mask AP':>9}{'points AP':>11}{'MB':>6}  published by")
     for name in dict.fromkeys((*zoo.names(), *zoo.published_names())):
         if name not in zoo.published_names():
             print(name)
             continue
         weights = zoo.published(name)
-        mask_ap = "" if weights.mask_ap is None else f"{weights.mask_ap:.1f}"
+        figures = [f"{ap:.1f}" if ap else "" for ap in (weights.box_ap, weights.mask_ap, weights.keypoint_ap)]
         source = f"{weights.source} ({weights.licence}), {weights.file}"
-        print(f"{name:<44}{weights.box_ap:>8.1f}{mask_ap:>9}{weights.megabytes:>6.0f}  {source}")
+        print(f"{name:<44}{figures[0]:>8}{figures[1]:>9}{figures[2]:>11}{weights.megabytes:>6.0f}  {source}")
 
 
 if __name__ == "__main__":

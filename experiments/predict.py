@@ -94,8 +94,8 @@ def with_names(predictor: zoo.Predictor, annotations: str | None, allow_renamed:
         return predictor
     categories = data.read_categories(annotations)
     ids = predictor.category_ids(categories, file=annotations, allow_renamed=allow_renamed)
-    names = {category.id: category.name for category in (*(predictor.categories or ()), *categories)}
-    return replace(predictor, categories=tuple(data.Category(id, names.get(id, str(id))) for id in ids))
+    known = {category.id: category for category in (*(predictor.categories or ()), *categories)}
+    return replace(predictor, categories=tuple(known.get(id, data.Category(id, str(id))) for id in ids))
 
 
 def check_font(path: Path) -> None:

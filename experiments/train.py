@@ -81,7 +81,7 @@ def fit(options: Options) -> None:
             options, job.train_set, model=job.model, trainable=job.trainable, schedule=job.schedule, steps=epoch_steps
         )
     step = train.make_train_step(
-        make_loss(options),
+        make_loss(options, job.train_set.keypoint_pairs if "keypoints" in job.model.needs else ()),
         job.optimizer,
         trainable=job.trainable,
         mesh=job.mesh,
@@ -139,6 +139,7 @@ class Job:
     mesh: Mesh
     loader: data.Loader
     steps: int
+    architecture: zoo.Architecture
     model: AbstractDetector
     trainable: Any
     schedule: optax.Schedule
@@ -152,12 +153,13 @@ def prepare(options: Options, *, going_on: bool) -> Job:
     check_model(options, shapes)
     train_set, val_set = load_data(options, shapes.needs)
     mesh = make_mesh(options)
-    loader = make_loader(options, train_set, mesh, with_masks="masks" in shapes.needs)
+    loader = make_loader(options, train_set, mesh, needs=shapes.needs)
     epoch_steps = loader.steps_per_epoch
     if not going_on:
         check_promise(options, epoch_steps)
     options = complete(options, epoch_steps)
-    model = make_model(options, train_set.num_classes, pretrained=not going_on)
+    parts = architecture(options, train_set)
+    model = make_model(options, parts, train_set.num_classes, pretrained=not going_on)
     schedule = make_schedule(options, epoch_steps)
     return Job(
         options,
@@ -166,6 +168,7 @@ def prepare(options: Options, *, going_on: bool) -> Job:
         mesh,
         loader,
         total_steps(options, epoch_steps),
+        parts,
         model,
         models.trainable(model, trainable_layers=options.architecture.trainable_layers or 0),
         schedule,
@@ -173,9 +176,8 @@ def prepare(options: Options, *, going_on: bool) -> Job:
     )
 
 
-def make_model(options: Options, num_classes: int, *, pretrained: bool) -> AbstractDetector:
+def make_model(options: Options, parts: zoo.Architecture, num_classes: int, *, pretrained: bool) -> AbstractDetector:
     """The detector, at the sizes of the options, with the weights of `--init` if `pretrained`."""
-    parts = architecture(options)
     model = parts.build(num_classes, key=jr.key(options.run.seed), checkpoint=options.devices.gradient_checkpointing)
     if options.detector.init is not None and pretrained:
         model, notes = zoo.initialize(model, parts, options.detector.init)
@@ -238,8 +240,11 @@ def make_mesh(options: Options) -> Mesh:
     return mesh
 
 
-def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, with_masks: bool) -> data.Loader:
-    """The loader of training batches. Batch k is a pure function of (seed, k); each process reads its part."""
+def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, needs: frozenset[str]) -> data.Loader:
+    """The loader of training batches, with the targets that the detector `needs`.
+
+    Batch k is a pure function of (seed, k); each process reads its part.
+    """
     canvases, max_objects = options.sizes.canvases, options.sizes.max_objects
     sizes = {"min_size": max(options.sizes.min_sizes), "max_size": options.sizes.max_size}
     max_source = data.source_limit(canvases)
@@ -253,7 +258,8 @@ def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, wi
         buckets=buckets,
         seed=options.run.seed,
         max_objects=max_objects,
-        mask_size=112 if with_masks else None,
+        mask_size=112 if "masks" in needs else None,
+        keypoints="keypoints" in needs,
         num_threads=options.reading.threads,
         rows=train.local_rows(mesh, options.run.batch_size),
         max_bad_images=options.reading.max_bad_images,
@@ -261,8 +267,12 @@ def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, wi
     )
 
 
-def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
+def make_loss(
+    options: Options, keypoint_pairs: tuple[tuple[int, int], ...] = ()
+) -> Callable[..., dict[str, WeightedSum]]:
     """The loss of one example: augmentation and detector, both inside the compiled step.
+
+    `keypoint_pairs`: the keypoints that a flip exchanges, if the targets have any.
 
     The cast to the compute dtype is inside as well, so that gradients are taken at the float32 parameters.
     """
@@ -278,6 +288,7 @@ def make_loss(options: Options) -> Callable[..., dict[str, WeightedSum]]:
             max_size=options.sizes.max_size,
             flip_probability=options.augmentation.flip,
             scale_range=options.augmentation.jitter,
+            keypoint_pairs=keypoint_pairs,
             square=isinstance(model.preprocessing.resize, models.Square),
             key=augment_key,
         )

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ OPS = [
     call(ops.diou_loss, BOXES, BOXES),
     call(ops.encode_boxes, BOXES, BOXES),
     call(ops.giou_loss, BOXES, BOXES),
+    call(ops.keypoint_targets, f32(N, 5, 3), BOXES, size=7),
+    call(ops.keypoints_from_heatmaps, f32(N, 7, 7), f32(4)),
     call(ops.match_boxes, f32(N, M), flags(N), low_threshold=0.3, high_threshold=0.7),
     call(ops.multilevel_roi_align, [f32(1, 8, 8), f32(1, 4, 4)], BOXES, output_size=2, strides=(4, 8)),
     call(ops.nms, BOXES, f32(N), flags(N), iou_threshold=0.5),
@@ -114,6 +117,7 @@ OTHERS = [
     call(models.box_detections, f32(M, 4), f32(M, 4, 4), PROPOSALS, f32(2)),
     call(models.box_loss, f32(M, 4), f32(M, 4, 4), SAMPLED, TARGETS),
     call(models.giou_of_boxes, BOXES, BOXES, BOXES),
+    call(models.keypoint_loss, f32(M, 4, 7, 7), SAMPLED, replace(TARGETS, keypoints=f32(N, 4, 3))),
     call(models.l1_of_deltas, BOXES, BOXES, BOXES),
     call(models.mask_loss, f32(M, 7, 7), SAMPLED, TARGETS),
     call(models.propose, RPN_OUTPUT, f32(2)),
@@ -162,7 +166,7 @@ ELSEWHERE = {
     # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
-    | {"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd", "ssdlite"}
+    | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"}
     | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "retinanet_detectron2"},
     # test_predictor.py, test_download.py
     zoo: {
@@ -243,6 +247,7 @@ OPTIONS = [
     (ops.crop_masks, "sampling_ratio", -1),
     (ops.decode_boxes, "weights", (10, 0, 5, 5)),
     (ops.encode_boxes, "weights", (-1, 1, 1, 1)),
+    (ops.keypoint_targets, "size", 0),
     (ops.match_boxes, "low_threshold", 0.8),
     (ops.match_boxes, "high_threshold", NAN),
     (ops.multilevel_roi_align, "output_size", (2, 0)),
@@ -327,6 +332,7 @@ OPTIONS = [
     (nn.max_pool2d, "stride", 0),
     (nn.GroupNorm, "channels", 48, call(nn.GroupNorm, 32)),
     (models.BoxHead, "num_classes", 0, call(models.BoxHead, 16, 3, key=KEY)),
+    (models.KeypointHead, "num_keypoints", 0, call(models.KeypointHead, 16, key=KEY)),
     (models.RPN, "anchor_sizes", ((32,), (64, 128)), call(models.RPN, 16, key=KEY)),
     (models.RPN, "anchor_strides", (4, 8), call(models.RPN, 16, key=KEY)),
     (train.augment, "min_sizes", []),

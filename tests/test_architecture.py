@@ -47,8 +47,9 @@ BINDING_NAMES = {
     "detectax_eqx.ops": "box_area clip_boxes xyxy_to_cxcywh cxcywh_to_xyxy xyxy_to_xywh xywh_to_xyxy pairwise_iou "
     "pairwise_ioa pairwise_giou pairwise_diou pairwise_ciou encode_boxes decode_boxes anchor_grid nms class_aware_nms "
     "nms_indices roi_align multilevel_roi_align match_boxes sample_balanced crop_masks paste_masks smooth_l1_loss "
-    "sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss RoIFeatures",
-    "detectax_eqx.models": "AbstractDetector FasterRCNN MaskRCNN RetinaNet FCOS detect detect_batch trainable",
+    "keypoints_from_heatmaps sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss RoIFeatures",
+    "detectax_eqx.models": "AbstractDetector FasterRCNN MaskRCNN KeypointRCNN RetinaNet FCOS detect detect_batch "
+    "trainable",
     "detectax_eqx.zoo": "names build pretrained published Predictor",
     "detectax_eqx.weights": "load_torchvision to_torchvision save_safetensors load_safetensors",
     "detectax_eqx": "Images Targets Detections Batch WeightedSum",

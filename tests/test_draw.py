@@ -1,6 +1,7 @@
 """Pictures: drawings are in the right place, visible and readable."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -282,3 +283,38 @@ def test_plots_show_what_they_are_given():
     plt.close(figure)
     with pytest.raises(ValueError, match="class_names must name 2 classes, got 1"):
         plot_confusion(np.zeros((3, 3), np.int64), class_names=["a"])
+
+
+def points_of(*points):
+    return np.array([points], np.float32)
+
+
+def test_keypoints_are_discs_and_bones_are_lines():
+    detections = detections_of([20, 40, 100, 90])
+    detections = replace(detections, keypoints=points_of((30, 50, 1.0), (90, 50, 0.2), (60, 80, -1.0)))
+    skeleton = [[(0, 1), (1, 2)]]
+    colored = has_color(draw_detections(GRAY, detections, skeletons=skeleton, **TINY), 0)
+    assert colored[50, 30] and colored[50, 90] and colored[50, 30:90].all()
+    assert not colored[78:83, 58:63].any() and not colored[65, 75]  # its score is below the threshold
+    colored = has_color(draw_detections(GRAY, detections, skeletons=skeleton, keypoint_threshold=-2.0, **TINY), 0)
+    assert colored[80, 60] and colored[65, 75]
+    colored = has_color(draw_detections(GRAY, detections, **TINY), 0)
+    assert colored[50, 30] and not colored[50, 40:80].any()
+
+
+def test_hidden_keypoints_are_rings():
+    boxes = np.array([[20, 40, 100, 90]], np.float32)
+    targets = Targets(boxes, np.zeros(1, np.int32), np.ones(1, bool))
+    targets = replace(targets, keypoints=points_of((30, 50, 2.0), (90, 50, 1.0), (60, 80, 0.0)))
+    colored = has_color(draw_targets(GRAY, targets, line_width=2, font_size=8), 0)
+    assert colored[50, 30] and not colored[50, 90] and colored[50, 93] and not colored[78:83, 58:63].any()
+    both = draw_comparison(GRAY, targets, detections_of(), skeletons=[[(0, 1)]], line_width=2, font_size=8)
+    assert both.size[0] == 2 * 160 + 6
+
+
+@pytest.mark.parametrize("place", [np.nan, np.inf, -1e9, 1e12])
+def test_awkward_keypoints_are_left_out(place):
+    detections = detections_of([20, 40, 100, 90])
+    points = replace(detections, keypoints=points_of((place, 50, 1.0), (50, 60, 1.0)))
+    colored = has_color(draw_detections(GRAY, points, skeletons=[[(0, 1), (1, 7)]], **TINY), 0)
+    assert colored[60, 50] and not colored[50, 60:95].any()

@@ -77,6 +77,10 @@ V2 = {
 MODELS = {
     "faster": (partial(tiny_two_stage, models.faster_rcnn), LOSSES),
     "mask": (partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16), LOSSES | {"loss_mask"}),
+    "keypoint": (
+        partial(tiny_two_stage, models.keypoint_rcnn, num_keypoints=3, hidden_channels=16, depth=2),
+        LOSSES | {"loss_keypoint"},
+    ),
     "mask_v2": (
         partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16, mask_norm=nn.GroupNorm, **V2),
         LOSSES | {"loss_mask"},
@@ -93,7 +97,7 @@ MODELS = {
 
 
 def targets_of(boxes, labels, capacity=4):
-    """Rectangular objects, padded to a capacity."""
+    """Rectangular objects, padded to a capacity. Three points of each lie on the diagonal of its box."""
     n = len(labels)
     padded = jnp.zeros((capacity, 4)).at[:n].set(jnp.asarray(boxes, jnp.float32).reshape(n, 4))
     return Targets(
@@ -102,7 +106,16 @@ def targets_of(boxes, labels, capacity=4):
         jnp.arange(capacity) < n,
         jnp.full((capacity, 14, 14), 255, jnp.uint8),
         padded,
+        points_of(padded),
     )
+
+
+def points_of(boxes):
+    """`(x, y, visibility)` at one quarter, half and three quarters of the way from a box's first to its last corner."""
+    along = jnp.array([0.25, 0.5, 0.75])[None, :, None]
+    places = boxes[:, None, :2] * (1 - along) + boxes[:, None, 2:] * along  # (n, 3, 2)
+    visibility = jnp.broadcast_to(jnp.array([2.0, 1.0, 2.0])[None, :, None], (*places.shape[:2], 1))
+    return jnp.concatenate([places, visibility], axis=2)
 
 
 @functools.cache
@@ -193,9 +206,8 @@ def test_losses_are_finite(case, getkey, boxes, labels):
     assert terms.keys() == names
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    positives = terms.get("loss_mask")
-    if positives is not None:
-        assert (positives.count > 0) == bool(labels)
+    for name in names & {"loss_mask", "loss_keypoint"}:
+        assert (terms[name].count > 0) == bool(labels)
 
 
 def test_padded_rows_of_targets_change_nothing(case, getkey):
@@ -229,6 +241,10 @@ def test_an_image_alone_and_in_a_batch_give_the_same(case, getkey):
         if one.masks is not None:
             assert batch.masks is not None
             np.testing.assert_allclose(one.masks, batch.masks[i], atol=1e-4)
+        if one.keypoints is not None:
+            assert batch.keypoints is not None
+            np.testing.assert_allclose(one.keypoints, batch.keypoints[i], atol=1e-3)
+            assert one.keypoints[one.valid].any() and not one.keypoints[~one.valid].any()
     assert together(model, images[:0]).boxes.shape == (0, 10, 4)
 
 
@@ -279,6 +295,37 @@ def test_mask_loss_refuses_targets_without_masks(getkey):
     targets = replace(targets_of([], []), masks=None, mask_boxes=None)
     with pytest.raises(ValueError, match="targets have no masks"):
         model.loss(_image(getkey()), SIZE, targets, key=getkey())
+
+
+def test_keypoint_loss_refuses_targets_without_keypoints(getkey):
+    model, targets = made("keypoint"), targets_of([], [])
+    assert targets.keypoints is not None
+    with pytest.raises(ValueError, match="targets have no keypoints"):
+        model.loss(_image(getkey()), SIZE, replace(targets, keypoints=None), key=getkey())
+    with pytest.raises(ValueError, match="targets have 2 keypoints per object, but the model has 3"):
+        model.loss(_image(getkey()), SIZE, replace(targets, keypoints=targets.keypoints[:, :2]), key=getkey())
+
+
+def test_keypoint_loss_equals_naive_reference(getkey):
+    """Points that are hidden count; points that are not labelled, or outside the proposal, and negatives do not."""
+    logits = jr.normal(getkey(), (4, 3, 8, 8))
+    boxes = jnp.array([[10.0, 10, 40, 50], [12, 8, 44, 46], [50, 20, 70, 30], [50, 20, 70, 30]])
+    sampled = models.SampledProposals(
+        boxes, jnp.ones(4, bool), jnp.array([True, True, True, False]), jnp.array([0, 0, 1, 1])
+    )
+    targets = targets_of([[10, 10, 40, 50], [48, 18, 74, 31]], [0, 0])
+    assert targets.keypoints is not None
+    keypoints = targets.keypoints.at[0, 0, 2].set(0.0).at[1, 2].set(jnp.array([71.0, 25.0, 2.0]))
+    targets = replace(targets, keypoints=keypoints)
+    loss = models.keypoint_loss(logits, sampled, targets)["loss_keypoint"]
+    total, count = 0.0, 0
+    for row, (x0, y0, x1, y1), matched in zip(np.asarray(logits, np.float64), boxes.tolist(), (0, 0, 1), strict=False):
+        for values, (x, y, visibility) in zip(row, keypoints[matched].tolist(), strict=True):
+            if visibility and x0 <= x < x1 and y0 <= y < y1:
+                value = values[int((y - y0) * 8 / (y1 - y0)), int((x - x0) * 8 / (x1 - x0))]
+                total, count = total + np.log(np.exp(values).sum()) - value, count + 1
+    assert loss.count == count == 6
+    np.testing.assert_allclose(loss.total, total, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +379,9 @@ def test_overfits_a_handful_of_images(kind):
             assert ious[best] > 0.6, f"loss {value}, box {box}, found {detections.boxes[:4]}"
             if detections.masks is not None:
                 assert detections.masks[best].mean() > 0.7
+            if detections.keypoints is not None:
+                away = detections.keypoints[best, :, :2] - points_of(jnp.asarray(box)[None])[0, :, :2]
+                assert jnp.abs(away).max() < 4
 
 
 def _iou(a, b):
@@ -345,6 +395,7 @@ def _iou(a, b):
     [
         ("faster_rcnn_resnet50_fpn", 90, 41_755_286),
         ("mask_rcnn_resnet50_fpn", 90, 44_401_393),
+        ("keypoint_rcnn_resnet50_fpn", 1, 59_137_258),
         # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
         ("faster_rcnn_resnet50_fpn_v2", 90, 43_712_278 - 53_120 - 4_096 - 2_048),
         ("mask_rcnn_resnet50_fpn_v2", 90, 46_359_409 - 53_120 - 4_096 - 2 * 2_048),

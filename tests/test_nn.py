@@ -46,6 +46,20 @@ def test_upsample_is_a_transposed_convolution(getkey):
     np.testing.assert_allclose(module(x), expected + np.asarray(module.bias)[:, None, None], atol=1e-5)
 
 
+def test_upsample_with_overlapping_kernels_is_a_transposed_convolution(getkey):
+    """Input pixel `i` adds its kernel to the outputs `2 i - 1`..`2 i + 2`."""
+    module = nn.Upsample4x4(3, 4, key=getkey())
+    module = eqx.tree_at(lambda m: m.bias, module, jr.normal(getkey(), (4,)))
+    x = jr.normal(getkey(), (3, 5, 6))
+    padded = np.zeros((4, 12, 14))  # with a margin of one pixel
+    for y in range(5):
+        for z in range(6):
+            kernel = np.einsum("i,ioab->oab", np.asarray(x[:, y, z]), np.asarray(module.weight))
+            padded[:, 2 * y : 2 * y + 4, 2 * z : 2 * z + 4] += kernel
+    expected = padded[:, 1:-1, 1:-1] + np.asarray(module.bias)[:, None, None]
+    np.testing.assert_allclose(module(x), expected, atol=1e-5)
+
+
 def test_max_pool_ignores_padding():
     x = -jnp.arange(1.0, 10.0).reshape(1, 3, 3)
     out = nn.max_pool2d(x, kernel_size=3, stride=2, padding=1)

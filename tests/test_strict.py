@@ -57,8 +57,8 @@ WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine",
 HOST = {
     *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
     *{name for name in dir(nn) if name.startswith(("resne", "wide_resnet", "mobilenet", "vgg"))},
-    *{"faster_rcnn_detectron2", "mask_rcnn_detectron2", "retinanet_detectron2"},
-    *{"faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd", "ssdlite", "selected", "smallest_canvas"},
+    *{"faster_rcnn_detectron2", "mask_rcnn_detectron2", "retinanet_detectron2", "selected", "smallest_canvas"},
+    *{"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",
     *{"scale_learning_rate", "local_rows", "make_mesh", "step_compiler_options"},
@@ -218,6 +218,7 @@ TARGETS = Targets(
     jnp.asarray([True, True]),
     jnp.ones((2, 14, 14), jnp.float32),
     jnp.asarray([[4.0, 4, 40, 40], [8, 20, 30, 60]], jnp.float32),
+    jnp.asarray([[[9.0, 9, 2], [30, 20, 1]], [[10, 30, 0], [20, 50, 2]]], jnp.float32),
 )
 
 
@@ -232,7 +233,9 @@ def _loss(model, image):
 
 FUNCTIONS = pytest.mark.parametrize("function", [_detect, eqx.filter_grad(_loss)], ids=["detect", "loss"])
 DETECTORS = pytest.mark.parametrize(
-    "detector", [tiny_detector.mask_rcnn, tiny_detector.retinanet, tiny_detector.fcos], ids=lambda f: f.__name__
+    "detector",
+    [tiny_detector.mask_rcnn, tiny_detector.keypoint_rcnn, tiny_detector.retinanet, tiny_detector.fcos],
+    ids=lambda f: f.__name__,
 )
 
 

@@ -38,6 +38,13 @@ def _mask_rcnn():
     return models.mask_rcnn(backbone, 3, key=jr.key(0), hidden_size=32, hidden_channels=16)
 
 
+def _keypoint_rcnn(num_keypoints=5):
+    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
+    return models.keypoint_rcnn(
+        backbone, 3, key=jr.key(0), num_keypoints=num_keypoints, hidden_size=32, hidden_channels=16, depth=2
+    )
+
+
 def _second(build, **parts):
     """torchvision's second version: norms everywhere, two convolutions in the RPN."""
     backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16, norm=nn.FrozenBatchNorm)
@@ -66,7 +73,7 @@ def _fcos():
     return models.fcos(_dense_backbone(), 3, key=jr.key(0))
 
 
-TWO_STAGE = {"faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn}
+TWO_STAGE = {"faster_rcnn": _faster_rcnn, "mask_rcnn": _mask_rcnn, "keypoint_rcnn": _keypoint_rcnn}
 DENSE = {"retinanet": _retinanet, "retinanet_v2": partial(_retinanet, nn.GroupNorm), "fcos": _fcos}
 SECOND = {"faster_rcnn_v2": _faster_rcnn_v2, "mask_rcnn_v2": _mask_rcnn_v2}
 
@@ -168,6 +175,11 @@ def test_real_names_and_shapes(head, body):
     """With torchvision's 91 outputs, every builder has the names and shapes of torchvision (make_reference.py)."""
     expected = _flat(STORED["backbones"][body], "backbone.") | _flat(STORED["heads"][head])
     assert _names_and_shapes(f"{head}_{body}_fpn", 90) == expected
+
+
+def test_real_names_and_shapes_of_keypoint_rcnn():
+    expected = _flat(STORED["backbones"]["resnet50"], "backbone.") | _flat(STORED["heads"]["keypoint_rcnn"])
+    assert _names_and_shapes("keypoint_rcnn_resnet50_fpn", 1) == expected
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("second", "dense") for name in STORED[kind]])
@@ -309,14 +321,14 @@ def test_safetensors_of_either_names(build, tmp_path):
         _check_equal(load_torchvision(_random(build, seed=1), path), model)
 
 
-@pytest.mark.parametrize("build", TWO_STAGE.values(), ids=TWO_STAGE)
+@pytest.mark.parametrize("build", [_faster_rcnn, _mask_rcnn])
 def test_safetensors_under_this_packages_first_names(build, tmp_path):
     """A Mask R-CNN used to contain a Faster R-CNN, and a region proposal network had one convolution."""
     model, path = _random(build), tmp_path / "model.safetensors"
     first = {}
     for name, leaf in named_leaves(model).items():
         name = name.replace("rpn.convs.0.", "rpn.conv.")
-        first[name if build is _faster_rcnn or name.startswith("mask_head.") else f"faster_rcnn.{name}"] = leaf
+        first[name if build is not _mask_rcnn or name.startswith("mask_head.") else f"faster_rcnn.{name}"] = leaf
     save_safetensors(first, path)
     _check_equal(load_torchvision(_random(build, seed=1), path), model)
     _check_equal(load_safetensors(_random(build, seed=1), path), model)

@@ -49,6 +49,11 @@ def mask_rcnn(backbone, key):
     return replace(model, sampling=SAMPLING)
 
 
+def keypoint_rcnn(backbone, key):
+    parts = {"num_keypoints": 2, "hidden_size": 32, "hidden_channels": 16, "depth": 1, "anchor_sizes": SIZES}
+    return replace(models.keypoint_rcnn(backbone, 3, key=key, **parts), sampling=SAMPLING)
+
+
 def retinanet(backbone, key):
     return models.retinanet(backbone, 3, key=key, depth=1, anchor_sizes=SIZES)
 

@@ -66,20 +66,25 @@ def build(
     checkpoint=False,
     anchor_sizes=None,
     aspect_ratios=None,
+    num_keypoints=None,
 ):
     """The kind of detector that `name` begins with, on a ResNet-18 of one eighth of the usual width."""
     anchor_sizes = tuple((size,) for size in anchor_sizes or (8.0, 16.0, 32.0, 48.0, 64.0))
-    return _build(_kind(name), num_classes, jr.key(seed), checkpoint, anchor_sizes, aspect_ratios or (0.5, 1.0, 2.0))
+    ratios, key = aspect_ratios or (0.5, 1.0, 2.0), jr.key(seed)
+    return _build(_kind(name), num_classes, key, checkpoint, anchor_sizes, ratios, num_keypoints)
 
 
-def _in_zoo(name, num_classes, *, key, norm=None, checkpoint=False, anchor_sizes=None, aspect_ratios=None):
-    sizes = anchor_sizes or ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,))
-    return _build(_kind(name), num_classes, key, checkpoint, sizes, aspect_ratios or (0.5, 1.0, 2.0))
+def _in_zoo(
+    name, num_classes, *, key, norm=None, checkpoint=False, anchor_sizes=None, aspect_ratios=None, num_keypoints=None
+):
+    sizes, ratios = anchor_sizes or ((8.0,), (16.0,), (32.0,), (48.0,), (64.0,)), aspect_ratios or (0.5, 1.0, 2.0)
+    return _build(_kind(name), num_classes, key, checkpoint, sizes, ratios, num_keypoints)
 
 
 def _kind(name):
     """The function of `models` that builds this kind: a Faster R-CNN unless `name` says otherwise."""
-    return next((kind for kind in ("mask_rcnn", "retinanet") if name.startswith(kind)), "faster_rcnn")
+    kinds = ("mask_rcnn", "keypoint_rcnn", "retinanet")
+    return next((kind for kind in kinds if name.startswith(kind)), "faster_rcnn")
 
 
 # Tiny detectors that replace the zoo's detectors of the same names.
@@ -92,13 +97,14 @@ def shrink(monkeypatch):
 
 
 @eqx.filter_jit
-def _build(kind, num_classes, key, checkpoint, anchor_sizes, aspect_ratios):
+def _build(kind, num_classes, key, checkpoint, anchor_sizes, aspect_ratios, num_keypoints):
     keys = jr.split(key, 3)
     body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
     backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
     parts = {
         "faster_rcnn": {"hidden_size": 32},
         "mask_rcnn": {"hidden_size": 32, "hidden_channels": 16},
+        "keypoint_rcnn": {"hidden_size": 32, "hidden_channels": 16, "depth": 1, "num_keypoints": num_keypoints or 17},
         "retinanet": {"depth": 1},
     }[kind]
     return getattr(models, kind)(

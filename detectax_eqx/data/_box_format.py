@@ -50,7 +50,7 @@ def to_corners(
 
 @no_type_check
 def to_coco(entry: dict[str, Any], box_format: BoxFormat, width: int, height: int) -> dict[str, Any]:
-    """Converts an annotation's box to COCO's format and, for a normalised format, its area and polygons to pixels.
+    """Converts an annotation's box to COCO's format and, for a normalised format, everything else to pixels.
 
     Values that are not numbers are left unchanged; the checks of each field reject them later.
 
@@ -65,15 +65,18 @@ def to_coco(entry: dict[str, Any], box_format: BoxFormat, width: int, height: in
         if _are_numbers([entry.get("area")]):
             changed["area"] = entry["area"] * width * height
         if isinstance(entry.get("segmentation"), list):
-            changed["segmentation"] = [_scale(polygon, width, height) for polygon in entry["segmentation"]]
+            changed["segmentation"] = [_scale(polygon, (width, height)) for polygon in entry["segmentation"]]
+        if "keypoints" in entry:
+            changed["keypoints"] = _scale(entry["keypoints"], (width, height, 1))
     return changed
 
 
 @no_type_check
-def _scale(polygon: Any, width: int, height: int) -> Any:
-    if not isinstance(polygon, list) or not _are_numbers(polygon):
-        return polygon
-    return [number * (height if position % 2 else width) for position, number in enumerate(polygon)]
+def _scale(numbers: Any, factors: tuple[int, ...]) -> Any:
+    """Multiplies a list of numbers by the factors in turn. Anything else is left unchanged."""
+    if not isinstance(numbers, list) or not _are_numbers(numbers):
+        return numbers
+    return [number * factors[position % len(factors)] for position, number in enumerate(numbers)]
 
 
 def _are_numbers(values: list) -> bool:

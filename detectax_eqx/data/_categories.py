@@ -28,7 +28,7 @@ def check_categories(
     - `found_in`, `known_in`: names of the two sources for error messages.
     - `same_ids`: require the same ids in both. Otherwise, each may have ids that the other lacks, as long as they share
       at least one.
-    - `allow_renamed`: compare ids only, not names.
+    - `allow_renamed`: compare ids and numbers of keypoints only, not names.
 
     >>> model, file = [Category(1, "cat"), Category(2, "dog")], [Category(1, "dog"), Category(2, "cat")]
     >>> check_categories(file, model, found_in="val.json", known_in="the model")
@@ -49,6 +49,7 @@ def check_categories(
             differences += [
                 f'"{ours[id]}" is id {id} in {found_in} and id {ids[ours[id]]} in {known_in}' for id in moved
             ]
+    differences += _keypoint_differences(found, known, found_in, known_in, allow_renamed=allow_renamed)
     if not differences:
         return
     rest = f", and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
@@ -58,6 +59,26 @@ def check_categories(
     raise DatasetError(
         f"{found_in} and {known_in} disagree on categories: {'; '.join(differences[:MAX_LISTED])}{rest}. {remedy}."
     )
+
+
+def _keypoint_differences(
+    found: Sequence[Category], known: Sequence[Category], found_in: str, known_in: str, *, allow_renamed: bool
+) -> list[str]:
+    """The categories whose keypoints differ in number or name. One without keypoints agrees with any."""
+    points = {category.id: category.keypoints for category in known}
+    differences = []
+    for category in found:
+        ours, theirs = category.keypoints, points.get(category.id, ())
+        if not ours or not theirs:
+            continue
+        if len(ours) != len(theirs):
+            counts = f"{len(ours)} keypoints in {found_in} and {len(theirs)} in {known_in}"
+            differences.append(f"id {category.id} has {counts}")
+        elif ours != theirs and not allow_renamed:
+            at = next(k for k in range(len(ours)) if ours[k] != theirs[k])
+            names = f'"{ours[at]}" in {found_in} and "{theirs[at]}" in {known_in}'
+            differences.append(f"keypoint {at + 1} of id {category.id} is {names}")
+    return differences
 
 
 def read_categories(annotations: str | Path) -> tuple[Category, ...]:

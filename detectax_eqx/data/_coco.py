@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from ._box_format import BoxFormat
 from ._dataset import CocoDataset, ImageRecord, Objects
@@ -29,19 +30,22 @@ def load_coco(
     """Reads a COCO-format annotation file and checks it together with its images.
 
     Segmentations are optional: polygons, or run-length encodings, compressed or not. `"segmentation": []` means none.
-    `iscrowd` defaults to 0. Category ids may have gaps.
+    `iscrowd` defaults to 0. Category ids may have gaps. Keypoints are optional, too: a category lists the names of its
+    points as `keypoints`, and the bones between them as `skeleton`, in pairs of positions from 1; an annotation lists
+    x, y and visibility of each point as `keypoints`.
 
     The following problems are repaired in memory and listed in the result's `report`. Boxes that extend beyond their
     image are clipped. Boxes without an area or outside their image are dropped together with their annotation. If a
     segmentation has several polygons, those with fewer than three points are dropped. The annotation id 0 is replaced
-    by the smallest free id.
+    by the smallest free id. A wrong `num_keypoints` is counted again.
 
-    Boxes with a side shorter than one pixel, and files listed under two image ids, are reported but left unchanged.
+    Boxes with a side shorter than one pixel, files listed under two image ids, keypoints outside their image, and
+    keypoints that the category does not name are reported but left unchanged.
 
     Everything else is an error: images that are missing, truncated or not of the annotated size; unknown images or
     categories; duplicate ids; negative annotation ids; boxes in a format other than `box_format`; polygons of odd
-    length or with fewer than three points; malformed run-length encodings; numbers that are not finite; values of a
-    wrong type; missing keys.
+    length or with fewer than three points; malformed run-length encodings; keypoints in another number than their names
+    or with a visibility other than 0, 1 or 2; numbers that are not finite; values of a wrong type; missing keys.
 
     - `annotations`: the JSON file. `images`: the folder that each `file_name` is relative to. Either may be an http,
       https, gs or s3 URL.
@@ -49,9 +53,10 @@ def load_coco(
       inside a file is only detected on decoding. For remote images, which cost one request each, only a sample is
       checked. If `False`, only the annotations are checked.
     - `box_format`: the format of `bbox`. COCO's is `"xywh"`; `"xyxy"` holds two corners, `"cxcywh"` the centre and the
-      size. In the normalised formats (`"normalized_xywh"`, …), boxes and polygons hold fractions of the image's width
-      and height. A wrong format is detected if at least a tenth of the boxes, and at least five, are implausible in it
-      while nearly all are plausible in another. In files with fewer boxes, it shows only in the `report`.
+      size. In the normalised formats (`"normalized_xywh"`, …), boxes, polygons and keypoints hold fractions of the
+      image's width and height. A wrong format is detected if at least a tenth of the boxes, and at least five, are
+      implausible in it while nearly all are plausible in another. In files with fewer boxes, it shows only in the
+      `report`.
 
     Raises a `DatasetError` that lists every problem with its file, image id, annotation id and remedy, and a
     `ConnectionError` with the URL and status if a server does not answer.
@@ -122,8 +127,9 @@ def _parse(
     categories = parse_categories(category_entries, problems)
     records = parse_images(image_entries, folder, problems)
     known = {entry["id"] for entry in image_entries if isinstance(entry, dict) and type(entry.get("id")) is int}
-    labels = {category.id: label for label, category in enumerate(categories)}
-    by_image = parse_annotations(annotation_entries, {r.id: r for r in records}, known, labels, problems, box_format)
+    by_id = {record.id: record for record in records}
+    by_image = parse_annotations(annotation_entries, by_id, known, categories, problems, box_format)
+    num_keypoints = max((len(category.keypoints) for category in categories), default=0)
     if check_images:
         _check_files(records, problems)
     return CocoDataset(
@@ -131,7 +137,7 @@ def _parse(
         categories=categories,
         annotations_path=file,
         report=problems.report(),
-        _objects=tuple(_to_objects(by_image[record.id]) for record in records),
+        _objects=tuple(_to_objects(by_image[record.id], num_keypoints) for record in records),
     )
 
 
@@ -173,7 +179,7 @@ def _check_files(records: list[ImageRecord], problems: Collector) -> None:
                 problems.error("unusable image", what, remedy, image_id=record.id, image_file=record.file)
 
 
-def _to_objects(annotations: list[Annotation]) -> Objects:
+def _to_objects(annotations: list[Annotation], num_keypoints: int) -> Objects:
     return Objects(
         boxes=np.array([a.box for a in annotations], np.float32).reshape(-1, 4),
         labels=np.array([a.label for a in annotations], np.int32),
@@ -182,4 +188,13 @@ def _to_objects(annotations: list[Annotation]) -> Objects:
         segmentations=tuple(a.segmentation for a in annotations),
         boxes_xywh=np.array([a.box_xywh for a in annotations], np.float64).reshape(-1, 4),
         areas=np.array([a.area for a in annotations], np.float64),
+        keypoints=_padded([a.keypoints for a in annotations], num_keypoints) if num_keypoints else None,
     )
+
+
+def _padded(keypoints: list[np.ndarray], count: int) -> Float64[np.ndarray, "n {count} 3"]:
+    """Stacks the points of objects whose categories may have fewer than `count`; the rest is not labelled."""
+    stacked = np.zeros((len(keypoints), count, 3))
+    for row, points in enumerate(keypoints):
+        stacked[row, : len(points)] = points
+    return stacked

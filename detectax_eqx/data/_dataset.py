@@ -1,5 +1,6 @@
 """An in-memory dataset: image records, categories, and objects as NumPy arrays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,48 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Category:
-    """A class of objects: its id in the dataset and its name."""
+    """A class of objects: its id in the dataset and its name.
+
+    - `keypoints`: names of its points, if it has any. `skeleton`: the bones between them, as pairs of positions in
+      `keypoints`, from 0.
+
+    >>> category = Category(1, "person", ("nose", "left_eye", "right_eye"), ((0, 1), (0, 2)))
+    >>> category.keypoint_pairs
+    ((1, 2),)
+    """
 
     id: int
     name: str
+    keypoints: tuple[str, ...] = ()
+    skeleton: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Category":
+        """The category of `dataclasses.asdict`'s output as read from JSON. Older files have no keypoints."""
+        bones = tuple((int(start), int(end)) for start, end in fields.get("skeleton", ()))
+        return cls(fields["id"], fields["name"], tuple(fields.get("keypoints", ())), bones)
+
+    @property
+    def keypoint_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Positions of the points that a horizontal flip exchanges: those whose names differ in left and right alone.
+
+        Every `left` in a name becomes `right`, in lower or upper case or with a capital: `left_eye` and `right_eye`,
+        `LeftEye` and `RightEye`.
+        """
+        positions = {name: position for position, name in enumerate(self.keypoints)}
+        mirrored = [(position, positions.get(_mirrored(name))) for name, position in positions.items()]
+        return tuple((left, right) for left, right in mirrored if right is not None and left != right)
+
+
+def _mirrored(name: str) -> str:
+    """The name of a left point for that of a right one: `left` becomes `right` wherever it occurs.
+
+    >>> _mirrored("left_eye"), _mirrored("nose")
+    ('right_eye', 'nose')
+    """
+    for left, right in (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")):
+        name = name.replace(left, right)
+    return name
 
 
 @dataclass(frozen=True)
@@ -50,6 +89,9 @@ class Objects:
     - `boxes_xywh`: `(x, y, width, height)` for evaluation: the unmodified numbers of the file, at its precision, unless
       the box was repaired. `areas`: areas from the file, by which COCO classifies objects as small, medium or large;
       NaN where the file has none.
+    - `keypoints`: `(x, y, visibility)` of the `k` points of each object, `k` the largest number of any category of the
+      dataset. The visibility is COCO's: 0 not labelled, 1 labelled but hidden, 2 visible. `None` if no category has
+      keypoints.
     """
 
     boxes: Float32[np.ndarray, "n 4"]
@@ -59,6 +101,7 @@ class Objects:
     segmentations: tuple[Segmentation, ...]
     boxes_xywh: Float64[np.ndarray, "n 4"]
     areas: Float64[np.ndarray, " n"]
+    keypoints: Float64[np.ndarray, "n k 3"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +130,16 @@ class CocoDataset:
     def category_ids(self) -> tuple[int, ...]:
         """The category id of each label."""
         return tuple(category.id for category in self.categories)
+
+    @property
+    def num_keypoints(self) -> int:
+        """The largest number of keypoints of any category, 0 if none has keypoints."""
+        return max((len(category.keypoints) for category in self.categories), default=0)
+
+    @property
+    def keypoint_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The pairs of keypoints of any category that a horizontal flip exchanges, for `train.augment`."""
+        return tuple(sorted({pair for category in self.categories for pair in category.keypoint_pairs}))
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

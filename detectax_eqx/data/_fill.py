@@ -51,6 +51,7 @@ class Examples:
     labels: Int32[np.ndarray, "b n"]
     present: Bool[np.ndarray, "b n"]
     masks: UInt8[np.ndarray, "b n s s"] | None
+    keypoints: Float32[np.ndarray, "b n k 3"] | None
     overflow: Int32[np.ndarray, " b"]
 
     @property
@@ -75,6 +76,10 @@ class Examples:
         self.boxes[slot, : len(non_crowd)] = objects.boxes[non_crowd] * ratio
         self.labels[slot, : len(non_crowd)] = objects.labels[non_crowd]
         self.present[slot, : len(non_crowd)] = True
+        if self.keypoints is not None:
+            assert objects.keypoints is not None
+            scale = np.array([ratio[0], ratio[1], 1.0])  # the visibility stays
+            self.keypoints[slot, : len(non_crowd)] = objects.keypoints[non_crowd] * scale
         if self.masks is not None:
             for row, i in enumerate(non_crowd):
                 self.masks[slot, row] = mask_in_box(
@@ -89,7 +94,7 @@ class Examples:
 
     def done(self) -> Batch:
         frames = None if self.masks is None else self.boxes
-        targets = Targets(self.boxes, self.labels, self.present, self.masks, frames)
+        targets = Targets(self.boxes, self.labels, self.present, self.masks, frames, self.keypoints)
         return Batch(self.pictures.done(), targets, self.overflow)
 
 
@@ -107,7 +112,7 @@ def blank_pictures(indices: Int[np.ndarray, " n"], batch_size: int, bucket: Buck
     )
 
 
-def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None) -> Examples:
+def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None, num_keypoints: int | None) -> Examples:
     """Returns `pictures` with room for `max_objects` objects per image, all of them absent."""
     shape = len(pictures.valid), max_objects
     return Examples(
@@ -116,6 +121,7 @@ def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None) 
         labels=np.zeros(shape, np.int32),
         present=np.zeros(shape, bool),
         masks=None if mask_size is None else np.zeros((*shape, mask_size, mask_size), np.uint8),
+        keypoints=None if num_keypoints is None else np.zeros((*shape, num_keypoints, 3), np.float32),
         overflow=np.zeros(shape[0], np.int32),
     )
 

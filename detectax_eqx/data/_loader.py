@@ -35,7 +35,8 @@ class Loader:
     - `shuffle`: draw a new order in each epoch.
     - `max_objects`: rows of the targets. Further objects of an image, in the file's order, are dropped and counted in
       `overflow`. Crowds are always left out and not counted.
-    - `mask_size`: side of the masks, each in the frame of its box; `None` for boxes only.
+    - `mask_size`: side of the masks, each in the frame of its box; `None` for none.
+    - `keypoints`: whether targets have keypoints, `dataset.num_keypoints` for each object.
     - `num_threads`: threads that read images. `prefetch`: batches read ahead of the one in use.
     - `drop_empty`: leave out images without objects. By default they are kept, as examples of background.
     - `rows`: the rows of each batch to read if several processes share it. Default: all.
@@ -44,7 +45,8 @@ class Loader:
     - `cache`: a folder in which to keep decoded images, which are then read about twice as fast; see `ImageCache`.
 
     Raises a `ValueError` if an option is out of range, if the buckets do not match the dataset, or if no image is left.
-    Raises a `DatasetError` if `mask_size` is given and an object has no segmentation.
+    Raises a `DatasetError` if `mask_size` is given and an object has no segmentation, or if `keypoints` is true and no
+    category has any.
 
     >>> import tempfile
     >>> from detectax_eqx.data import load_coco, make_buckets, write_shapes_dataset
@@ -67,6 +69,7 @@ class Loader:
         shuffle: bool = True,
         max_objects: int = 100,
         mask_size: int | None = 112,
+        keypoints: bool = False,
         num_threads: int = 2,
         prefetch: int = 2,
         drop_empty: bool = False,
@@ -78,6 +81,11 @@ class Loader:
         _check(dataset, buckets, **numbers, prefetch=prefetch, mask_size=1 if mask_size is None else mask_size)
         if mask_size is not None:
             _check_masks(dataset, mask_size)
+        if keypoints and not dataset.num_keypoints:
+            raise DatasetError(
+                f"{dataset.annotations_path}: no category names keypoints, but keypoints=True asks for them. "
+                'List their names as "keypoints" of a category.'
+            )
         for name, number in {"seed": seed, "max_bad_images": max_bad_images}.items():
             if number < 0:
                 raise ValueError(f"{name} must not be negative, got {number}.")
@@ -94,6 +102,7 @@ class Loader:
         )
         self._max_objects = max_objects
         self._mask_size = mask_size
+        self._num_keypoints = dataset.num_keypoints if keypoints else None
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._max_bad_images = max_bad_images
@@ -156,7 +165,7 @@ class Loader:
         group, indices = self._order(k)
         indices = indices[self._rows]
         pictures = blank_pictures(indices, len(indices), self._buckets[group])
-        return blank_examples(pictures, self._max_objects, self._mask_size)
+        return blank_examples(pictures, self._max_objects, self._mask_size, self._num_keypoints)
 
 
 def eval_batches(

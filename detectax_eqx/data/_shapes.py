@@ -24,15 +24,22 @@ MIN_VISIBLE = 0.5
 # Visible pieces of fewer pixels are dropped from the annotation, as an annotator would not outline them.
 MIN_PIECE = 6
 ATTEMPTS = 20
+# The keypoints of every shape: its outermost points as seen in the image, so that a flip exchanges two of them.
+KEYPOINTS = ("top", "right", "bottom", "left")
+SKELETON = ((1, 2), (2, 3), (3, 4), (4, 1))
 
 
 class _Shape(NamedTuple):
-    """A shape in an image: its kind and unoccluded area, and the coverage and outlines of its visible part."""
+    """A shape in an image: its kind and unoccluded area, and the coverage and outlines of its visible part.
+
+    `keypoints`: `(x, y, visibility)` of its points.
+    """
 
     kind: int
     area: float
     coverage: Float64[np.ndarray, "h w"]
     outlines: list[Float64[np.ndarray, "p 2"]]
+    keypoints: Float64[np.ndarray, "4 3"]
 
 
 def write_shapes_dataset(
@@ -44,6 +51,7 @@ def write_shapes_dataset(
     max_objects: int = 6,
     class_colors: bool = True,
     suffix: str = ".png",
+    keypoints: bool = False,
 ) -> tuple[Path, Path]:
     """Writes images of circles, squares, triangles and stars with their boxes and polygons, in COCO format.
 
@@ -56,6 +64,7 @@ def write_shapes_dataset(
     - `class_colors`: give each class its own hue, slightly varied, so that a detector learns within minutes. Otherwise
       hues are random, and only the form distinguishes the classes.
     - `suffix`: `.png`, or `.jpg` for lossy compression.
+    - `keypoints`: also annotate the top, right, bottom and left point of every shape; occluded points are hidden.
 
     Returns the annotation file and the image folder, the arguments of `load_coco`.
 
@@ -76,10 +85,11 @@ def write_shapes_dataset(
         raise ValueError(f'suffix must be ".png" or ".jpg", got "{suffix}".')
     images = Path(folder) / "images"
     images.mkdir(parents=True, exist_ok=True)
+    points = {"keypoints": KEYPOINTS, "skeleton": SKELETON} if keypoints else {}
     content: dict[str, list[dict[str, Any]]] = {
         "images": [],
         "annotations": [],
-        "categories": [{"id": id, "name": name, "supercategory": "shape"} for name, id, _ in KINDS],
+        "categories": [{"id": id, "name": name, "supercategory": "shape"} | points for name, id, _ in KINDS],
     }
     for index in range(num_images):
         rng = np.random.default_rng([seed, index])
@@ -89,7 +99,7 @@ def write_shapes_dataset(
         height, width = image_size
         content["images"].append({"id": index + 1, "file_name": name, "height": height, "width": width})
         for shape in shapes:
-            annotation = {"id": len(content["annotations"]) + 1, "image_id": index + 1, **_annotate(shape)}
+            annotation = {"id": len(content["annotations"]) + 1, "image_id": index + 1, **_annotate(shape, keypoints)}
             content["annotations"].append(annotation)
     annotations = Path(folder) / "annotations.json"
     annotations.write_text(json.dumps(content))
@@ -153,14 +163,30 @@ def _place(rng: np.random.Generator, image_size: tuple[int, int], shapes: list[_
         outlines = [outline for outline in outlines if signed_area(outline) >= MIN_PIECE]
         if has_hole or not outlines or visible.sum() < MIN_VISIBLE * shape.area:
             return None
-        updated.append(shape._replace(coverage=visible, outlines=outlines))
-    return [*updated, _Shape(kind, float(coverage.sum()), coverage, [outline])]
+        updated.append(shape._replace(coverage=visible, outlines=outlines, keypoints=_hide(shape.keypoints, coverage)))
+    return [*updated, _Shape(kind, float(coverage.sum()), coverage, [outline], _outermost(outline))]
 
 
-def _annotate(shape: _Shape) -> dict[str, Any]:
+def _outermost(outline: Float64[np.ndarray, "p 2"]) -> Float64[np.ndarray, "4 3"]:
+    """The top, right, bottom and left point of an outline, all visible."""
+    x, y = outline.T
+    places = outline[[y.argmin(), x.argmax(), y.argmax(), x.argmin()]]  # (4, 2)
+    return np.concatenate([places, np.full((4, 1), 2.0)], axis=1)
+
+
+def _hide(keypoints: Float64[np.ndarray, "4 3"], coverage: Float64[np.ndarray, "h w"]) -> Float64[np.ndarray, "4 3"]:
+    """Marks the points under a new shape as hidden."""
+    height, width = coverage.shape
+    columns, rows = keypoints[:, :2].astype(np.int64).T
+    covered = coverage[rows.clip(0, height - 1), columns.clip(0, width - 1)] >= 0.5  # (4,)
+    return np.where(covered[:, None] & (np.arange(3) == 2), 1.0, keypoints)
+
+
+def _annotate(shape: _Shape, keypoints: bool) -> dict[str, Any]:
     points = np.concatenate(shape.outlines)
     (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
-    return {
+    named = {"keypoints": shape.keypoints.ravel().tolist(), "num_keypoints": len(KEYPOINTS)} if keypoints else {}
+    return named | {
         "category_id": KINDS[shape.kind][1],
         "bbox": [round(float(value), 2) for value in (x0, y0, x1 - x0, y1 - y0)],
         "area": round(sum(signed_area(outline) for outline in shape.outlines), 2),

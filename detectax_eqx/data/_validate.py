@@ -14,13 +14,13 @@ from pycocotools import mask as coco_mask
 
 from ._box_format import BoxFormat, check_box_format, to_coco
 from ._dataset import Category, ImageRecord, Segmentation
+from ._keypoints import parse_keypoints, parse_names
 from ._masks import rle_counts
 from ._report import Collector, DatasetError
 from ._store import Location, join
+from ._values import LARGEST, are_numbers, is_int, show
 
 
-# Larger coordinates and areas cannot be measurements in pixels. NaN and infinities fail the comparison with it, too.
-LARGEST = 1e9
 # Annotations are rounded to hundredths of a pixel, so extending beyond an image by less is not a mistake.
 ROUNDING = 0.01
 # pycocotools counts pixels in 32 bits and walks along the outline of a polygon in steps of 1/5 pixel.
@@ -29,7 +29,10 @@ IDS_FIT = "Ids must fit into signed 64-bit integers: renumber."
 
 
 class Annotation(NamedTuple):
-    """A valid annotation. `box`: `(x0, y0, x1, y1)`. `box_xywh`, `area`: the numbers that evaluation uses."""
+    """A valid annotation. `box`: `(x0, y0, x1, y1)`. `box_xywh`, `area`: the numbers that evaluation uses.
+
+    `keypoints`: `(k, 3)`, for the `k` points that its category names.
+    """
 
     id: int
     box: tuple[float, float, float, float]
@@ -38,6 +41,7 @@ class Annotation(NamedTuple):
     segmentation: Segmentation
     box_xywh: tuple[float, float, float, float]
     area: float
+    keypoints: np.ndarray
 
 
 def parse_parts(content: dict[str, Any], file: Location) -> tuple[list, list, list]:
@@ -61,22 +65,22 @@ def parse_images(entries: list, folder: Location | None, problems: Collector) ->
     required = ("id", "width", "height") if folder is None else ("id", "file_name", "width", "height")
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            problems.error("wrong type", f"images[{position}] is {_show(entry)}.", "Make it an object.")
+            problems.error("wrong type", f"images[{position}] is {show(entry)}.", "Make it an object.")
             continue
         where = {"image_id": entry.get("id", f"at position {position}"), "image_file": _name(entry)}
         if not _has(entry, required, problems, where):
             continue
         name = "" if folder is None and entry.get("file_name") is None else entry["file_name"]
-        if not _is_int(entry["id"]):
-            problems.error("wrong type", f'"id" is {_show(entry["id"])}.', "Make it an integer.", **where)
+        if not is_int(entry["id"]):
+            problems.error("wrong type", f'"id" is {show(entry["id"])}.', "Make it an integer.", **where)
         elif entry["id"] in seen:
             problems.error("duplicate image id", "another image has this id.", "Number images uniquely.", **where)
         elif not _fits(entry["id"]):
-            problems.error("id too large", f'"id" is {_show(entry["id"])}.', IDS_FIT, **where)
+            problems.error("id too large", f'"id" is {show(entry["id"])}.', IDS_FIT, **where)
         elif not isinstance(name, str) or not (name or entry.get("file_name") is None):
-            problems.error("wrong type", f'"file_name" is {_show(entry["file_name"])}.', "Make it a string.", **where)
-        elif not all(_is_int(entry[side]) and 0 < entry[side] < LARGEST for side in ("width", "height")):
-            what = f'"width" and "height" are {_show(entry["width"])} and {_show(entry["height"])}.'
+            problems.error("wrong type", f'"file_name" is {show(entry["file_name"])}.', "Make it a string.", **where)
+        elif not all(is_int(entry[side]) and 0 < entry[side] < LARGEST for side in ("width", "height")):
+            what = f'"width" and "height" are {show(entry["width"])} and {show(entry["height"])}.'
             problems.error("wrong image size", what, "Make them positive integers.", **where)
         elif entry["width"] * entry["height"] > MOST_PIXELS:
             what = f"{entry['width']}×{entry['height']} are more pixels than a run-length encoding can count."
@@ -88,7 +92,7 @@ def parse_images(entries: list, folder: Location | None, problems: Collector) ->
             if first != entry["id"]:
                 what = f"image {first} has the same file."
                 problems.note("file under two image ids", what, "Both are kept.", **where)
-        if _is_int(entry["id"]):
+        if is_int(entry["id"]):
             seen.add(entry["id"])
     return images
 
@@ -97,16 +101,16 @@ def parse_categories(entries: list, problems: Collector) -> tuple[Category, ...]
     """Returns the valid categories, sorted by id."""
     categories: dict[int, Category] = {}
     for position, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not _is_int(entry.get("id")) or not isinstance(entry.get("name"), str):
-            what = f"categories[{position}] is {_show(entry)}."
+        if not isinstance(entry, dict) or not is_int(entry.get("id")) or not isinstance(entry.get("name"), str):
+            what = f"categories[{position}] is {show(entry)}."
             problems.error("wrong category", what, 'Make it an object with an integer "id" and a string "name".')
         elif entry["id"] in categories:
             what = f'category id {entry["id"]} is both "{categories[entry["id"]].name}" and "{entry["name"]}".'
             problems.error("duplicate category id", what, "Number categories uniquely.")
         elif not _fits(entry["id"]):
-            problems.error("id too large", f"categories[{position}] is {_show(entry)}.", IDS_FIT)
+            problems.error("id too large", f"categories[{position}] is {show(entry)}.", IDS_FIT)
         else:
-            categories[entry["id"]] = Category(entry["id"], entry["name"])
+            categories[entry["id"]] = Category(entry["id"], entry["name"], *parse_names(entry, position, problems))
     return tuple(categories[id] for id in sorted(categories))
 
 
@@ -114,7 +118,7 @@ def parse_annotations(
     entries: list,
     images: dict[int, ImageRecord],
     known_images: set,
-    labels: dict[int, int],
+    categories: tuple[Category, ...],
     problems: Collector,
     box_format: BoxFormat = "xywh",
 ) -> dict[int, list[Annotation]]:
@@ -122,20 +126,20 @@ def parse_annotations(
 
     - `images`: the valid images by id. `known_images`: the ids of all images, so that the annotations of an invalid
       image are not reported as well.
-    - `labels`: the label of each category id. `box_format`: the format of the boxes. It is an error if they appear to
-      be in another one.
+    - `categories`: by label. `box_format`: the format of the boxes. It is an error if they appear to be in another one.
     """
+    labels = {category.id: label for label, category in enumerate(categories)}
     by_image: dict[int, list[Annotation]] = {id: [] for id in images}
     seen: set[int] = set()
     boxes, box_images = [], []  # boxes as in the file, and the size of each one's image
-    ids = {entry["id"] for entry in entries if isinstance(entry, dict) and _is_int(entry.get("id"))}
+    ids = {entry["id"] for entry in entries if isinstance(entry, dict) and is_int(entry.get("id"))}
     spare_id = next(id for id in count(1) if id not in ids)
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            problems.error("wrong type", f"annotations[{position}] is {_show(entry)}.", "Make it an object.")
+            problems.error("wrong type", f"annotations[{position}] is {show(entry)}.", "Make it an object.")
             continue
         image_id = entry.get("image_id")
-        image_known = _is_int(image_id) and image_id in known_images
+        image_known = is_int(image_id) and image_id in known_images
         image = images.get(image_id) if image_id is not None and image_known else None
         where = {
             "image_id": image_id,
@@ -155,14 +159,17 @@ def parse_annotations(
             boxes.append(written)
             box_images.append((image.height, image.width))
         segmentation, fits = check_segmentation(entry.get("segmentation"), image, problems, where)
-        if sound and whole and fits and box is not None:
-            label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
+        if not sound:
+            continue
+        label, crowd, id = labels[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["id"]
+        points, marked = parse_keypoints(entry, len(categories[label].keypoints), image, problems, where)
+        if whole and fits and marked and box is not None:
             if id == 0:
                 what = 'pycocotools uses 0 for "no match".'
                 problems.repair("annotation id 0", what, f"Renumbered to {spare_id}.", **where)
                 id = spare_id
             exact = _exact_box_and_area(entry, image)
-            by_image[image.id].append(Annotation(id, box, label, crowd, segmentation, *exact))
+            by_image[image.id].append(Annotation(id, box, label, crowd, segmentation, *exact, points))
     check_box_format(
         np.array(boxes, np.float64).reshape(-1, 4),
         np.array(box_images, np.float64).reshape(-1, 2),
@@ -201,27 +208,27 @@ def _check_ids(
     """Whether the ids, `iscrowd` and `area` of an annotation are valid."""
     before = len(problems.errors)
     id, category = entry["id"], entry["category_id"]
-    if not _is_int(id):
-        problems.error("wrong type", f'"id" is {_show(id)}.', "Make it an integer.", **where)
+    if not is_int(id):
+        problems.error("wrong type", f'"id" is {show(id)}.', "Make it an integer.", **where)
     elif id < 0:
-        problems.error("negative annotation id", f'"id" is {_show(id)}.', "Number annotations from 1.", **where)
+        problems.error("negative annotation id", f'"id" is {show(id)}.', "Number annotations from 1.", **where)
     elif not _fits(id):
-        problems.error("id too large", f'"id" is {_show(id)}.', IDS_FIT, **where)
+        problems.error("id too large", f'"id" is {show(id)}.', IDS_FIT, **where)
     elif id in seen:
         what = "another annotation has this id."
         problems.error("duplicate annotation id", what, "Number annotations uniquely.", **where)
     else:
         seen.add(id)
     if not image_known:
-        what = f'"image_id" is {_show(entry["image_id"])}, which no image has.'
+        what = f'"image_id" is {show(entry["image_id"])}, which no image has.'
         problems.error("unknown image", what, "Correct it or remove the annotation.", **where)
-    if not _is_int(category) or category not in labels:
-        what = f'"category_id" is {_show(category)}, which is not among the categories {_show(sorted(labels))}.'
+    if not is_int(category) or category not in labels:
+        what = f'"category_id" is {show(category)}, which is not among the categories {show(sorted(labels))}.'
         problems.error("unknown category", what, "Correct it or add the category.", **where)
     if entry.get("iscrowd", 0) not in (0, 1):
-        problems.error("wrong type", f'"iscrowd" is {_show(entry["iscrowd"])}.', "Make it 0 or 1.", **where)
-    if "area" in entry and not (_are_numbers([entry["area"]]) and entry["area"] >= 0):
-        problems.error("wrong area", f'"area" is {_show(entry["area"])}.', "Make it a number ≥ 0.", **where)
+        problems.error("wrong type", f'"iscrowd" is {show(entry["iscrowd"])}.', "Make it 0 or 1.", **where)
+    if "area" in entry and not (are_numbers([entry["area"]]) and entry["area"] >= 0):
+        problems.error("wrong area", f'"area" is {show(entry["area"])}.', "Make it a number ≥ 0.", **where)
     return len(problems.errors) == before
 
 
@@ -230,8 +237,8 @@ def _parse_box(
     bbox: Any, image: ImageRecord, problems: Collector, where: dict[str, Any]
 ) -> tuple[tuple[float, float, float, float] | None, bool]:
     """Returns the box clipped to its image, or `None` to drop it; and whether it could be parsed."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not _are_numbers(bbox):
-        what = f'"bbox" is {_show(bbox)}.'
+    if not isinstance(bbox, list) or len(bbox) != 4 or not are_numbers(bbox):
+        what = f'"bbox" is {show(bbox)}.'
         problems.error("wrong box", what, "Make it [x, y, width, height], four finite numbers.", **where)
         return None, False
     x, y, width, height = bbox
@@ -269,29 +276,29 @@ def check_segmentation(
             problems.error("malformed run-length encoding", f"{error}.", remedy, **where)
             return None, False
     if not isinstance(value, list):
-        what = f'"segmentation" is {_show(value)}.'
+        what = f'"segmentation" is {show(value)}.'
         problems.error("wrong segmentation", what, "Make it a list of polygons or a run-length encoding.", **where)
         return None, False
-    if _are_numbers(value):
-        what, remedy = f"it is a flat list {_show(value)}.", "Make it a list of polygons: put it into another list."
+    if are_numbers(value):
+        what, remedy = f"it is a flat list {show(value)}.", "Make it a list of polygons: put it into another list."
         problems.error("wrong polygon", what, remedy, **where)
         return None, False
     polygons, before = [], len(problems.errors)
     for polygon in value:
-        if not isinstance(polygon, list) or not _are_numbers(polygon):
-            what, remedy = f"it holds {_show(polygon)}.", "Make it a list [x1, y1, x2, y2, …] of finite numbers."
+        if not isinstance(polygon, list) or not are_numbers(polygon):
+            what, remedy = f"it holds {show(polygon)}.", "Make it a list [x1, y1, x2, y2, …] of finite numbers."
             problems.error("wrong polygon", what, remedy, **where)
         elif len(polygon) % 2:
-            what, remedy = f"it has {len(polygon)} numbers: {_show(polygon)}.", "Give an x and a y for each point."
+            what, remedy = f"it has {len(polygon)} numbers: {show(polygon)}.", "Give an x and a y for each point."
             problems.error("polygon of odd length", what, remedy, **where)
         elif len(polygon) < 6 and len(value) == 1:
-            what, remedy = f"{_show(polygon)} has only {len(polygon) // 2}.", "Give three or more."
+            what, remedy = f"{show(polygon)} has only {len(polygon) // 2}.", "Give three or more."
             problems.error("polygon with fewer than 3 points", what, remedy, **where)
         elif len(polygon) < 6:
-            what = f"{_show(polygon)} is one of {len(value)} pieces."
+            what = f"{show(polygon)} is one of {len(value)} pieces."
             problems.repair("piece with fewer than 3 points", what, "Dropped the piece.", **where)
         elif (length := _outline_length(polygon)) > LONGEST_OUTLINE:
-            what, remedy = f"its outline is {length:.0f} pixels long: {_show(polygon)}.", "Correct its points."
+            what, remedy = f"its outline is {length:.0f} pixels long: {show(polygon)}.", "Correct its points."
             problems.error("wrong polygon", what, remedy, **where)
         else:
             polygons.append(np.asarray(polygon, np.float64).reshape(-1, 2))
@@ -315,14 +322,14 @@ def _parse_rle(rle: dict[str, Any], image: ImageRecord) -> dict[str, Any]:
     """Returns a run-length encoding with compressed counts. Raises a `ValueError` that describes a malformed one."""
     size, counts = rle.get("size"), rle.get("counts")
     if size != [image.height, image.width]:
-        raise ValueError(f'its "size" is {_show(size)}, but that of its image is [{image.height}, {image.width}]')
+        raise ValueError(f'its "size" is {show(size)}, but that of its image is [{image.height}, {image.width}]')
     if isinstance(counts, str):
         text = counts.encode("utf-8")
         runs = rle_counts(text)
-    elif isinstance(counts, list) and counts and _are_numbers(counts) and float not in map(type, counts):
+    elif isinstance(counts, list) and counts and are_numbers(counts) and float not in map(type, counts):
         text, runs = None, np.asarray(counts, np.int64)
     else:
-        raise ValueError(f'its "counts" are {_show(counts)}, neither a string nor a list of integers')
+        raise ValueError(f'its "counts" are {show(counts)}, neither a string nor a list of integers')
     if runs.min() < 0:
         raise ValueError("its counts are not all ≥ 0")
     if runs.sum() != image.height * image.width:
@@ -347,20 +354,5 @@ def _name(entry: dict) -> str | None:
 
 
 @no_type_check
-def _is_int(value: Any) -> bool:
-    return type(value) is int  # rejects bool, a subclass of int
-
-
-@no_type_check
 def _fits(id: int) -> bool:
     return -(2**63) <= id < 2**63
-
-
-@no_type_check
-def _are_numbers(values: list) -> bool:
-    return set(map(type, values)) <= {int, float} and all(-LARGEST < value < LARGEST for value in values)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""Draws detections and ground truth: boxes, masks, class names and scores."""
+"""Draws detections and ground truth: boxes, masks, keypoints, class names and scores."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from .._types import Detections, Targets
 from ._color import class_color
 from ._fonts import Face, FontFile, drawable, face, measure, write
+from ._keypoints import ABSENT, SHOWN, Skeletons, draw_keypoints
 from ._labels import label, outline, place
 
 
@@ -28,13 +29,17 @@ class _Style(NamedTuple):
     line_width: int | None
     font_size: int | None
     font: FontFile | None
+    skeletons: Skeletons | None
 
     def face(self, image: np.ndarray) -> Face:
         return face((image.shape[0], image.shape[1]), self.font_size, self.font)
 
 
 class _Rows(NamedTuple):
-    """The objects to draw, best first. `frames`: the boxes that the masks fill. `crowd`: drawn with stripes."""
+    """The objects to draw, best first. `frames`: the boxes that the masks fill. `crowd`: drawn with stripes.
+
+    `points`: `(x, y, state)` of each keypoint, see `draw_keypoints`.
+    """
 
     boxes: Float64[np.ndarray, "n 4"]
     labels: Int[np.ndarray, " n"]
@@ -42,6 +47,7 @@ class _Rows(NamedTuple):
     masks: Float[np.ndarray, "n s t"] | None
     frames: Float64[np.ndarray, "n 4"]
     crowd: Bool[np.ndarray, " n"]
+    points: Float64[np.ndarray, "n k 3"] | None
 
 
 def draw_detections(
@@ -52,16 +58,20 @@ def draw_detections(
     score_threshold: float = 0.5,
     mask_threshold: float = 0.5,
     mask_opacity: float = 0.45,
+    keypoint_threshold: float = 0.0,
     line_width: int | None = None,
     font_size: int | None = None,
     font: FontFile | None = None,
+    skeletons: Skeletons | None = None,
 ) -> Image.Image:
-    """Draws detections on an image: masks, boxes, and a label with the class name and score of each.
+    """Draws detections on an image: masks, boxes, keypoints, and a label with the class name and score of each.
 
     - `image`: RGB. `detections`: those of this image, with boxes in its pixels, which may extend beyond it.
     - `class_names`: by label. A label without a name is shown as its number.
     - `score_threshold`: only detections with at least this score are drawn, the best on top.
     - `mask_threshold`: mask values above it belong to the object. `mask_opacity`: opacity of its colour, 0..1.
+    - `keypoint_threshold`: only keypoints with a higher score are drawn. For `models.KeypointRCNN`, scores are logits.
+    - `skeletons`: by label, the bones between keypoints as pairs of positions, such as `data.Category.skeleton`.
     - `line_width`, `font_size`: in pixels, by default in proportion to the image size.
     - `font`: a TrueType or OpenType file. Default: Pillow's font. Characters that it lacks are drawn in an installed
       font that has them, or escaped, for example as `\\u732b`, with a warning if no font has them.
@@ -73,9 +83,9 @@ def draw_detections(
     >>> draw_detections(np.zeros((32, 48, 3), np.uint8), detections, class_names=["cat"]).size
     (48, 32)
     """
-    pixels, style = np.asarray(image), _Style(mask_threshold, mask_opacity, line_width, font_size, font)
+    pixels, style = np.asarray(image), _Style(mask_threshold, mask_opacity, line_width, font_size, font, skeletons)
     names = _drawable(class_names, pixels, style)
-    return _draw(pixels, _rows_of_detections(detections, names, score_threshold), style)
+    return _draw(pixels, _rows_of_detections(detections, names, score_threshold, keypoint_threshold), style)
 
 
 def draw_targets(
@@ -89,18 +99,21 @@ def draw_targets(
     line_width: int | None = None,
     font_size: int | None = None,
     font: FontFile | None = None,
+    skeletons: Skeletons | None = None,
 ) -> Image.Image:
     """Draws the ground truth of an image in the style of `draw_detections`, with the same options.
 
     - `crowd`: rows that stand for a group of objects, such as `data.Objects.crowd`. They are drawn with stripes.
     - `class_names`: by label. A class whose name is empty gets no label.
 
+    Keypoints that are labelled but hidden are drawn as rings.
+
     >>> boxes = np.array([[4, 4, 30, 20]], np.float32)
     >>> targets = Targets(boxes, np.array([0], np.int32), np.array([True]))
     >>> draw_targets(np.zeros((32, 48, 3), np.uint8), targets, class_names=["cat"]).size
     (48, 32)
     """
-    pixels, style = np.asarray(image), _Style(mask_threshold, mask_opacity, line_width, font_size, font)
+    pixels, style = np.asarray(image), _Style(mask_threshold, mask_opacity, line_width, font_size, font, skeletons)
     return _draw(pixels, _rows_of_targets(targets, crowd, _drawable(class_names, pixels, style)), style)
 
 
@@ -114,9 +127,11 @@ def draw_comparison(
     score_threshold: float = 0.5,
     mask_threshold: float = 0.5,
     mask_opacity: float = 0.45,
+    keypoint_threshold: float = 0.0,
     line_width: int | None = None,
     font_size: int | None = None,
     font: FontFile | None = None,
+    skeletons: Skeletons | None = None,
     titles: tuple[str, str] = ("ground truth", "prediction"),
 ) -> Image.Image:
     """Draws an image twice, side by side under titles: the ground truth on the left, the detections on the right.
@@ -130,11 +145,11 @@ def draw_comparison(
     """
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
-    style = _Style(mask_threshold, mask_opacity, line_width, font_size, font)
+    style = _Style(mask_threshold, mask_opacity, line_width, font_size, font, skeletons)
     names = _drawable(class_names, pixels, style)
     halves = (
         _draw(pixels, _rows_of_targets(targets, crowd, names), style),
-        _draw(pixels, _rows_of_detections(detections, names, score_threshold), style),
+        _draw(pixels, _rows_of_detections(detections, names, score_threshold, keypoint_threshold), style),
     )
     face = style.face(pixels)
     shown = drawable(titles, face)
@@ -148,7 +163,9 @@ def draw_comparison(
     return sheet
 
 
-def _rows_of_detections(detections: Detections, class_names: Sequence[str] | None, threshold: float) -> _Rows:
+def _rows_of_detections(
+    detections: Detections, class_names: Sequence[str] | None, threshold: float, keypoint_threshold: float
+) -> _Rows:
     if np.ndim(detections.boxes) != 2:
         raise ValueError(f"detections must be those of one image, got boxes of shape {np.shape(detections.boxes)}.")
     scores = np.asarray(detections.scores, np.float64)
@@ -160,7 +177,11 @@ def _rows_of_detections(detections: Detections, class_names: Sequence[str] | Non
         f"{_class_name(int(label), class_names)} {score:.2f}" for label, score in zip(labels, scores[rows], strict=True)
     ]
     masks = None if detections.masks is None else np.asarray(detections.masks, np.float32)[rows]
-    return _Rows(boxes, labels, texts, masks, boxes, np.zeros(len(rows), bool))
+    points = None
+    if detections.keypoints is not None:
+        points = np.asarray(detections.keypoints, np.float64)[rows]
+        points[..., 2] = np.where(points[..., 2] > keypoint_threshold, SHOWN, ABSENT)
+    return _Rows(boxes, labels, texts, masks, boxes, np.zeros(len(rows), bool), points)
 
 
 def _rows_of_targets(
@@ -183,7 +204,8 @@ def _rows_of_targets(
         masks = masks.astype(np.float32) / (255 if masks.dtype == np.uint8 else 1)
     frames = targets.boxes if targets.mask_boxes is None else targets.mask_boxes
     boxes, frames = (np.asarray(x, np.float64)[rows] for x in (targets.boxes, frames))
-    return _Rows(boxes, labels, texts, masks, frames, crowd)
+    points = None if targets.keypoints is None else np.asarray(targets.keypoints, np.float64)[rows]
+    return _Rows(boxes, labels, texts, masks, frames, crowd, points)
 
 
 def _drawable(names: Sequence[str] | None, image: np.ndarray, style: _Style) -> Sequence[str] | None:
@@ -196,7 +218,7 @@ def _class_name(label: int, names: Sequence[str] | None) -> str:
 
 
 def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Image.Image:
-    """Draws masks, then boxes, then labels on top. Within each, the first row is drawn last."""
+    """Draws masks, then boxes, then keypoints, then labels on top. Within each, the first row is drawn last."""
     if not 0 <= style.mask_opacity <= 1:
         raise ValueError(f"mask_opacity must be in 0..1, got {style.mask_opacity}.")
     if style.line_width is not None and style.line_width < 1:
@@ -217,6 +239,11 @@ def _draw(image: UInt8[np.ndarray, "h w 3"], rows: _Rows, style: _Style) -> Imag
     canvas = ImageDraw.Draw(picture)
     for row in order:
         outline(canvas, rows.boxes[row], colors[row], line_width, (height, width))
+    if rows.points is not None:
+        bones = dict(enumerate(style.skeletons or ()))
+        for row in order:
+            skeleton = bones.get(int(rows.labels[row]), ())
+            draw_keypoints(canvas, rows.points[row], skeleton, colors[row], line_width, (height, width))
     # Labels are placed best first, so that the best one gets the best position, and drawn in reverse order.
     placed = []
     named = [row for row in range(len(rows.boxes)) if rows.texts[row]]

@@ -16,6 +16,8 @@ from pycocotools import mask as rle
 from ..data import CocoDataset, decode_counts, encode_segmentation, parse_segmentation
 
 
+# What is compared: boxes or masks by IoU, keypoints by OKS.
+IoUType = Literal["bbox", "segm", "keypoints"]
 # Larger coordinates cannot be measurements in pixels.
 LARGEST = 1e9
 # Compressed run lengths are checked this many masks at a time.
@@ -31,6 +33,7 @@ class CheckedResults:
 
     - `images`, `labels`: positions in the dataset's images and categories.
     - `boxes_xywh`: NaN where a result has no box. `masks`: compressed run lengths in pycocotools' format, or `None`.
+    - `keypoints`: `(x, y, score)` of each of the `k` points of the dataset, or `None` if they are not evaluated.
     """
 
     images: Int64[np.ndarray, " n"]
@@ -38,9 +41,10 @@ class CheckedResults:
     scores: Float64[np.ndarray, " n"]
     boxes_xywh: Float64[np.ndarray, "n 4"]
     masks: list[dict[str, Any] | None]
+    keypoints: Float64[np.ndarray, "n k 3"] | None = None
 
 
-def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Literal["bbox", "segm"]) -> CheckedResults:
+def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: IoUType) -> CheckedResults:
     """Checks results and converts them to columns. Boxes and masks are both checked, even if `iou_type` needs only one.
 
     Raises a `ValueError` that names the first invalid result, its image and the value.
@@ -54,8 +58,12 @@ def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Lit
     _require(results, "category_id", known_categories, "has category {value}, which the annotations do not have.")
     if iou_type == "bbox":
         _require(results, "bbox", _is_there, "has no bbox of four numbers: {value}.")
-    else:
+    elif iou_type == "segm":
         _require(results, "segmentation", _is_there, "has no segmentation. Evaluate boxes instead, or remove it.")
+    else:
+        length = 3 * dataset.num_keypoints
+        right = lambda value: value is not None and len(value) == length  # noqa: E731
+        _require(results, "keypoints", right, f"has no keypoints of {length} numbers: {{value}}.")
     images = [index_of[result["image_id"]] for result in results]
     boxes = [result["bbox"] if result.get("bbox") is not None else (np.nan,) * 4 for result in results]
     sizes = dataset.sizes
@@ -65,6 +73,7 @@ def check_results(results: Sequence[Any], dataset: CocoDataset, *, iou_type: Lit
         np.array([float(result["score"]) for result in results], np.float64),
         np.array(boxes, np.float64).reshape(-1, 4),
         _masks(results, [sizes[index] for index in images]),
+        None if iou_type != "keypoints" else _points(results, dataset.num_keypoints),
     )
 
 
@@ -82,6 +91,8 @@ def check_fields(results: Sequence[Any]) -> None:
     _require(results, "bbox", _is_four, "has no bbox of four numbers: {value}.")
     words = "has the bbox {value}. Numbers must be finite, width and height not negative."
     _require(results, "bbox", _is_box, words)
+    words = "has the keypoints {value}. Make them one list of finite numbers: x, y and score of each point."
+    _require(results, "keypoints", _are_points, words)
 
 
 def check_masks(results: Sequence[Any]) -> None:
@@ -122,6 +133,11 @@ def _masks(results: Sequence[Any], sizes: list[tuple[int, int]]) -> list[dict[st
     for start in range(0, len(compressed), CHUNK):
         _check_sums(results, compressed[start : start + CHUNK], masks)
     return masks
+
+
+@no_type_check
+def _points(results: Sequence[Any], count: int) -> Float64[np.ndarray, "n k 3"]:
+    return np.array([result["keypoints"] for result in results], np.float64).reshape(len(results), count, 3)
 
 
 @no_type_check
@@ -225,6 +241,19 @@ def _is_box(value: Any) -> bool:
         return False
     # NaN fails these comparisons.
     return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= width < LARGEST and 0 <= height < LARGEST
+
+
+@no_type_check
+def _are_points(value: Any) -> bool:
+    """Whether a value is a list of finite numbers, three for each point, or `None`."""
+    if value is None:
+        return True
+    if not isinstance(value, list | tuple) or len(value) % 3 or not value:
+        return False
+    try:
+        return all(_is_number(number) and -LARGEST < number < LARGEST for number in value)
+    except OverflowError:
+        return False
 
 
 def _show(value: object) -> str:

@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..data import CocoDataset, encode_segmentation, load_annotations
-from ._checks import check_results, mask_areas
+from ._checks import IoUType, check_results, mask_areas
 
 
 # The ground truth of an evaluation: a dataset, or an argument of `load_annotations`.
@@ -41,7 +41,7 @@ def prepare(
     annotations: Truth,
     results: Sequence[Any],
     *,
-    iou_type: Literal["bbox", "segm"],
+    iou_type: IoUType,
     image_ids: Sequence[int] | None,
 ) -> Prepared:
     """Checks the dataset and the results, and sets up their evaluation."""
@@ -57,12 +57,17 @@ def prepare(
     rank = np.empty(len(ids), np.int64)
     rank[order] = np.arange(1, len(ids) + 1)
     checked = check_results(results, dataset, iou_type=iou_type)
+    if iou_type == "keypoints" and not dataset.num_keypoints:
+        raise ValueError(f"{dataset.annotations_path}: no category names keypoints. Evaluate boxes instead.")
     truth, annotation_ids = _truth(dataset, rank, iou_type)
     if iou_type == "bbox":
         shapes, areas = checked.boxes_xywh.tolist(), checked.boxes_xywh[:, 2] * checked.boxes_xywh[:, 3]
-    else:
+    elif iou_type == "segm":
         shapes: list[Any] = checked.masks
         areas = mask_areas(shapes)
+    else:
+        assert checked.keypoints is not None
+        shapes, areas = _flat(checked.keypoints), np.ptp(checked.keypoints[..., :2], axis=1).prod(axis=1)
     detected = _entries(rank[checked.images], checked.labels, areas, np.zeros(len(areas)), iou_type, shapes)
     for entry, score in zip(detected, checked.scores.tolist(), strict=True):
         entry["score"] = score
@@ -80,8 +85,12 @@ def prepare(
     return Prepared(evaluation, dataset, ids[order], annotation_ids)
 
 
+def _flat(keypoints: Float64[np.ndarray, "n k 3"]) -> list[list[float]]:
+    return [points.ravel().tolist() for points in keypoints]
+
+
 def _truth(
-    dataset: CocoDataset, rank: Int64[np.ndarray, " i"], iou_type: str
+    dataset: CocoDataset, rank: Int64[np.ndarray, " i"], iou_type: IoUType
 ) -> tuple[list[dict[str, Any]], Int64[np.ndarray, " m"]]:
     """Returns the dataset's objects as pycocotools annotations, and their ids in the file.
 
@@ -90,8 +99,12 @@ def _truth(
     entries, ids = [], []
     for index, image in enumerate(dataset.images):
         objects = dataset.objects(index)
+        areas = objects.boxes_xywh[:, 2] * objects.boxes_xywh[:, 3]
         if iou_type == "bbox":
-            shapes, areas = objects.boxes_xywh.tolist(), objects.boxes_xywh[:, 2] * objects.boxes_xywh[:, 3]
+            shapes = objects.boxes_xywh.tolist()
+        elif iou_type == "keypoints":
+            assert objects.keypoints is not None
+            shapes = _flat(objects.keypoints)
         else:
             missing = [segmentation is None for segmentation in objects.segmentations]
             if any(missing):
@@ -103,7 +116,13 @@ def _truth(
             areas = mask_areas(shapes)
         areas = np.where(np.isnan(objects.areas), areas, objects.areas)
         ranks = np.full(len(areas), rank[index])
-        entries += _entries(ranks, objects.labels.astype(np.int64), areas, objects.crowd, iou_type, shapes)
+        of_image = _entries(ranks, objects.labels.astype(np.int64), areas, objects.crowd, iou_type, shapes)
+        if objects.keypoints is not None and iou_type == "keypoints":
+            # An object without labelled points is ignored; OKS measures points that are not labelled from the box.
+            labelled = (objects.keypoints[..., 2] > 0).sum(axis=1).tolist()
+            for entry, box, count in zip(of_image, objects.boxes_xywh.tolist(), labelled, strict=True):
+                entry |= {"bbox": box, "num_keypoints": count}
+        entries += of_image
         ids += objects.annotation_ids
     return entries, np.array(ids, np.int64)
 
@@ -113,11 +132,11 @@ def _entries(
     labels: Int64[np.ndarray, " n"],
     areas: Float64[np.ndarray, " n"],
     crowd: np.ndarray,
-    iou_type: str,
+    iou_type: IoUType,
     shapes: Sequence[Any],
 ) -> list[dict[str, Any]]:
     """Returns annotations or results in pycocotools' format, without ids."""
-    key = "bbox" if iou_type == "bbox" else "segmentation"
+    key = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[iou_type]
     columns = ranks.tolist(), (labels + 1).tolist(), areas.tolist(), crowd.astype(np.int64).tolist(), shapes
     return [
         {"image_id": image, "category_id": category, "area": area, "iscrowd": group, key: shape}

@@ -45,7 +45,8 @@ def to_coco_results(
     - `paste`: `ops.paste_masks` or a function with its arguments, such as a model's `paste`.
 
     Returns results in the order of the detections. Each has `image_id`, `category_id`, `bbox` (x, y, width, height),
-    `score`, and `segmentation` if there are masks. Boxes and masks are scaled to `images.original_sizes`.
+    `score`, `segmentation` if there are masks, and `keypoints` (x, y and score of each point in one list) if there are
+    any. Boxes, masks and keypoints are scaled to `images.original_sizes`.
 
     Raises a `ValueError` if a label has no category id, or an image index has no image id.
 
@@ -66,7 +67,12 @@ def to_coco_results(
     masks = None if detections.masks is None else np.asarray(detections.masks)
     originals, indices = np.asarray(images.original_sizes), np.asarray(images.indices)
     source = images.pixels.shape[-3], images.pixels.shape[-2]
-    boxes = boxes * (originals / sizes.clip(1))[:, None, [1, 0, 1, 0]]  # (b, n, 4) * (b, 1, 4)
+    ratios = originals / sizes.clip(1)  # (b, 2)
+    boxes = boxes * ratios[:, None, [1, 0, 1, 0]]  # (b, n, 4) * (b, 1, 4)
+    keypoints = None
+    if detections.keypoints is not None:
+        factors = np.insert(ratios[:, ::-1], 2, 1, axis=1)  # (b, 3): x, y, and 1 for the score
+        keypoints = np.asarray(detections.keypoints, np.float64) * factors[:, None, None]  # (b, n, k, 3)
     results, entries_by_canvas = [], {}
     for i, row in np.argwhere(np.asarray(detections.valid) & np.asarray(images.valid)[:, None]):
         label, index = int(labels[i, row]), int(indices[i])
@@ -81,6 +87,8 @@ def to_coco_results(
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": float(scores[i, row]),
         }
+        if keypoints is not None:
+            result["keypoints"] = keypoints[i, row].ravel().tolist()
         if masks is not None:
             entries_by_canvas.setdefault(_canvas(originals[i], source), []).append((result, i, row))
         results.append(result)

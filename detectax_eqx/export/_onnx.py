@@ -57,8 +57,9 @@ def save_onnx(
 
     Raises an `ExportError` if a detection differs by more than .05 pixels, 1e-4 in its score or .01 in its mask, or if
     a detection with a score above `unmatched_score` has no counterpart with its label and an IoU of at least .5. Raises
-    a `ValueError` if the number of `class_names` differs from the model's number of classes, if an image does not fit,
-    or if `unmatched_score` is not in 0..1. Raises an `ImportError` that names the extra if it is not installed.
+    a `ValueError` for a detector of keypoints, if the number of `class_names` differs from the model's number of
+    classes, if an image does not fit, or if `unmatched_score` is not in 0..1. Raises an `ImportError` that names the
+    extra if it is not installed.
     """
     require("onnx")
     import onnx
@@ -66,6 +67,11 @@ def save_onnx(
     metadata = about_model(model, class_names, selection) | {"shape": asdict(shape)}
     if not images:
         raise ValueError("images must hold at least one image to compare on.")
+    if "keypoints" in model.needs:
+        raise ValueError(
+            f"model must not predict keypoints, got a {type(model).__name__}: the search for their maximum is a loop "
+            "whose length depends on the box. Use save_stablehlo, which takes any detector."
+        )
     proto = to_proto(model, shape, selection)
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
     with whole_file(path) as temporary:

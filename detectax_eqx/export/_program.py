@@ -92,6 +92,11 @@ def detection_program(model: AbstractDetector, shape: Shape, selection: Selectio
     return jax.vmap(image_program(model, shape, selection))
 
 
+def named_outputs(detections: Detections) -> dict[str, Array]:
+    """The arrays of detections by the names of their fields, in the order of `jax.tree.leaves`."""
+    return {name: array for name, array in vars(detections).items() if array is not None}
+
+
 def image_program(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Program:
     """`detection_program` for one image, `(h, w, c)`, and its size, `(2,)`."""
     selection = checked_selection(model, selection)

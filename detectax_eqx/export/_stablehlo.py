@@ -13,7 +13,7 @@ from jax import export
 
 from ..files import whole_file
 from ..models import AbstractDetector, Selection
-from ._program import Shape, about_model, detection_program
+from ._program import Shape, about_model, detection_program, named_outputs
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -43,7 +43,7 @@ def save_stablehlo(
     - `weights/0`, `weights/1`, …: the arrays that every program takes as its first argument, as a list.
     - `programs/NAME`, for each shape's `name`: the input of `jax.export.deserialize`. Calling the deserialised program
       takes the weights, uint8 images `(b, h, w, c)` and their int32 `(height, width)`, `(b, 2)`. It returns `outputs`:
-      boxes, scores, labels, valid and, if the model predicts them, masks, as in `Detections`.
+      boxes, scores, labels, valid and, if the model predicts them, masks and keypoints, as in `Detections`.
 
     `experiments/run_stablehlo.py` runs the file without this package. The file is written atomically: it is first
     written under a temporary name in the same folder, then renamed.
@@ -63,12 +63,14 @@ def save_stablehlo(
     if foreign:
         raise ValueError(f"weights must have NumPy dtypes, got {', '.join(sorted(foreign))}: cast them first.")
     static = eqx.filter(model, eqx.is_array, inverse=True)
-    programs = {}
+    programs, outputs = {}, []
     for shape in shapes:
 
         def run(weights, images, image_sizes, shape=shape):
             model = eqx.combine(jax.tree.unflatten(rebuild, weights), static)
-            return tuple(jax.tree.leaves(detection_program(model, shape, selection)(images, image_sizes)))
+            named = named_outputs(detection_program(model, shape, selection)(images, image_sizes))
+            outputs[:] = named
+            return tuple(named.values())
 
         batch = export.symbolic_shape("b")[0] if any_batch else shape.batch
         arguments = (
@@ -83,7 +85,7 @@ def save_stablehlo(
             asdict(shape) | {"name": shape.name, "batch": None if any_batch else shape.batch} for shape in shapes
         ],
         "platforms": list(platforms),
-        "outputs": ["boxes", "scores", "labels", "valid", "masks"][: len(next(iter(programs.values())).out_avals)],
+        "outputs": outputs,
         "num_weights": len(weights),
         "jax": jax.__version__,
         "calling_convention": max(program.calling_convention_version for program in programs.values()),

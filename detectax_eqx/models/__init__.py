@@ -1,4 +1,4 @@
-"""Detectors: Faster R-CNN, Mask R-CNN, RetinaNet, FCOS and SSD, their losses, and detection in images of any size."""
+"""Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD, their losses, and detection in any image."""
 
 from ._box_head import (
     BoxHead as BoxHead,
@@ -23,6 +23,8 @@ from ._detectron2 import (
 )
 from ._faster_rcnn import FasterRCNN as FasterRCNN, faster_rcnn as faster_rcnn
 from ._fcos import FCOS as FCOS, FCOSMatching as FCOSMatching, fcos as fcos
+from ._keypoint_head import KeypointHead as KeypointHead, keypoint_loss as keypoint_loss
+from ._keypoint_rcnn import KeypointRCNN as KeypointRCNN, keypoint_rcnn as keypoint_rcnn
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss
 from ._mask_rcnn import MaskRCNN as MaskRCNN, mask_rcnn as mask_rcnn
 from ._parameters import in_backbone as in_backbone, num_parameters as num_parameters, trainable as trainable

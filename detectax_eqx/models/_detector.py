@@ -43,7 +43,8 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     - `preprocessing`: how an image is resized and normalised; static.
     - `selection`: which detections to keep by default; static.
     - `paste`: how its masks are pasted onto an image.
-    - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"`.
+    - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"` or
+      `"keypoints"`.
 
     Subclasses are final: each defines all of its fields itself. Code shared by several detectors is in free functions.
     """

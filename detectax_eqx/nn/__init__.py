@@ -5,6 +5,7 @@ from ._conv import (
     Conv2d as Conv2d,
     Initializer as Initializer,
     Upsample2x2 as Upsample2x2,
+    Upsample4x4 as Upsample4x4,
     conv2d as conv2d,
     max_pool2d as max_pool2d,
     relu as relu,

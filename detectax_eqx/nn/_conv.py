@@ -129,6 +129,32 @@ class Upsample2x2(eqx.Module):
         return jnp.einsum("ihw,ioab->hwabo", x, self.weight) + self.bias[None, None, None, None]
 
 
+class Upsample4x4(eqx.Module):
+    """A transposed convolution with kernel size 4, stride 2 and padding 1, which doubles the sides of a map.
+
+    Along an axis, an output of even index is `kernel[3] * x[i - 1] + kernel[1] * x[i]`, and the next one is
+    `kernel[2] * x[i] + kernel[0] * x[i + 1]`. The layer is therefore one 3×3 convolution with an output channel for
+    each of the four positions in a 2×2 block, and a rearrangement. `weight` is `(i, o, 4, 4)`, as in
+    `torch.nn.ConvTranspose2d`.
+    """
+
+    weight: Float[Array, "i o 4 4"]
+    bias: Float[Array, " o"]
+
+    def __init__(self, in_channels: int, out_channels: int, *, key: PRNGKeyArray):
+        # torch computes the fan-out of a transposed kernel from its first axis.
+        self.weight = he_fan_out(key, (in_channels, out_channels, 4, 4))
+        self.bias = jnp.zeros(out_channels)
+
+    def __call__(self, x: Float[Array, "i h w"]) -> Float[Array, "o 2*h 2*w"]:
+        # With a zero on either side, the kernel's entries for position a of a block are a, a + 2 and a + 4, and belong
+        # to the pixels i + 1, i and i - 1.
+        kernel = jnp.pad(self.weight, [(0, 0), (0, 0), (1, 1), (1, 1)])  # (i, o, 6, 6)
+        kernel = rearrange(kernel, "i o (h a) (w b) -> (o a b) i h w", a=2, b=2)[:, :, ::-1, ::-1]
+        blocks = conv2d(x, kernel, jnp.repeat(self.bias, 4), padding=1)  # (4 o, h, w)
+        return rearrange(blocks, "(o a b) h w -> o (h a) (w b)", a=2, b=2)
+
+
 def max_pool2d(
     x: Float[Array, "c h w"], *, kernel_size: int, stride: int, padding: int = 0, round_up: bool = False
 ) -> Float[Array, "c h2 w2"]:

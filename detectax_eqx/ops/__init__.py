@@ -13,6 +13,10 @@ from ._boxes import (
     xyxy_to_xywh as xyxy_to_xywh,
 )
 from ._coders import decode_boxes as decode_boxes, encode_boxes as encode_boxes
+from ._keypoints import (
+    keypoint_targets as keypoint_targets,
+    keypoints_from_heatmaps as keypoints_from_heatmaps,
+)
 from ._losses import (
     ciou_loss as ciou_loss,
     dice_loss as dice_loss,

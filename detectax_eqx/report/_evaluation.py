@@ -42,13 +42,17 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, evaluate.CocoMetrics],
 ) -> None:
-    """Writes the page. `metrics` are the metrics of `results` on `dataset`, for boxes and optionally for masks."""
+    """Writes the page. `metrics` are the metrics of `results` on `dataset`, for boxes and optionally for masks.
+
+    Metrics of keypoints are left out: errors are analysed by IoU, not by OKS.
+    """
     analyses = {
         kind: evaluate.analyze_errors(dataset, results, iou_type=one.iou_type, max_detections=one.max_detections)
         for kind, one in metrics.items()
+        if one.iou_type != "keypoints"
     }
-    limit = next(iter(metrics.values())).max_detections
-    first = next(iter(analyses.values()))
+    kind, first = next(iter(analyses.items()))
+    limit = metrics[kind].max_detections
     content = {
         "title": f"Evaluation: {path.resolve().parent.name}",
         "subtitle": f"{file_name(dataset.annotations_path)}: {len(dataset):,} images, "

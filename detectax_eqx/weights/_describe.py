@@ -19,7 +19,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 # Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
 _DETECTORS = (
     (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
-    (("roi_heads.keypoint_predictor.", "roi_heads.keypoint_head."), "Keypoint R-CNN"),
+    (("roi_heads.keypoint_predictor.", "roi_heads.keypoint_head.", "keypoint_head."), "Keypoint R-CNN"),
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
     (("head.regression_head.bbox_ctrness.", "centerness."), "FCOS"),
     (("head.classification_head.conv", "head.cls_subnet.", "class_tower."), "RetinaNet"),
@@ -33,6 +33,7 @@ _OTHER_BODIES = (
 )
 # Prefixes of a body's names in torchvision, which this package shares, and in Detectron2.
 _BODIES = ("backbone.body.", "backbone.bottom_up.")
+_HEATMAPS = ("keypoint_predictor.kps_score_lowres.bias", "keypoint_head.heatmaps.bias")
 _CLASS_LOGITS = (
     "head.cls_score.bias",
     "box_predictor.cls_score.bias",
@@ -68,6 +69,8 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
         outputs = next((_length(array) for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
         anchors = next((_length(array) // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
         with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
+        points = next((_length(array) for name, array in arrays.items() if name.endswith(_HEATMAPS)), 0)
+        with_outputs += f" and {points} keypoints" if points else ""
         return f"a {detector}{source}{second} on {body or 'a backbone'}{with_outputs}"
     last = max((name for name in arrays if re.fullmatch(r"(fc|classifier\.\d)\.weight", name)), default=None)
     if body is not None and last is not None:

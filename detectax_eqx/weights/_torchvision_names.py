@@ -30,6 +30,7 @@ def _mobilenet_in_ssd(i: int) -> str | FieldNames:
 TORCHVISION: Names = {
     models.FasterRCNN: {"rpn": "rpn.head", "box_head": "roi_heads"},
     models.MaskRCNN: {"rpn": "rpn.head", "box_head": "roi_heads", "mask_head": "roi_heads"},
+    models.KeypointRCNN: {"rpn": "rpn.head", "box_head": "roi_heads", "keypoint_head": "roi_heads"},
     models.RPN: {"convs": "conv.{i}.0", "objectness": "cls_logits", "deltas": "bbox_pred"},
     models.BoxHead: {
         "fc6": "box_head.fc6",
@@ -50,6 +51,11 @@ TORCHVISION: Names = {
         "norms": "mask_head.{i}.1",
         "upsample": "mask_predictor.conv5_mask",
         "mask_logits": "mask_predictor.mask_fcn_logits",
+    },
+    # In torchvision's keypoint head, convolutions and ReLUs form one list.
+    models.KeypointHead: {
+        "convs": lambda i: f"keypoint_head.{2 * i}",
+        "heatmaps": "keypoint_predictor.kps_score_lowres",
     },
     models.RetinaNet: {
         "class_tower": {"convs": "head.classification_head.conv.{i}.0", "norms": "head.classification_head.conv.{i}.1"},

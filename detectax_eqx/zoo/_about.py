@@ -71,7 +71,7 @@ def with_about(
 
 def categories_of(content: Mapping[str, Any]) -> tuple[Category, ...]:
     """The categories in the metadata of a checkpoint or a weights file."""
-    return tuple(Category(entry["id"], entry["name"]) for entry in content["categories"])
+    return tuple(map(Category.from_fields, content["categories"]))
 
 
 def preprocessing_of(content: Mapping[str, Any]) -> Preprocessing:

@@ -19,6 +19,7 @@ from ..models import (
     faster_rcnn_detectron2,
     fcos,
     giou_of_boxes,
+    keypoint_rcnn,
     mask_rcnn,
     mask_rcnn_detectron2,
     retinanet,
@@ -235,6 +236,7 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "faster_rcnn_mobilenet_v3_large_320_fpn": _mobilenet_320,
     **{f"mask_rcnn_{body}_fpn": partial(_two_stage, mask_rcnn, build) for body, build in _RESNETS.items()},
     "mask_rcnn_resnet50_fpn_v2": partial(_mask_rcnn_v2, resnet50),
+    "keypoint_rcnn_resnet50_fpn": partial(_two_stage, keypoint_rcnn, resnet50),
     "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
     "retinanet_resnet50_fpn_v2": partial(
         _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes

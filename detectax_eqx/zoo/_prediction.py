@@ -24,7 +24,8 @@ class Prediction:
     - `detections`: the valid detections, as NumPy arrays; boxes `(x0, y0, x1, y1)` in pixels of the image.
     - `size`: the image's `(height, width)`. `source`: its path or URL, or `None` if it was passed as an array or Pillow
       image.
-    - `class_names`, `category_ids`: the class name and category id of each label.
+    - `class_names`, `category_ids`, `skeletons`: the class name and category id of each label, and the bones between
+      its keypoints, if any, see `data.Category`.
     - `paste`: how masks are pasted onto the image, `ops.paste_masks` or the model's own function.
     """
 
@@ -35,6 +36,7 @@ class Prediction:
     category_ids: tuple[int, ...]
     _pixels: UInt8[np.ndarray, "h w c"] | None = field(default=None)
     paste: Callable[..., Any] = paste_masks
+    skeletons: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.detections.scores)
@@ -65,12 +67,15 @@ class Prediction:
         return read_image(self.source, max_pixels=self.size[0] * self.size[1])
 
     def draw(self, *, score_threshold: float = 0.5, **style: Any) -> Image.Image:
-        """Draws the objects on the image: masks, boxes, class names and scores. `style`: see `draw.draw_detections`."""
-        names = self.class_names
-        return draw_detections(self.image, self.detections, class_names=names, score_threshold=score_threshold, **style)
+        """Draws masks, boxes, keypoints, class names and scores on the image. `style`: see `draw.draw_detections`."""
+        options = {"class_names": self.class_names, "skeletons": self.skeletons} | style
+        return draw_detections(self.image, self.detections, score_threshold=score_threshold, **options)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dictionary per object with class, score and box corners, for example for `pandas.DataFrame`."""
+        """A dictionary per object with class, score and box corners, for example for `pandas.DataFrame`.
+
+        If the detector has keypoints, `keypoints` is a list of `(x, y, score)`, one per point.
+        """
         keys = ("name", "category_id", "score", "x0", "y0", "x1", "y1")
         detections = self.detections
         columns = (
@@ -79,6 +84,9 @@ class Prediction:
             np.asarray(detections.scores, np.float64).tolist(),
             *np.asarray(detections.boxes, np.float64).T.tolist(),
         )
+        if detections.keypoints is not None:
+            points = np.asarray(detections.keypoints, np.float64).tolist()
+            keys, columns = (*keys, "keypoints"), (*columns, [[tuple(point) for point in row] for row in points])
         return [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def to_coco(self, *, image_id: int = 0) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from ._inputs import is_folder, padded_images, pixels_of
 from ._prediction import Prediction
 from ._published import announce, pretrained, published, published_file
 from ._run import load_run
-from ._weights import load_weights
+from ._weights import load_weights, with_keypoints
 
 
 # Images are padded to multiples of this, so that few programs are compiled for images of many sizes.
@@ -88,7 +88,8 @@ class Predictor:
         """
         path = Path(file)
         known = published_file(name, path.name)
-        architecture = Architecture(name, norm or (known.architecture.norm if known else "frozen_batch"))
+        norm = norm or (known.architecture.norm if known else "frozen_batch")
+        architecture = with_keypoints(Architecture(name, norm), path)
         model = load_weights(architecture, path)
         predictor = cls(model, canvases=own_canvases(model), architecture=architecture)
         if known is not None:
@@ -122,9 +123,7 @@ class Predictor:
             raise FileNotFoundError(f"{folder} has no {FILE}, which Predictor.save writes.")
         arrays, metadata = read_safetensors(path)
         try:
-            fields = json.loads(metadata["architecture"])
-            anchors = {key: fields[key] and tuple(fields[key]) for key in ("anchor_sizes", "aspect_ratios")}
-            architecture = Architecture(fields["name"], fields["norm"], **anchors)
+            architecture = Architecture.from_fields(json.loads(metadata["architecture"]))
             shapes = architecture.shapes(int(metadata["num_classes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its metadata is not what Predictor.save writes ({error!r}).") from None
@@ -261,6 +260,7 @@ class Predictor:
                     self.category_ids(),
                     None if on_disk else arrays[index],
                     self.model.paste,
+                    tuple(category.skeleton for category in self.categories or ()),
                 )
 
     def _groups(self, arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[_Shape, list[int]]]:

@@ -10,7 +10,7 @@ from ..data import Category
 from ..models import AbstractDetector
 from ..weights import load_detectron2, load_torchvision
 from ._architecture import Architecture, NormName
-from ._coco import COCO_IDS
+from ._coco import COCO_IDS, KEYPOINTS, SKELETON
 from ._download import download
 
 
@@ -22,7 +22,8 @@ class Published:
     - `source`: the library that published the weights. `licence`: its licence. `url`: the URL of the file.
     - `sha256`: the beginning of the file's checksum, as given in its name; empty if none was published.
     - `megabytes`: its size.
-    - `box_ap`, `mask_ap`: AP@[.5:.95] on COCO val2017 as published; `mask_ap` is `None` for detectors without masks.
+    - `box_ap`, `mask_ap`, `keypoint_ap`: AP@[.5:.95] on COCO val2017 as published, the last of persons over OKS; `None`
+      for detectors without masks or keypoints.
     - `architecture`, `categories`: those of the training. Ids that are not classes in COCO are named `N/A`.
     - `load`: the function of `weights` that loads the file into a detector.
     """
@@ -38,6 +39,7 @@ class Published:
     architecture: Architecture
     categories: tuple[Category, ...]
     load: Callable[[AbstractDetector, Path], AbstractDetector] = load_torchvision
+    keypoint_ap: float | None = None
 
     @property
     def file(self) -> str:
@@ -109,10 +111,13 @@ def _torchvision(
     *,
     norm: NormName = "frozen_batch",
     background: bool = True,
+    keypoint_ap: float | None = None,
 ) -> Published:
     """Published weights, with the metadata of torchvision 0.27.1. `background`: if label 0 is category id 1, not 0."""
     first = 1 if background else 0  # torchvision's dense detectors have an unused output for the background
     categories = tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(first, 91))
+    if keypoint_ap is not None:  # a detector of persons alone
+        categories = (Category(1, COCO_IDS[1], KEYPOINTS, SKELETON),)
     return Published(
         name=name,
         source="torchvision",
@@ -124,6 +129,7 @@ def _torchvision(
         mask_ap=mask_ap,
         architecture=Architecture(name, norm),
         categories=categories,
+        keypoint_ap=keypoint_ap,
     )
 
 
@@ -176,6 +182,14 @@ _PUBLISHED: dict[str, Published] = {
             "faster_rcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9", 74.239, 22.8
         ),
         _torchvision("mask_rcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2_coco-73cbd019", 177.219, 47.4, 41.8),
+        _torchvision(
+            "keypoint_rcnn_resnet50_fpn",
+            "keypointrcnn_resnet50_fpn_coco-fc266e95",
+            226.054,
+            54.6,
+            norm="frozen_batch_eps0",
+            keypoint_ap=65.0,
+        ),
         _torchvision(
             "retinanet_resnet50_fpn",
             "retinanet_resnet50_fpn_coco-eeacb38b",

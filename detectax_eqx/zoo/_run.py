@@ -27,6 +27,7 @@ def run_metadata(
         "norm": architecture.norm,
         "anchor_sizes": architecture.anchor_sizes,
         "aspect_ratios": architecture.aspect_ratios,
+        "num_keypoints": architecture.num_keypoints,
         "categories": [asdict(category) for category in categories],
         "preprocessing": asdict(model.preprocessing),
         "canvases": canvases,
@@ -46,10 +47,7 @@ def load_run(path: Path) -> tuple[AbstractDetector, tuple[Category, ...], Canvas
         canvases = tuple((height, width) for height, width in metadata["canvases"])
         preprocessing = preprocessing_of(metadata)
         part = "ema" if metadata["ema"] else "model"  # a field of `TrainState`
-        # Older checkpoints, written before these options existed, lack them.
-        names = [key for key in ("anchor_sizes", "aspect_ratios") if metadata.get(key) is not None]
-        anchors = {key: tuple(map(float, metadata[key])) for key in names}
-        architecture = Architecture(metadata["model"], metadata["norm"], **anchors)
+        architecture = Architecture.from_fields({**metadata, "name": metadata["model"]})
         like = replace(architecture.shapes(len(categories)), preprocessing=preprocessing)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its metadata is not what train.py writes ({error!r}).") from None

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -42,6 +43,16 @@ def is_detectron2s(architecture: Architecture, path: str | os.PathLike) -> bool:
     return architecture.name in detectron2_detectors() and Path(path).suffix != ".safetensors"
 
 
+def with_keypoints(architecture: Architecture, path: str | os.PathLike) -> Architecture:
+    """The architecture with the number of keypoints of the weights in a file, if it is that of a keypoint detector."""
+    shapes = architecture.shapes(1)
+    if "keypoints" not in shapes.needs:
+        return architecture
+    few, more = (array_shapes(replace(architecture, num_keypoints=count).shapes(1)) for count in (1, 2))
+    count = _whole(_counts(few, more, read_torchvision(path, shapes)))
+    return architecture if count is None else replace(architecture, num_keypoints=count)
+
+
 def count_classes(architecture: Architecture, path: str | os.PathLike) -> int:
     """The number of classes of the weights in a file, inferred from the arrays whose shapes depend on it."""
     few, more = (architecture.shapes(count) for count in (1, 2))
@@ -51,20 +62,34 @@ def count_classes(architecture: Architecture, path: str | os.PathLike) -> int:
     else:
         arrays = read_torchvision(path, few)
         few, more = (array_shapes(model) for model in (few, more))
-    counts = set()
-    for key in few.keys() & arrays.keys():
-        shape = arrays[key].shape
-        for axis, (one, two) in enumerate(zip(few[key], more[key], strict=True)):
-            if one != two and axis < len(shape):  # the length of the axis is linear in the number of classes
-                counts.add((shape[axis] - one) / (two - one) + 1)
+    counts = _counts(few, more, arrays)
     if not counts:
         missing = next(key for key in few if few[key] != more[key])
         raise WeightsError(
             f"{path} seems to be {describe(arrays) or 'no model of torchvision, Detectron2 or this package'}: "
             f"it has no entry {missing}, so it does not hold a {architecture.name}."
         )
-    whole_counts = [int(count) for count in counts if count >= 1 and count == int(count)]
-    return whole_counts[0] if whole_counts else 1  # if arrays disagree, `load_torchvision` reports which
+    return _whole(counts) or 1  # if arrays disagree, `load_torchvision` reports which
+
+
+def _counts(
+    few: Mapping[str, tuple[int, ...]],
+    more: Mapping[str, tuple[int, ...]],
+    arrays: Mapping[str, Shaped[np.ndarray, "..."]],
+) -> set[float]:
+    """What is counted in `arrays`, by each array that depends on it, given the shapes for one and for two of it."""
+    counts = set()
+    for key in few.keys() & arrays.keys():
+        shape = arrays[key].shape
+        for axis, (one, two) in enumerate(zip(few[key], more[key], strict=True)):
+            if one != two and axis < len(shape):  # the length of the axis is linear in the number
+                counts.add((shape[axis] - one) / (two - one) + 1)
+    return counts
+
+
+def _whole(counts: set[float]) -> int | None:
+    """The first count that is a positive whole number."""
+    return next((int(count) for count in counts if count >= 1 and count == int(count)), None)
 
 
 def array_shapes(model: AbstractDetector) -> dict[str, tuple[int, ...]]:
@@ -83,7 +108,7 @@ def initialize(
     """Initialises `model` for fine-tuning: from a detector of its architecture, or a classifier with its backbone.
 
     If the file's detector has another number of classes, the layers that depend on it keep their values. The same
-    applies to the layers that depend on the number of anchors.
+    applies to the layers that depend on the number of anchors or keypoints.
 
     Returns the model, and a sentence about each kind of layer that was not loaded.
     """
@@ -92,7 +117,8 @@ def initialize(
             return load_detectron2_backbone(model, path), ()
     elif not any(key.startswith("backbone.") for key in read_torchvision(path, model)):
         return load_torchvision_backbone(model, path), ()
-    source = load_weights(Architecture(architecture.name, architecture.norm), path)
+    plain = Architecture(architecture.name, architecture.norm)
+    source = load_weights(with_keypoints(plain, path), path)
     arrays: dict[str, Shaped[np.ndarray, "..."]] = dict(to_torchvision(source))
     own: Mapping[str, Shaped[np.ndarray, "..."]] = to_torchvision(model)
     notes = []
@@ -101,10 +127,10 @@ def initialize(
             f"{path} has {source.num_classes} classes and this model {model.num_classes}: "
             "the layers that depend on the number of classes start at random."
         )
-        few, more = (array_shapes(Architecture(architecture.name, architecture.norm).shapes(n)) for n in (1, 2))
+        few, more = (array_shapes(plain.shapes(count)) for count in (1, 2))
         arrays |= {key: own[key] for key in own if few[key] != more[key]}
     others = {key: own[key] for key in own if own[key].shape != arrays[key].shape}
-    if others:
-        notes.append(f"{path} has another number of anchors: the layers that depend on it start at random.")
-        arrays |= others
+    for kind in sorted({"keypoints" if ".keypoint_" in key else "anchors" for key in others}):
+        notes.append(f"{path} has another number of {kind}: the layers that depend on it start at random.")
+    arrays |= others
     return load_torchvision(model, arrays), tuple(notes)

@@ -42,7 +42,11 @@ FIELDS = [
     *[("annotations", i, "segmentation", field) for i in (1, 2) for field in ("size", "counts")],
     ("annotations", 2, "segmentation", "size", 0),
     ("annotations", 2, "segmentation", "counts", 1),
-    *[("categories", 0, field) for field in ("id", "name")],
+    *[("annotations", 0, field) for field in ("keypoints", "num_keypoints")],
+    *[("annotations", 0, "keypoints", i) for i in (0, 5)],
+    *[("categories", 0, field) for field in ("id", "name", "keypoints", "skeleton")],
+    ("categories", 0, "keypoints", 1),
+    ("categories", 0, "skeleton", 0, 1),
     *[(part, 0) for part in ("images", "annotations", "categories")],
     *[(part,) for part in ("images", "annotations", "categories")],
 ]
@@ -58,7 +62,8 @@ def content():
     runs = {"size": list(SIZE), "counts": [32, 3, 7, 3, 7, 3, 7, 3, 7, 3, 7, 3, 115]}
     polygon = [[2, 1, 8, 1, 8, 5, 2, 5]]
     objects = [
-        {"image_id": 7, "category_id": 40, "bbox": [2, 1, 6, 4], "area": 24, "iscrowd": 0, "segmentation": polygon},
+        {"image_id": 7, "category_id": 40, "bbox": [2, 1, 6, 4], "area": 24, "iscrowd": 0, "segmentation": polygon}
+        | {"keypoints": [3, 2, 2, 7.5, 4, 1], "num_keypoints": 2},
         {"image_id": 7, "category_id": 2, "bbox": [3, 2, 6, 3], "segmentation": compressed},
         {"image_id": 3, "category_id": 2, "bbox": [3, 2, 6, 3], "segmentation": runs},
         {"image_id": 3, "category_id": 2, "bbox": [0, 0, 20, 10], "iscrowd": 1, "segmentation": runs},
@@ -67,7 +72,10 @@ def content():
     return {
         "images": [{"id": id, "file_name": f"{id}.png", "width": WIDTH, "height": HEIGHT} for id in (7, 3, 5)],
         "annotations": [{"id": 11 + i, **fields} for i, fields in enumerate(objects)],
-        "categories": [{"id": 40, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "categories": [
+            {"id": 40, "name": "cat", "keypoints": ["nose", "tail"], "skeleton": [[1, 2]]},
+            {"id": 2, "name": "dog"},
+        ],
     }
 
 
@@ -81,7 +89,8 @@ def make(text, folder):
     def load():
         dataset = load_coco(folder / "train.json", folder / "images")
         buckets = make_buckets(dataset.sizes, canvases=[(32, 32)], min_size=10, max_size=20)
-        loader = Loader(dataset, batch_size=3, buckets=buckets, shuffle=False, max_objects=4, mask_size=None)
+        options = {"mask_size": None, "keypoints": dataset.num_keypoints > 0}
+        loader = Loader(dataset, batch_size=3, buckets=buckets, shuffle=False, max_objects=4, **options)
         return dataset, loader.batch(0)
 
     return load
@@ -107,6 +116,8 @@ def check(result, untouched=()):
                 assert dataset.category_ids[label] == known[id]["category_id"]
     assert len(ids) == len(set(ids)) and set(untouched) <= set(ids)
     assert batch.images.valid.all() and np.isfinite(batch.targets.boxes).all()
+    keypoints = batch.targets.keypoints
+    assert keypoints is None or (np.isfinite(keypoints).all() and np.isin(keypoints[..., 2], (0, 1, 2)).all())
     return "repaired" if dataset.report.counts else "harmless"
 
 

@@ -19,6 +19,7 @@ from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
     fasterrcnn_resnet50_fpn_v2,
     fcos_resnet50_fpn,
+    keypointrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn_v2,
     retinanet_resnet50_fpn,
@@ -248,7 +249,12 @@ def parameter_names():
         "dense": {},
         "whole": {},
     }
-    for name, build in (("faster_rcnn", fasterrcnn_resnet50_fpn), ("mask_rcnn", maskrcnn_resnet50_fpn)):
+    two_stage = {
+        "faster_rcnn": fasterrcnn_resnet50_fpn,
+        "mask_rcnn": maskrcnn_resnet50_fpn,
+        "keypoint_rcnn": keypointrcnn_resnet50_fpn,
+    }
+    for name, build in two_stage.items():
         everything = shapes(build(weights=None, weights_backbone=None))
         backbone = {k.removeprefix("backbone."): v for k, v in everything.items() if k.startswith("backbone.")}
         assert backbone == backbones["resnet50"]

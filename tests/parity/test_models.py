@@ -21,6 +21,7 @@ import numpy as np
 from detectax_eqx import Targets, models, ops, zoo
 from detectax_eqx.weights import load_torchvision, to_torchvision
 
+from .keypoints import KeypointAgreement
 from .torchvision_models import arrays_of, random_detector, real_images
 
 
@@ -29,6 +30,7 @@ from .torchvision_models import arrays_of, random_detector, real_images
 CASES = {
     "faster_rcnn_resnet50_fpn": 90,
     "mask_rcnn_resnet50_fpn": 90,
+    "keypoint_rcnn_resnet50_fpn": 90,
     "faster_rcnn_resnet50_fpn_v2": 90,
     "mask_rcnn_resnet50_fpn_v2": 90,
     "faster_rcnn_resnext50_32x4d_fpn": 90,
@@ -150,10 +152,14 @@ def test_detections_on_real_images(name):
     most = model.selection.max_detections
     detect = eqx.filter_jit(models.detect)
     agreements, total, judged_in_double = [], 0, []
+    keypoints = KeypointAgreement(reference, model) if "keypoints" in model.needs else None
     for i, image in enumerate(images):
         detections = detect(model, image, max_detections=most + 10)
         expected = torchvision_detections(reference, image)
         total += len(expected["scores"])
+        if keypoints is not None:
+            rows = _rows(np.asarray(detections.boxes), np.asarray(detections.labels) + first_label, expected)
+            keypoints.compare(image, np.asarray(detections.keypoints)[rows], expected)
         try:
             agreements.append(assert_same(detections, expected, image, first_label, most))
         except AssertionError:
@@ -165,6 +171,9 @@ def test_detections_on_real_images(name):
     assert len(judged_in_double) <= 2
     if "masks" in model.needs:
         assert_masks_agree(agreements)
+    if keypoints is not None:
+        print(keypoints)
+        assert keypoints.judged_in_double < keypoints.compared / 100
 
 
 @pytest.mark.timeout(1800)
@@ -223,12 +232,24 @@ def _losses_and_gradients(name, precision):
     masks = rng.random((2, objects, height, width)) < 0.5
     inside_y = (np.arange(height) >= boxes[..., 1, None]) & (np.arange(height) < boxes[..., 3, None])
     inside_x = (np.arange(width) >= boxes[..., 0, None]) & (np.arange(width) < boxes[..., 2, None])
+    points = np.concatenate(
+        [
+            rng.uniform(boxes[..., None, :2] - 10, boxes[..., None, 2:] + 10, (2, objects, 17, 2)),
+            rng.integers(0, 3, (2, objects, 17, 1)),
+        ],
+        axis=3,
+    ).astype(np.float32)  # torchvision takes no other dtype
     masks = (masks & inside_y[..., :, None] & inside_x[..., None, :]).astype(np.uint8)
 
     tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).to(dtype) / 255 for image in images]
     torch_targets = [
-        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(l + first_label).long(), "masks": torch.from_numpy(m)}
-        for b, l, m in zip(boxes, labels, masks, strict=True)
+        {
+            "boxes": torch.from_numpy(b),
+            "labels": torch.from_numpy(l + first_label).long(),
+            "masks": torch.from_numpy(m),
+            "keypoints": torch.from_numpy(k),
+        }
+        for b, l, m, k in zip(boxes, labels, masks, points, strict=True)
     ]
     expected = reference(tensors, torch_targets)
     # A tensor, though pyright sees the 0 that the sum starts from.
@@ -238,7 +259,12 @@ def _losses_and_gradients(name, precision):
     model = load_torchvision(build(name), arrays_of(reference))
     frame = jnp.tile(jnp.array([0, 0, width, height], precision), (2, objects, 1))
     targets = Targets(
-        jnp.asarray(boxes), jnp.asarray(labels), jnp.ones((2, objects), bool), jnp.asarray(masks) == 1, frame
+        jnp.asarray(boxes),
+        jnp.asarray(labels),
+        jnp.ones((2, objects), bool),
+        jnp.asarray(masks) == 1,
+        frame,
+        jnp.asarray(points),
     )
     if two_stage:
         sampled = replace(
@@ -283,6 +309,7 @@ def test_weights_round_trip(name):
 PARAMETERS = {
     "faster_rcnn_resnet50_fpn": 41_755_286,
     "mask_rcnn_resnet50_fpn": 44_401_393,
+    "keypoint_rcnn_resnet50_fpn": 59_137_258 + 89 * 5 * 1025,  # torchvision's is for 2 classes, not 91
     # Less those of the BatchNorms, which are frozen here: of the backbone, the pyramid and the heads.
     "faster_rcnn_resnet50_fpn_v2": 43_712_278 - 53_120 - 4_096 - 2_048,
     "mask_rcnn_resnet50_fpn_v2": 46_359_409 - 53_120 - 4_096 - 2 * 2_048,
