@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -211,7 +212,7 @@ def test_pasting_has_the_gradient_of_a_linear_map():
 
 def test_stride_in_the_first_convolution():
     x = jr.normal(jr.key(1), (8, 8, 8))
-    block = nn.Bottleneck(8, 4, stride=2, norm=nn.FrozenBatchNorm, key=jr.key(0), stride_in_1x1=True)
+    block: Any = nn.Bottleneck(8, 4, stride=2, norm=nn.FrozenBatchNorm, key=jr.key(0), stride_in_1x1=True)
     other = nn.Bottleneck(8, 4, stride=2, norm=nn.FrozenBatchNorm, key=jr.key(0))
     assert (block.conv1.stride, block.conv2.stride, other.conv1.stride, other.conv2.stride) == (2, 1, 1, 2)
     assert block(x).shape == other(x).shape == (16, 4, 4)
@@ -341,12 +342,12 @@ def caffe2(arrays):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_backbones_of_msra(tmp_path, wrapped):
     """Names of Caffe2, no statistics, and a classifier's last layer."""
-    body = nn.resnet50(key=jr.key(0), width=4, stride_in_1x1=True)
+    body: Any = nn.resnet50(key=jr.key(0), width=4, stride_in_1x1=True)
     arrays = to_detectron2(body)
     content = caffe2(arrays) | {"fc1000_w": np.zeros((1000, 128), np.float32), "fc1000_b": np.zeros(1000, np.float32)}
     assert len(content) == 1 + 2 + 3 * (16 * 3 + 4) + 2
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": content} if wrapped else content, 2))
-    loaded = load_detectron2(eqx.filter_eval_shape(lambda: body), tmp_path / "R-50.pkl")
+    loaded: Any = load_detectron2(eqx.filter_eval_shape(lambda: body), tmp_path / "R-50.pkl")
     np.testing.assert_array_equal(loaded.conv1.weight, body.conv1.weight)
     np.testing.assert_array_equal(loaded.layers[2][5].conv3.weight, body.layers[2][5].conv3.weight)
     norm = loaded.layers[3][0].downsample.norm
@@ -354,7 +355,7 @@ def test_backbones_of_msra(tmp_path, wrapped):
     np.testing.assert_allclose(norm(x), x * norm.weight[:, None, None] + norm.bias[:, None, None], rtol=1e-6)
     backbone = nn.ResNetFPN(nn.resnet50(key=jr.key(3), width=4), key=jr.key(1), channels=8)
     model = models.faster_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=8)
-    trained = load_detectron2_backbone(model, tmp_path / "R-50.pkl")
+    trained: Any = load_detectron2_backbone(model, tmp_path / "R-50.pkl")
     equal(trained.backbone.body, loaded)
     equal(trained.box_head, model.box_head)
 

@@ -3,6 +3,7 @@
 import pickle
 import re
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def write(path, content):
 def test_a_file_of_the_model_zoo(tmp_path, capsys):
     """Its name tells its categories and its licence."""
     file = write(tmp_path / "model_final_280758.pkl", arrays(80))
-    predictor = zoo.Predictor.from_weights(NAME, file)
+    predictor: Any = zoo.Predictor.from_weights(NAME, file)
     assert predictor.categories is not None and len(predictor.categories) == predictor.model.num_classes == 80
     assert (predictor.categories[0].name, predictor.categories[79].id) == ("person", 90)
     assert "CC-BY-SA-3.0" in capsys.readouterr().err
@@ -53,11 +54,11 @@ def test_a_file_of_the_model_zoo(tmp_path, capsys):
 
 
 def test_a_file_of_ones_own_and_back_from_safetensors(tmp_path, capsys):
-    predictor = zoo.Predictor.from_weights(NAME, write(tmp_path / "model_final.pkl", arrays(5)))
+    predictor: Any = zoo.Predictor.from_weights(NAME, write(tmp_path / "model_final.pkl", arrays(5)))
     assert predictor.model.num_classes == 5 and predictor.categories is None
     assert "CC-BY-SA" not in capsys.readouterr().err
     predictor.save_weights(tmp_path / "own.safetensors")
-    again = zoo.Predictor.from_weights(NAME, tmp_path / "own.safetensors")
+    again: Any = zoo.Predictor.from_weights(NAME, tmp_path / "own.safetensors")
     assert again.model.preprocessing == predictor.model.preprocessing
     assert again.model.preprocessing.pillow and again.model.preprocessing.resize.rounded
     for name, array in named_leaves(predictor.model).items():
@@ -71,8 +72,9 @@ def test_another_model(tmp_path):
 
 
 def test_fine_tuning_from_a_detector_of_other_classes(tmp_path):
-    model = eqx.filter_jit(zoo.Architecture(NAME).build)(3, key=jr.key(1))
+    model: Any = eqx.filter_jit(zoo.Architecture(NAME).build)(3, key=jr.key(1))
     file = write(tmp_path / "model_final.pkl", arrays(5))
+    tuned: Any
     tuned, notes = zoo.initialize(model, zoo.Architecture(NAME), file)
     assert len(notes) == 1 and "5 classes and this model 3" in notes[0]
     np.testing.assert_array_equal(tuned.box_head.fc6.weight, arrays(5)["roi_heads.box_head.fc1.weight"])
@@ -82,7 +84,8 @@ def test_fine_tuning_from_a_detector_of_other_classes(tmp_path):
 def test_fine_tuning_from_a_backbone(tmp_path):
     prefix = "backbone.bottom_up."
     body = {name.removeprefix(prefix): x for name, x in arrays(5).items() if name.startswith(prefix)}
-    model = eqx.filter_jit(zoo.Architecture(NAME).build)(3, key=jr.key(1))
+    model: Any = eqx.filter_jit(zoo.Architecture(NAME).build)(3, key=jr.key(1))
+    tuned: Any
     tuned, notes = zoo.initialize(model, zoo.Architecture(NAME), write(tmp_path / "R-50.pkl", body))
     assert notes == ()
     np.testing.assert_array_equal(tuned.backbone.body.conv1.weight[:, 0], body["stem.conv1.weight"][:, 2])

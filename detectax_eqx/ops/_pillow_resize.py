@@ -19,9 +19,9 @@ DIVISION_STEPS = (8, 8, 7)
 class _Taps(NamedTuple):
     """The source pixels that each canvas pixel along an axis is a weighted mean of.
 
-    A canvas pixel reads at most `count` pixels from `first` on. With `n` source pixels and `m` pixels after the resize,
-    the canvas pixel `i` of the resized image lies at `(i + ½) n / m` in the source. Multiples of `1 / 2m` are integers:
-    its position is `center` = `(2 i + 1) n`, and that of source pixel `x` is `(2 x + 1) m`. The triangle has the
+    A canvas pixel reads at most `num_taps` pixels from `first` on. With `n` source pixels and `m` pixels after the
+    resize, the canvas pixel `i` of the resized image lies at `(i + ½) n / m` in the source. In units of `1 / 2m`, its
+    position is `center` = `(2 i + 1) n`, and that of source pixel `x` is `(2 x + 1) m`. The triangle has the
     half-width `reach` = `2 max(n, m)`: one source pixel when enlarging, one resized pixel when shrinking.
     """
 
@@ -31,7 +31,7 @@ class _Taps(NamedTuple):
     center: Int32[Array, " c"]
     first: Int32[Array, " c"]
     inside: Bool[Array, " c"]
-    count: Int32[Array, ""]
+    num_taps: Int32[Array, ""]
 
     def weights(self, tap: Int32[Array, ""]) -> Int32[Array, " c"]:
         """The unnormalised weight of the pixel `first + tap`: the height of the triangle at its centre."""
@@ -104,7 +104,7 @@ def _taps(
 
 def _resample(image: UInt8[Array, "h w c"], taps: _Taps, *, axis: int) -> UInt8[Array, "h2 w2 c"]:
     """Replaces an axis by the weighted means of its pixels, rounded to 8 bits."""
-    count, start = unvmap_max(taps.count), jnp.zeros((), jnp.int32)
+    count, start = unvmap_max(taps.num_taps), jnp.zeros((), jnp.int32)
     shape = [len(taps.first) if i == axis else side for i, side in enumerate(image.shape)]
     half = jnp.full(shape, 1 << (PRECISION_BITS - 1), jnp.int32)  # to round to nearest
     zeros, half = varying_like((jnp.zeros_like(taps.first), half), image, taps)

@@ -118,6 +118,7 @@ def compact(shapes: dict[str, str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for kind in tiny.KINDS:
-        np.savez_compressed(DATA / f"detectron2_{kind}.npz", **reference(kind))
+        arrays: Any = reference(kind)
+        np.savez_compressed(DATA / f"detectron2_{kind}.npz", **arrays)
     trees = {name: compact(shapes) for name, shapes in names_and_shapes().items()}
     (DATA / "detectron2_names.json").write_text(json.dumps(trees, separators=(",", ":")) + "\n", encoding="utf-8")
