@@ -189,3 +189,70 @@ def test_many_channels(getkey, batch, height, width):
         return jax.jit(lambda x, weight, y: (convolve(x, weight), jax.vjp(convolve, x, weight)[1](y)))
 
     _compare(run, x, weight, jr.normal(getkey(), x.shape))
+
+
+def _depthwise_by_xla(x, weight, *, stride, padding):
+    return lax.conv_general_dilated(
+        x[None],
+        weight,
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        feature_group_count=x.shape[0],
+    )[0]
+
+
+DEPTHWISE_CASES = [
+    # kernel, stride, padding, height, width
+    (3, 1, 1, 11, 13),
+    (3, 2, 1, 12, 14),
+    (3, 2, 1, 11, 13),
+    (5, 2, 2, 16, 9),
+    (5, 3, 1, 17, 20),
+    (3, 1, 0, 9, 8),
+    (2, 2, 3, 8, 9),  # the padding exceeds the kernel
+    (1, 1, 0, 4, 5),
+]
+
+
+@pytest.mark.parametrize("kernel, stride, padding, height, width", DEPTHWISE_CASES)
+def test_depthwise(getkey, kernel, stride, padding, height, width):
+    """Values, gradients, forward derivatives and derivatives of gradients, of a batch and of several kernels."""
+    x, kernels = jr.normal(getkey(), (3, 6, height, width)), jr.normal(getkey(), (2, 6, 1, kernel, kernel))
+    options = {"stride": stride, "padding": padding}
+
+    def results(convolution):
+        def total(x, weight):
+            return jnp.sin(jax.vmap(lambda x: convolution(x, weight, **options))(x)).sum()
+
+        def run(x, kernels):
+            y = jax.vmap(lambda weight: jax.vmap(lambda x: convolution(x, weight, **options))(x))(kernels)
+            gradients = jax.grad(total, argnums=(0, 1))
+            tangents = jax.jvp(gradients, (x, kernels[0]), (jnp.cos(x), jnp.cos(kernels[0])))
+            by_kernel = jax.vmap(jax.grad(total, argnums=1), in_axes=(None, 0))(x, kernels)
+            return y, tangents, by_kernel
+
+        return jax.jit(run)
+
+    ours = partial(nn.conv2d, groups=6)
+    for a, b in zip(
+        jax.tree.leaves(results(ours)(x, kernels)), jax.tree.leaves(results(_depthwise_by_xla)(x, kernels)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_depthwise_of_no_image_and_in_bfloat16(getkey):
+    weight = jr.normal(getkey(), (6, 1, 3, 3))
+
+    def gradients(x, weight):
+        def total(x, weight):
+            return jax.vmap(partial(nn.conv2d, padding=1, groups=6), in_axes=(0, None))(x, weight).sum()
+
+        return jax.grad(total, argnums=(0, 1))(x, weight)
+
+    in_image, in_weight = gradients(jnp.zeros((0, 6, 5, 4)), weight)
+    assert in_image.shape == (0, 6, 5, 4) and not in_weight.any()
+    x = jr.normal(getkey(), (2, 6, 40, 50))
+    exact, half = gradients(x, weight)[1], gradients(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16))[1]
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.01 * float(jnp.abs(exact).max()))

@@ -17,6 +17,7 @@ from jax import lax
 Trick = Literal[
     "chunks",
     "convolution",
+    "depthwise",
     "max_pool",
     "options",
     "platforms",

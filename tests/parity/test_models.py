@@ -43,6 +43,9 @@ CASES = {
     "ssd300_vgg16": 90,
     "ssdlite320_mobilenet_v3_large": 90,
 }
+# A number added to a whole heatmap does not change its softmax. What torchvision and this package find are rounding
+# errors.
+WITHOUT_GRADIENT = {"roi_heads.keypoint_predictor.kps_score_lowres.bias"}
 
 
 def build(name):
@@ -195,6 +198,9 @@ def test_losses_and_gradients(name, precision):
         np.testing.assert_allclose(losses[term], value, rtol=tolerance, atol=tolerance, err_msg=term)
         print(f"{name} {precision} {term}: {losses[term]:.6f} torchvision {value:.6f}")
     assert gradients.keys() <= grads.keys()
+    largest = max(np.linalg.norm(grad) for grad in gradients.values())
+    for layer in gradients.keys() & WITHOUT_GRADIENT:
+        assert np.linalg.norm([grads[layer], gradients.pop(layer)]) < tolerance * largest
     differences = sorted((_relative(grads[layer], grad), layer) for layer, grad in gradients.items())
     middle, worst = differences[len(differences) // 2], differences[-1]
     print(f"{name} {precision}: {len(gradients)} gradients, relative differences: worst {worst}, middle {middle}")
