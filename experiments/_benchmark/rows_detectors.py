@@ -25,6 +25,8 @@ COMPARED_STEPS = 4  # losses are averaged over these before they are compared
 STEP, IMAGE, IMAGES, LARGE = "2 × 320×480", "1 × 800×1216", "8 × 800×1216", "4 × 800×1344"
 FASTER, MASK, DEEP = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "faster_rcnn_resnet101_fpn"
 DENSE = ("retinanet_resnet50_fpn", "fcos_resnet50_fpn")
+MOBILE, KEYPOINT = "faster_rcnn_mobilenet_v3_large_320_fpn", "keypoint_rcnn_resnet50_fpn"
+SQUARE = (("ssd300_vgg16", "300×300"), ("ssdlite320_mobilenet_v3_large", "320×320"))
 SMALL, SMALL_STEP, SMALL_IMAGE = "faster_rcnn_resnet18_fpn", "2 × 160×256", "1 × 320×480"  # in a quick run
 BATCHES = ("1 × 320×480", "2 × 320×480", "4 × 320×480", "8 × 320×480", "1 × 800×1344", "2 × 800×1344")
 BESIDE = {"torchvision": "inference", "torchvision's export in onnxruntime": "onnx"}
@@ -189,11 +191,12 @@ def techniques(bench: Bench) -> Rows:
     for name, value in variables:
         row(f"`{name}={value}`", "training", environment={name: value})
     for trick in TRICKS:  # compiler workarounds, each turned off alone
+        model = MOBILE if trick == "depthwise" else MASK
         name, off = f"`DETECTAX_PLAIN={trick}`", {"DETECTAX_PLAIN": trick}
         checkpoint = {"checkpoint": True} if trick == "rematerialisation" else {}
-        row(name, "training", MASK, environment=off, options=checkpoint)
+        row(name, "training", model, environment=off, options=checkpoint)
         if not checkpoint:
-            row(name, "inference", MASK, environment=off)
+            row(name, "inference", model, environment=off)
     return table
 
 
@@ -250,10 +253,14 @@ def rows(bench: Bench, table: str) -> Rows:
     """Returns the rows of a table, or a few of them in a quick run."""
     precisions = ("float32",) if bench.on_host else ("float32", "tf32", "bfloat16")
     detected = [*product((FASTER, MASK, DEEP, *DENSE), [IMAGE]), (FASTER, IMAGES), (MASK, IMAGES)]
-    trained = [*product((FASTER, MASK, DEEP, "mask_rcnn_resnet101_fpn", *DENSE), [STEP])]
+    detected += [("faster_rcnn_resnet50_fpn_v2", IMAGE), (KEYPOINT, IMAGE), (MOBILE, SMALL_IMAGE)]
+    detected += [(name, f"1 × {side}") for name, side in SQUARE]
+    trained = [*product((FASTER, MASK, DEEP, "mask_rcnn_resnet101_fpn", *DENSE, MOBILE), [STEP])]
+    trained += [(name, f"2 × {side}") for name, side in SQUARE]
     trained += [] if bench.on_host else [(FASTER, LARGE), (MASK, LARGE)]
     compiled = [*product(["training"], (FASTER, MASK), [STEP]), *product(["inference"], (FASTER, MASK), [IMAGE])]
     sized = [(f"{kind}_rcnn_resnet{depth}_fpn",) for kind in ("faster", "mask") for depth in (18, 34, 50, 101)]
+    sized += [(name,) for name in (KEYPOINT, MOBILE, *(name for name, _ in SQUARE))]
     one_image, one_step = (SMALL, SMALL_IMAGE), (SMALL, SMALL_STEP)
     tables: dict[str, tuple[Callable[..., tuple], Iterable[tuple], list[tuple]]] = {
         "size": (_size, sized, [(SMALL,), ("mask_rcnn_resnet18_fpn",)]),

@@ -98,8 +98,13 @@ def load(build: Callable[..., Model], weights: str | None) -> Model:
 
 
 def detector(name: str, weights: str | None, size: tuple[int, int]) -> models.AbstractDetector:
-    """Builds a detector that keeps images of `size` unscaled, with weights from a file or at random."""
+    """Builds a detector that keeps images of `size` unscaled, with weights from a file or at random.
+
+    One with a square canvas keeps it.
+    """
     model = load(partial(zoo.build, name, NUM_CLASSES), weights)
+    if isinstance(model.preprocessing.resize, models.Square):
+        return model
     resize = models.ShortestEdge(min(size), max(size))
     return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
@@ -186,6 +191,7 @@ def training(
         augment_key, loss_key = jr.split(key)
         images, canvas = example.images, example.images.canvas
         sizes: dict[str, Any] = {"canvas": canvas, "min_sizes": (min(canvas),), "max_size": max(canvas)}
+        sizes["square"] = isinstance(model.preprocessing.resize, models.Square)
         image, image_size, targets = train.augment(
             images.pixels, images.sizes, example.targets, **sizes, flip_probability=0.0, key=augment_key
         )

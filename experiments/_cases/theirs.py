@@ -104,7 +104,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 def load(name: str, weights: str, size: tuple[int, int]) -> torch.nn.Module:
     """Builds a detector with random weights, and writes them to the file `weights` for the other side."""
-    model = random_detector(name, num_outputs=num_outputs(name), min_size=min(size), max_size=max(size))
+    sizes = {} if name.startswith("ssd") else {"min_size": min(size), "max_size": max(size)}
+    model = random_detector(name, num_outputs=num_outputs(name), **sizes)
     np.savez(weights, **arrays_of(model))  # type: ignore[arg-type]
     return model.to(DEVICE)
 
