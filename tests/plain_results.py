@@ -56,6 +56,23 @@ def convolutions():
     return run, [args for _, args in cases]
 
 
+def depthwise():
+    """Kernels of 3×3 and 5×5 pixels, one with a stride."""
+    draw = np.random.default_rng(8)
+    x = draw.normal(size=(2, 6, 12, 9)).astype(np.float32)
+    kernels = [draw.normal(size=(6, 1, side, side)).astype(np.float32) / side for side in (3, 5)]
+
+    def run(x, kernels):
+        convolve = partial(nn.conv2d, groups=6)
+        convs = [partial(convolve, padding=1), partial(convolve, padding=2, stride=2)]
+        return [
+            with_gradients(jax.vmap(conv, in_axes=(0, None)))(x, kernel)
+            for conv, kernel in zip(convs, kernels, strict=True)
+        ]
+
+    return run, x, kernels
+
+
 def max_pooling():
     draw = np.random.default_rng(2)
     x = draw.integers(0, 4, (3, 11, 14)).astype(np.float32)  # with ties
@@ -173,7 +190,7 @@ def _detector(model):
 
 
 DETECTORS = (faster_rcnn, mask_rcnn)
-OPERATORS = (convolutions, max_pooling, pooling, suppression, pasting, checkpointed)
+OPERATORS = (convolutions, depthwise, max_pooling, pooling, suppression, pasting, checkpointed)
 
 
 def results(case):

@@ -68,6 +68,7 @@ def chunks():
 OF_TRICK = {
     "chunks": chunks,
     "convolution": plain_results.convolutions,
+    "depthwise": plain_results.depthwise,
     "max_pool": plain_results.max_pooling,
     "platforms": plain_results.suppression,
     "pooling": plain_results.pooling,
