@@ -60,14 +60,12 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(VENV)/bin/python experiments/quickstart.py
 
-# Without LLVM's optimisations, the tests' small programs compile in half the time. `make test-all` runs with them.
-FAST = XLA_FLAGS=--xla_backend_optimization_level=0
-
+# Without LLVM's optimisations, the tests' small programs compile in half the time. The other targets run with them.
 test: $(VENV)/.installed
-	$(FAST) $(VENV)/bin/python -m pytest
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV)/bin/python -m pytest
 
 test-slow: $(VENV)/.installed
-	$(FAST) $(VENV)/bin/python -m pytest -m "slow and not long"
+	$(VENV)/bin/python -m pytest -m "slow and not long"
 
 test-all: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m "long or not long" --tally=docs/benchmarks/reliability.md

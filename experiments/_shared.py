@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,8 @@ class DetectorOptions:
 
     checkpoint: Path | None = None
     """Output folder of train.py (its best checkpoint), or one of its checkpoints."""
-    model: ModelName | None = None
-    """Instead of --checkpoint: a detector by name, with --weights or its published weights."""
+    model: Annotated[ModelName | None, tyro.conf.arg(metavar="NAME")] = None
+    """Instead of --checkpoint: a detector by name (`detectax list`), with --weights or its published weights."""
     weights: Path | None = None
     """A torchvision .pth or a .safetensors file of --model."""
     norm: zoo.NormName | None = None

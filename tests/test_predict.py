@@ -277,13 +277,13 @@ def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", get_args(_shared.ModelName))
 def test_classes_are_counted_by_shapes(name, tmp_path):
     """For any detector by name, whatever its layers are called."""
-    for count in (3, 90):
-        parts = zoo.Architecture(name)
-        shapes = _weights.array_shapes(parts.shapes(count))
-        arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_weights, "read_torchvision", lambda *_, arrays=arrays: arrays)
-            assert _weights.count_classes(parts, tmp_path) == count
+    parts = zoo.Architecture(name)
+    shapes_of = _weights.detectron2_shapes if name.endswith("_detectron2") else _weights.array_shapes
+    arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes_of(parts.shapes(7)).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for reader in ("read_torchvision", "read_detectron2"):
+            patch.setattr(_weights, reader, lambda *_: arrays)
+        assert _weights.count_classes(parts, tmp_path / "weights.pth") == 7
 
 
 def test_precision(file, tmp_path):
