@@ -234,7 +234,7 @@ def test_convolution_refuses_groups_that_do_not_divide():
         nn.Conv2d(6, 8, 3, groups=4, key=jr.key(0))
     with pytest.raises(ValueError, match=r"x has 6 channels, but weight .* in 2 groups needs 4"):
         nn.conv2d(jnp.zeros((6, 4, 4)), jnp.zeros((8, 2, 3, 3)), groups=2)
-    with pytest.raises(ValueError, match="A BasicBlock has neither groups nor .*, got groups=2"):
+    with pytest.raises(ValueError, match=r"A BasicBlock has neither groups nor .*, got groups=2"):
         nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), groups=2, key=jr.key(0))
 
 
