@@ -12,9 +12,14 @@ from jax import lax
 from detectax_eqx import nn
 
 
-def _by_xla(x, weight, bias=None, *, stride, padding):
+def _by_xla(x, weight, bias=None, *, stride, padding, groups=1):
     y = lax.conv_general_dilated(
-        x[None], weight, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NCHW", "OIHW", "NCHW")
+        x[None],
+        weight,
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        feature_group_count=groups,
     )
     return y[0] if bias is None else y[0] + bias[:, None, None]
 
@@ -191,17 +196,6 @@ def test_many_channels(getkey, batch, height, width):
     _compare(run, x, weight, jr.normal(getkey(), x.shape))
 
 
-def _depthwise_by_xla(x, weight, *, stride, padding):
-    return lax.conv_general_dilated(
-        x[None],
-        weight,
-        (stride, stride),
-        ((padding, padding),) * 2,
-        dimension_numbers=("NCHW", "OIHW", "NCHW"),
-        feature_group_count=x.shape[0],
-    )[0]
-
-
 DEPTHWISE_CASES = [
     # kernel, stride, padding, height, width
     (3, 1, 1, 11, 13),
@@ -234,10 +228,10 @@ def test_depthwise(getkey, kernel, stride, padding, height, width):
 
         return jax.jit(run)
 
-    ours = partial(nn.conv2d, groups=6)
-    for a, b in zip(
-        jax.tree.leaves(results(ours)(x, kernels)), jax.tree.leaves(results(_depthwise_by_xla)(x, kernels)), strict=True
-    ):
+    ours, theirs = (
+        jax.tree.leaves(results(partial(convolution, groups=6))(x, kernels)) for convolution in (nn.conv2d, _by_xla)
+    )
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
