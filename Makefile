@@ -60,9 +60,8 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(VENV)/bin/python experiments/quickstart.py
 
-# Without LLVM's optimisations, the tests' small programs compile in half the time. The other targets run with them.
 test: $(VENV)/.installed
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest
 
 test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m "slow and not long"
