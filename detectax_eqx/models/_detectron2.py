@@ -5,6 +5,7 @@ background as the last class, no box for it, the order of anchors) are settled w
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
@@ -82,7 +83,7 @@ def faster_rcnn_detectron2(
         rpn,
         box_head(backbone.channels, num_classes, key=head_key, hidden_size=hidden_size, smooth_l1_beta=0.0),
         pooling=DETECTRON2_POOLING,
-        preprocessing=preprocessing_with(std),
+        preprocessing=replace(DETECTRON2_PREPROCESSING, std=std),
         selection=DETECTRON2_SELECTION,
         sampling=DETECTRON2_SAMPLING,
     )
@@ -172,23 +173,11 @@ def retinanet_detectron2(
     parts = retinanet(
         backbone, num_classes, key=key, anchor_sizes=anchor_sizes, aspect_ratios=aspect_ratios, depth=depth
     )
-    return RetinaNet(
-        backbone,
-        parts.class_tower,
-        parts.class_logits,
-        parts.box_tower,
-        parts.deltas,
-        anchor_sizes=anchor_sizes,
-        aspect_ratios=aspect_ratios,
+    return replace(
+        parts,
         rounded_anchors=False,
         anchor_strides=backbone.strides,
         normalize_per_image=False,
         preprocessing=DETECTRON2_PREPROCESSING,
         selection=DETECTRON2_DENSE_SELECTION,
     )
-
-
-def preprocessing_with(std: tuple[float, float, float]) -> Preprocessing:
-    """Detectron2's preprocessing with another standard deviation."""
-    rule = DETECTRON2_PREPROCESSING
-    return Preprocessing(rule.resize, rule.mean, std, rule.pillow)
