@@ -11,10 +11,10 @@ from detectax_eqx import models, nn
 from detectax_eqx.weights import detectron2_shapes
 
 
-CLASSES, WIDTH, CHANNELS, HIDDEN, DEPTH = 5, 8, 16, 32, 2
+CLASSES, POINTS, WIDTH, CHANNELS, HIDDEN, DEPTH = 5, 3, 8, 16, 32, 2
 SIZES = (16.0, 32.0, 64.0, 128.0, 256.0)
 SHORT, LONG = 128, 208
-KINDS = ("faster_rcnn", "mask_rcnn", "retinanet")
+KINDS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_mask_rcnn", "retinanet")
 
 
 def build(kind):
@@ -30,7 +30,12 @@ def build(kind):
             return models.retinanet_detectron2(backbone, CLASSES, key=keys[3], depth=DEPTH, anchor_sizes=octaves)
         backbone = nn.ResNetFPN(body, key=keys[2], channels=CHANNELS)
         options = {"key": keys[3], "hidden_size": HIDDEN, "anchor_sizes": tuple((size,) for size in SIZES)}
-        if kind == "mask_rcnn":
+        if kind == "keypoint_rcnn":
+            points = {"num_keypoints": POINTS, "hidden_channels": CHANNELS, "depth": DEPTH}
+            return models.keypoint_rcnn_detectron2(backbone, CLASSES, **points, **options)
+        if kind == "cascade_mask_rcnn":
+            options["box_head"] = models.CascadeHead
+        if kind.endswith("mask_rcnn"):
             return models.mask_rcnn_detectron2(backbone, CLASSES, hidden_channels=CHANNELS, **options)
         return models.faster_rcnn_detectron2(backbone, CLASSES, **options)
 
@@ -66,7 +71,7 @@ def images():
 
 
 def targets():
-    """Boxes, labels and masks of image size for a batch of two images of 128×160 pixels, and their pixels."""
+    """Pixels, boxes, labels, masks of image size, and keypoints, for a batch of two images of 128×160 pixels."""
     draw = np.random.default_rng(8)
     height, width, objects = 128, 160, 4
     pixels = draw.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
@@ -77,4 +82,13 @@ def targets():
     masks = masks.repeat(8, axis=2).repeat(8, axis=3)
     inside_y = (np.arange(height) >= boxes[..., 1, None]) & (np.arange(height) < boxes[..., 3, None])
     inside_x = (np.arange(width) >= boxes[..., 0, None]) & (np.arange(width) < boxes[..., 2, None])
-    return pixels, boxes, labels, masks & inside_y[..., :, None] & inside_x[..., None, :]
+    masks = masks & inside_y[..., :, None] & inside_x[..., None, :]
+    return pixels, boxes, labels, masks, keypoints(draw, boxes, POINTS)
+
+
+def keypoints(draw, boxes, count):
+    """Points at random places in and around each box; one in four is not labelled."""
+    start, size = boxes[..., None, :2], (boxes[..., 2:] - boxes[..., :2])[..., None, :]
+    places = start + size * draw.uniform(-0.1, 1.1, (*boxes.shape[:2], count, 2))
+    visibility = np.where(draw.random((*boxes.shape[:2], count, 1)) < 0.25, 0, 2)
+    return np.concatenate([places, visibility], axis=-1).astype(np.float32)

@@ -58,7 +58,11 @@ def test_detections(kind):
         assert model.preprocessing.resize(image.shape[:2]) == tuple(stored(kind)[f"{i}.resized"])
         found = detect(model, image)  # on the canvas of Detectron2, since padding matters near it
         close(found, kind, f"{i}", pixels=0.01)
-        if kind == "mask_rcnn":
+        if kind == "keypoint_rcnn":
+            points = np.asarray(found.keypoints)[np.asarray(found.valid)]
+            np.testing.assert_allclose(points[..., :2], stored(kind)[f"{i}.keypoints"][..., :2], atol=0.05)
+            np.testing.assert_allclose(points[..., 2], stored(kind)[f"{i}.keypoints"][..., 2], atol=1e-4)
+        if "mask" in kind:
             valid = np.asarray(found.valid)
             masks, boxes = (jnp.asarray(np.asarray(x)[valid]) for x in (found.masks, found.boxes))
             pasted = np.asarray(model.paste(masks, boxes, image_size=image.shape[:2], threshold=0.5))
@@ -84,10 +88,10 @@ def test_losses(kind):
             rpn_normalizer=float(everything),
         )
         model = replace(model, sampling=sampling)
-    pixels, boxes, labels, masks = (jnp.asarray(x) for x in tiny.targets())
+    pixels, boxes, labels, masks, points = (jnp.asarray(x) for x in tiny.targets())
     count, height, width = boxes.shape[1], *pixels.shape[1:3]
     frame = jnp.tile(jnp.array([0, 0, width, height], jnp.float32), (2, count, 1))
-    targets = Targets(boxes, labels, jnp.ones((2, count), bool), masks, frame)
+    targets = Targets(boxes, labels, jnp.ones((2, count), bool), masks, frame, points)
 
     @eqx.filter_jit
     @eqx.filter_grad(has_aux=True)
@@ -122,10 +126,18 @@ THEIR_LOSSES = {
     "loss_classifier": "loss_cls",
     "loss_box_reg": "loss_box_reg",
     "loss_mask": "loss_mask",
+    "loss_keypoint": "loss_keypoint",
+    **{f"loss_classifier_stage{i}": f"loss_cls_stage{i}" for i in range(3)},
+    **{f"loss_box_reg_stage{i}": f"loss_box_reg_stage{i}" for i in range(3)},
     "classification": "loss_cls",
     "bbox_regression": "loss_box_reg",
 }
 NAMES = json.loads((DATA / "detectron2_names.json").read_text(encoding="utf-8"))
+
+
+def num_classes(name):
+    """Those of the published weights: all of COCO, or persons alone."""
+    return 1 if "keypoint" in name else 80
 
 
 def flat(tree, prefix=""):
@@ -140,15 +152,20 @@ def flat(tree, prefix=""):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_real_names_and_shapes(name):
-    model = eqx.filter_eval_shape(zoo.build, name, 80, key=jr.key(0))
+    model = eqx.filter_eval_shape(zoo.build, name, num_classes(name), key=jr.key(0))
     assert detectron2_shapes(model) == flat(NAMES[name])
 
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("mask_rcnn_resnet50_fpn_detectron2", 44_343_216), ("retinanet_resnet50_fpn_detectron2", 37_915_572)],
+    [
+        ("mask_rcnn_resnet50_fpn_detectron2", 44_343_216),
+        ("retinanet_resnet50_fpn_detectron2", 37_915_572),
+        ("keypoint_rcnn_resnet50_fpn_detectron2", 59_133_158),
+        ("cascade_mask_rcnn_resnet50_fpn_detectron2", 71_984_926),
+    ],
 )
 def test_parameter_counts(name, parameters):
     """Those of Detectron2, which has no outputs for the boxes and masks of the background. Frozen norms are buffers."""
-    shapes = detectron2_shapes(eqx.filter_eval_shape(zoo.build, name, 80, key=jr.key(0)))
+    shapes = detectron2_shapes(eqx.filter_eval_shape(zoo.build, name, num_classes(name), key=jr.key(0)))
     assert sum(math.prod(shape) for key, shape in shapes.items() if ".norm." not in key) == parameters

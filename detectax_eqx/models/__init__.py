@@ -8,6 +8,7 @@ from ._box_head import (
     box_loss as box_loss,
     sample_proposals as sample_proposals,
 )
+from ._cascade import CascadeHead as CascadeHead
 from ._dense import DenseSelection as DenseSelection, dense_detections as dense_detections
 from ._detect import (
     detect as detect,
@@ -18,6 +19,7 @@ from ._detect import (
 from ._detector import AbstractDetector as AbstractDetector, Paste as Paste, Selection as Selection
 from ._detectron2 import (
     faster_rcnn_detectron2 as faster_rcnn_detectron2,
+    keypoint_rcnn_detectron2 as keypoint_rcnn_detectron2,
     mask_rcnn_detectron2 as mask_rcnn_detectron2,
     retinanet_detectron2 as retinanet_detectron2,
 )

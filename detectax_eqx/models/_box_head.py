@@ -36,6 +36,7 @@ class BoxHead(eqx.Module):
 
     - `weights`: of the box coder.
     - `smooth_l1_beta`: of the box regression loss; 0 gives the L1 loss, as in Detectron2.
+    - `class_agnostic`: whether all classes share one box, the only one that the last layer predicts.
     """
 
     fc6: eqx.nn.Linear
@@ -46,6 +47,7 @@ class BoxHead(eqx.Module):
     num_classes: int = eqx.field(static=True)
     weights: Weights = eqx.field(static=True)
     smooth_l1_beta: float = eqx.field(static=True)
+    class_agnostic: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class BoxHead(eqx.Module):
         hidden_size: int = 1024,
         weights: Weights = BOX_WEIGHTS,
         smooth_l1_beta: float = SMOOTH_L1_BETA,
+        class_agnostic: bool = False,
     ):
         """Initialises the head.
 
@@ -70,11 +73,17 @@ class BoxHead(eqx.Module):
         self.fc6 = eqx.nn.Linear(channels * pool_size**2, hidden_size, key=keys[0])
         self.fc7 = eqx.nn.Linear(hidden_size, hidden_size, key=keys[1])
         self.class_logits = eqx.nn.Linear(hidden_size, num_classes + 1, key=keys[2])
-        self.box_deltas = eqx.nn.Linear(hidden_size, 4 * (num_classes + 1), key=keys[3])
+        self.box_deltas = eqx.nn.Linear(hidden_size, _num_deltas(num_classes, class_agnostic), key=keys[3])
         self.pool_size = pool_size
         self.num_classes = num_classes
         self.weights = weights
         self.smooth_l1_beta = smooth_l1_beta
+        self.class_agnostic = class_agnostic
+
+    @property
+    def stages(self) -> "tuple[BoxHead | ConvBoxHead, ...]":
+        """The heads that refine a box one after another: this one alone, see `CascadeHead`."""
+        return (self,)
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
         """Returns class logits and box deltas in float32, background at index 0."""
@@ -89,7 +98,7 @@ class ConvBoxHead(eqx.Module):
     The box head of torchvision's second Faster R-CNN and Mask R-CNN, from Mask R-CNN with GroupNorm (arXiv:1803.08494,
     section 4.2).
 
-    - `weights`, `smooth_l1_beta`: as in `BoxHead`.
+    - `weights`, `smooth_l1_beta`, `class_agnostic`: as in `BoxHead`.
     """
 
     convs: tuple[Conv2d, ...]
@@ -101,6 +110,7 @@ class ConvBoxHead(eqx.Module):
     num_classes: int = eqx.field(static=True)
     weights: Weights = eqx.field(static=True)
     smooth_l1_beta: float = eqx.field(static=True)
+    class_agnostic: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -115,6 +125,7 @@ class ConvBoxHead(eqx.Module):
         norm: Norm = FrozenBatchNorm,
         weights: Weights = BOX_WEIGHTS,
         smooth_l1_beta: float = SMOOTH_L1_BETA,
+        class_agnostic: bool = False,
     ):
         """Initialises the head.
 
@@ -133,11 +144,17 @@ class ConvBoxHead(eqx.Module):
         self.norms = tuple(norm(hidden_channels) for _ in self.convs)
         self.fc = eqx.nn.Linear(widths[-1] * pool_size**2, hidden_size, key=keys[0])
         self.class_logits = eqx.nn.Linear(hidden_size, num_classes + 1, key=keys[1])
-        self.box_deltas = eqx.nn.Linear(hidden_size, 4 * (num_classes + 1), key=keys[2])
+        self.box_deltas = eqx.nn.Linear(hidden_size, _num_deltas(num_classes, class_agnostic), key=keys[2])
         self.pool_size = pool_size
         self.num_classes = num_classes
         self.weights = weights
         self.smooth_l1_beta = smooth_l1_beta
+        self.class_agnostic = class_agnostic
+
+    @property
+    def stages(self) -> "tuple[BoxHead | ConvBoxHead, ...]":
+        """The heads that refine a box one after another: this one alone, see `CascadeHead`."""
+        return (self,)
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
         """Returns class logits and box deltas in float32, background at index 0."""
@@ -148,12 +165,17 @@ class ConvBoxHead(eqx.Module):
         return _outputs(self.class_logits, self.box_deltas, x)
 
 
+def _num_deltas(num_classes: int, class_agnostic: bool) -> int:
+    return 4 if class_agnostic else 4 * (num_classes + 1)
+
+
 def _outputs(
     class_logits: eqx.nn.Linear, box_deltas: eqx.nn.Linear, x: Float[Array, "p i"]
 ) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
     """Class logits and box deltas of each proposal in float32."""
-    deltas = _linear(box_deltas, x).astype(jnp.float32)  # (p, 4 (k + 1))
-    return _linear(class_logits, x).astype(jnp.float32), deltas.reshape(x.shape[0], -1, 4)
+    logits = _linear(class_logits, x).astype(jnp.float32)  # (p, k + 1)
+    deltas = _linear(box_deltas, x).astype(jnp.float32).reshape(x.shape[0], -1, 4)  # one for all classes, or one each
+    return logits, jnp.broadcast_to(deltas, (*logits.shape, 4))
 
 
 def _linear(layer: eqx.nn.Linear, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
@@ -206,6 +228,21 @@ def sample_proposals(
     return SampledProposals(
         boxes[sampled], sampled_valid, matches.positive[sampled] & sampled_valid, matches.indices[sampled]
     )
+
+
+def match_proposals(
+    boxes: Float[Array, "s 4"], valid: Bool[Array, " s"], targets: Targets, *, positive_iou: float
+) -> SampledProposals:
+    """Matches boxes to the objects, without sampling: they keep their places, and positives may be anywhere.
+
+    >>> boxes = jnp.array([[4.0, 4.0, 20.0, 20.0], [0.0, 0.0, 8.0, 8.0]])
+    >>> targets = Targets(boxes[1:] + 1, jnp.array([2]), jnp.array([True]))
+    >>> match_proposals(boxes, jnp.array([True, True]), targets, positive_iou=0.6).positive.tolist()
+    [False, True]
+    """
+    ious = pairwise_iou(targets.boxes, boxes)
+    matches = match_boxes(ious, targets.valid, low_threshold=positive_iou, high_threshold=positive_iou)
+    return SampledProposals(boxes, valid, matches.positive & valid, matches.indices)
 
 
 def box_loss(

@@ -1,4 +1,4 @@
-"""Detectors with every rule of Detectron2: Faster R-CNN, Mask R-CNN and RetinaNet, for its published weights.
+"""Detectors with every rule of Detectron2, for its published weights: Faster, Mask and Keypoint R-CNN, and RetinaNet.
 
 Each difference from torchvision is an option of the parts; this file sets them. Differences of layout (BGR images, the
 background as the last class, no box for it, the order of anchors) are settled when weights are loaded.
@@ -6,15 +6,19 @@ background as the last class, no box for it, the order of anchors) are settled w
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from ..nn import Backbone, Norm
 from ..ops import paste_masks_at_centers
-from ._box_head import BoxHead, ConvBoxHead
+from ._box_head import BoxHead
+from ._cascade import AnyBoxHead
 from ._dense import DenseSelection
 from ._faster_rcnn import FasterRCNN
+from ._keypoint_head import KeypointHead
+from ._keypoint_rcnn import KeypointRCNN
 from ._mask_head import MaskHead
 from ._mask_rcnn import MaskRCNN
 from ._preprocessing import Preprocessing, ShortestEdge
@@ -51,15 +55,17 @@ def faster_rcnn_detectron2(
     aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
     rpn_depth: int = 1,
-    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
+    box_head: Callable[..., AnyBoxHead] = BoxHead,
+    smooth_l1_beta: float = 0.0,
     std: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> FasterRCNN:
     """Builds a `FasterRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
 
     `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
 
+    - `smooth_l1_beta`: of the box head's regression loss; 0 gives the L1 loss.
     - `std`: standard deviation of pixels, for normalisation. Detectron2's ResNeXt has another one.
-    - The other arguments are those of `faster_rcnn`.
+    - The other arguments are those of `faster_rcnn`. With `box_head=CascadeHead`, it is a Cascade R-CNN.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
@@ -81,7 +87,7 @@ def faster_rcnn_detectron2(
     return FasterRCNN(
         backbone,
         rpn,
-        box_head(backbone.channels, num_classes, key=head_key, hidden_size=hidden_size, smooth_l1_beta=0.0),
+        box_head(backbone.channels, num_classes, key=head_key, hidden_size=hidden_size, smooth_l1_beta=smooth_l1_beta),
         pooling=DETECTRON2_POOLING,
         preprocessing=replace(DETECTRON2_PREPROCESSING, std=std),
         selection=DETECTRON2_SELECTION,
@@ -94,22 +100,18 @@ def mask_rcnn_detectron2(
     num_classes: int,
     *,
     key: PRNGKeyArray,
-    anchor_sizes: tuple[tuple[float, ...], ...] = ANCHOR_SIZES,
-    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
-    hidden_size: int = 1024,
     hidden_channels: int = 256,
-    rpn_depth: int = 1,
-    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
     mask_norm: Norm | None = None,
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    **parts: Any,
 ) -> MaskRCNN:
     """Builds a `MaskRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
 
     `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
 
-    - `hidden_channels`: width of the mask head. `mask_norm`: its norm. The other arguments are those of
-      `faster_rcnn_detectron2`. Detectron2's baselines with large-scale jitter have an `rpn_depth` of 2, `ConvBoxHead`,
-      and norms in the pyramid and both heads.
+    - `hidden_channels`: width of the mask head. `mask_norm`: its norm.
+    - `parts`: arguments of `faster_rcnn_detectron2`. Detectron2's baselines with large-scale jitter have an `rpn_depth`
+      of 2, `ConvBoxHead`, and norms in the pyramid and both heads. With `box_head=CascadeHead`, it is a Cascade Mask
+      R-CNN.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
@@ -118,17 +120,7 @@ def mask_rcnn_detectron2(
     'paste_masks_at_centers'
     """
     box_key, mask_key = jr.split(key)
-    boxes = faster_rcnn_detectron2(
-        backbone,
-        num_classes,
-        key=box_key,
-        anchor_sizes=anchor_sizes,
-        aspect_ratios=aspect_ratios,
-        hidden_size=hidden_size,
-        rpn_depth=rpn_depth,
-        box_head=box_head,
-        std=std,
-    )
+    boxes = faster_rcnn_detectron2(backbone, num_classes, key=box_key, **parts)
     return MaskRCNN(
         backbone,
         boxes.rpn,
@@ -141,6 +133,50 @@ def mask_rcnn_detectron2(
         preprocessing=boxes.preprocessing,
         selection=boxes.selection,
         sampling=boxes.sampling,
+    )
+
+
+def keypoint_rcnn_detectron2(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    num_keypoints: int = 17,
+    hidden_channels: int = 512,
+    depth: int = 8,
+    smooth_l1_beta: float = 0.5,
+    **parts: Any,
+) -> KeypointRCNN:
+    """Builds a `KeypointRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
+
+    `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
+
+    Detectron2 adds 0.5 to COCO's annotated keypoints, and its evaluation subtracts it from the detected ones.
+
+    - `num_keypoints`, `hidden_channels`, `depth`: as in `keypoint_rcnn`.
+    - `smooth_l1_beta`, `parts`: arguments of `faster_rcnn_detectron2`.
+
+    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> model = keypoint_rcnn_detectron2(backbone, 1, key=jr.key(2), hidden_channels=16, depth=2, hidden_size=32)
+    >>> model.num_keypoints, model.sampling.post_nms_top_n
+    (17, 1500)
+    """
+    box_key, keypoint_key = jr.split(key)
+    boxes = faster_rcnn_detectron2(backbone, num_classes, key=box_key, smooth_l1_beta=smooth_l1_beta, **parts)
+    keypoint_head = KeypointHead(
+        backbone.channels, num_keypoints, key=keypoint_key, hidden_channels=hidden_channels, depth=depth
+    )
+    return KeypointRCNN(
+        backbone,
+        boxes.rpn,
+        boxes.box_head,
+        keypoint_head,
+        pooling=boxes.pooling,
+        probabilities=True,
+        preprocessing=boxes.preprocessing,
+        selection=boxes.selection,
+        sampling=replace(boxes.sampling, post_nms_top_n=1500),
     )
 
 

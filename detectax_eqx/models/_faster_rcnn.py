@@ -8,7 +8,8 @@ from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
-from ._box_head import BoxHead, ConvBoxHead
+from ._box_head import BoxHead
+from ._cascade import AnyBoxHead
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing
 from ._rpn import ANCHOR_SIZES, ASPECT_RATIOS, RPN
@@ -26,7 +27,7 @@ class FasterRCNN(AbstractDetector[TwoStageSelection]):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead | ConvBoxHead
+    box_head: AnyBoxHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
@@ -72,7 +73,7 @@ def faster_rcnn(
     aspect_ratios: tuple[float, ...] = ASPECT_RATIOS,
     hidden_size: int = 1024,
     rpn_depth: int = 1,
-    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
+    box_head: Callable[..., AnyBoxHead] = BoxHead,
 ) -> FasterRCNN:
     """Builds a `FasterRCNN` on `backbone` with torchvision's heads, randomly initialised.
 

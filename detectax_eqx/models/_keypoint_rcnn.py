@@ -1,6 +1,7 @@
 """Keypoint R-CNN (arXiv:1703.06870, section 5): Faster R-CNN with a keypoint branch."""
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from .._types import Detections, Targets, WeightedSum
 from .._xla import map_chunks
 from ..nn import Backbone
 from ..ops import RoIFeatures, keypoints_from_heatmaps
-from ._box_head import BoxHead, ConvBoxHead
+from ._cascade import AnyBoxHead
 from ._detector import AbstractDetector
 from ._faster_rcnn import faster_rcnn
 from ._keypoint_head import KeypointHead, keypoint_loss
@@ -34,13 +35,16 @@ class KeypointRCNN(AbstractDetector[TwoStageSelection]):
     `keypoint_rcnn` builds one with torchvision's parts.
 
     - `pooling`, `preprocessing`, `selection`, `sampling`: static options; the defaults are torchvision's.
+    - `probabilities`: whether the score of a keypoint is a probability and not a logit, see
+      `ops.keypoints_from_heatmaps`; static.
     """
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead | ConvBoxHead
+    box_head: AnyBoxHead
     keypoint_head: KeypointHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
+    probabilities: bool = eqx.field(static=True, kw_only=True, default=False)
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
     sampling: TwoStageSampling = eqx.field(static=True, kw_only=True, default=TwoStageSampling())
@@ -63,7 +67,7 @@ class KeypointRCNN(AbstractDetector[TwoStageSelection]):
         *,
         selection: TwoStageSelection | None = None,
     ) -> Detections:
-        """Returns detections in canvas pixels, with the keypoints of each. The score of a keypoint is a logit."""
+        """Returns detections in canvas pixels, with the keypoints of each."""
         rois, detections = detect_boxes(self, image, canvas_size, selection or self.selection)
         return replace(detections, keypoints=self.keypoints(rois, detections.boxes, detections.valid))
 
@@ -74,7 +78,7 @@ class KeypointRCNN(AbstractDetector[TwoStageSelection]):
 
         `boxes` are in canvas pixels, valid rows first. Keypoints of invalid rows are 0.
         """
-        keypoints = eqx.Partial(_keypoints, self.keypoint_head, rois)
+        keypoints = eqx.Partial(_keypoints, self.keypoint_head, rois, self.probabilities)
         found = map_chunks(keypoints, (boxes,), valid.sum(dtype=jnp.int32), chunk_size=KEYPOINT_CHUNK)
         return jnp.where(valid[:, None, None], found, 0).astype(boxes.dtype)
 
@@ -106,8 +110,11 @@ def _heatmaps(head: KeypointHead, rois: RoIFeatures, boxes: Float[Array, "n 4"])
     return head(rois.pool(boxes, output_size=head.pool_size))
 
 
-def _keypoints(head: KeypointHead, rois: RoIFeatures, boxes: Float[Array, "n 4"]) -> Float[Array, "n k 3"]:
-    return jax.vmap(keypoints_from_heatmaps)(_heatmaps(head, rois, boxes), boxes)
+def _keypoints(
+    head: KeypointHead, rois: RoIFeatures, probabilities: bool, boxes: Float[Array, "n 4"]
+) -> Float[Array, "n k 3"]:
+    locate = partial(keypoints_from_heatmaps, probabilities=probabilities)
+    return jax.vmap(locate)(_heatmaps(head, rois, boxes), boxes)
 
 
 def keypoint_rcnn(

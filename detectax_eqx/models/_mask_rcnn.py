@@ -14,7 +14,8 @@ from .._types import Detections, Targets, WeightedSum
 from .._xla import map_chunks
 from ..nn import Backbone, Norm
 from ..ops import RoIFeatures, paste_masks
-from ._box_head import BoxHead, ConvBoxHead
+from ._box_head import BoxHead
+from ._cascade import AnyBoxHead
 from ._detector import AbstractDetector, Paste
 from ._faster_rcnn import faster_rcnn
 from ._mask_head import MaskHead, mask_loss
@@ -41,7 +42,7 @@ class MaskRCNN(AbstractDetector[TwoStageSelection]):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead | ConvBoxHead
+    box_head: AnyBoxHead
     mask_head: MaskHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     mask_targets: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling(sampling_ratio=0))
@@ -122,7 +123,7 @@ def mask_rcnn(
     hidden_size: int = 1024,
     hidden_channels: int = 256,
     rpn_depth: int = 1,
-    box_head: Callable[..., BoxHead | ConvBoxHead] = BoxHead,
+    box_head: Callable[..., AnyBoxHead] = BoxHead,
     mask_norm: Norm | None = None,
 ) -> MaskRCNN:
     """Builds a `MaskRCNN` on `backbone` with torchvision's heads, randomly initialised.

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone
 from ..ops import RoIFeatures
-from ._box_head import BoxHead, ConvBoxHead, SampledProposals, box_detections, box_loss, sample_proposals
+from ._box_head import SampledProposals, box_detections, sample_proposals
+from ._cascade import AnyBoxHead, run_stages, stage_losses
 from ._preprocessing import Preprocessing
 from ._rpn import RPN, RPNOutput, propose, rpn_loss, sample_anchors
 
@@ -98,7 +99,7 @@ class TwoStage(Protocol):
 
     backbone: Backbone
     rpn: RPN
-    box_head: BoxHead | ConvBoxHead
+    box_head: AnyBoxHead
     pooling: RoIPooling
     preprocessing: Preprocessing
 
@@ -150,8 +151,7 @@ def detect_boxes(
         rank_by_logits=selection.rpn_rank_by_logits,
         weights=model.rpn.weights,
     )
-    # (p, k + 1), (p, k + 1, 4)
-    logits, deltas = model.box_head(rois.pool(proposals.boxes, output_size=model.box_head.pool_size))
+    logits, deltas, proposals = run_stages(model.box_head, rois, proposals, size)  # (p, k + 1), (p, k + 1, 4), …
     detections = box_detections(
         logits,
         deltas,
@@ -161,7 +161,7 @@ def detect_boxes(
         nms_threshold=selection.nms_threshold,
         max_detections=selection.max_detections,
         min_size=selection.box_min_size,
-        weights=model.box_head.weights,
+        weights=model.box_head.stages[-1].weights,
     )
     return rois, detections
 
@@ -174,9 +174,10 @@ def box_losses(
     sampling: TwoStageSampling,
     key: PRNGKeyArray,
 ) -> tuple[dict[str, WeightedSum], RoIFeatures, SampledProposals]:
-    """Returns the four losses of Faster R-CNN, and the features and sampled proposals for further heads."""
+    """Returns the losses of Faster R-CNN, and the features and sampled proposals for further heads."""
     targets.check_labels(model.num_classes)
     rpn_key, box_key = jr.split(key)
+    size = canvas_size.astype(jnp.float32)
     rois, features, output = extract(model, image, canvas_size)
     anchors = sample_anchors(
         output.anchors,
@@ -200,7 +201,7 @@ def box_losses(
     )
     proposals = propose(
         output,
-        canvas_size.astype(jnp.float32),
+        size,
         pre_nms_top_n=sampling.pre_nms_top_n,
         post_nms_top_n=sampling.post_nms_top_n,
         nms_threshold=sampling.rpn_nms_threshold,
@@ -217,7 +218,5 @@ def box_losses(
         positive_fraction=sampling.box_positive_fraction,
         positive_iou=sampling.box_positive_iou,
     )
-    head = model.box_head
-    logits, deltas = head(rois.pool(sampled.boxes, output_size=head.pool_size))  # (s, k + 1), (s, k + 1, 4)
-    losses |= box_loss(logits, deltas, sampled, targets, weights=head.weights, beta=head.smooth_l1_beta)
+    losses |= stage_losses(model.box_head, rois, sampled, targets, size)
     return losses, rois, sampled

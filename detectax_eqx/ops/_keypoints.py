@@ -5,6 +5,7 @@ A heatmap has one value per bin of a grid that fills a box, and one map per poin
 
 import jax.numpy as jnp
 from jax import lax
+from jax.nn import logsumexp
 from jaxtyping import Array, Bool, Float, Int32
 
 from .._xla import varying_like
@@ -21,11 +22,15 @@ TILE = 64
 LARGEST_GRID = 2**14
 
 
-def keypoints_from_heatmaps(heatmaps: Float[Array, "k s s"], box: Float[Array, " 4"]) -> Float[Array, "k 3"]:
+def keypoints_from_heatmaps(
+    heatmaps: Float[Array, "k s s"], box: Float[Array, " 4"], *, probabilities: bool = False
+) -> Float[Array, "k 3"]:
     """Returns the position and score of each point: `(x, y, score)`, at the maximum of its heatmap.
 
     - `heatmaps`: one map per point, in the frame of the box.
     - `box`: `(x0, y0, x1, y1)` in pixels of the image. Positions are in the same pixels.
+    - `probabilities`: whether the score of logits is a probability, as in Detectron2: their softmax over the bins of
+      the heatmap, at the interpolated maximum. It may exceed 1 a little.
 
     Equals torchvision's `heatmaps_to_keypoints`. Each map is resized to `ceil(height) × ceil(width)` pixels by bicubic
     interpolation, with pixel values at pixel centres, and its maximum is taken; on ties, the first in row-major order.
@@ -55,6 +60,8 @@ def keypoints_from_heatmaps(heatmaps: Float[Array, "k s s"], box: Float[Array, "
     column, row = index % counts[0], index // counts[0]  # (k,)
     weights = _cubic_weights(row, counts[1], size, values.dtype), _cubic_weights(column, counts[0], size, values.dtype)
     scores = jnp.einsum("ki,kij,kj->k", weights[0], values, weights[1], precision="highest")
+    if probabilities:
+        scores = jnp.exp(scores - logsumexp(_upcast(heatmaps), axis=(1, 2)))
     cells = jnp.stack([column, row], axis=1).astype(values.dtype) + 0.5  # (k, 2)
     places = cells * (sides / counts.astype(values.dtype))[None] + box[None, :2]
     points = jnp.concatenate([places, scores[:, None]], axis=1)  # (k, 3)

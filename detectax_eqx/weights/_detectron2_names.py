@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from .. import models, nn
-from ._rename import Names, foreign_names
+from ._rename import FieldNames, Names, foreign_names
 
 
 # Entries of a file that are not parameters.
@@ -51,6 +51,19 @@ def current_detectron2_name(name: str) -> str:
     return name
 
 
+def _box_head(stage: str) -> FieldNames:
+    """The names of a box head's fields. `stage`: in a cascade, its number after a dot."""
+    return {
+        "fc6": f"box_head{stage}.fc1",
+        "fc7": f"box_head{stage}.fc2",
+        "convs": lambda i: f"box_head{stage}.conv{i + 1}",
+        "norms": lambda i: f"box_head{stage}.conv{i + 1}.norm",
+        "fc": f"box_head{stage}.fc1",
+        "class_logits": f"box_predictor{stage}.cls_score",
+        "box_deltas": f"box_predictor{stage}.bbox_pred",
+    }
+
+
 def _names(first_level: int, rpn_depth: int) -> Names:
     """The names of fields, for a pyramid from P`first_level` on and an RPN of `rpn_depth` convolutions."""
     return {
@@ -60,30 +73,26 @@ def _names(first_level: int, rpn_depth: int) -> Names:
             "box_head": "roi_heads",
             "mask_head": "roi_heads.mask_head",
         },
+        models.KeypointRCNN: {
+            "rpn": "proposal_generator.rpn_head",
+            "box_head": "roi_heads",
+            "keypoint_head": "roi_heads.keypoint_head",
+        },
         models.RPN: {
             "convs": lambda i: "conv" if rpn_depth == 1 else f"conv.conv{i}",
             "objectness": "objectness_logits",
             "deltas": "anchor_deltas",
         },
-        models.BoxHead: {
-            "fc6": "box_head.fc1",
-            "fc7": "box_head.fc2",
-            "class_logits": "box_predictor.cls_score",
-            "box_deltas": "box_predictor.bbox_pred",
-        },
-        models.ConvBoxHead: {
-            "convs": lambda i: f"box_head.conv{i + 1}",
-            "norms": lambda i: f"box_head.conv{i + 1}.norm",
-            "fc": "box_head.fc1",
-            "class_logits": "box_predictor.cls_score",
-            "box_deltas": "box_predictor.bbox_pred",
-        },
+        models.BoxHead: _box_head(""),
+        models.ConvBoxHead: _box_head(""),
+        models.CascadeHead: {"stages": lambda i: _box_head(f".{i}")},
         models.MaskHead: {
             "convs": lambda i: f"mask_fcn{i + 1}",
             "norms": lambda i: f"mask_fcn{i + 1}.norm",
             "upsample": "deconv",
             "mask_logits": "predictor",
         },
+        models.KeypointHead: {"convs": lambda i: f"conv_fcn{i + 1}", "heatmaps": "score_lowres"},
         # In a tower of Detectron2, convolutions and ReLUs form one list.
         models.RetinaNet: {
             "class_tower": {"convs": lambda i: f"head.cls_subnet.{2 * i}"},
@@ -134,10 +143,11 @@ def layouts(model: Any, *, bgr: bool) -> tuple[Layout, ...]:
     """The parameters of a model that Detectron2 arranges in another way. `bgr`: whether its images are BGR."""
     rules = [
         # The background is Detectron2's last class and our first. It has neither a box nor a mask there.
-        (r"^roi_heads\.box_predictor\.cls_score\.", _last_first, _first_last),
-        (r"^roi_heads\.box_predictor\.bbox_pred\.", _after_zeros(4), lambda x: x[4:]),
+        (r"^roi_heads\.box_predictor\.(\d\.)?cls_score\.", _last_first, _first_last),
         (r"^roi_heads\.mask_head\.predictor\.", _after_zeros(1), lambda x: x[1:]),
     ]
+    if _part(model, models.CascadeHead) is None:  # its stages have one box for all classes
+        rules.append((r"^roi_heads\.box_predictor\.bbox_pred\.", _after_zeros(4), lambda x: x[4:]))
     if bgr:  # (o, i, k, k)
         rules.append((r"(^|^backbone\.bottom_up\.)stem\.conv1\.weight$", _reversed_inputs, _reversed_inputs))
     if type(model) is models.RetinaNet:

@@ -12,14 +12,17 @@ from ..models import (
     ANCHOR_SIZES,
     SSD,
     AbstractDetector,
+    CascadeHead,
     ConvBoxHead,
     FasterRCNN,
+    MaskRCNN,
     ShortestEdge,
     faster_rcnn,
     faster_rcnn_detectron2,
     fcos,
     giou_of_boxes,
     keypoint_rcnn,
+    keypoint_rcnn_detectron2,
     mask_rcnn,
     mask_rcnn_detectron2,
     retinanet,
@@ -134,6 +137,12 @@ def _lsj(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> Abstr
     return _two_stage_v2(mask_rcnn_detectron2, *arguments, norm=norm, **({"mask_norm": norm} | options))
 
 
+def _cascade(*arguments: Any, **options: Any) -> MaskRCNN:
+    """Detectron2's Cascade Mask R-CNN, which trains on more proposals."""
+    model: MaskRCNN = _two_stage(mask_rcnn_detectron2, *arguments, **({"box_head": CascadeHead} | options))
+    return replace(model, sampling=replace(model.sampling, post_nms_top_n=2000))
+
+
 def _mask_rcnn_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
     return _two_stage_v2(mask_rcnn, *arguments, norm=norm, **({"mask_norm": norm} | options))
 
@@ -228,6 +237,11 @@ _DETECTRON2_RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnet50": partial(resnet50, stride_in_1x1=True),
     "resnet101": partial(resnet101, stride_in_1x1=True),
 }
+_DETECTRON2: dict[str, Callable[..., AbstractDetector]] = {
+    "faster_rcnn": faster_rcnn_detectron2,
+    "mask_rcnn": mask_rcnn_detectron2,
+    "keypoint_rcnn": keypoint_rcnn_detectron2,
+}
 _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     **{f"faster_rcnn_{body}_fpn": partial(_two_stage, faster_rcnn, build) for body, build in _RESNETS.items()},
     "faster_rcnn_resnet50_fpn_v2": partial(_two_stage_v2, faster_rcnn, resnet50),
@@ -244,15 +258,14 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "fcos_resnet50_fpn": partial(_dense, fcos, resnet50),
     **{
         f"{name}_{body}_fpn_detectron2": partial(_two_stage, detector, build)
-        for name, detector in (("faster_rcnn", faster_rcnn_detectron2), ("mask_rcnn", mask_rcnn_detectron2))
+        for name, detector in _DETECTRON2.items()
         for body, build in _DETECTRON2_RESNETS.items()
     },
-    "faster_rcnn_resnext101_32x8d_fpn_detectron2": partial(
-        _two_stage, faster_rcnn_detectron2, resnext101_32x8d, std=_RESNEXT_STD
-    ),
-    "mask_rcnn_resnext101_32x8d_fpn_detectron2": partial(
-        _two_stage, mask_rcnn_detectron2, resnext101_32x8d, std=_RESNEXT_STD
-    ),
+    **{
+        f"{name}_resnext101_32x8d_fpn_detectron2": partial(_two_stage, detector, resnext101_32x8d, std=_RESNEXT_STD)
+        for name, detector in _DETECTRON2.items()
+    },
+    "cascade_mask_rcnn_resnet50_fpn_detectron2": partial(_cascade, _DETECTRON2_RESNETS["resnet50"]),
     **{f"mask_rcnn_{body}_fpn_lsj_detectron2": partial(_lsj, build) for body, build in _DETECTRON2_RESNETS.items()},
     **{
         f"retinanet_{body}_fpn_detectron2": partial(_dense, retinanet_detectron2, build, from_features=True)

@@ -116,8 +116,8 @@ def _torchvision(
     """Published weights, with the metadata of torchvision 0.27.1. `background`: if label 0 is category id 1, not 0."""
     first = 1 if background else 0  # torchvision's dense detectors have an unused output for the background
     categories = tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(first, 91))
-    if keypoint_ap is not None:  # a detector of persons alone
-        categories = (Category(1, COCO_IDS[1], KEYPOINTS, SKELETON),)
+    if keypoint_ap is not None:
+        categories = _PERSONS
     return Published(
         name=name,
         source="torchvision",
@@ -134,7 +134,14 @@ def _torchvision(
 
 
 def _detectron2(
-    name: str, path: str, megabytes: float, box_ap: float, mask_ap: float | None = None, *, schedule: str = ""
+    name: str,
+    path: str,
+    megabytes: float,
+    box_ap: float,
+    mask_ap: float | None = None,
+    *,
+    keypoint_ap: float | None = None,
+    schedule: str = "",
 ) -> Published:
     """Published weights of `name` with Detectron2's rules, with the figures of its `MODEL_ZOO.md`."""
     name = f"{name}_detectron2"
@@ -148,13 +155,18 @@ def _detectron2(
         box_ap=box_ap,
         mask_ap=mask_ap,
         architecture=Architecture(name),
-        categories=tuple(Category(*category) for category in COCO_IDS.items()),
+        categories=_COCO if keypoint_ap is None else _PERSONS,
         load=load_detectron2,
+        keypoint_ap=keypoint_ap,
     )
 
 
+# COCO's categories, and that of detectors of persons alone.
+_COCO = tuple(Category(*category) for category in COCO_IDS.items())
+_PERSONS = (Category(1, COCO_IDS[1], KEYPOINTS, SKELETON),)
 # Folders of Detectron2's model zoo.
-_BOXES, _MASKS = "COCO-Detection/", "COCO-InstanceSegmentation/"
+_BOXES, _MASKS, _KEYPOINTS = "COCO-Detection/", "COCO-InstanceSegmentation/", "COCO-Keypoints/"
+_CASCADE = "Misc/cascade_mask_rcnn_"
 _LSJ = "new_baselines/mask_rcnn_"
 # Licences that extend to what is made from the weights, and where to read them.
 _SHARE_ALIKE = {"CC-BY-SA-3.0": "https://creativecommons.org/licenses/by-sa/3.0/"}
@@ -256,6 +268,46 @@ _PUBLISHED: dict[str, Published] = {
         ),
         _detectron2(
             "retinanet_resnet101_fpn", _BOXES + "retinanet_R_101_FPN_3x/190397697/model_final_971ab9", 217.7, 40.4
+        ),
+        _detectron2(
+            "keypoint_rcnn_resnet50_fpn",
+            _KEYPOINTS + "keypoint_rcnn_R_50_FPN_3x/137849621/model_final_a6e10b",
+            226.0,
+            55.4,
+            keypoint_ap=65.5,
+        ),
+        _detectron2(
+            "keypoint_rcnn_resnet50_fpn",
+            _KEYPOINTS + "keypoint_rcnn_R_50_FPN_1x/137261548/model_final_04e291",
+            226.0,
+            53.6,
+            keypoint_ap=64.0,
+            schedule="_1x",
+        ),
+        _detectron2(
+            "keypoint_rcnn_resnet101_fpn",
+            _KEYPOINTS + "keypoint_rcnn_R_101_FPN_3x/138363331/model_final_997cc7",
+            298.6,
+            56.4,
+            keypoint_ap=66.1,
+        ),
+        _detectron2(
+            "keypoint_rcnn_resnext101_32x8d_fpn",
+            _KEYPOINTS + "keypoint_rcnn_X_101_32x8d_FPN_3x/139686956/model_final_5ad38f",
+            467.8,
+            57.3,
+            keypoint_ap=66.0,
+        ),
+        _detectron2(
+            "cascade_mask_rcnn_resnet50_fpn", _CASCADE + "R_50_FPN_3x/144998488/model_final_480dd8", 275.0, 44.3, 38.5
+        ),
+        _detectron2(
+            "cascade_mask_rcnn_resnet50_fpn",
+            _CASCADE + "R_50_FPN_1x/138602847/model_final_e9d89b",
+            275.0,
+            42.1,
+            36.4,
+            schedule="_1x",
         ),
         _detectron2(
             "mask_rcnn_resnet50_fpn_lsj", _LSJ + "R_50_FPN_400ep_LSJ/42019571/model_final_14d201", 176.9, 47.4, 42.5

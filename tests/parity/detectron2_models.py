@@ -15,7 +15,7 @@ from detectron2.config import instantiate
 from detectron2.data import transforms
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
 
@@ -26,6 +26,10 @@ CONFIGS = {
     "mask_rcnn_resnet50_fpn_detectron2": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
     "mask_rcnn_resnet101_fpn_detectron2": "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml",
     "mask_rcnn_resnext101_32x8d_fpn_detectron2": "COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_3x.yaml",
+    "keypoint_rcnn_resnet50_fpn_detectron2": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x.yaml",
+    "keypoint_rcnn_resnet101_fpn_detectron2": "COCO-Keypoints/keypoint_rcnn_R_101_FPN_3x.yaml",
+    "keypoint_rcnn_resnext101_32x8d_fpn_detectron2": "COCO-Keypoints/keypoint_rcnn_X_101_32x8d_FPN_3x.yaml",
+    "cascade_mask_rcnn_resnet50_fpn_detectron2": "Misc/cascade_mask_rcnn_R_50_FPN_3x.yaml",
     "retinanet_resnet50_fpn_detectron2": "COCO-Detection/retinanet_R_50_FPN_3x.yaml",
     "retinanet_resnet101_fpn_detectron2": "COCO-Detection/retinanet_R_101_FPN_3x.yaml",
 }
@@ -95,19 +99,22 @@ def sharpen(model: torch.nn.Module, image: torch.Tensor) -> None:
         deltas = torch.cat([x.flatten(2) for x in outputs(model.head.bbox_pred, model, image)], dim=2)
         model.head.bbox_pred.weight.mul_(0.3 / deltas.std())
         return
-    head, predictor = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
+    head, predictors = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
     for layer, spread in ((head.objectness_logits, 3.0), (head.anchor_deltas, 0.3)):
         values = torch.cat([x.flatten() for x in outputs(layer, model, image)])
         layer.weight.mul_(spread / values.std())
-    (logits,) = outputs(predictor.cls_score, model, image)
-    scale = 2.5 / logits.std(dim=0).mean()
-    predictor.cls_score.weight.mul_(scale)
-    predictor.cls_score.bias.sub_(logits.mean(dim=0)).mul_(scale)
-    (deltas,) = outputs(predictor.bbox_pred, model, image)
-    predictor.bbox_pred.weight.mul_(1.0 / deltas.std())
-    if hasattr(model.roi_heads, "mask_head"):
-        (logits,) = outputs(model.roi_heads.mask_head.predictor, model, image)
-        model.roi_heads.mask_head.predictor.weight.mul_(2.0 / logits.std())
+    for predictor in predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]:
+        (logits,) = outputs(predictor.cls_score, model, image)
+        scale = 2.5 / logits.std(dim=0).mean()
+        predictor.cls_score.weight.mul_(scale)
+        predictor.cls_score.bias.sub_(logits.mean(dim=0)).mul_(scale)
+        (deltas,) = outputs(predictor.bbox_pred, model, image)
+        predictor.bbox_pred.weight.mul_(1.0 / deltas.std())
+    for name, layer in (("mask_head", "predictor"), ("keypoint_head", "score_lowres")):
+        if hasattr(model.roi_heads, name):
+            last = getattr(getattr(model.roi_heads, name), layer)
+            (logits,) = outputs(last, model, image)
+            last.weight.mul_(2.0 / logits.std())
 
 
 def outputs(layer: torch.nn.Module, model: torch.nn.Module, image: torch.Tensor) -> list[Any]:
@@ -140,17 +147,22 @@ def detections(model: torch.nn.Module, image: np.ndarray, *, size: tuple[int, in
         "scores": found.scores.numpy(),
         "labels": found.pred_classes.numpy(),
     }
-    return result | ({"masks": found.pred_masks.numpy()} if found.has("pred_masks") else {})
+    masks = {"masks": found.pred_masks.numpy()} if found.has("pred_masks") else {}
+    keypoints = {"keypoints": found.pred_keypoints.numpy()} if found.has("pred_keypoints") else {}
+    return result | masks | keypoints
 
 
-def losses(model: torch.nn.Module, pixels, boxes, labels, masks) -> dict[str, torch.Tensor]:
+def losses(model: torch.nn.Module, pixels, boxes, labels, masks, keypoints) -> dict[str, torch.Tensor]:
     """Detectron2's losses of a batch of RGB images with objects."""
     batch = []
-    for image, image_boxes, image_labels, image_masks in zip(pixels, boxes, labels, masks, strict=True):
+    for image, image_boxes, image_labels, image_masks, points in zip(
+        pixels, boxes, labels, masks, keypoints, strict=True
+    ):
         instances = Instances(image.shape[:2])
         instances.gt_boxes = Boxes(torch.from_numpy(image_boxes))
         instances.gt_classes = torch.from_numpy(image_labels).long()
         instances.gt_masks = BitMasks(torch.from_numpy(image_masks))
+        instances.gt_keypoints = Keypoints(torch.from_numpy(points))
         tensor = torch.as_tensor(np.ascontiguousarray(image[:, :, ::-1].astype("float32").transpose(2, 0, 1)))
         batch.append({"image": tensor, "instances": instances})
     model.train()

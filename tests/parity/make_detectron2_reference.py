@@ -23,10 +23,12 @@ NAMED = (
     "mask_rcnn_resnet50_fpn_detectron2",
     "mask_rcnn_resnext101_32x8d_fpn_detectron2",
     "faster_rcnn_resnet101_fpn_detectron2",
+    "keypoint_rcnn_resnet50_fpn_detectron2",
+    "cascade_mask_rcnn_resnet50_fpn_detectron2",
     "retinanet_resnet50_fpn_detectron2",
 )
 # The layers that `sharpen` changes, which are stored.
-PREDICTORS = re.compile(r"cls_score|bbox_pred|objectness_logits|anchor_deltas|mask_head\.predictor")
+PREDICTORS = re.compile(r"cls_score|bbox_pred|objectness_logits|anchor_deltas|mask_head\.predictor|score_lowres")
 
 
 def tiny_detector(kind: str, **changes: Any) -> torch.nn.Module:
@@ -43,6 +45,8 @@ def tiny_detector(kind: str, **changes: Any) -> torch.nn.Module:
         "MODEL__ROI_HEADS__NUM_CLASSES": tiny.CLASSES,
         "MODEL__ROI_BOX_HEAD__FC_DIM": tiny.HIDDEN,
         "MODEL__ROI_MASK_HEAD__CONV_DIM": tiny.CHANNELS,
+        "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": (tiny.CHANNELS,) * tiny.DEPTH,
+        "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": tiny.POINTS,
         "MODEL__RETINANET__NUM_CLASSES": tiny.CLASSES,
         "MODEL__RETINANET__NUM_CONVS": tiny.DEPTH,
     }

@@ -24,19 +24,20 @@ import numpy as np
 from detectax_eqx import Targets, models, zoo
 from detectax_eqx.weights import load_detectron2, to_detectron2
 
-from ..test_detectron2_reference import THEIR_LOSSES
+from ..detectron2_tiny import keypoints
+from ..test_detectron2_reference import THEIR_LOSSES, num_classes
 from .detectron2_models import CONFIGS, LSJ, arrays_of, detections, losses, random_detector, resized
 from .torchvision_models import real_images
 
 
-NUM_IMAGES, CLASSES = 10, 80
+NUM_IMAGES = 10
 # Detectors whose networks differ; the deeper ones are compared on fewer images.
 DEEP = [name for name in CONFIGS if "101" in name]
 
 
 def build(name):
     """Our model, as shapes only."""
-    return eqx.filter_eval_shape(zoo.build, name, CLASSES, key=jr.key(0))
+    return eqx.filter_eval_shape(zoo.build, name, num_classes(name), key=jr.key(0))
 
 
 def compared(found, expected, *, pixels, scores=1e-4):
@@ -80,11 +81,14 @@ def test_detections_on_real_images(name):
     reference = random_detector(name)
     model = load_detectron2(build(name), arrays_of(reference))
     detect = eqx.filter_jit(models.detect)
-    total, swaps, own_worst, raw_worst, ious = 0, 0, [], [], []
+    total, swaps, own_worst, raw_worst, ious, points = 0, 0, [], [], [], []
     for i, image in enumerate(images):
         own = resized(image)
         assert model.preprocessing.resize(image.shape[:2]) == own.shape[:2]
-        _, differences, _ = compared(on_canvas(model, own), detections(reference, own), pixels=1e-2)
+        expected, found = detections(reference, own), on_canvas(model, own)
+        order, differences, _ = compared(found, expected, pixels=1e-2)
+        if "keypoints" in expected:
+            points.append(np.asarray(found.keypoints)[np.asarray(found.valid)][order] - expected["keypoints"])
         own_worst.append(differences)
         expected, found = detections(reference, own, size=image.shape[:2]), detect(model, image)
         order, differences, swapped = compared(found, expected, pixels=0.1)
@@ -105,6 +109,11 @@ def test_detections_on_real_images(name):
     print(f"  own input: boxes {max(a for a, _ in own_worst):.2e} px, scores {max(b for _, b in own_worst):.2e}")
     print(f"  raw image: boxes {max(a for a, _ in raw_worst):.2e} px, scores {max(b for _, b in raw_worst):.2e}")
     assert total > 5 * len(images), f"only {total} detections: the comparison shows little"
+    if points:  # two places of a heatmap may be as likely: the scores are equal, but not the places
+        places, scores = np.split(np.abs(np.concatenate(points)), [2], axis=-1)
+        same = places.max(axis=-1) < 0.05
+        print(f"  keypoints, own input: {same.sum()} of {same.size} within .05 px, scores {scores.max():.2e}")
+        assert same.mean() > 0.99 and scores.max() < 1e-3
     if ious:
         print(f"  masks: IoU least {min(ious):.5f}, mean {np.mean(ious):.6f} of {len(ious)}")
         assert min(ious) > 0.99
@@ -129,10 +138,11 @@ def test_losses_and_gradients(name):
     pixels = rng.integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     corners = rng.uniform(0, (width - 120, height - 120), (2, objects, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(20, 120, (2, objects, 2))], axis=2).astype(np.float32)
-    labels = rng.integers(0, CLASSES, (2, objects)).astype(np.int32)
+    labels = rng.integers(0, num_classes(name), (2, objects)).astype(np.int32)
     masks = rng.random((2, objects, height, width)) < 0.5
     model = load_detectron2(build(name), arrays_of(reference))
-    expected = losses(reference, pixels, boxes, labels, masks)
+    points = keypoints(rng, boxes, 17)
+    expected = losses(reference, pixels, boxes, labels, masks, points)
     # A tensor, though pyright sees the 0 that the sum starts from.
     sum(expected.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -149,7 +159,7 @@ def test_losses_and_gradients(name):
         model = replace(model, sampling=sampling)
     frame = jnp.tile(jnp.array([0, 0, width, height], jnp.float32), (2, objects, 1))
     valid = jnp.ones((2, objects), bool)
-    targets = Targets(jnp.asarray(boxes), jnp.asarray(labels), valid, jnp.asarray(masks), frame)
+    targets = Targets(jnp.asarray(boxes), jnp.asarray(labels), valid, jnp.asarray(masks), frame, jnp.asarray(points))
 
     @eqx.filter_jit
     @eqx.filter_grad(has_aux=True)
