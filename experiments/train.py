@@ -153,7 +153,7 @@ def prepare(options: Options, *, going_on: bool) -> Job:
     check_model(options, shapes)
     train_set, val_set = load_data(options, shapes.needs)
     mesh = make_mesh(options)
-    loader = make_loader(options, train_set, mesh, needs=shapes.needs)
+    loader = make_loader(options, train_set, mesh, needs=shapes.needs, keypoint_offset=shapes.keypoint_offset)
     epoch_steps = loader.steps_per_epoch
     if not going_on:
         check_promise(options, epoch_steps)
@@ -240,7 +240,9 @@ def make_mesh(options: Options) -> Mesh:
     return mesh
 
 
-def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, needs: frozenset[str]) -> data.Loader:
+def make_loader(
+    options: Options, train_set: data.CocoDataset, mesh: Mesh, *, needs: frozenset[str], keypoint_offset: float = 0.0
+) -> data.Loader:
     """The loader of training batches, with the targets that the detector `needs`.
 
     Batch k is a pure function of (seed, k); each process reads its part.
@@ -260,6 +262,7 @@ def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, *, ne
         max_objects=max_objects,
         mask_size=112 if "masks" in needs else None,
         keypoints="keypoints" in needs,
+        keypoint_offset=keypoint_offset,
         num_threads=options.reading.threads,
         rows=train.local_rows(mesh, options.run.batch_size),
         max_bad_images=options.reading.max_bad_images,

@@ -332,6 +332,8 @@ OPTIONS = [
     (nn.max_pool2d, "stride", 0),
     (nn.GroupNorm, "channels", 48, call(nn.GroupNorm, 32)),
     (models.BoxHead, "num_classes", 0, call(models.BoxHead, 16, 3, key=KEY)),
+    (models.CascadeHead, "num_classes", 0, call(models.CascadeHead, 16, 3, key=KEY)),
+    (models.CascadeHead, "positive_ious", (0.6,), call(models.CascadeHead, 16, 3, key=KEY)),
     (models.KeypointHead, "num_keypoints", 0, call(models.KeypointHead, 16, key=KEY)),
     (models.RPN, "anchor_sizes", ((32,), (64, 128)), call(models.RPN, 16, key=KEY)),
     (models.RPN, "anchor_strides", (4, 8), call(models.RPN, 16, key=KEY)),

@@ -276,6 +276,9 @@ def test_round_trip(kind):
     assert {name: array.shape for name, array in arrays.items()} == detectron2_shapes(tiny.build(kind))
     loaded = load_detectron2(tiny.build(kind), dict(reversed(arrays.items())))
     equal(loaded, model, BACKGROUND)
+    if kind == "cascade_mask_rcnn":  # one box for all classes, so there is none of the background
+        assert arrays["roi_heads.box_predictor.2.bbox_pred.bias"].shape == (4,)
+        equal(loaded.box_head, model.box_head)
     if kind == "mask_rcnn":
         np.testing.assert_array_equal(loaded.box_head.box_deltas.weight[4:], model.box_head.box_deltas.weight[4:])
         np.testing.assert_array_equal(loaded.mask_head.mask_logits.weight[1:], model.mask_head.mask_logits.weight[1:])
@@ -383,3 +386,5 @@ def test_description():
         "a Mask R-CNN of Detectron2 on a ResNet of 1-1-1-1 blocks of width 8 with 6 outputs"
     )
     assert "RetinaNet of Detectron2" in str(describe(to_detectron2(drawn("retinanet"))))
+    for arrays in (to_detectron2(drawn("cascade_mask_rcnn")), named_leaves(drawn("cascade_mask_rcnn"))):
+        assert "a Cascade Mask R-CNN" in str(describe(arrays)) and "with 6 outputs" in str(describe(arrays))

@@ -202,6 +202,10 @@ def test_a_batch_holds_keypoints_on_the_canvas(shapes):
         )
         np.testing.assert_array_equal(batch.targets.keypoints[slot, :count, :, 2], expected[:count, :, 2])
         assert not batch.targets.keypoints[slot, count:].any()
+        moved = data.Loader(shapes, keypoints=True, keypoint_offset=0.5, **options).batch(1).targets.keypoints
+        assert moved is not None
+        np.testing.assert_allclose(moved[slot, :count, :, :2], (expected[:count, :, :2] + 0.5) * ratio, rtol=1e-5)
+        np.testing.assert_array_equal(moved[slot, ..., 2], batch.targets.keypoints[slot, ..., 2])
     assert data.Loader(shapes, **options).batch(1).targets.keypoints is None
 
 

@@ -84,6 +84,15 @@ def test_keypoints_by_hand():
     np.testing.assert_array_equal(points, [[1.5, 14.5, 2.0]])
 
 
+def test_scores_as_probabilities():
+    """The softmax over the bins; between bins, interpolation may exceed it."""
+    heatmaps = jnp.asarray(np.random.default_rng(4).normal(size=(3, 6, 6)), jnp.float32)
+    logits = ops.keypoints_from_heatmaps(heatmaps, jnp.array([2.0, 2.0, 30.0, 25.0]))
+    points = ops.keypoints_from_heatmaps(heatmaps, jnp.array([2.0, 2.0, 30.0, 25.0]), probabilities=True)
+    np.testing.assert_array_equal(points[:, :2], logits[:, :2])
+    np.testing.assert_allclose(points[:, 2], np.exp(logits[:, 2]) / np.exp(heatmaps).sum(axis=(1, 2)), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "bins, first",
     [

@@ -85,6 +85,11 @@ MODELS = {
         partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16, mask_norm=nn.GroupNorm, **V2),
         LOSSES | {"loss_mask"},
     ),
+    "cascade": (
+        partial(tiny_two_stage, models.mask_rcnn, hidden_channels=16, box_head=models.CascadeHead),
+        {"loss_objectness", "loss_rpn_box_reg", "loss_mask"}
+        | {f"{name}_stage{i}" for name in ("loss_classifier", "loss_box_reg") for i in range(3)},
+    ),
     "mobilenet": (partial(tiny_mobilenet, nn.mobilenet_v3_large), LOSSES),
     "retinanet": (
         partial(tiny_dense, models.retinanet, anchor_sizes=((12.0,), (24.0,), (36.0,), (48.0,), (64.0,))),
@@ -163,7 +168,7 @@ def test_predictions_at_some_anchors(kind, part, getkey):
 
 
 # Models that compile for long: `make test-slow` has them.
-SLOW = ("mask_v2", "mobilenet", "ssdlite")
+SLOW = ("cascade", "mask_v2", "mobilenet", "ssdlite")
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS])

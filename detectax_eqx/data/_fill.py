@@ -44,7 +44,10 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Examples:
-    """The arrays of a `Batch` under construction. `present`: the valid rows of its targets."""
+    """The arrays of a `Batch` under construction.
+
+    - `present`: the valid rows of its targets. `keypoint_offset`: what is added to annotated coordinates of keypoints.
+    """
 
     pictures: Pictures
     boxes: Float32[np.ndarray, "b n 4"]
@@ -53,6 +56,7 @@ class Examples:
     masks: UInt8[np.ndarray, "b n s s"] | None
     keypoints: Float32[np.ndarray, "b n k 3"] | None
     overflow: Int32[np.ndarray, " b"]
+    keypoint_offset: float = 0.0
 
     @property
     def valid(self) -> Bool[np.ndarray, " b"]:
@@ -78,8 +82,8 @@ class Examples:
         self.present[slot, : len(non_crowd)] = True
         if self.keypoints is not None:
             assert objects.keypoints is not None
-            scale = np.array([ratio[0], ratio[1], 1.0])  # the visibility stays
-            self.keypoints[slot, : len(non_crowd)] = objects.keypoints[non_crowd] * scale
+            offset, scale = (self.keypoint_offset,) * 2 + (0.0,), (*ratio[:2], 1.0)  # the visibility stays
+            self.keypoints[slot, : len(non_crowd)] = (objects.keypoints[non_crowd] + offset) * scale
         if self.masks is not None:
             for row, i in enumerate(non_crowd):
                 self.masks[slot, row] = mask_in_box(
@@ -112,7 +116,13 @@ def blank_pictures(indices: Int[np.ndarray, " n"], batch_size: int, bucket: Buck
     )
 
 
-def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None, num_keypoints: int | None) -> Examples:
+def blank_examples(
+    pictures: Pictures,
+    max_objects: int,
+    mask_size: int | None,
+    num_keypoints: int | None,
+    keypoint_offset: float,
+) -> Examples:
     """Returns `pictures` with room for `max_objects` objects per image, all of them absent."""
     shape = len(pictures.valid), max_objects
     return Examples(
@@ -123,6 +133,7 @@ def blank_examples(pictures: Pictures, max_objects: int, mask_size: int | None, 
         masks=None if mask_size is None else np.zeros((*shape, mask_size, mask_size), np.uint8),
         keypoints=None if num_keypoints is None else np.zeros((*shape, num_keypoints, 3), np.float32),
         overflow=np.zeros(shape[0], np.int32),
+        keypoint_offset=keypoint_offset,
     )
 
 

@@ -36,7 +36,8 @@ class Loader:
     - `max_objects`: rows of the targets. Further objects of an image, in the file's order, are dropped and counted in
       `overflow`. Crowds are always left out and not counted.
     - `mask_size`: side of the masks, each in the frame of its box; `None` for none.
-    - `keypoints`: whether targets have keypoints, `dataset.num_keypoints` for each object.
+    - `keypoints`: whether targets have keypoints, `dataset.num_keypoints` for each object. `keypoint_offset`: what is
+      added to their annotated coordinates, in pixels of the image; use that of the detector.
     - `num_threads`: threads that read images. `prefetch`: batches read ahead of the one in use.
     - `drop_empty`: leave out images without objects. By default they are kept, as examples of background.
     - `rows`: the rows of each batch to read if several processes share it. Default: all.
@@ -70,6 +71,7 @@ class Loader:
         max_objects: int = 100,
         mask_size: int | None = 112,
         keypoints: bool = False,
+        keypoint_offset: float = 0.0,
         num_threads: int = 2,
         prefetch: int = 2,
         drop_empty: bool = False,
@@ -103,6 +105,7 @@ class Loader:
         self._max_objects = max_objects
         self._mask_size = mask_size
         self._num_keypoints = dataset.num_keypoints if keypoints else None
+        self._keypoint_offset = keypoint_offset
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._max_bad_images = max_bad_images
@@ -165,7 +168,7 @@ class Loader:
         group, indices = self._order(k)
         indices = indices[self._rows]
         pictures = blank_pictures(indices, len(indices), self._buckets[group])
-        return blank_examples(pictures, self._max_objects, self._mask_size, self._num_keypoints)
+        return blank_examples(pictures, self._max_objects, self._mask_size, self._num_keypoints, self._keypoint_offset)
 
 
 def eval_batches(

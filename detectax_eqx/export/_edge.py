@@ -80,7 +80,7 @@ def save_tflite(
         )
     about = about_model(model, class_names, selection) | {"shape": asdict(shape)}
     host = _Host(model, selection, shape)
-    detector = two_stage_parts(fold_norms(model), selection).model
+    detector, head, _ = two_stage_parts(fold_norms(model), selection)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -94,7 +94,6 @@ def save_tflite(
         return {name: output.transpose(1, 2, 0)[None] for name, output in outputs.items()}
 
     def box_head(pooled: Float[Array, "n i"]) -> dict[str, Array]:
-        head = detector.box_head
         logits, deltas = head(pooled.reshape(len(pooled), -1, head.pool_size, head.pool_size))
         return {"logits": logits, "deltas": deltas.reshape(len(pooled), -1)}
 
@@ -164,7 +163,7 @@ class _Host:
     """The steps that run on the host: resizing, proposals, RoIAlign and NMS."""
 
     def __init__(self, model: AbstractDetector, selection: Selection | None, shape: Shape):
-        self._model, self.selection = two_stage_parts(model, selection)
+        self._model, self._head, self.selection = two_stage_parts(model, selection)
         self._shape, self._size_on_canvas = shape, eqx.filter_jit(resize_rule(model, shape))
         self._pool = eqx.filter_jit(_pool)
         self._detections = eqx.filter_jit(_detections)
@@ -191,8 +190,7 @@ class _Host:
         image_size: Int32[Array, " 2"],
     ) -> Detections:
         """Decodes the box head's outputs and applies NMS. Returns detections in the image's own pixels."""
-        weights = self._model.box_head.weights
-        return self._detections(dict(outputs), proposals, size, image_size, self.selection, weights)
+        return self._detections(dict(outputs), proposals, size, image_size, self.selection, self._head.weights)
 
 
 def _prepare(model, image, image_size, size, canvas):

@@ -93,7 +93,7 @@ def save_onnx_parts(
 
 def _proposals(parts, shape, size_on_canvas, images, image_sizes):
     """The program of the first file: the highest-scoring boxes of each level, and the features."""
-    detector, chosen = parts
+    detector, _, chosen = parts
     resized = size_on_canvas(image_sizes[0])
     pixels = detector.preprocessing.place(
         images[0], image_size=image_sizes[0], output_size=resized, canvas=shape.canvas
@@ -123,8 +123,7 @@ def _proposals(parts, shape, size_on_canvas, images, image_sizes):
 
 def _detections(parts, num_candidates, proposals, valid, resized, *features):
     """The program of the second file: the highest-scoring detections from the proposals, before NMS."""
-    detector, chosen = parts
-    head = detector.box_head
+    detector, head, chosen = parts
     logits, deltas = head(roi_features(detector, features).pool(proposals, output_size=head.pool_size))
     candidates = box_detections(
         logits,

@@ -2,21 +2,22 @@
 
 from typing import NamedTuple
 
-from ..models import AbstractDetector, Selection, TwoStage, TwoStageSelection
+from ..models import AbstractDetector, BoxHead, ConvBoxHead, Selection, TwoStage, TwoStageSelection
 from ._program import checked_selection
 
 
 class Parts(NamedTuple):
-    """A two-stage detector that can be split, and its selection."""
+    """A two-stage detector that can be split, its box head, and its selection."""
 
     model: TwoStage
+    head: BoxHead | ConvBoxHead
     selection: TwoStageSelection
 
 
 def two_stage_parts(model: AbstractDetector, selection: Selection | None) -> Parts:
     """Returns the detector with `selection`, or with the model's own if that is `None`.
 
-    Raises a `ValueError` unless the model has region proposals and a box head, and predicts boxes only.
+    Raises a `ValueError` unless the model has region proposals and one box head, and predicts boxes only.
     """
     if not isinstance(model, TwoStage) or model.needs != {"boxes"}:
         raise ValueError(
@@ -26,4 +27,9 @@ def two_stage_parts(model: AbstractDetector, selection: Selection | None) -> Par
     chosen = checked_selection(model, selection)
     if not isinstance(chosen, TwoStageSelection):
         raise ValueError(f"selection must be a TwoStageSelection, got a {type(chosen).__name__}.")
-    return Parts(model, chosen)
+    if not isinstance(model.box_head, BoxHead | ConvBoxHead):
+        raise ValueError(
+            f"model must have one box head, got a {type(model.box_head).__name__} of {len(model.box_head.stages)}, "
+            "which pool one after another. save_onnx and save_stablehlo take it as one file."
+        )
+    return Parts(model, model.box_head, chosen)

@@ -89,7 +89,8 @@ def detect(
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])  # (4,): x y x y
     points = detections.keypoints
     if points is not None:
-        points = points * jnp.concatenate([scale[:2], jnp.ones(1, jnp.float32)])[None, None]
+        places = points[..., :2] * scale[:2] - model.keypoint_offset
+        points = jnp.concatenate([places, points[..., 2:]], axis=-1)
     return replace(detections, boxes=detections.boxes * scale[None], keypoints=points)
 
 

@@ -43,6 +43,8 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     - `preprocessing`: how an image is resized and normalised; static.
     - `selection`: which detections to keep by default; static.
     - `paste`: how its masks are pasted onto an image.
+    - `keypoint_offset`: added to annotated coordinates of keypoints for training (`data.Loader`), and subtracted from
+      detected ones (`detect`), in pixels of the image. Detectron2's is 0.5: annotations count pixels.
     - `needs`: names of the fields of `Targets` that the loss requires: `"boxes"`, and possibly `"masks"` or
       `"keypoints"`.
 
@@ -53,6 +55,7 @@ class AbstractDetector(eqx.Module, Generic[SelectionT]):
     preprocessing: eqx.AbstractVar[Preprocessing]
     selection: eqx.AbstractVar[SelectionT]
     paste: ClassVar[Paste] = staticmethod(paste_masks)
+    keypoint_offset: ClassVar[float] = 0.0
     needs: ClassVar[frozenset[str]] = frozenset({"boxes"})
 
     @property

@@ -151,8 +151,6 @@ def keypoint_rcnn_detectron2(
 
     `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
 
-    Detectron2 adds 0.5 to COCO's annotated keypoints, and its evaluation subtracts it from the detected ones.
-
     - `num_keypoints`, `hidden_channels`, `depth`: as in `keypoint_rcnn`.
     - `smooth_l1_beta`, `parts`: arguments of `faster_rcnn_detectron2`.
 
@@ -174,6 +172,7 @@ def keypoint_rcnn_detectron2(
         keypoint_head,
         pooling=boxes.pooling,
         probabilities=True,
+        keypoint_offset=0.5,
         preprocessing=boxes.preprocessing,
         selection=boxes.selection,
         sampling=replace(boxes.sampling, post_nms_top_n=1500),

@@ -34,7 +34,8 @@ class KeypointRCNN(AbstractDetector[TwoStageSelection]):
 
     `keypoint_rcnn` builds one with torchvision's parts.
 
-    - `pooling`, `preprocessing`, `selection`, `sampling`: static options; the defaults are torchvision's.
+    - `pooling`, `keypoint_offset`, `preprocessing`, `selection`, `sampling`: static options; the defaults are
+      torchvision's.
     - `probabilities`: whether the score of a keypoint is a probability and not a logit, see
       `ops.keypoints_from_heatmaps`; static.
     """
@@ -45,6 +46,9 @@ class KeypointRCNN(AbstractDetector[TwoStageSelection]):
     keypoint_head: KeypointHead
     pooling: RoIPooling = eqx.field(static=True, kw_only=True, default=RoIPooling())
     probabilities: bool = eqx.field(static=True, kw_only=True, default=False)
+    keypoint_offset: float = eqx.field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        static=True, kw_only=True, default=0.0
+    )
     preprocessing: Preprocessing = eqx.field(static=True, kw_only=True, default=Preprocessing())
     selection: TwoStageSelection = eqx.field(static=True, kw_only=True, default=TwoStageSelection())
     sampling: TwoStageSampling = eqx.field(static=True, kw_only=True, default=TwoStageSampling())

@@ -17,6 +17,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (3, 8, 36, 3)): "ResNet-152",
 }
 # Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
+_CASCADE = ("roi_heads.box_predictor.0.", "box_head.stages.")
 _DETECTORS = (
     (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
     (("roi_heads.keypoint_predictor.", "roi_heads.keypoint_head.", "keypoint_head."), "Keypoint R-CNN"),
@@ -37,6 +38,7 @@ _HEATMAPS = ("keypoint_predictor.kps_score_lowres.bias", "keypoint_head.heatmaps
 _CLASS_LOGITS = (
     "head.cls_score.bias",
     "box_predictor.cls_score.bias",
+    "box_predictor.0.cls_score.bias",
     "classification_head.cls_logits.bias",
     "class_logits.bias",
 )
@@ -64,6 +66,8 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
     body = body or next((f"a {kind}" for pattern, kind in _OTHER_BODIES if any(map(pattern.search, arrays))), None)
     detector = next((kind for parts, kind in _DETECTORS if any(name.startswith(parts) for name in arrays)), None)
     if detector is not None:
+        if any(name.startswith(_CASCADE) for name in arrays):
+            detector = f"Cascade {detector.removeprefix('Faster ')}"
         source = " of Detectron2" if prefix == _BODIES[1] else ""
         second = " of the second version" if any(name.startswith(_SECOND_RPN) for name in arrays) else ""
         outputs = next((_length(array) for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)

@@ -62,8 +62,8 @@ def read_detectron2(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
 def load_detectron2(model: Model, source: str | os.PathLike | Mapping[str, Any], *, bgr: bool = True) -> Model:
     """Returns a copy of `model` with Detectron2's parameters.
 
-    - `model`: a detector made by `models.faster_rcnn_detectron2`, `mask_rcnn_detectron2` or `retinanet_detectron2`, or
-      a `ResNet` for an ImageNet backbone. Its shapes are sufficient (`equinox.filter_eval_shape`).
+    - `model`: a detector made by `models.faster_rcnn_detectron2` or another function of `models` ending so, or a
+      `ResNet` for an ImageNet backbone. Its shapes are sufficient (`equinox.filter_eval_shape`).
     - `source`: any source that `read_detectron2` accepts. Nothing in it is run.
     - `bgr`: whether the network was trained on BGR images, as are all ResNets of Detectron2's model zoo. Its first
       convolution is then reversed, since images are RGB here.

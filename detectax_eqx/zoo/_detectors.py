@@ -139,7 +139,8 @@ def _lsj(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> Abstr
 
 def _cascade(*arguments: Any, **options: Any) -> MaskRCNN:
     """Detectron2's Cascade Mask R-CNN, which trains on more proposals."""
-    model: MaskRCNN = _two_stage(mask_rcnn_detectron2, *arguments, **({"box_head": CascadeHead} | options))
+    model = _two_stage(mask_rcnn_detectron2, *arguments, **({"box_head": CascadeHead} | options))
+    assert isinstance(model, MaskRCNN)
     return replace(model, sampling=replace(model.sampling, post_nms_top_n=2000))
 
 

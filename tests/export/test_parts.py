@@ -25,6 +25,11 @@ def test_two_files_need_two_stages_and_boxes_alone(model, images, tmp_path):
             with pytest.raises(ValueError, match=message):
                 export.save_tflite(other, tmp_path / "parts", shape=shape, images=images, class_names=NAMES)
     assert not (tmp_path / "parts").exists()
+    if find_spec("onnx"):
+        head = models.CascadeHead(16, 3, key=jax.random.key(0), hidden_size=8)
+        cascade = models.FasterRCNN(model.backbone, model.rpn, head, preprocessing=model.preprocessing)
+        with pytest.raises(ValueError, match="must have one box head, got a CascadeHead of 3"):
+            export.save_onnx_parts(cascade, tmp_path / "parts", shape=shape, class_names=NAMES)
 
 
 @pytest.mark.timeout(600)
