@@ -84,6 +84,7 @@ OPS = [
     call(ops.pairwise_giou, BOXES, MORE_BOXES),
     call(ops.pairwise_ioa, BOXES, MORE_BOXES),
     call(ops.pairwise_iou, BOXES, MORE_BOXES),
+    call(ops.upcast, BOXES),
     call(ops.paste_masks, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.paste_masks_at_centers, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.resize_image, f32(8, 9, 3), image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
