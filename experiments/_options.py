@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
-from _shared import ModelName, Precision
+from _shared import ModelName, Precision, with_sampling
 
 from detectax_eqx import data, models, zoo
 
@@ -91,6 +91,8 @@ class ArchitectureOptions:
     """Side in pixels of the square anchor per level, after resizing. Default: the detector's own."""
     aspect_ratios: tuple[float, ...] | None = None
     """Height / width of the anchors. Default: the detector's own."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """Fields of the detector's sampling or matching of targets as NAME VALUE pairs, such as box_samples 128."""
 
     RANGES: ClassVar[dict[str, str]] = {"positive": "anchor_sizes aspect_ratios", "at least 0": "trainable_layers"}
 
@@ -305,6 +307,7 @@ def check_model(options: Options, model: models.AbstractDetector) -> None:
     layers, stages = options.architecture.trainable_layers, len(model.backbone.stages)
     if layers is not None and layers > stages:
         raise SystemExit(f"--trainable-layers is {layers}: the backbone has {stages}.")
+    with_sampling(model, options.architecture.sampling)
 
 
 def check_promise(options: Options, epoch_steps: int) -> None:

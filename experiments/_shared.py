@@ -98,19 +98,37 @@ class SelectionOptions:
         A field in `selection` takes precedence over the option of its name, which may have a default.
         """
         shortcuts = {name: value for name, value in vars(self).items() if name != "selection" and value is not None}
-        own, typed = vars(model.selection), {}
-        for name, value in {**shortcuts, **self.selection}.items():
-            option = f"--selection {name}" if name in self.selection else f"--{name.replace('_', '-')}"
-            what = "in 0..1" if name.endswith("_threshold") else "at least 0"
-            if isinstance(own.get(name), int):
-                what, value = "a positive whole number", int(value) if value == value // 1 else value
-            if not RANGES[what](value):
-                raise SystemExit(f"{option} is {value}: it must be {what}.")
-            typed[name] = value
+        given = {name: f"--{name.replace('_', '-')}" for name in shortcuts}
+        given |= {name: f"--selection {name}" for name in self.selection}
+        typed = typed_fields(model.selection, {**shortcuts, **self.selection}, given)
         try:
             return models.selected(model, **typed)
         except ValueError as error:
             raise SystemExit(f"--{'selection' if self.selection else ' --'.join(shortcuts)}: {error}") from None
+
+
+def typed_fields(owner: Any, values: dict[str, float], options: dict[str, str]) -> dict[str, Any]:
+    """Numbers for fields of `owner`, checked, and integers where its own are. `options`: where each was given."""
+    typed: dict[str, Any] = {}
+    for name, value in values.items():
+        what = "in 0..1" if name.endswith(("_threshold", "_iou", "_fraction")) else "at least 0"
+        if isinstance(getattr(owner, name, None), int):
+            what, value = "a positive whole number", int(value) if value == value // 1 else value
+        if not RANGES[what](value):
+            raise SystemExit(f"{options[name]} is {value}: it must be {what}.")
+        typed[name] = value
+    return typed
+
+
+def with_sampling(model: models.AbstractDetector, fields: dict[str, float]) -> models.AbstractDetector:
+    """The detector with these fields of its `sampling`, or of its `matching` if it is a dense one."""
+    part = "sampling" if hasattr(model, "sampling") else "matching"
+    own = getattr(model, part)
+    if unknown := [name for name in fields if not hasattr(own, name)]:
+        known = ", ".join(vars(own))
+        raise SystemExit(f"--sampling: {type(own).__name__} has no {unknown[0]}; its fields are {known}.")
+    typed = typed_fields(own, fields, {name: f"--sampling {name}" for name in fields})
+    return replace(model, **{part: replace(own, **typed)})
 
 
 def with_sizes(predictor: zoo.Predictor, min_size: int | None, max_size: int | None) -> zoo.Predictor:

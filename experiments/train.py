@@ -38,7 +38,7 @@ from _pace import Pace
 from _record import ESTIMATE_AFTER, Record, print_memory
 from _resume import check_options, given_before, restore, save_options, saved_options
 from _run import Stop, remove_strays
-from _shared import check_ranges, console, hidden, progress, run
+from _shared import check_ranges, console, hidden, progress, run, with_sampling
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -179,6 +179,7 @@ def prepare(options: Options, *, going_on: bool) -> Job:
 def make_model(options: Options, parts: zoo.Architecture, num_classes: int, *, pretrained: bool) -> AbstractDetector:
     """The detector, at the sizes of the options, with the weights of `--init` if `pretrained`."""
     model = parts.build(num_classes, key=jr.key(options.run.seed), checkpoint=options.devices.gradient_checkpointing)
+    model = with_sampling(model, options.architecture.sampling)
     if options.detector.init is not None and pretrained:
         model, notes = zoo.initialize(model, parts, options.detector.init)
         for note in notes:

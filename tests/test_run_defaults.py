@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -101,6 +102,26 @@ def test_anchors_reach_every_detector():
         assert head.anchor_sizes == ((8,), (16,), (32,), (64,), (128,))
         assert head.aspect_ratios == (0.25, 1.0, 2.0, 4.0) and head.deltas.weight.shape[0] == 4 * 4
         assert getattr(shapes(name), "rpn", model).aspect_ratios == (0.5, 1.0, 2.0) or not hasattr(model, "rpn")
+
+
+def test_sampling_reaches_every_detector():
+    """Two-stage detectors sample anchors and proposals, dense ones match every anchor."""
+    for name in ("mask_rcnn_resnet18_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssd300_vgg16"):
+        model: Any = zoo.Architecture(name, "group").shapes(3)
+        part = "sampling" if hasattr(model, "sampling") else "matching"
+        for field, value in vars(getattr(model, part)).items():
+            if isinstance(value, float):
+                changed: Any = _shared.with_sampling(model, {field: 0.25})
+                assert getattr(changed, part) == replace(getattr(model, part), **{field: 0.25})
+    model = _shared.with_sampling(zoo.Architecture("faster_rcnn_resnet18_fpn").shapes(3), {"box_samples": 128.0})
+    assert model.sampling.box_samples == 128 and isinstance(model.sampling.box_samples, int)
+    for fields, words in (
+        ({"box_samples": 0.5}, "--sampling box_samples is 0.5: it must be a positive whole number"),
+        ({"box_positive_iou": 2.0}, "--sampling box_positive_iou is 2.0: it must be in 0..1"),
+        ({"samples": 3.0}, "--sampling: TwoStageSampling has no samples; its fields are pre_nms_top_n, "),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            _shared.with_sampling(model, fields)
 
 
 def test_names_are_the_zoos():

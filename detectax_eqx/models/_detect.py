@@ -89,7 +89,7 @@ def detect(
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])  # (4,): x y x y
     points = detections.keypoints
     if points is not None:
-        places = points[..., :2] * scale[:2] - model.keypoint_offset
+        places = points[..., :2] * scale[None, None, :2] - model.keypoint_offset
         points = jnp.concatenate([places, points[..., 2:]], axis=-1)
     return replace(detections, boxes=detections.boxes * scale[None], keypoints=points)
 

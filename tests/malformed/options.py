@@ -60,6 +60,7 @@ RANGES = {
         "train-images": ["none"],
         "val-annotations": ["none.json"],
         "init": ["none.pth", "none.safetensors"],
+        "sampling": ["positive_iou 1.5", "no_such_field 1", "positive_iou x"],
         "no-such-option": ["1"],
     },
     "evaluate": {
