@@ -59,7 +59,7 @@ def start_rare(class_logits: Conv2d) -> Conv2d:
 
 
 def by_anchor(x: Float[Array, "_ h w"], num_values: int) -> Float[Array, "a {num_values}"]:
-    """Rearranges a head's map to a row per anchor, in float32 or higher: cells in row-major order, then their anchors."""
+    """Rearranges a head's map to rows, one per anchor, in float32 or higher. Cells in row-major order, then anchors."""
     return upcast(rearrange(x, "(a v) h w -> (h w a) v", v=num_values))
 
 
