@@ -5,9 +5,10 @@
 `DIR` holds `train.json`, `test.json` and `images/` (the blood-cell dataset BCCD in COCO format, for instance). The
 backbone is a ResNet-18-FPN trained from scratch. Its norms are frozen, with statistics measured once, on the first
 batch: like those of imported weights, they fold into the convolutions, which GroupNorm does not. The trained weights
-stay in `--output` and are reused by the next call. Prints AP, file size and seconds per image of each export: of ONNX
-if the extra `onnx` is installed, of TFLite if `edge` is. The two extras need different versions and so an environment
-each: call the script in both with the same `--output`, whose `exports.json` then has the rows of both.
+stay in `--output` and are reused by the next call. `--run` takes the detector of a run of train.py instead, such as
+that of `real_weights.py`. Prints AP, file size and seconds per image of the detector, also in bfloat16, and of each
+export: of ONNX if the extra `onnx` is installed, of TFLite if `edge` is. The two extras need different versions and so
+an environment each: call the script in both with the same `--output`, whose `exports.json` then has the rows of both.
 """
 # pyright: reportMissingImports=false
 
@@ -25,7 +26,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 
-from detectax_eqx import Detections, data, evaluate, export, models, nn, train
+from detectax_eqx import Detections, data, evaluate, export, models, nn, train, zoo
 from detectax_eqx.export import require
 from detectax_eqx.weights import load_safetensors, save_safetensors
 
@@ -45,6 +46,8 @@ class Options:
     """Folder with train.json, test.json and images/."""
     output: Path
     """Folder for the weights, the exports and the result."""
+    run: Path | None = None
+    """Folder of a run of train.py whose detector is exported. Default: train one."""
     steps: int = 300
     """Training steps."""
     batch_size: int = 4
@@ -241,21 +244,28 @@ def main(options: Options) -> None:
     train_set, test_set = (data.load_coco(options.data / f"{name}.json", images) for name in ("train", "test"))
     options.output.mkdir(parents=True, exist_ok=True)
     weights, result = options.output / "model.safetensors", options.output / "exports.json"
-    if not weights.exists():
-        result.unlink(missing_ok=True)
-        save_safetensors(trained(train_set, options), weights)
-    model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
+    if options.run is not None:
+        model = zoo.Predictor.from_checkpoint(options.run).model
+    else:
+        if not weights.exists():
+            result.unlink(missing_ok=True)
+            save_safetensors(trained(train_set, options), weights)
+        model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
 
-    (bucket,) = data.make_buckets([*train_set.sizes, *test_set.sizes], **SIZES)
+    sizes = {model.preprocessing.resize(size) for size in test_set.sizes}
+    canvas = models.smallest_canvas(np.max(list(sizes), axis=0).tolist(), divisor=model.backbone.divisor)
+    limits = model.preprocessing.limits
+    (bucket,) = data.make_buckets([*train_set.sizes, *test_set.sizes], canvases=[canvas], **limits)
     setup = Setup(
         options.output,
         test_set,
-        export.Shape(1, bucket.source, CANVAS),
+        export.Shape(1, bucket.source, canvas),
         [category.name for category in test_set.categories],
         [data.read_image(image.path) for image in train_set.images[:CALIBRATION_IMAGES]],
     )
     rows = json.loads(result.read_text()) if result.exists() else {}  # those of the other environment
-    rows["jax"] = measured(jax.jit(export.detection_program(model, setup.shape)), setup)
+    for name, detector in (("jax", model), ("jax bfloat16", nn.cast(model, jnp.bfloat16))):
+        rows[name] = measured(jax.jit(export.detection_program(detector, setup.shape)), setup)
     for extra, measure in (("onnx", onnx_rows), ("edge", tflite_rows)):
         try:
             require(extra)

@@ -150,7 +150,7 @@ def train_torchvision(options: Options, weights: Path) -> None:
             order = torch.randperm(len(train_set))
         batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         images, targets = zip(*(example(int(i)) for i in batch), strict=True)
-        loss = sum(model(list(images), list(targets)).values())
+        loss = torch.stack(list(model(list(images), list(targets)).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,7 +177,8 @@ def train_torchvision(options: Options, weights: Path) -> None:
 
 def datasets(options: Options) -> tuple[data.CocoDataset, data.CocoDataset]:
     """The training and test images."""
-    return tuple(data.load_coco(options.data / f"{name}.json", options.data / "images") for name in ("train", "test"))
+    images = options.data / "images"
+    return data.load_coco(options.data / "train.json", images), data.load_coco(options.data / "test.json", images)
 
 
 def curve(run: Path) -> dict[int, float]:
