@@ -113,6 +113,8 @@ def check_options(options: Options, saved: Options, *, going_on: bool) -> Option
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        value = tuple(part for pair in value.items() for part in pair) or "none"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -84,7 +84,6 @@ OPS = [
     call(ops.pairwise_giou, BOXES, MORE_BOXES),
     call(ops.pairwise_ioa, BOXES, MORE_BOXES),
     call(ops.pairwise_iou, BOXES, MORE_BOXES),
-    call(ops.upcast, BOXES),
     call(ops.paste_masks, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.paste_masks_at_centers, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.resize_image, f32(8, 9, 3), image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
@@ -168,7 +167,7 @@ ELSEWHERE = {
     models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
     | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"}
-    | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "retinanet_detectron2"},
+    | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
     # test_predictor.py, test_download.py
     zoo: {
         "cache_folder",

@@ -21,9 +21,9 @@ OUTSIDE = {
     "in 0..1": (1.7, -0.1, math.nan),
     "a positive multiple of 32": (33, 0, -32),
 }
-# Checked against the run (devices, processes) rather than against a range; `--selection` is checked against the fields
-# of the detector's own selection (tests/malformed/options.py).
-CHECKED_ELSEWHERE = {("train", "num_processes"), ("train", "process_id")}
+# Checked against the run (devices, processes) rather than against a range; `--selection` and `--sampling` are checked
+# against the fields of the detector's own (tests/malformed/options.py).
+CHECKED_ELSEWHERE = {("train", "num_processes"), ("train", "process_id"), ("train", "sampling")}
 CHECKED_ELSEWHERE |= {(script, "selection") for script in ("evaluate", "export", "predict")}
 
 

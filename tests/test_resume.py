@@ -111,7 +111,7 @@ OTHERS = {
     "aspect_ratios": (1.0,), "min_sizes": (640,), "max_size": 640, "flip": 0.0, "jitter": (0.5, 2.0), "max_objects": 9,
     "precision": "bfloat16", "ema": 0.9, "momentum": 0.0, "weight_decay": 0.0, "decay_vectors": False,
     "backbone_lr": 0.1, "clip_norm": 1.0, "schedule": "cosine", "warmup_steps": 7, "decay_epochs": (1.0,),
-    "trainable_layers": 2,
+    "trainable_layers": 2, "sampling": {"box_samples": 8.0},
 }  # fmt: skip
 
 
@@ -126,6 +126,8 @@ def test_what_changes_batches_or_model_is_refused_naming_both_values(name, tmp_p
     given = grouped(output=tmp_path, resume=True, **OPTIONS, **{name: OTHERS[name]})
     show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
     words = f"--{name.replace('_', '-')} ({show(flat(saved)[name])} → {show(OTHERS[name])})"
+    if name == "sampling":
+        words = "--sampling (none → box_samples 8.0)"
     with pytest.raises(SystemExit, match=re.escape(words)):
         check_options(given, saved, going_on=True)
     check_options(given, saved, going_on=False)

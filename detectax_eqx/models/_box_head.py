@@ -18,7 +18,6 @@ from ..ops import (
     pairwise_iou,
     sample_balanced,
     smooth_l1_loss,
-    upcast,
 )
 from ._rpn import SMOOTH_L1_BETA, Proposals, Weights, has_size
 from ._suppress import suppress, without_empty
@@ -87,7 +86,7 @@ class BoxHead(eqx.Module):
         return (self,)
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
-        """Returns class logits and box deltas in float32 or higher, background at index 0."""
+        """Returns class logits and box deltas in float32, background at index 0."""
         x = features.reshape(features.shape[0], -1)  # (p, c s s)
         x = relu(_linear(self.fc6, x))
         return _outputs(self.class_logits, self.box_deltas, relu(_linear(self.fc7, x)))
@@ -158,7 +157,7 @@ class ConvBoxHead(eqx.Module):
         return (self,)
 
     def __call__(self, features: Float[Array, "p c s s"]) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
-        """Returns class logits and box deltas in float32 or higher, background at index 0."""
+        """Returns class logits and box deltas in float32, background at index 0."""
         x = features
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.vmap(lambda x, conv=conv, norm=norm: relu(norm(conv(x))))(x)
@@ -173,9 +172,9 @@ def _num_deltas(num_classes: int, class_agnostic: bool) -> int:
 def _outputs(
     class_logits: eqx.nn.Linear, box_deltas: eqx.nn.Linear, x: Float[Array, "p i"]
 ) -> tuple[Float[Array, "p k1"], Float[Array, "p k1 4"]]:
-    """Class logits and box deltas of each proposal in float32 or higher."""
-    logits = upcast(_linear(class_logits, x))  # (p, k + 1)
-    deltas = upcast(_linear(box_deltas, x)).reshape(x.shape[0], -1, 4)  # one for all classes, or one each
+    """Class logits and box deltas of each proposal in float32."""
+    logits = _linear(class_logits, x).astype(jnp.float32)  # (p, k + 1)
+    deltas = _linear(box_deltas, x).astype(jnp.float32).reshape(x.shape[0], -1, 4)  # one for all classes, or one each
     return logits, jnp.broadcast_to(deltas, (*logits.shape, 4))
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 from .._types import Detections
 from .._xla import rematerialise
 from ..nn import Conv2d, Initializer, Norm, relu
-from ..ops import anchor_grid, clip_boxes, sigmoid_focal_loss, upcast
+from ..ops import anchor_grid, clip_boxes, sigmoid_focal_loss
 from ._rpn import anchor_strides
 from ._suppress import suppress, without_empty
 
@@ -58,9 +58,9 @@ def start_rare(class_logits: Conv2d) -> Conv2d:
     return eqx.tree_at(lambda conv: conv.bias, class_logits, bias)
 
 
-def by_anchor(x: Float[Array, "_ h w"], num_values: int) -> Float[Array, "a {num_values}"]:
-    """Rearranges a head's map to rows, one per anchor, in float32 or higher. Cells in row-major order, then anchors."""
-    return upcast(rearrange(x, "(a v) h w -> (h w a) v", v=num_values))
+def by_anchor(x: Float[Array, "_ h w"], num_values: int) -> Float32[Array, "a {num_values}"]:
+    """Rearranges a head's map to one float32 row per anchor: cells in row-major order, then the anchors of a cell."""
+    return rearrange(x, "(a v) h w -> (h w a) v", v=num_values).astype(jnp.float32)
 
 
 def maps_by_anchor(x: Float[Array, "_ h w"], num_classes: int) -> Float[Array, "a {num_classes} p"]:
@@ -136,13 +136,13 @@ def dense_detections(
     for logits, extra, deltas, anchors in levels:
         num_anchors, num_classes, num_cells = logits.shape
         # The `top_n` best pairs belong to the `top_n` anchors with the best single pair: only those are scored in full.
-        highest = upcast(rearrange(logits.max(axis=1), "a p -> (p a) 1"))
+        highest = rearrange(logits.max(axis=1), "a p -> (p a) 1").astype(jnp.float32)
         _, rows = lax.top_k(scores(highest, extra)[:, 0], min(selection.top_n, len(highest)))
         rows = jnp.sort(rows)  # (r,), r = min(top_n, p a)
         # logits is (a, k, p): class 0 of an anchor lies at anchor * k * p + cell, the next class p entries further.
         first = rows % num_anchors * num_classes * num_cells + rows // num_anchors  # row = cell * anchors + anchor
         offsets = num_cells * jnp.arange(num_classes, dtype=rows.dtype)[None]
-        row_logits = upcast(logits.reshape(-1)[first[:, None] + offsets])  # (r, k)
+        row_logits = logits.reshape(-1)[first[:, None] + offsets].astype(jnp.float32)  # (r, k)
         pairs = scores(row_logits, extra[rows]).reshape(-1)  # (r k)
         level_scores, pair = lax.top_k(pairs, min(selection.top_n, pairs.shape[0]))
         row = rows[pair // num_classes]  # pair = row * k + class

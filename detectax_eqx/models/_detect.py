@@ -85,7 +85,7 @@ def detect(
         _advise_jit()
     chosen = selected(model, selection, score_threshold=score_threshold, max_detections=max_detections)
     detections = model(pixels, canvas_size, selection=chosen)
-    ratio = source_size / canvas_size
+    ratio = source_size.astype(jnp.float32) / canvas_size.astype(jnp.float32)
     scale = jnp.stack([ratio[1], ratio[0], ratio[1], ratio[0]])  # (4,): x y x y
     points = detections.keypoints
     if points is not None:

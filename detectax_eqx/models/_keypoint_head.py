@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
 from ..nn import Conv2d, Upsample4x4, relu
-from ..ops import keypoint_targets, upcast
+from ..ops import keypoint_targets
 from ._box_head import SampledProposals
 
 
@@ -57,7 +57,9 @@ class KeypointHead(eqx.Module):
         x = features
         for conv in self.convs:
             x = relu(jax.vmap(conv)(x))
-        return _double(upcast(jax.vmap(self.heatmaps)(x)))  # (n, k, 2 s, 2 s) -> (n, k, 4 s, 4 s)
+        logits = jax.vmap(self.heatmaps)(x)  # (n, k, 2 s, 2 s)
+        half = jnp.finfo(logits.dtype).bits < 32
+        return _double(logits.astype(jnp.float32) if half else logits)  # (n, k, 4 s, 4 s)
 
 
 def _double(x: Float[Array, "n k h w"]) -> Float[Array, "n k 2*h 2*w"]:

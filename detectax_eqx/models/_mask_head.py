@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
 from ..nn import Conv2d, Norm, Upsample2x2, relu
-from ..ops import crop_masks, upcast
+from ..ops import crop_masks
 from ._box_head import SampledProposals
 from ._rpn import binary_cross_entropy
 
@@ -73,7 +73,7 @@ class MaskHead(eqx.Module):
         if self.mask_logits.bias is not None:
             logits = logits + self.mask_logits.bias[labels + 1][:, None, None, None, None]
         logits = rearrange(logits, "n h w a b -> n (h a) (w b)")  # (n, s, s, 2, 2) -> (n, 2 s, 2 s)
-        return upcast(logits)
+        return logits.astype(jnp.float32)
 
 
 def mask_loss(

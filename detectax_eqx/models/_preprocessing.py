@@ -155,11 +155,11 @@ class Preprocessing:
         >>> Preprocessing().place(image, image_size=size, output_size=size, canvas=(1, 3)).ravel().tolist()
         [0.0, 100.0, 0.0]
         """
-        dtype = jnp.result_type(float)  # float32, or float64 if x64 is enabled
         if self.pillow:
             pixels = resize_image_pillow(image, image_size=image_size, output_size=output_size, canvas=canvas)
-            return pixels.astype(dtype)
-        return resize_image(image.astype(dtype), image_size=image_size, output_size=output_size, canvas=canvas)
+            return pixels.astype(jnp.float32)
+        pixels = image.astype(jnp.float32)
+        return resize_image(pixels, image_size=image_size, output_size=output_size, canvas=canvas)
 
     def normalize(self, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]) -> Float[Array, "c h w"]:
         """Returns `(image - mean) / std`, channels first, with zeros in the padding.

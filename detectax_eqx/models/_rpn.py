@@ -24,7 +24,6 @@ from ..ops import (
     pairwise_iou,
     sample_balanced,
     smooth_l1_loss,
-    upcast,
 )
 
 
@@ -134,8 +133,8 @@ class RPN(eqx.Module):
         """Returns the logits and deltas of all anchors of a level."""
         for conv in self.convs:
             x = relu(conv(x))
-        logits = upcast(rearrange(self.objectness(x), "a h w -> (h w a)"))
-        return logits, upcast(rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4))
+        logits = rearrange(self.objectness(x), "a h w -> (h w a)").astype(jnp.float32)
+        return logits, rearrange(self.deltas(x), "(a d) h w -> (h w a) d", d=4).astype(jnp.float32)
 
     def at_anchors(
         self, features: Sequence[Float[Array, "c _ _"]], indices: Int32[Array, " s"]
@@ -192,7 +191,7 @@ class RPN(eqx.Module):
         logits = _with_bias(hidden @ self.objectness.weight[:, :, 0, 0].T, self.objectness)
         deltas = _with_bias(hidden @ self.deltas.weight[:, :, 0, 0].T, self.deltas).reshape(-1, num_anchors, 4)
         each = jnp.arange(indices.shape[0])
-        return upcast(logits[each, anchor]), upcast(deltas[each, anchor])
+        return logits[each, anchor].astype(jnp.float32), deltas[each, anchor].astype(jnp.float32)
 
 
 def _valid(conv: Conv2d, x: Float[Array, "h w i"]) -> Float[Array, "h2 w2 o"]:

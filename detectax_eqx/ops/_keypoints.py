@@ -9,7 +9,7 @@ from jax.nn import logsumexp
 from jaxtyping import Array, Bool, Float, Int32
 
 from .._xla import varying_like
-from ._boxes import upcast
+from ._boxes import _upcast
 
 
 # torch's coefficient of cubic convolution (Keys 1981 has -0.5); its kernel reaches two bins to either side.
@@ -47,7 +47,7 @@ def keypoints_from_heatmaps(
     >>> keypoints_from_heatmaps(heatmaps, jnp.array([10.0, 20.0, 14.0, 24.0])).tolist()
     [[12.5, 21.5, 1.0]]
     """
-    values = upcast(heatmaps)
+    values = _upcast(heatmaps)
     box = box.astype(values.dtype)
     num_points, size = values.shape[:2]
     finite = jnp.isfinite(box).all()
@@ -61,7 +61,7 @@ def keypoints_from_heatmaps(
     weights = _cubic_weights(row, counts[1], size, values.dtype), _cubic_weights(column, counts[0], size, values.dtype)
     scores = jnp.einsum("ki,kij,kj->k", weights[0], values, weights[1], precision="highest")
     if probabilities:
-        scores = jnp.exp(scores - logsumexp(upcast(heatmaps), axis=(1, 2)))
+        scores = jnp.exp(scores - logsumexp(_upcast(heatmaps), axis=(1, 2)))
     cells = jnp.stack([column, row], axis=1).astype(values.dtype) + 0.5  # (k, 2)
     places = cells * (sides / counts.astype(values.dtype))[None] + box[None, :2]
     points = jnp.concatenate([places, scores[:, None]], axis=1)  # (k, 3)
@@ -133,7 +133,7 @@ def keypoint_targets(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
-    points, boxes = upcast(keypoints), upcast(boxes)
+    points, boxes = _upcast(keypoints), _upcast(boxes)
     dtype = max(points.dtype, boxes.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     points, boxes = points.astype(dtype), boxes.astype(dtype)
     start, end = boxes[:, None, :2], boxes[:, None, 2:]  # (n, 1, 2)

