@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -243,6 +244,10 @@ def test_the_preset_of_the_zoo():
     wide = eqx.filter_eval_shape(zoo.build, "mask_rcnn_resnext101_32x8d_fpn_detectron2", 80, key=jr.key(0))
     assert wide.preprocessing.std == (58.395, 57.12, 57.375)
     assert wide.backbone.body.layers[1][0].conv2.stride == 2
+    for name, proposals, beta in (("cascade_mask_rcnn", 2000, 0.0), ("keypoint_rcnn", 1500, 0.5)):
+        other = eqx.filter_eval_shape(zoo.build, f"{name}_resnet50_fpn_detectron2", 1, key=jr.key(0))
+        assert other.sampling == replace(sampling, post_nms_top_n=proposals)
+        assert {head.smooth_l1_beta for head in other.box_head.stages} == {beta}
 
 
 # Parameters

@@ -57,6 +57,7 @@ def faster_rcnn_detectron2(
     rpn_depth: int = 1,
     box_head: Callable[..., AnyBoxHead] = BoxHead,
     smooth_l1_beta: float = 0.0,
+    post_nms_top_n: int = 1000,
     std: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> FasterRCNN:
     """Builds a `FasterRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
@@ -64,6 +65,7 @@ def faster_rcnn_detectron2(
     `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
 
     - `smooth_l1_beta`: of the box head's regression loss; 0 gives the L1 loss.
+    - `post_nms_top_n`: number of proposals per image in training. Detectron2's cascade has 2000.
     - `std`: standard deviation of pixels, for normalisation. Detectron2's ResNeXt has another one.
     - The other arguments are those of `faster_rcnn`. With `box_head=CascadeHead`, it is a Cascade R-CNN.
 
@@ -91,7 +93,7 @@ def faster_rcnn_detectron2(
         pooling=DETECTRON2_POOLING,
         preprocessing=replace(DETECTRON2_PREPROCESSING, std=std),
         selection=DETECTRON2_SELECTION,
-        sampling=DETECTRON2_SAMPLING,
+        sampling=replace(DETECTRON2_SAMPLING, post_nms_top_n=post_nms_top_n),
     )
 
 
@@ -145,6 +147,7 @@ def keypoint_rcnn_detectron2(
     hidden_channels: int = 512,
     depth: int = 8,
     smooth_l1_beta: float = 0.5,
+    post_nms_top_n: int = 1500,
     **parts: Any,
 ) -> KeypointRCNN:
     """Builds a `KeypointRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
@@ -152,7 +155,7 @@ def keypoint_rcnn_detectron2(
     `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
 
     - `num_keypoints`, `hidden_channels`, `depth`: as in `keypoint_rcnn`.
-    - `smooth_l1_beta`, `parts`: arguments of `faster_rcnn_detectron2`.
+    - `smooth_l1_beta`, `post_nms_top_n`, `parts`: arguments of `faster_rcnn_detectron2`.
 
     >>> from detectax_eqx.nn import ResNetFPN, resnet18
     >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
@@ -161,7 +164,8 @@ def keypoint_rcnn_detectron2(
     (17, 1500)
     """
     box_key, keypoint_key = jr.split(key)
-    boxes = faster_rcnn_detectron2(backbone, num_classes, key=box_key, smooth_l1_beta=smooth_l1_beta, **parts)
+    parts |= {"smooth_l1_beta": smooth_l1_beta, "post_nms_top_n": post_nms_top_n}
+    boxes = faster_rcnn_detectron2(backbone, num_classes, key=box_key, **parts)
     keypoint_head = KeypointHead(
         backbone.channels, num_keypoints, key=keypoint_key, hidden_channels=hidden_channels, depth=depth
     )
@@ -175,7 +179,7 @@ def keypoint_rcnn_detectron2(
         keypoint_offset=0.5,
         preprocessing=boxes.preprocessing,
         selection=boxes.selection,
-        sampling=replace(boxes.sampling, post_nms_top_n=1500),
+        sampling=boxes.sampling,
     )
 
 

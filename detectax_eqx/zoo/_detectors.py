@@ -15,7 +15,6 @@ from ..models import (
     CascadeHead,
     ConvBoxHead,
     FasterRCNN,
-    MaskRCNN,
     ShortestEdge,
     faster_rcnn,
     faster_rcnn_detectron2,
@@ -135,13 +134,6 @@ def _two_stage_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any)
 def _lsj(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
     """Detectron2's baselines with large-scale jitter (arXiv:2012.07177), which have the parts of the second version."""
     return _two_stage_v2(mask_rcnn_detectron2, *arguments, norm=norm, **({"mask_norm": norm} | options))
-
-
-def _cascade(*arguments: Any, **options: Any) -> MaskRCNN:
-    """Detectron2's Cascade Mask R-CNN, which trains on more proposals."""
-    model = _two_stage(mask_rcnn_detectron2, *arguments, **({"box_head": CascadeHead} | options))
-    assert isinstance(model, MaskRCNN)
-    return replace(model, sampling=replace(model.sampling, post_nms_top_n=2000))
 
 
 def _mask_rcnn_v2(*arguments: Any, norm: Norm = FrozenBatchNorm, **options: Any) -> AbstractDetector:
@@ -266,7 +258,13 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
         f"{name}_resnext101_32x8d_fpn_detectron2": partial(_two_stage, detector, resnext101_32x8d, std=_RESNEXT_STD)
         for name, detector in _DETECTRON2.items()
     },
-    "cascade_mask_rcnn_resnet50_fpn_detectron2": partial(_cascade, _DETECTRON2_RESNETS["resnet50"]),
+    "cascade_mask_rcnn_resnet50_fpn_detectron2": partial(
+        _two_stage,
+        mask_rcnn_detectron2,
+        _DETECTRON2_RESNETS["resnet50"],
+        box_head=CascadeHead,
+        post_nms_top_n=2000,
+    ),
     **{f"mask_rcnn_{body}_fpn_lsj_detectron2": partial(_lsj, build) for body, build in _DETECTRON2_RESNETS.items()},
     **{
         f"retinanet_{body}_fpn_detectron2": partial(_dense, retinanet_detectron2, build, from_features=True)
