@@ -12,6 +12,8 @@ from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
 
 from detectax_eqx import models
 
+from .double import double_precision, in_double
+
 
 # Pixels, and logits, which have a standard deviation of 2.
 PLACES, SCORES = 0.05, 1e-3
@@ -64,17 +66,15 @@ class KeypointAgreement:
             pooled = heads.keypoint_roi_pool(self.reference.backbone(canvas.tensors), [boxes], canvas.image_sizes)
             heatmaps = heads.keypoint_predictor(heads.keypoint_head(pooled))
             expected, expected_scores = (x.numpy() for x in heatmaps_to_keypoints(heatmaps, boxes))
-        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-            arrays, static = eqx.partition(self.model, eqx.is_array)
-            arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+        with double_precision():
 
             @eqx.filter_jit
-            def keypoints(arrays, canvas, boxes):
-                model = eqx.combine(arrays, static)
+            def keypoints(model, canvas, boxes):
                 rois = models.roi_features(model, model.backbone(canvas)[:-1])
                 return model.keypoints(rois, boxes, jnp.ones(len(boxes), bool))
 
-            found = np.asarray(keypoints(arrays, jnp.asarray(canvas.tensors[0].numpy()), jnp.asarray(boxes.numpy())))
+            pixels, places = jnp.asarray(canvas.tensors[0].numpy()), jnp.asarray(boxes.numpy())
+            found = np.asarray(keypoints(in_double(self.model), pixels, places))
         self.worst_in_double = max(self.worst_in_double, float(np.abs(found - expected)[..., :2].max()))
         np.testing.assert_allclose(found[..., :2], expected[..., :2], atol=PLACES)
         np.testing.assert_allclose(found[..., 2], expected_scores, rtol=1e-6, atol=1e-6)

@@ -21,6 +21,7 @@ import numpy as np
 from detectax_eqx import Targets, models, ops, zoo
 from detectax_eqx.weights import load_torchvision, to_torchvision
 
+from .double import double_precision, in_double
 from .keypoints import KeypointAgreement
 from .torchvision_models import arrays_of, random_detector, real_images
 
@@ -76,10 +77,8 @@ def torchvision_detections(reference, image):
 
 
 def detections_in_double(model, image, **options):
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        arrays, static = eqx.partition(model, eqx.is_array)
-        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
-        return eqx.filter_jit(models.detect)(eqx.combine(arrays, static), image, **options)
+    with double_precision():
+        return eqx.filter_jit(models.detect)(in_double(model), image, **options)
 
 
 class Agreement(NamedTuple):
