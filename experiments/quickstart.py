@@ -59,7 +59,7 @@ def build(key, num_classes: int) -> models.MaskRCNN:
     """
     body_key, fpn_key, heads_key = jr.split(key, 3)
     body = nn.resnet18(key=body_key, norm=nn.GroupNorm, width=16)
-    backbone = nn.ResNetFPN(body, key=fpn_key, channels=48)
+    backbone = nn.BackboneWithFPN(body, key=fpn_key, channels=48)
     sizes = ((12.0,), (24.0,), (48.0,), (96.0,), (128.0,))
     model = models.mask_rcnn(
         backbone, num_classes, key=heads_key, anchor_sizes=sizes, hidden_size=128, hidden_channels=32

@@ -25,10 +25,10 @@ def build(kind):
         body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=keys[0], width=WIDTH, stride_in_1x1=True)
         if kind == "retinanet":
             top = nn.ConvolvedTop(body.channels[-1], CHANNELS, key=keys[1], from_features=True)
-            backbone = nn.ResNetFPN(body, key=keys[2], channels=CHANNELS, finest=3, top=top)
+            backbone = nn.BackboneWithFPN(body, key=keys[2], channels=CHANNELS, finest=3, top=top)
             octaves = tuple((size, size * 2 ** (1 / 3), size * 2 ** (2 / 3)) for size in SIZES)
             return models.retinanet_detectron2(backbone, CLASSES, key=keys[3], depth=DEPTH, anchor_sizes=octaves)
-        backbone = nn.ResNetFPN(body, key=keys[2], channels=CHANNELS)
+        backbone = nn.BackboneWithFPN(body, key=keys[2], channels=CHANNELS)
         options = {"key": keys[3], "hidden_size": HIDDEN, "anchor_sizes": tuple((size,) for size in SIZES)}
         if kind == "keypoint_rcnn":
             points = {"num_keypoints": POINTS, "hidden_channels": CHANNELS, "depth": DEPTH}

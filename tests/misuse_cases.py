@@ -88,6 +88,7 @@ OPS = [
     call(ops.paste_masks_at_centers, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.resize_image, f32(8, 9, 3), image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
     call(ops.resize_image_pillow, PIXELS, image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
+    call(ops.resize_bicubic, f32(2, 3, 4), (5, 6)),
     call(ops.resized_size, (480, 640), min_size=800, max_size=1333),
     call(ops.roi_align, f32(2, 8, 9), BOXES, output_size=2, spatial_scale=0.25),
     call(ops.sample_balanced, flags(N), flags(N), num_samples=2, positive_fraction=0.5, key=KEY),
@@ -126,6 +127,10 @@ OTHERS = [
     call(models.sample_proposals, PROPOSALS, TARGETS, key=KEY),
     call(nn.conv2d, f32(2, 6, 6), f32(5, 2, 3, 3), f32(5)),
     call(nn.conv2d, f32(4, 6, 6), f32(8, 2, 3, 3), f32(8), stride=2, padding=2, groups=2, dilation=2),
+    call(nn.attention, f32(2, 3, 4, 5), f32(2, 3, 6, 5), f32(2, 3, 6, 5), (f32(1, 3, 4, 2, 3), f32(2, 1, 4, 2, 1))),
+    call(nn.drop_path, f32(4, 5), 0.5, key=KEY),
+    call(nn.gelu, f32(4, 5)),
+    call(nn.linear, eqx.nn.Linear(5, 4, key=KEY), f32(2, 3, 5)),
     call(nn.max_pool2d, f32(2, 6, 6), kernel_size=2, stride=2),
     call(train.augment, PICTURE, SIZE, TARGETS, canvas=(64, 64), min_sizes=[32], max_size=64, key=KEY),
     call(train.jitter_colors, f32(4, 5, 3), SIZE, key=KEY),
@@ -188,7 +193,7 @@ ELSEWHERE = {
         "mobilenet_v2",
         "mobilenet_v3_large",
         "vgg16",
-        *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet"))),
+        *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet", "swin_", "vit_"))),
     },
     train: {
         "latest_checkpoint",
@@ -221,7 +226,7 @@ def tiny_model():
     """A detector whose parameters are all zero, for calls that never run it."""
     shapes = eqx.filter_eval_shape(
         lambda: models.faster_rcnn(
-            nn.ResNetFPN(nn.resnet18(key=KEY, width=8), key=KEY, channels=16), 3, key=KEY, hidden_size=32
+            nn.BackboneWithFPN(nn.resnet18(key=KEY, width=8), key=KEY, channels=16), 3, key=KEY, hidden_size=32
         )
     )
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -264,6 +269,7 @@ OPTIONS = [
     (ops.paste_masks_at_centers, "image_size", (0, 9)),
     (ops.resize_image, "canvas", (0, 7)),
     (ops.resize_image_pillow, "canvas", (0, 7)),
+    (ops.resize_bicubic, "size", (0, 4)),
     (ops.resized_size, "image_size", (0, 640)),
     (ops.resized_size, "min_size", 0),
     (ops.resized_size, "max_size", -1),
@@ -324,9 +330,11 @@ OPTIONS = [
     (models.ShortestEdge, "max_size", -1, call(models.ShortestEdge)),
     (models.Square, "size", 0, call(models.Square, 64)),
     (models.Preprocessing, "std", (1.0, 0.0, 1.0), call(models.Preprocessing)),
-    (nn.ResNetFPN, "finest", 1, lambda: call(nn.ResNetFPN, nn.resnet18(key=KEY, width=8), key=KEY)),
+    (nn.BackboneWithFPN, "finest", 1, lambda: call(nn.BackboneWithFPN, nn.resnet18(key=KEY, width=8), key=KEY)),
     (models.detect, "canvas", (32, 32), lambda: call(models.detect, tiny_model(), PICTURE)),
     (models.detect, "canvas", (800, 801), lambda: call(models.detect, tiny_model(), PICTURE)),
+    (nn.drop_path, "rate", 1.0),
+    (nn.drop_path, "rate", -0.1),
     (nn.conv2d, "stride", 0),
     (nn.max_pool2d, "kernel_size", 0),
     (nn.max_pool2d, "stride", 0),

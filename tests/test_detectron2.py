@@ -361,7 +361,7 @@ def test_backbones_of_msra(tmp_path, wrapped):
     norm = loaded.layers[3][0].downsample.norm
     x = jr.normal(jr.key(1), (128, 3, 3))
     np.testing.assert_allclose(norm(x), x * norm.weight[:, None, None] + norm.bias[:, None, None], rtol=1e-6)
-    backbone = nn.ResNetFPN(nn.resnet50(key=jr.key(3), width=4), key=jr.key(1), channels=8)
+    backbone = nn.BackboneWithFPN(nn.resnet50(key=jr.key(3), width=4), key=jr.key(1), channels=8)
     model = models.faster_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=8)
     trained: Any = load_detectron2_backbone(model, tmp_path / "R-50.pkl")
     equal(trained.backbone.body, loaded)

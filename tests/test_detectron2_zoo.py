@@ -22,7 +22,7 @@ NAME = "faster_rcnn_resnet50_fpn_detectron2"
 def small(num_classes, *, key, checkpoint, norm=nn.FrozenBatchNorm, **parts):
     keys = jr.split(key, 3)
     body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=keys[0], width=4, norm=norm, stride_in_1x1=True)
-    backbone = nn.ResNetFPN(body, key=keys[1], channels=8)
+    backbone = nn.BackboneWithFPN(body, key=keys[1], channels=8)
     return models.faster_rcnn_detectron2(backbone, num_classes, key=keys[2], hidden_size=16, **parts)
 
 
@@ -138,7 +138,7 @@ def evaluate_area(segmentation):
 def test_the_model_decides_how_masks_are_pasted():
     shapes = eqx.filter_eval_shape(
         lambda: models.mask_rcnn_detectron2(
-            nn.ResNetFPN(nn.resnet50(key=jr.key(0), width=4), key=jr.key(1), channels=8),
+            nn.BackboneWithFPN(nn.resnet50(key=jr.key(0), width=4), key=jr.key(1), channels=8),
             3, key=jr.key(2), hidden_size=8, hidden_channels=8,
         )
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_own_detector_on_images_of_other_channels():
 def test_stem_of_other_channels():
     def build():
         body = nn.resnet18(key=jr.key(0), width=8, in_channels=4)
-        backbone = nn.ResNetFPN(body, key=jr.key(1), channels=16)
+        backbone = nn.BackboneWithFPN(body, key=jr.key(1), channels=16)
         preprocessing = models.Preprocessing(models.ShortestEdge(64, 64), mean=(100.0,) * 4, std=(100.0,) * 4)
         model = models.faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
         return dataclasses.replace(model, preprocessing=preprocessing)

@@ -26,7 +26,7 @@ def tiny_body(key):
 
 def tiny_two_stage(build, key, num_classes=3, fpn_norm=None, **parts):
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = nn.ResNetFPN(tiny_body(body_key), key=fpn_key, channels=16, norm=fpn_norm)
+    backbone = nn.BackboneWithFPN(tiny_body(body_key), key=fpn_key, channels=16, norm=fpn_norm)
     sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
     model = build(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes, **parts)
     return replace(model, preprocessing=PREPROCESSING, sampling=SAMPLING)
@@ -35,7 +35,7 @@ def tiny_two_stage(build, key, num_classes=3, fpn_norm=None, **parts):
 def tiny_dense(build, key, num_classes=3, **parts):
     body_key, fpn_key, top_key, heads_key = jr.split(key, 4)
     top = nn.ConvolvedTop(16, 16, key=top_key)
-    backbone = nn.ResNetFPN(tiny_body(body_key), key=fpn_key, channels=16, finest=3, top=top)
+    backbone = nn.BackboneWithFPN(tiny_body(body_key), key=fpn_key, channels=16, finest=3, top=top)
     return replace(build(backbone, num_classes, key=heads_key, depth=2, **parts), preprocessing=PREPROCESSING)
 
 

@@ -268,7 +268,7 @@ def test_mobilenet_maps(build, getkey):
 
 def test_pyramid_levels_and_upsampling(getkey):
     body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=getkey(), width=8, norm=nn.GroupNorm)
-    model = nn.ResNetFPN(body, key=getkey(), channels=16)
+    model = nn.BackboneWithFPN(body, key=getkey(), channels=16)
     image = jr.normal(getkey(), (3, 96, 64))
     levels = eqx.filter_jit(model)(image)
     assert [level.shape for level in levels] == [(16, 24, 16), (16, 12, 8), (16, 6, 4), (16, 3, 2), (16, 2, 1)]
@@ -280,14 +280,14 @@ def test_pyramid_levels_and_upsampling(getkey):
 
 
 def test_pyramid_refuses_other_canvases():
-    model = eqx.filter_eval_shape(lambda: nn.ResNetFPN(nn.resnet18(key=jr.key(0)), key=jr.key(1)))
+    model = eqx.filter_eval_shape(lambda: nn.BackboneWithFPN(nn.resnet18(key=jr.key(0)), key=jr.key(1)))
     with pytest.raises(ValueError, match=r"multiple of 32 .* 40×64"):
         model(jnp.zeros((3, 40, 64)))
 
 
 def test_batch_is_vmap(getkey):
     body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=getkey(), width=8)
-    model = nn.ResNetFPN(body, key=getkey(), channels=16)
+    model = nn.BackboneWithFPN(body, key=getkey(), channels=16)
     images = jr.normal(getkey(), (2, 3, 64, 64))
     batched = eqx.filter_jit(lambda model, images: jax.vmap(model)(images))(model, images)
     for i in range(2):

@@ -23,7 +23,7 @@ def parameters():
 
     def build():
         body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=jr.key(0), width=8, norm=nn.GroupNorm)
-        backbone = nn.ResNetFPN(body, key=jr.key(1), channels=16)
+        backbone = nn.BackboneWithFPN(body, key=jr.key(1), channels=16)
         return models.mask_rcnn(backbone, 3, key=jr.key(2), hidden_size=32, hidden_channels=16)
 
     model = random_arrays(eqx.filter_eval_shape(build))

@@ -29,17 +29,17 @@ def _body():
 
 
 def _faster_rcnn(num_classes=3):
-    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
+    backbone = nn.BackboneWithFPN(_body(), key=jr.key(0), channels=16)
     return models.faster_rcnn(backbone, num_classes, key=jr.key(0), hidden_size=32)
 
 
 def _mask_rcnn():
-    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
+    backbone = nn.BackboneWithFPN(_body(), key=jr.key(0), channels=16)
     return models.mask_rcnn(backbone, 3, key=jr.key(0), hidden_size=32, hidden_channels=16)
 
 
 def _keypoint_rcnn(num_keypoints=5):
-    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16)
+    backbone = nn.BackboneWithFPN(_body(), key=jr.key(0), channels=16)
     return models.keypoint_rcnn(
         backbone, 3, key=jr.key(0), num_keypoints=num_keypoints, hidden_size=32, hidden_channels=16, depth=2
     )
@@ -47,7 +47,7 @@ def _keypoint_rcnn(num_keypoints=5):
 
 def _second(build, **parts):
     """torchvision's second version: norms everywhere, two convolutions in the RPN."""
-    backbone = nn.ResNetFPN(_body(), key=jr.key(0), channels=16, norm=nn.FrozenBatchNorm)
+    backbone = nn.BackboneWithFPN(_body(), key=jr.key(0), channels=16, norm=nn.FrozenBatchNorm)
     head = partial(models.ConvBoxHead, hidden_channels=16)
     return build(backbone, 3, key=jr.key(0), hidden_size=32, rpn_depth=2, box_head=head, **parts)
 
@@ -62,7 +62,7 @@ def _mask_rcnn_v2():
 
 def _dense_backbone():
     top = nn.ConvolvedTop(64, 16, key=jr.key(0))
-    return nn.ResNetFPN(_body(), key=jr.key(0), channels=16, finest=3, top=top)
+    return nn.BackboneWithFPN(_body(), key=jr.key(0), channels=16, finest=3, top=top)
 
 
 def _retinanet(norm=None):

@@ -33,7 +33,7 @@ class Pyramid(eqx.Module):
     def stages(self):
         return tuple((conv,) for conv in self.convs)
 
-    def __call__(self, image):
+    def __call__(self, image, *, key=None):
         image, maps = image.astype(self.convs[0].weight.dtype), []
         for conv in self.convs:
             image = nn.relu(conv(image))

@@ -100,7 +100,7 @@ def shrink(monkeypatch):
 def _build(kind, num_classes, key, checkpoint, anchor_sizes, aspect_ratios, num_keypoints):
     keys = jr.split(key, 3)
     body = nn.resnet18(key=keys[0], norm=nn.GroupNorm, width=8, checkpoint=checkpoint)
-    backbone = nn.ResNetFPN(body, key=keys[1], channels=16)
+    backbone = nn.BackboneWithFPN(body, key=keys[1], channels=16)
     parts = {
         "faster_rcnn": {"hidden_size": 32},
         "mask_rcnn": {"hidden_size": 32, "hidden_channels": 16},

@@ -12,7 +12,7 @@ from ._plain import by_platform, is_plain
 from ._undivided import undivided
 
 
-def rematerialise(block: Callable[..., Any], x: Float[Array, "i h w"]) -> Float[Array, "o h2 w2"]:
+def rematerialise(block: Callable[..., Any], x: Float[Array, "*i"]) -> Float[Array, "*o"]:
     """Computes `block(x)`, and recomputes its intermediate values in the backward pass.
 
     XLA's CPU compiler undoes `jax.checkpoint` alone: common-subexpression elimination merges both computations and

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from .._types import Detections
 from ..models import (
     AbstractDetector,
+    Preprocessing,
     Proposals,
     RPNOutput,
     Selection,
@@ -125,7 +126,8 @@ class TFLiteDetector:
         about = json.loads((Path(folder) / "about.json").read_text())
         self.class_names = about["class_names"]
         sides = {name: tuple(about["shape"][name]) for name in ("source", "canvas")}
-        if json.loads(json.dumps(asdict(model.preprocessing))) != about["preprocessing"]:
+        # Fields that older files lack have their defaults.
+        if json.loads(json.dumps(asdict(model.preprocessing))) != asdict(Preprocessing()) | about["preprocessing"]:
             raise ValueError(
                 f"{folder} is of a model with the preprocessing {about['preprocessing']}, got one with "
                 f"{model.preprocessing}. Replace the model's."

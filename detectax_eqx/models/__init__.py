@@ -18,6 +18,8 @@ from ._detect import (
 )
 from ._detector import AbstractDetector as AbstractDetector, Paste as Paste, Selection as Selection
 from ._detectron2 import (
+    DETECTRON2_PREPROCESSING as DETECTRON2_PREPROCESSING,
+    VITDET_PREPROCESSING as VITDET_PREPROCESSING,
     faster_rcnn_detectron2 as faster_rcnn_detectron2,
     keypoint_rcnn_detectron2 as keypoint_rcnn_detectron2,
     mask_rcnn_detectron2 as mask_rcnn_detectron2,

@@ -35,9 +35,9 @@ def detect(
     """Detects objects in an image of any size; boxes are in the pixels of that image.
 
     The image is resized by `model.preprocessing` and placed on a canvas of zeros, by default the smallest whose sides
-    are multiples of `model.backbone.divisor`. `eqx.filter_jit(detect)` compiles one program per image shape, and
-    `jax.vmap` maps over a stack of images. Outside `jit`, operations run one by one, which is about sixty times
-    slower, and a warning is issued once.
+    are multiples of `model.backbone.divisor`, or a square one if the preprocessing says so.
+    `eqx.filter_jit(detect)` compiles one program per image shape, and `jax.vmap` maps over a stack of images. Outside
+    `jit`, operations run one by one, which is about sixty times slower, and a warning is issued once.
 
     - `image`: uint8 `(h, w, c)`, with as many channels as the model expects, usually RGB.
     - `canvas`: `(height, width)` of the network's input. Raises a `ValueError` if the image does not fit.
@@ -51,8 +51,8 @@ def detect(
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> model = replace(model, preprocessing=Preprocessing(ShortestEdge(64, 96)))
     >>> detections = eqx.filter_jit(detect)(model, jnp.zeros((50, 70, 3), jnp.uint8))
@@ -68,7 +68,7 @@ def detect(
         raise ValueError("source_size, canvas_size and canvas go together: give all three for a padded image, or none.")
     if source_size is None or canvas_size is None:
         static_size = model.preprocessing.resize((image.shape[0], image.shape[1]))
-        smallest = smallest_canvas(static_size, divisor=model.backbone.divisor)
+        smallest = smallest_canvas(model.preprocessing.canvas(static_size), divisor=model.backbone.divisor)
         canvas = smallest if canvas is None else canvas
         if canvas[0] < static_size[0] or canvas[1] < static_size[1]:
             raise ValueError(
@@ -147,8 +147,8 @@ def detect_batch(
     >>> import jax.random as jr
     >>> from detectax_eqx import Images
     >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> model = replace(model, preprocessing=Preprocessing(ShortestEdge(64, 96)))
     >>> sizes, indices = np.array([[40, 60]], np.int32), np.array([0], np.int32)

@@ -32,6 +32,14 @@ CAFFE_MEAN = (123.675, 116.28, 103.53)
 DETECTRON2_PREPROCESSING = Preprocessing(
     ShortestEdge(800, 1333, rounded=True), mean=CAFFE_MEAN, std=(1.0, 1.0, 1.0), pillow=True
 )
+# Detectron2's vision transformers were trained on the same pixels, scaled, on a square canvas.
+VITDET_PREPROCESSING = Preprocessing(
+    ShortestEdge(1024, 1024, rounded=True),
+    mean=CAFFE_MEAN,
+    std=(58.395, 57.12, 57.375),
+    pillow=True,
+    square_canvas=True,
+)
 DETECTRON2_POOLING = RoIPooling(aligned=True, sampling_ratio=0, level_epsilon=0.0, size_epsilon=1e-8)
 DETECTRON2_SELECTION = TwoStageSelection(rpn_min_size=0.0, box_min_size=0.0, rpn_rank_by_logits=True)
 DETECTRON2_SAMPLING = TwoStageSampling(
@@ -58,7 +66,7 @@ def faster_rcnn_detectron2(
     box_head: Callable[..., AnyBoxHead] = BoxHead,
     smooth_l1_beta: float = 0.0,
     post_nms_top_n: int = 1000,
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    preprocessing: Preprocessing = DETECTRON2_PREPROCESSING,
 ) -> FasterRCNN:
     """Builds a `FasterRCNN` on `backbone` with Detectron2's parts and rules, randomly initialised.
 
@@ -66,11 +74,10 @@ def faster_rcnn_detectron2(
 
     - `smooth_l1_beta`: of the box head's regression loss; 0 gives the L1 loss.
     - `post_nms_top_n`: number of proposals per image in training. Detectron2's cascade has 2000.
-    - `std`: standard deviation of pixels, for normalisation. Detectron2's ResNeXt has another one.
     - The other arguments are those of `faster_rcnn`. With `box_head=CascadeHead`, it is a Cascade R-CNN.
 
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = faster_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> model.preprocessing.resize((480, 640)), model.rpn.anchor_strides
     ((800, 1067), (4, 8, 16, 32, 64))
@@ -91,7 +98,7 @@ def faster_rcnn_detectron2(
         rpn,
         box_head(backbone.channels, num_classes, key=head_key, hidden_size=hidden_size, smooth_l1_beta=smooth_l1_beta),
         pooling=DETECTRON2_POOLING,
-        preprocessing=replace(DETECTRON2_PREPROCESSING, std=std),
+        preprocessing=preprocessing,
         selection=DETECTRON2_SELECTION,
         sampling=replace(DETECTRON2_SAMPLING, post_nms_top_n=post_nms_top_n),
     )
@@ -111,12 +118,12 @@ def mask_rcnn_detectron2(
     `weights.load_detectron2` loads Detectron2's weights. Use `dataclasses.replace` to change its options.
 
     - `hidden_channels`: width of the mask head. `mask_norm`: its norm.
-    - `parts`: arguments of `faster_rcnn_detectron2`. Detectron2's baselines with large-scale jitter have an `rpn_depth`
-      of 2, `ConvBoxHead`, and norms in the pyramid and both heads. With `box_head=CascadeHead`, it is a Cascade Mask
-      R-CNN.
+    - `parts`: arguments of `faster_rcnn_detectron2`. Detectron2's baselines with large-scale jitter and its vision
+      transformers have an `rpn_depth` of 2, `ConvBoxHead`, and norms in both heads. With `box_head=CascadeHead`, it is
+      a Cascade Mask R-CNN.
 
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = mask_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=32, hidden_channels=16)
     >>> model.paste.__name__
     'paste_masks_at_centers'
@@ -157,8 +164,8 @@ def keypoint_rcnn_detectron2(
     - `num_keypoints`, `hidden_channels`, `depth`: as in `keypoint_rcnn`.
     - `smooth_l1_beta`, `post_nms_top_n`, `parts`: arguments of `faster_rcnn_detectron2`.
 
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = keypoint_rcnn_detectron2(backbone, 1, key=jr.key(2), hidden_channels=16, depth=2, hidden_size=32)
     >>> model.num_keypoints, model.sampling.post_nms_top_n
     (17, 1500)
@@ -202,10 +209,10 @@ def retinanet_detectron2(
     - `backbone`: has P6 and P7, convolved from C5.
     - The other arguments are those of `retinanet`.
 
-    >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
+    >>> from detectax_eqx.nn import ConvolvedTop, BackboneWithFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)
     >>> top = ConvolvedTop(64, 16, key=keys[0], from_features=True)
-    >>> backbone = ResNetFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
+    >>> backbone = BackboneWithFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
     >>> retinanet_detectron2(backbone, 3, key=keys[3]).selection.max_detections
     100
     """

@@ -85,8 +85,8 @@ def faster_rcnn(
     - `rpn_depth`: number of 3×3 convolutions of the RPN. `box_head`: the class of the box head. torchvision's second
       version has 2 and `ConvBoxHead`.
 
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32).num_classes
     3
     """

@@ -76,10 +76,10 @@ class FCOS(AbstractDetector[DenseSelection]):
         return self.class_logits.weight.shape[0]
 
     def predict(
-        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
+        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, key: PRNGKeyArray | None = None
     ) -> list[tuple[Float[Array, "1 k a"], Float[Array, "a 1"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
         """Returns the class logits, centreness logits, distances and anchors of each level."""
-        features = self.backbone(self.preprocessing.normalize(image, canvas_size))
+        features = self.backbone(self.preprocessing.normalize(image, canvas_size), key=key)
         canvas = (image.shape[0], image.shape[1])
         anchors = level_anchors(features, canvas, sizes=self.anchor_sizes, aspect_ratios=(1.0,))
         levels = []
@@ -102,10 +102,11 @@ class FCOS(AbstractDetector[DenseSelection]):
     ) -> dict[str, WeightedSum]:
         """Returns `classification` (focal loss), `bbox_regression` (GIoU loss) and `bbox_ctrness` of one image.
 
-        As in torchvision, all are divided by the number of positive cells in the batch. `key` is not used.
+        As in torchvision, all are divided by the number of positive cells in the batch. `key` is for the
+        backbone.
         """
         targets.check_labels(self.num_classes)
-        levels = self.predict(image, canvas_size)
+        levels = self.predict(image, canvas_size, key=key)
         counts = [len(anchors) for *_, anchors in levels]
         logits, *others = zip(*levels, strict=True)
         centerness, distances, anchors = map(jnp.concatenate, others)
@@ -219,10 +220,10 @@ def fcos(
     - `anchor_sizes`: for each level, the unit of distances in canvas pixels.
     - `head_norm`: norm of the towers. `depth`: number of convolutions in each tower.
 
-    >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
+    >>> from detectax_eqx.nn import ConvolvedTop, BackboneWithFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)
     >>> top = ConvolvedTop(16, 16, key=keys[0])
-    >>> backbone = ResNetFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
+    >>> backbone = BackboneWithFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
     >>> fcos(backbone, 3, key=keys[3]).num_classes
     3
     """

@@ -141,8 +141,8 @@ def keypoint_rcnn(
     - `hidden_channels`, `depth`: width and number of the keypoint head's convolutions. The other arguments are those
       of `faster_rcnn`.
 
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = keypoint_rcnn(backbone, 1, key=jr.key(2), num_keypoints=5, hidden_size=32, hidden_channels=16, depth=2)
     >>> model.num_keypoints, model.needs == {"boxes", "keypoints"}
     (5, True)

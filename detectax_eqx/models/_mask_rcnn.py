@@ -132,8 +132,8 @@ def mask_rcnn(
 
     - `hidden_channels`: width of the mask head. `mask_norm`: its norm. The other arguments are those of `faster_rcnn`.
 
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> mask_rcnn(backbone, 3, key=jr.key(2), hidden_size=32, hidden_channels=16).needs == {"boxes", "masks"}
     True
     """

@@ -20,8 +20,8 @@ def trainable(model: AbstractDetector, *, trainable_layers: int | None = None) -
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import faster_rcnn
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> chosen = trainable(model, trainable_layers=3)
     >>> chosen.backbone.body.conv1.weight, chosen.rpn.objectness.weight
@@ -52,9 +52,9 @@ def in_backbone(tree: PyTree) -> PyTree[bool]:
 
     >>> import jax.random as jr, optax
     >>> from detectax_eqx.models import faster_rcnn
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
     >>> slower = optax.masked(optax.scale(0.1), in_backbone)
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> mask = in_backbone(faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32))
     >>> mask.backbone.body.conv1.weight, mask.backbone.fpn.output[0].weight
     (True, False)

@@ -108,6 +108,8 @@ class Preprocessing:
     - `mean`, `std`: one number per channel, for pixel values 0..255.
     - `pillow`: whether pixels are interpolated by `ops.resize_image_pillow`, antialiased and rounded to 8 bits as in
       Detectron2, rather than by `ops.resize_image`, bilinear without antialiasing as in torchvision.
+    - `square_canvas`: whether images are placed on a square canvas that holds any of them, rather than on the smallest
+      that holds the image. With global attention, features depend on the canvas.
 
     >>> grayscale = Preprocessing(ShortestEdge(320, 640), mean=(128.0,), std=(64.0,))
     >>> grayscale.resize((480, 640)), grayscale.channels
@@ -118,6 +120,7 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     pillow: bool = False
+    square_canvas: bool = False
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
@@ -133,6 +136,15 @@ class Preprocessing:
         if isinstance(self.resize, Square):
             return {"min_size": self.resize.size, "max_size": self.resize.size}
         return {"min_size": self.resize.min_size, "max_size": self.resize.max_size}
+
+    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The `(height, width)` that a canvas needs at least, for an image of `size` after the resize.
+
+        >>> Preprocessing(ShortestEdge(96, 128), square_canvas=True).canvas((96, 110))
+        (128, 128)
+        """
+        side = int(max(self.limits.values()))
+        return (side, side) if self.square_canvas else size
 
     @property
     def channels(self) -> int:

@@ -99,13 +99,13 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         return self.class_logits.weight.shape[0] // (len(self.anchor_sizes[0]) * len(self.aspect_ratios))
 
     def predict(
-        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
+        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, key: PRNGKeyArray | None = None
     ) -> list[tuple[Float[Array, "r k p"], Float[Array, "a 4"], Float[Array, "a 4"]]]:
         """Returns the class logits, deltas and anchors of each level.
 
         A level has `p` cells of `r` anchors each, `a = p r` anchors in all.
         """
-        features = self.backbone(self.preprocessing.normalize(image, canvas_size))
+        features = self.backbone(self.preprocessing.normalize(image, canvas_size), key=key)
         canvas = (image.shape[0], image.shape[1])
         anchors = level_anchors(
             features,
@@ -132,10 +132,11 @@ class RetinaNet(AbstractDetector[DenseSelection]):
         """Returns `classification` (focal loss) and `bbox_regression` of one image.
 
         As in torchvision, both are divided by the image's number of positive anchors, then averaged over images. If not
-        `normalize_per_image`, both are divided by the number of positive anchors of all images. `key` is not used.
+        `normalize_per_image`, both are divided by the number of positive anchors of all images. `key` is for
+        the backbone.
         """
         targets.check_labels(self.num_classes)
-        logits, *others = zip(*self.predict(image, canvas_size), strict=True)
+        logits, *others = zip(*self.predict(image, canvas_size, key=key), strict=True)
         deltas, anchors = map(jnp.concatenate, others)
         matches = match_boxes(
             pairwise_iou(targets.boxes, anchors.astype(targets.boxes.dtype)),
@@ -184,10 +185,10 @@ def retinanet(
       `giou_of_boxes`.
     - `depth`: number of convolutions in each tower.
 
-    >>> from detectax_eqx.nn import ConvolvedTop, ResNetFPN, resnet18
+    >>> from detectax_eqx.nn import ConvolvedTop, BackboneWithFPN, resnet18
     >>> keys = jr.split(jr.key(0), 4)
     >>> top = ConvolvedTop(16, 16, key=keys[0])
-    >>> backbone = ResNetFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
+    >>> backbone = BackboneWithFPN(resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
     >>> retinanet(backbone, 3, key=keys[3]).backbone.strides
     (8, 16, 32, 64, 128)
     """

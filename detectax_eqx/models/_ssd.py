@@ -161,10 +161,10 @@ class SSD(AbstractDetector[SSDSelection]):
         return self.num_outputs - 1
 
     def predict(
-        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"]
+        self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "a k1"], Float[Array, "a 4"], Float[Array, "a 4"]]:
         """Returns the class logits, deltas and default boxes of all levels. Classes have the background first."""
-        features = self.backbone(self.preprocessing.normalize(image, canvas_size))
+        features = self.backbone(self.preprocessing.normalize(image, canvas_size), key=key)
         sizes = [(x.shape[1], x.shape[2]) for x in features]
         boxes = self.default_boxes(sizes, (image.shape[0], image.shape[1]))
         logits = [by_anchor(head(x), self.num_outputs) for head, x in zip(self.class_heads, features, strict=True)]
@@ -197,10 +197,11 @@ class SSD(AbstractDetector[SSDSelection]):
     ) -> dict[str, WeightedSum]:
         """Returns `classification` (cross entropy with the hardest negatives) and `bbox_regression` of one image.
 
-        As in torchvision, both are divided by the number of positive default boxes in the batch. `key` is not used.
+        As in torchvision, both are divided by the number of positive default boxes in the batch. `key` is for
+        the backbone.
         """
         targets.check_labels(self.num_classes)
-        logits, deltas, default_boxes = self.predict(image, canvas_size)
+        logits, deltas, default_boxes = self.predict(image, canvas_size, key=key)
         default_boxes = default_boxes.astype(targets.boxes.dtype)
         matched, positive = match_default_boxes(
             pairwise_iou(targets.boxes, default_boxes), targets.valid, positive_iou=self.matching.positive_iou

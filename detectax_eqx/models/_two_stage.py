@@ -108,10 +108,13 @@ class TwoStage(Protocol):
 
 
 def extract(
-    model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"]
+    model: TwoStage, image: Real[Array, "h w c"], canvas_size: Int32[Array, " 2"], *, key: PRNGKeyArray | None = None
 ) -> tuple[RoIFeatures, Features, RPNOutput]:
-    """Returns the features that the heads pool from, the feature pyramid, and the output of the RPN."""
-    features = model.backbone(model.preprocessing.normalize(image, canvas_size))
+    """Returns the features that the heads pool from, the feature pyramid, and the output of the RPN.
+
+    `key`: for the backbone; `None` for inference.
+    """
+    features = model.backbone(model.preprocessing.normalize(image, canvas_size), key=key)
     output = model.rpn(features, (image.shape[0], image.shape[1]))
     return roi_features(model, features[:-1]), features, output
 
@@ -176,9 +179,9 @@ def box_losses(
 ) -> tuple[dict[str, WeightedSum], RoIFeatures, SampledProposals]:
     """Returns the losses of Faster R-CNN, and the features and sampled proposals for further heads."""
     targets.check_labels(model.num_classes)
-    rpn_key, box_key = jr.split(key)
+    rpn_key, box_key, backbone_key = jr.split(key, 3)
     size = canvas_size.astype(jnp.float32)
-    rois, features, output = extract(model, image, canvas_size)
+    rois, features, output = extract(model, image, canvas_size, key=backbone_key)
     anchors = sample_anchors(
         output.anchors,
         targets,

@@ -1,6 +1,19 @@
 """Neural network modules for a single example: convolutions, norms, ResNet, MobileNet, VGG, pyramids."""
 
 from .._xla import convolution_options as convolution_options
+from ._attention import (
+    MLP as MLP,
+    LayerScale as LayerScale,
+    PositionBias as PositionBias,
+    Positions as Positions,
+    RelativeOffsets as RelativeOffsets,
+    SelfAttention as SelfAttention,
+    TransformerBlock as TransformerBlock,
+    attention as attention,
+    drop_path as drop_path,
+    gelu as gelu,
+    linear as linear,
+)
 from ._conv import (
     Conv2d as Conv2d,
     Initializer as Initializer,
@@ -13,8 +26,8 @@ from ._conv import (
 from ._fpn import (
     FPN as FPN,
     Backbone as Backbone,
+    BackboneWithFPN as BackboneWithFPN,
     ConvolvedTop as ConvolvedTop,
-    ResNetFPN as ResNetFPN,
     SubsampledTop as SubsampledTop,
 )
 from ._mobilenet import (
@@ -31,7 +44,13 @@ from ._mobilenet import (
     mobilenet_v3_large as mobilenet_v3_large,
     relu6 as relu6,
 )
-from ._norm import FrozenBatchNorm as FrozenBatchNorm, GroupNorm as GroupNorm, Norm as Norm
+from ._norm import (
+    FrozenBatchNorm as FrozenBatchNorm,
+    GroupNorm as GroupNorm,
+    LayerNorm as LayerNorm,
+    LayerNorm2d as LayerNorm2d,
+    Norm as Norm,
+)
 from ._precision import cast as cast
 from ._resnet import (
     BasicBlock as BasicBlock,
@@ -56,4 +75,22 @@ from ._ssd import (
     SSDExtra as SSDExtra,
     SSDMobileNet as SSDMobileNet,
 )
+from ._swin import (
+    PatchMerging as PatchMerging,
+    Swin as Swin,
+    SwinStage as SwinStage,
+    swin_b as swin_b,
+    swin_l as swin_l,
+    swin_s as swin_s,
+    swin_t as swin_t,
+)
 from ._vgg import VGG as VGG, vgg16 as vgg16
+from ._vit import (
+    SimpleLevel as SimpleLevel,
+    ViT as ViT,
+    ViTFPN as ViTFPN,
+    vit_b as vit_b,
+    vit_h as vit_h,
+    vit_l as vit_l,
+)
+from ._windows import Windows as Windows

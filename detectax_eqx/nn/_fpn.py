@@ -13,6 +13,7 @@ from .._xla import named_call
 from ._conv import Conv2d, lecun_uniform, relu
 from ._norm import Norm
 from ._resnet import ResNet
+from ._swin import Swin
 
 
 @runtime_checkable
@@ -23,6 +24,7 @@ class Backbone(Protocol):
     - `stages`: the modules of each stage from the stem up, for freezing and for learning rates by layer. Modules
       outside the stages, such as a pyramid, are always trained.
     - `divisor`: height and width of an image must be multiples of this.
+    - `key`: for what is random in training, such as a drop path. `None` for inference.
     """
 
     @property
@@ -37,7 +39,9 @@ class Backbone(Protocol):
     @property
     def divisor(self) -> int: ...
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]: ...
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "c _ _"], ...]: ...
 
 
 class SubsampledTop(eqx.Module):
@@ -139,13 +143,15 @@ def check_canvas(image: Float[Array, "i h w"], divisor: int) -> None:
         )
 
 
-class ResNetFPN(eqx.Module):
-    """A ResNet with a feature pyramid. By default, maps an image to P2..P6 with strides 4, 8, 16, 32 and 64.
+class BackboneWithFPN(eqx.Module):
+    """A ResNet or a Swin Transformer with a feature pyramid, torchvision's `BackboneWithFPN`.
+
+    By default, maps an image to P2..P6 with strides 4, 8, 16, 32 and 64.
 
     Height and width must be multiples of 32, the `divisor`. Other sizes raise a `ValueError` when the call is traced.
     """
 
-    body: ResNet
+    body: ResNet | Swin
     fpn: FPN
     channels: int = eqx.field(static=True)
     finest: int = eqx.field(static=True)
@@ -153,7 +159,7 @@ class ResNetFPN(eqx.Module):
 
     def __init__(
         self,
-        body: ResNet,
+        body: ResNet | Swin,
         *,
         key: PRNGKeyArray,
         channels: int = 256,
@@ -176,9 +182,12 @@ class ResNetFPN(eqx.Module):
 
     @property
     def stages(self) -> tuple[tuple[Any, ...], ...]:
-        """The modules of the stem, and the blocks of the four stages."""
+        """The stages of the body, from the stem up."""
         return self.body.stages
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]:
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "c _ _"], ...]:
+        """Returns the levels. `key`: for the body."""
         check_canvas(image, self.divisor)
-        return self.fpn(self.body(image)[self.finest - 2 :])
+        return self.fpn(self.body(image, key=key)[self.finest - 2 :])

@@ -374,7 +374,10 @@ class MobileNetFPN(eqx.Module):
         """The six stages of the body."""
         return self.body.stages
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c _ _"], ...]:
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "c _ _"], ...]:
+        """Returns the levels. `key` is not used."""
         check_canvas(image, self.divisor)
         features = self.body(image)
         return self.fpn(tuple(features[level] for level in self.levels))

@@ -63,5 +63,58 @@ class GroupNorm(eqx.Module):
         return (x.astype(jnp.float32) * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
+class LayerNorm(eqx.Module):
+    """Layer normalisation (arXiv:1607.06450): normalises the channels of each token to mean 0 and variance 1.
+
+    Computes in float32 or higher. The default `eps` is that of vision transformers; torch's is 1e-5.
+    """
+
+    weight: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, channels: int, *, eps: float = 1e-6):
+        self.weight, self.bias = jnp.ones(channels), jnp.zeros(channels)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        return _normalise(x, self.weight, self.bias, self.eps, axis=-1)
+
+
+class LayerNorm2d(eqx.Module):
+    """Layer normalisation of a map: normalises the channels of each pixel to mean 0 and variance 1.
+
+    Computes in float32 or higher.
+    """
+
+    weight: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, channels: int, *, eps: float = 1e-6):
+        self.weight, self.bias = jnp.ones(channels), jnp.zeros(channels)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
+        return _normalise(x, self.weight[:, None, None], self.bias[:, None, None], self.eps, axis=0)
+
+
+def upcast(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Converts half precision to float32."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def _normalise(
+    x: Float[Array, "*n"], weight: Float[Array, "*m"], bias: Float[Array, "*m"], eps: float, *, axis: int
+) -> Float[Array, "*n"]:
+    """`(x - mean) / sqrt(var + eps) * weight + bias`, with mean and variance along an axis."""
+    wide = upcast(x)
+    centred = wide - wide.mean(axis=axis, keepdims=True)
+    variance = (centred * centred).mean(axis=axis, keepdims=True)
+    shape = (1,) * (x.ndim - weight.ndim) + weight.shape
+    scale, shift = (v.astype(wide.dtype).reshape(shape) for v in (weight, bias))
+    return (centred * lax.rsqrt(variance + eps) * scale + shift).astype(x.dtype)
+
+
 # Builds a norm for a backbone: takes the number of channels and returns a module over `(c, h, w)`.
 Norm = Callable[[int], Callable[[Float[Array, "c h w"]], Float[Array, "c h w"]]]

@@ -5,7 +5,10 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ._norm import FrozenBatchNorm, GroupNorm
+from ._norm import FrozenBatchNorm, GroupNorm, LayerNorm, LayerNorm2d
+
+
+NORMS = FrozenBatchNorm | GroupNorm | LayerNorm | LayerNorm2d
 
 
 def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
@@ -25,4 +28,4 @@ def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
     def convert(leaf: object) -> object:
         return leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf  # type: ignore[attr-defined]
 
-    return jax.tree.map(convert, model, is_leaf=lambda leaf: isinstance(leaf, FrozenBatchNorm | GroupNorm))
+    return jax.tree.map(convert, model, is_leaf=lambda leaf: isinstance(leaf, NORMS))

@@ -181,7 +181,10 @@ class ResNet(eqx.Module):
         """The modules of the stem, and the blocks of the four stages."""
         return ((self.conv1, self.norm1), *self.layers)
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "c fh fw"], ...]:
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "c fh fw"], ...]:
+        """Returns the maps of the stages. `key` is not used."""
         x = image.astype(self.conv1.weight.dtype)
         stem = eqx.Partial(_stem, self.conv1, self.norm1)  # (i, h, w) -> (width, h / 4, w / 4)
         x = rematerialise_stem(stem, x) if self.checkpoint else stem(x)

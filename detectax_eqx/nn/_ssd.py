@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._xla import rematerialise
 from ._conv import Conv2d, Initializer, max_pool2d, relu
 from ._mobilenet import ConvNorm, MobileNet, relu6
-from ._norm import FrozenBatchNorm, Norm
+from ._norm import FrozenBatchNorm, Norm, upcast
 from ._vgg import VGG
 
 
@@ -51,7 +51,9 @@ class SSDBackbone(Protocol):
     @property
     def divisor(self) -> int: ...
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "_ _ _"], ...]: ...
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "_ _ _"], ...]: ...
 
 
 class SSDExtra(eqx.Module):
@@ -120,7 +122,10 @@ class SSDVGG(eqx.Module):
         """The convolutions of the body's five stages."""
         return self.body.stages
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "_ _ _"], ...]:
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "_ _ _"], ...]:
+        """Returns the levels. `key` is not used."""
         *_, fine, x = self.body(image)
         x = max_pool2d(x, kernel_size=3, stride=1, padding=1)
         x = relu(self.fc7(relu(self.fc6(x))))
@@ -133,7 +138,7 @@ class SSDVGG(eqx.Module):
 
 def _normalized(x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
     """Divides the vector of each cell by its Euclidean norm, or by 1e-12 if that is larger."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = upcast(x)
     squares = (wide * wide).sum(axis=0, keepdims=True)  # (1, h, w)
     return (wide * lax.rsqrt(jnp.maximum(squares, NORM_EPSILON**2))).astype(x.dtype)
 
@@ -178,7 +183,10 @@ class SSDMobileNet(eqx.Module):
         """The six stages of the body."""
         return self.body.stages
 
-    def __call__(self, image: Float[Array, "i h w"]) -> tuple[Float[Array, "_ _ _"], ...]:
+    def __call__(
+        self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "_ _ _"], ...]:
+        """Returns the levels. `key` is not used."""
         position, layers = self.body.taps[EXPANDED_STAGE], self.body.layers
         expand, *rest = layers[position].layers  # type: ignore[attr-defined]
         x = self._in_turn((*layers[:position], expand), image.astype(expand.conv.weight.dtype))

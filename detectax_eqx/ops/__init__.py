@@ -1,4 +1,5 @@
 from ._anchors import anchor_grid as anchor_grid
+from ._bicubic import resize_bicubic as resize_bicubic
 from ._boxes import (
     box_area as box_area,
     clip_boxes as clip_boxes,

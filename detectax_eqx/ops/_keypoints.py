@@ -9,12 +9,10 @@ from jax.nn import logsumexp
 from jaxtyping import Array, Bool, Float, Int32
 
 from .._xla import varying_like
+from ._bicubic import REACH, cubic_weights
 from ._boxes import _upcast
 
 
-# torch's coefficient of cubic convolution (Keys 1981 has -0.5); its kernel reaches two bins to either side.
-CUBIC_COEFFICIENT = -0.75
-REACH = 2
 # The resized maps are searched in square tiles of this side, so that the size of the program's arrays does not depend
 # on the box.
 TILE = 64
@@ -58,7 +56,7 @@ def keypoints_from_heatmaps(
     values = jnp.pad(values, [(0, 0), (REACH, REACH), (REACH, REACH)], mode="edge")  # (k, s + 4, s + 4)
     index = _argmax(lax.stop_gradient(values), counts, size)
     column, row = index % counts[0], index // counts[0]  # (k,)
-    weights = _cubic_weights(row, counts[1], size, values.dtype), _cubic_weights(column, counts[0], size, values.dtype)
+    weights = cubic_weights(row, counts[1], size, values.dtype), cubic_weights(column, counts[0], size, values.dtype)
     scores = jnp.einsum("ki,kij,kj->k", weights[0], values, weights[1], precision="highest")
     if probabilities:
         scores = jnp.exp(scores - logsumexp(_upcast(heatmaps), axis=(1, 2)))
@@ -76,8 +74,8 @@ def _argmax(values: Float[Array, "k p p"], counts: Int32[Array, " 2"], size: int
     def search(state):
         tile, best, index = state
         rows, columns = tile // tiles[0] * TILE + offsets, tile % tiles[0] * TILE + offsets  # (t,) each
-        vertical = _cubic_weights(rows, counts[1], size, values.dtype)  # (t, p)
-        horizontal = _cubic_weights(columns, counts[0], size, values.dtype)  # (t, p)
+        vertical = cubic_weights(rows, counts[1], size, values.dtype)  # (t, p)
+        horizontal = cubic_weights(columns, counts[0], size, values.dtype)  # (t, p)
         resized = jnp.einsum("ri,kij->krj", vertical, values, precision="highest")  # (k, t, p)
         resized = jnp.einsum("krj,cj->krc", resized, horizontal, precision="highest")  # (k, t, t)
         inside = (rows < counts[1])[:, None] & (columns < counts[0])[None, :]
@@ -91,24 +89,6 @@ def _argmax(values: Float[Array, "k p p"], counts: Int32[Array, " 2"], size: int
     start = jnp.int32(0), jnp.full(values.shape[0], -jnp.inf, values.dtype), jnp.zeros(values.shape[0], jnp.int32)
     start = varying_like(start, values, counts)
     return lax.while_loop(lambda state: state[0] < tiles[0] * tiles[1], search, start)[2]
-
-
-def _cubic_weights(
-    position: Int32[Array, " n"], count: Int32[Array, ""], size: int, dtype: jnp.dtype
-) -> Float[Array, "n {size}+4"]:
-    """Weight of each of `size` bins, padded by two on each side, at positions of an axis resized to `count` pixels."""
-    scale = size / count.astype(dtype)
-    centre = (position.astype(dtype) + 0.5) * scale - 0.5  # in bins; the value of bin i is at i
-    bins = jnp.arange(-REACH, size + REACH, dtype=dtype)
-    return _cubic(centre[:, None] - bins[None])
-
-
-def _cubic(x: Float[Array, "n p"]) -> Float[Array, "n p"]:
-    """The kernel of cubic convolution at a distance of `x` bins (Keys 1981, equation 15)."""
-    a, x = CUBIC_COEFFICIENT, jnp.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((x - 5) * x + 8) * x * a - 4 * a
-    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0))
 
 
 def keypoint_targets(

@@ -140,7 +140,7 @@ def sample_balanced(
     # 30 random bits, reinterpreted as a positive normal float. Such floats order like the integers with the same bits
     # and tie less often than the 23 random bits of `uniform`.
     smallest_normal = 0x00800000
-    priority = lax.bitcast_convert_type((jr.bits(key, (m,), "uint32") >> 2) + smallest_normal, jnp.float32)
+    priority = lax.bitcast_convert_type((jr.bits(key, (m,), "uint32") >> 2) + smallest_normal, "float32")
     positives = lax.top_k(jnp.where(positive, priority, 0), max_positives)[1]
     negatives = lax.top_k(jnp.where(negative, priority, 0), size)[1]
     num_positives = jnp.minimum(positive.sum(dtype=jnp.int32), max_positives)

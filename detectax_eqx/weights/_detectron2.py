@@ -103,8 +103,8 @@ def load_detectron2_backbone(model: Model, source: str | os.PathLike | Mapping[s
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import faster_rcnn_detectron2
-    >>> from detectax_eqx.nn import ResNetFPN, resnet50
-    >>> backbone = ResNetFPN(resnet50(key=jr.key(0), width=4), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet50
+    >>> backbone = BackboneWithFPN(resnet50(key=jr.key(0), width=4), key=jr.key(1), channels=16)
     >>> model = faster_rcnn_detectron2(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> arrays = to_detectron2(resnet50(key=jr.key(3), width=4))
     >>> loaded = load_detectron2_backbone(model, arrays)

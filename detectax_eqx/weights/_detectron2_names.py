@@ -13,7 +13,7 @@ from ._rename import FieldNames, Names, foreign_names
 
 # Entries of a file that are not parameters.
 _IGNORED = re.compile(
-    r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std)$|anchor_generator\.cell_anchors\.|^(fc1000|pred|stem\.fc)[._]"
+    r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std)$|anchor_generator\.cell_anchors\.|\.relative_position_index$|^(fc1000|pred|stem\.fc)[._]"
 )
 # Caffe2's names of a ResNet.
 _CAFFE2_BLOCK = re.compile(r"^res(\d)_(\d+)_branch(1|2a|2b|2c)_(w|bn_s|bn_b|bn_rm|bn_riv)$")
@@ -64,6 +64,20 @@ def _box_head(stage: str) -> FieldNames:
     }
 
 
+def _simple_level(i: int) -> FieldNames:
+    """The names of the fields of a level in ViTDet's pyramid, whose layers form one list: P2 has the most."""
+    level = f"simfp_{i + 2}"
+    convs = (4, 1, 0, 1)[i]  # position of the first convolution; those before it are upsampling, or pooling in P5
+    return {
+        "upsample": lambda j: f"{level}.{3 * j}",
+        "norm": f"{level}.1",
+        "lateral": f"{level}.{convs}",
+        "lateral_norm": f"{level}.{convs}.norm",
+        "output": f"{level}.{convs + 1}",
+        "output_norm": f"{level}.{convs + 1}.norm",
+    }
+
+
 def _names(first_level: int, rpn_depth: int) -> Names:
     """The names of fields, for a pyramid from P`first_level` on and an RPN of `rpn_depth` convolutions."""
     return {
@@ -100,7 +114,7 @@ def _names(first_level: int, rpn_depth: int) -> Names:
             "box_tower": {"convs": lambda i: f"head.bbox_subnet.{2 * i}"},
             "deltas": "head.bbox_pred",
         },
-        nn.ResNetFPN: {"body": "bottom_up", "fpn": ""},
+        nn.BackboneWithFPN: {"body": "bottom_up", "fpn": ""},
         nn.FPN: {
             "lateral": lambda i: f"fpn_lateral{first_level + i}",
             "lateral_norms": lambda i: f"fpn_lateral{first_level + i}.norm",
@@ -112,6 +126,18 @@ def _names(first_level: int, rpn_depth: int) -> Names:
         nn.BasicBlock: {"norm1": "conv1.norm", "norm2": "conv2.norm", "downsample": "shortcut"},
         nn.Bottleneck: {"norm1": "conv1.norm", "norm2": "conv2.norm", "norm3": "conv3.norm", "downsample": "shortcut"},
         nn.Downsample: {"conv": "", "norm": "norm"},
+        nn.ViTFPN: {"body": "net", "levels": _simple_level},
+        nn.ViT: {"patches": "patch_embed.proj", "positions": "pos_embed"},
+        nn.TransformerBlock: {"attention": "attn"},
+        nn.SelfAttention: {"projection": "proj", "positions": ""},
+        nn.Swin: {
+            "patches": "patch_embed.proj",
+            "patch_norm": "patch_embed.norm",
+            "merges": "layers.{i}.downsample",
+            "norms": lambda i: f"norm{i}",
+        },
+        nn.PositionBias: {"table": "relative_position_bias_table"},
+        nn.RelativeOffsets: {"vertical": "rel_pos_h", "horizontal": "rel_pos_w"},
     }
 
 
@@ -148,6 +174,8 @@ def layouts(model: Any, *, bgr: bool) -> tuple[Layout, ...]:
     ]
     if _part(model, models.CascadeHead) is None:  # its stages have one box for all classes
         rules.append((r"^roi_heads\.box_predictor\.bbox_pred\.", _after_zeros(4), lambda x: x[4:]))
+    # The first position is that of the class token, which detectors do not have.
+    rules.append((r"(^|\.)pos_embed$", lambda x: x[0, 1:], lambda x: _after_zeros(1)(x)[None]))
     if bgr:  # (o, i, k, k)
         rules.append((r"(^|^backbone\.bottom_up\.)stem\.conv1\.weight$", _reversed_inputs, _reversed_inputs))
     if type(model) is models.RetinaNet:

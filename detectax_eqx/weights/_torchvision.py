@@ -98,8 +98,8 @@ def load_torchvision_backbone(model: Model, source: str | os.PathLike | Mapping[
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import faster_rcnn
-    >>> from detectax_eqx.nn import ResNetFPN, resnet18
-    >>> backbone = ResNetFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> from detectax_eqx.nn import BackboneWithFPN, resnet18
+    >>> backbone = BackboneWithFPN(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=32)
     >>> arrays = to_torchvision(resnet18(key=jr.key(3), width=8))
     >>> loaded = load_torchvision_backbone(model, arrays)

@@ -29,10 +29,10 @@ def canvases(model: AbstractDetector) -> Canvases:
     resize, divisor = model.preprocessing.resize, model.backbone.divisor
     if isinstance(resize, Square):
         return (smallest_canvas((resize.size, resize.size), divisor=divisor),)
-    if resize == ShortestEdge():
+    if resize == ShortestEdge() and not model.preprocessing.square_canvas:
         return CANVASES
     short, long = int(resize.min_size), int(max(resize.min_size, resize.max_size))
-    height, width = smallest_canvas((short, long), divisor=divisor)
+    height, width = smallest_canvas(model.preprocessing.canvas((short, long)), divisor=divisor)
     return ((height, width),) if height == width else ((height, width), (width, height))
 
 
@@ -83,5 +83,6 @@ def preprocessing_of(content: Mapping[str, Any]) -> Preprocessing:
         return Preprocessing(ShortestEdge(content["min_size"], content["max_size"]))
     fields = content["preprocessing"]
     resize = (Square if "size" in fields["resize"] else ShortestEdge)(**fields["resize"])
-    pillow = bool(fields.get("pillow", False))  # older files, written before there was a choice, lack it
-    return Preprocessing(resize, tuple(fields["mean"]), tuple(fields["std"]), pillow)
+    # Older files, written before there was a choice, lack the last two.
+    choices = {name: bool(fields.get(name, False)) for name in ("pillow", "square_canvas")}
+    return Preprocessing(resize, tuple(fields["mean"]), tuple(fields["std"]), **choices)

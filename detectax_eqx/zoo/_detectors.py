@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from ..models import (
     ANCHOR_SIZES,
+    DETECTRON2_PREPROCESSING,
     SSD,
     AbstractDetector,
     CascadeHead,
@@ -31,6 +32,7 @@ from ..models import (
 )
 from ..nn import (
     SSDVGG,
+    BackboneWithFPN,
     ConvolvedTop,
     FrozenBatchNorm,
     GroupNorm,
@@ -38,7 +40,6 @@ from ..nn import (
     MobileNetFPN,
     Norm,
     ResNet,
-    ResNetFPN,
     SSDMobileNet,
     mobilenet_v2,
     mobilenet_v3_large,
@@ -54,6 +55,7 @@ from ..nn import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from ._transformers import TRANSFORMERS
 
 
 def names() -> tuple[str, ...]:
@@ -66,8 +68,8 @@ def names() -> tuple[str, ...]:
 
 
 def detectron2_detectors() -> frozenset[str]:
-    """The names of the detectors that follow Detectron2, whose files have its names."""
-    return frozenset(name for name in _DETECTORS if name.endswith("_detectron2"))
+    """The names of the detectors that follow Detectron2, whose files have its names. Transformers are among them."""
+    return frozenset(_OF_DETECTRON2)
 
 
 def build(
@@ -84,7 +86,8 @@ def build(
     - `num_classes`: foreground classes only. torchvision also counts the background: its 91 classes are 90 here.
     - `norm`: the normalisation of the backbone: `FrozenBatchNorm` for imported weights, `GroupNorm` for training from
       scratch. The default is `FrozenBatchNorm` with the `eps` of torchvision's detector. torchvision's first COCO
-      checkpoints need `functools.partial(FrozenBatchNorm, eps=0.0)`. SSD300 has no norms.
+      checkpoints need `functools.partial(FrozenBatchNorm, eps=0.0)`. SSD300 has no norms, and transformers have
+      `LayerNorm`: they do not use it.
     - `checkpoint`: gradient checkpointing in the backbone, see `nn.ResNet`.
     - `parts`: further arguments of the detector's own function in `models`, such as `anchor_sizes` of `faster_rcnn`.
 
@@ -121,7 +124,7 @@ def _two_stage(
     **parts: Any,
 ) -> AbstractDetector:
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = ResNetFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=pyramid_norm)
+    backbone = BackboneWithFPN(resnet(key=body_key, norm=norm, checkpoint=checkpoint), key=fpn_key, norm=pyramid_norm)
     return detector(backbone, num_classes, key=heads_key, **parts)
 
 
@@ -155,7 +158,7 @@ def _dense(
     body_key, fpn_key, top_key, heads_key = jr.split(key, 4)
     body = resnet(key=body_key, norm=norm, checkpoint=checkpoint)
     top = ConvolvedTop(body.channels[-1], 256, key=top_key, from_features=from_features)
-    return detector(ResNetFPN(body, key=fpn_key, finest=3, top=top), num_classes, key=heads_key, **parts)
+    return detector(BackboneWithFPN(body, key=fpn_key, finest=3, top=top), num_classes, key=heads_key, **parts)
 
 
 def _mobilenet(
@@ -210,8 +213,8 @@ def _ssdlite320(
     return ssdlite(backbone, num_classes, key=heads_key, norm=norm, **parts)
 
 
-# The standard deviation of the pixels of ImageNet, with which Detectron2's ResNeXt was trained, RGB.
-_RESNEXT_STD = (58.395, 57.12, 57.375)
+# Detectron2's ResNeXt was trained on pixels with the standard deviation of ImageNet's, RGB.
+_RESNEXT_PREPROCESSING = replace(DETECTRON2_PREPROCESSING, std=(58.395, 57.12, 57.375))
 # Bodies of two-stage detectors, by the name that is part of the detector's.
 _RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnet18": resnet18,
@@ -235,27 +238,16 @@ _DETECTRON2: dict[str, Callable[..., AbstractDetector]] = {
     "mask_rcnn": mask_rcnn_detectron2,
     "keypoint_rcnn": keypoint_rcnn_detectron2,
 }
-_DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
-    **{f"faster_rcnn_{body}_fpn": partial(_two_stage, faster_rcnn, build) for body, build in _RESNETS.items()},
-    "faster_rcnn_resnet50_fpn_v2": partial(_two_stage_v2, faster_rcnn, resnet50),
-    "faster_rcnn_mobilenet_v2_fpn": partial(_mobilenet, mobilenet_v2),
-    "faster_rcnn_mobilenet_v3_large_fpn": partial(_mobilenet, mobilenet_v3_large),
-    "faster_rcnn_mobilenet_v3_large_320_fpn": _mobilenet_320,
-    **{f"mask_rcnn_{body}_fpn": partial(_two_stage, mask_rcnn, build) for body, build in _RESNETS.items()},
-    "mask_rcnn_resnet50_fpn_v2": partial(_mask_rcnn_v2, resnet50),
-    "keypoint_rcnn_resnet50_fpn": partial(_two_stage, keypoint_rcnn, resnet50),
-    "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
-    "retinanet_resnet50_fpn_v2": partial(
-        _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes
-    ),
-    "fcos_resnet50_fpn": partial(_dense, fcos, resnet50),
+_OF_DETECTRON2: dict[str, Callable[..., AbstractDetector]] = {
     **{
         f"{name}_{body}_fpn_detectron2": partial(_two_stage, detector, build)
         for name, detector in _DETECTRON2.items()
         for body, build in _DETECTRON2_RESNETS.items()
     },
     **{
-        f"{name}_resnext101_32x8d_fpn_detectron2": partial(_two_stage, detector, resnext101_32x8d, std=_RESNEXT_STD)
+        f"{name}_resnext101_32x8d_fpn_detectron2": partial(
+            _two_stage, detector, resnext101_32x8d, preprocessing=_RESNEXT_PREPROCESSING
+        )
         for name, detector in _DETECTRON2.items()
     },
     "cascade_mask_rcnn_resnet50_fpn_detectron2": partial(
@@ -270,6 +262,23 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
         f"retinanet_{body}_fpn_detectron2": partial(_dense, retinanet_detectron2, build, from_features=True)
         for body, build in _DETECTRON2_RESNETS.items()
     },
+    **TRANSFORMERS,
+}
+_DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
+    **{f"faster_rcnn_{body}_fpn": partial(_two_stage, faster_rcnn, build) for body, build in _RESNETS.items()},
+    "faster_rcnn_resnet50_fpn_v2": partial(_two_stage_v2, faster_rcnn, resnet50),
+    "faster_rcnn_mobilenet_v2_fpn": partial(_mobilenet, mobilenet_v2),
+    "faster_rcnn_mobilenet_v3_large_fpn": partial(_mobilenet, mobilenet_v3_large),
+    "faster_rcnn_mobilenet_v3_large_320_fpn": _mobilenet_320,
+    **{f"mask_rcnn_{body}_fpn": partial(_two_stage, mask_rcnn, build) for body, build in _RESNETS.items()},
+    "mask_rcnn_resnet50_fpn_v2": partial(_mask_rcnn_v2, resnet50),
+    "keypoint_rcnn_resnet50_fpn": partial(_two_stage, keypoint_rcnn, resnet50),
+    "retinanet_resnet50_fpn": partial(_dense, retinanet, resnet50),
+    "retinanet_resnet50_fpn_v2": partial(
+        _dense, retinanet, resnet50, from_features=True, head_norm=GroupNorm, box_loss=giou_of_boxes
+    ),
+    "fcos_resnet50_fpn": partial(_dense, fcos, resnet50),
     "ssd300_vgg16": _ssd300,
     "ssdlite320_mobilenet_v3_large": _ssdlite320,
+    **_OF_DETECTRON2,
 }

@@ -46,7 +46,7 @@ class Predictor:
 
     >>> import equinox as eqx, jax.random as jr
     >>> from detectax_eqx import models, nn
-    >>> backbone = nn.ResNetFPN(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    >>> backbone = nn.BackboneWithFPN(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = models.faster_rcnn(backbone, 2, key=jr.key(2), hidden_size=32)
     >>> model = replace(model, preprocessing=models.Preprocessing(models.ShortestEdge(64, 96)))
     >>> predictor = Predictor(model, (Category(1, "cat"), Category(2, "dog")), canvases=((64, 96),))

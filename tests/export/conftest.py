@@ -15,7 +15,7 @@ from .detectors import PREPROCESSING, SELECTION, SHAPE, with_statistics
 @pytest.fixture(scope="module")
 def model():
     keys = jr.split(jr.key(0), 5)
-    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], width=8), key=keys[1], channels=16)
+    backbone = nn.BackboneWithFPN(nn.resnet18(key=keys[0], width=8), key=keys[1], channels=16)
     sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
     detector = models.mask_rcnn(backbone, 3, key=keys[2], hidden_size=32, anchor_sizes=sizes, hidden_channels=8)
     return with_statistics(replace(detector, preprocessing=PREPROCESSING), keys[4])

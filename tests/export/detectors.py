@@ -42,7 +42,7 @@ def dense(name):
     """A tiny one-stage detector that detects something in noise."""
     keys = jr.split(jr.key(0), 5)
     top = nn.ConvolvedTop(64, 16, key=keys[0])
-    backbone = nn.ResNetFPN(nn.resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
+    backbone = nn.BackboneWithFPN(nn.resnet18(key=keys[1], width=8), key=keys[2], channels=16, finest=3, top=top)
     if name == "fcos":
         model = models.fcos(backbone, 3, key=keys[3])
     else:
@@ -70,7 +70,7 @@ class Cells(eqx.Module):
     weight: jax.Array
     channels, strides, stages, divisor = 1, (8,), (), 8
 
-    def __call__(self, image):
+    def __call__(self, image, *, key=None):
         _, height, width = image.shape
         return ((image * self.weight).reshape(1, height // 8, 8, width // 8, 8).mean((2, 4)),)
 

@@ -46,7 +46,7 @@ def test_folded_norms_change_nothing(model):
 
 def test_norms_of_pyramid_and_heads_are_folded_too():
     keys = jr.split(jr.key(0), 4)
-    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], width=8), key=keys[1], channels=16, norm=nn.FrozenBatchNorm)
+    backbone = nn.BackboneWithFPN(nn.resnet18(key=keys[0], width=8), key=keys[1], channels=16, norm=nn.FrozenBatchNorm)
     head = partial(models.ConvBoxHead, hidden_channels=16)
     parts = {"hidden_size": 32, "hidden_channels": 16, "box_head": head, "mask_norm": nn.FrozenBatchNorm}
     model = with_statistics(models.mask_rcnn(backbone, 3, key=keys[2], **parts), keys[3])

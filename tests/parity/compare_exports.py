@@ -60,7 +60,7 @@ class Options:
 def build(key, num_classes):
     """The detector, with norms that are still the identity."""
     keys = jr.split(key, 3)
-    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0]), key=keys[1])
+    backbone = nn.BackboneWithFPN(nn.resnet18(key=keys[0]), key=keys[1])
     model = models.faster_rcnn(backbone, num_classes, key=keys[2], hidden_size=256, anchor_sizes=ANCHORS)
     preprocessing = models.Preprocessing(models.ShortestEdge(MIN_SIZE, MAX_SIZE))
     return replace(model, preprocessing=preprocessing, sampling=SAMPLING)
@@ -139,7 +139,7 @@ def trained(dataset, options):
     def prepared(example):
         return model.preprocessing.normalize(*augmented(example, key=jr.key(0), flip_probability=0.0)[:2])
 
-    assert isinstance(model.backbone, nn.ResNetFPN)
+    assert isinstance(model.backbone, nn.BackboneWithFPN)
     body = with_statistics(model.backbone.body, jax.vmap(prepared)(jax.tree.map(jnp.asarray, first)))
     model = eqx.tree_at(lambda m: m.backbone.body, model, body)
     optimizer = train.adamw(

@@ -62,7 +62,7 @@ class Options:
 def build(key, num_classes):
     """The model whose initial weights both sides start from."""
     keys = jr.split(key, 3)
-    backbone = nn.ResNetFPN(nn.resnet18(key=keys[0], norm=nn.GroupNorm), key=keys[1])
+    backbone = nn.BackboneWithFPN(nn.resnet18(key=keys[0], norm=nn.GroupNorm), key=keys[1])
     model = models.faster_rcnn(backbone, num_classes, key=keys[2], hidden_size=HIDDEN, anchor_sizes=ANCHORS)
     preprocessing = models.Preprocessing(models.ShortestEdge(MIN_SIZE, MAX_SIZE))
     return replace(model, preprocessing=preprocessing, sampling=SAMPLING)

@@ -6,15 +6,20 @@ portalocker and termcolor beside torch.
 """
 # pyright: reportMissingImports=false
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2 import model_zoo
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
 from detectron2.data import transforms
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_model
+from detectron2.layers.batch_norm import LayerNorm
+from detectron2.modeling import SwinTransformer, build_model
+from detectron2.modeling.backbone.swin import WindowAttention
+from detectron2.modeling.backbone.vit import Attention
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
@@ -36,6 +41,12 @@ CONFIGS = {
 
 
 LSJ = "mask_rcnn_resnet50_fpn_lsj_detectron2"
+# Those of Detectron2's project ViTDet. Swin Transformers differ in their width, depth and heads.
+VITDETS = ("mask_rcnn_vitdet_b", "cascade_mask_rcnn_vitdet_b", "mask_rcnn_swin_t_fpn", "mask_rcnn_swin_b_fpn")
+SWINS = {
+    "swin_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
+    "swin_b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
+}
 
 
 def config(name: str, **changes: Any) -> Any:
@@ -59,11 +70,37 @@ def new_lsj_detector() -> torch.nn.Module:
     return instantiate(model).eval()
 
 
+def new_vitdet(name: str) -> torch.nn.Module:
+    """Builds Detectron2's Mask R-CNN on ViT-B or a Swin Transformer, or with the heads of Cascade R-CNN."""
+    model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+    for part in [SWINS[part] for part in SWINS if part in name]:
+        pyramid = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model.backbone
+        pyramid.bottom_up, pyramid.in_features = LazyCall(SwinTransformer)(**part), ["p0", "p1", "p2", "p3"]
+        pyramid.norm, pyramid.square_pad = "LN", 1024
+        model.backbone = pyramid
+    if name.startswith("cascade"):
+        heads = model.roi_heads
+        box_head, predictor, matcher = (heads.pop(part) for part in ("box_head", "box_predictor", "proposal_matcher"))
+        predictor.cls_agnostic_bbox_reg, predictor.num_classes = True, heads.num_classes
+        heads._target_ = CascadeROIHeads
+        heads.box_heads = [deepcopy(box_head) for _ in range(3)]
+        heads.box_predictors, heads.proposal_matchers = [], []
+        for position, iou in ((10, 0.5), (20, 0.6), (30, 0.7)):
+            heads.box_predictors.append(deepcopy(predictor))
+            heads.box_predictors[-1].box2box_transform.weights = (position, position, position / 2, position / 2)
+            heads.proposal_matchers.append(deepcopy(matcher))
+            heads.proposal_matchers[-1].thresholds = [iou]
+    return instantiate(model).eval()
+
+
 @torch.no_grad()
 def random_detector(name: str, *, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """Builds a detector with confident scores: random frozen statistics and scaled predictors."""
     torch.manual_seed(seed)
-    model = new_lsj_detector() if name == LSJ else new_detector(name, **changes)
+    if name in VITDETS:
+        model = new_vitdet(name)
+    else:
+        model = new_lsj_detector() if name == LSJ else new_detector(name, **changes)
     generator = torch.Generator().manual_seed(seed + 1)
 
     def uniform(like, low, high):
@@ -77,8 +114,16 @@ def random_detector(name: str, *, seed: int = 0, **changes: Any) -> torch.nn.Mod
             module.running_var.copy_(uniform(module.running_var, 0.8, 1.2))
         elif isinstance(module, torch.nn.Conv2d) and module.groups > 1:
             module.weight.mul_(module.groups**0.5)  # drawn by the fan-out of all groups, with which features vanish
+        elif isinstance(module, torch.nn.LayerNorm | LayerNorm):
+            module.weight.copy_(uniform(module.weight, 0.6, 1.4))
+            module.bias.copy_(uniform(module.bias, -0.2, 0.2))
+        elif isinstance(module, Attention | WindowAttention):
+            module.qkv.weight.mul_(2)  # some pairs of tokens have large logits
+            for table in ("rel_pos_h", "rel_pos_w", "relative_position_bias_table"):
+                if hasattr(module, table):
+                    getattr(module, table).copy_(uniform(getattr(module, table), -0.2, 0.2))
     # Residuals of long stages are scaled down, so that features do not grow with the depth.
-    for stage in model.backbone.bottom_up.stages:
+    for stage in getattr(getattr(model.backbone, "bottom_up", None), "stages", ()):
         for block in stage if len(stage) > 6 else ():
             block.conv3.norm.weight.mul_((6 / len(stage)) ** 0.5)
     # Without a standard deviation, pixels are large.
@@ -136,10 +181,16 @@ def resized(image: np.ndarray, short: int = 800, long: int = 1333) -> np.ndarray
     return transforms.ResizeShortestEdge([short, short], long).get_transform(image).apply_image(image)
 
 
+def _tensor(model: torch.nn.Module, image: np.ndarray) -> torch.Tensor:
+    """An RGB image with its channels in the order that the model takes."""
+    image = image[:, :, ::-1] if model.input_format == "BGR" else image
+    return torch.as_tensor(np.ascontiguousarray(image.astype("float32").transpose(2, 0, 1)))
+
+
 @torch.no_grad()
 def detections(model: torch.nn.Module, image: np.ndarray, *, size: tuple[int, int] | None = None) -> dict[str, Any]:
     """Detections in an RGB image that is already resized, in its own pixels or scaled to `size`."""
-    tensor = torch.as_tensor(np.ascontiguousarray(image[:, :, ::-1].astype("float32").transpose(2, 0, 1)))
+    tensor = _tensor(model, image)
     height, width = image.shape[:2] if size is None else size
     found = model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
     result = {
@@ -163,7 +214,7 @@ def losses(model: torch.nn.Module, pixels, boxes, labels, masks, keypoints) -> d
         instances.gt_classes = torch.from_numpy(image_labels).long()
         instances.gt_masks = BitMasks(torch.from_numpy(image_masks))
         instances.gt_keypoints = Keypoints(torch.from_numpy(points))
-        tensor = torch.as_tensor(np.ascontiguousarray(image[:, :, ::-1].astype("float32").transpose(2, 0, 1)))
+        tensor = _tensor(model, image)
         batch.append({"image": tensor, "instances": instances})
     model.train()
     with EventStorage(0):

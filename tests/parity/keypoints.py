@@ -4,7 +4,6 @@
 from copy import deepcopy
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch

@@ -196,7 +196,7 @@ def test_losses_and_gradients(name, precision):
     6e-5, 4e-4, 2e-3 and 3e-3. In double precision, every gradient is therefore held to 1e-6; in single precision, every
     gradient to 1e-2 and the median to 1e-3.
     """
-    with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
+    with double_precision() if precision == "float64" else jax.numpy_dtype_promotion("standard"):
         losses, grads, expected, gradients = _losses_and_gradients(name, precision)
     assert losses.keys() == expected.keys()
     tolerance = {"float32": 1e-4, "float64": 1e-6}[precision]

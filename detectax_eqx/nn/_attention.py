@@ -1,0 +1,272 @@
+"""Attention over tokens, and the block of vision transformers."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from einops import rearrange
+from jax import lax
+from jax.nn.initializers import truncated_normal
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._norm import LayerNorm, upcast
+from ._windows import Windows
+
+
+# Standard deviation of initial weights, biases and positions (ViT, arXiv:2010.11929, and BERT before it).
+INITIAL_SCALE = 0.02
+# Above this number of logits, heads are processed one after another.
+MAX_LOGITS = 2**25
+
+# Terms that are added to the logits of pairs of tokens: axes are windows, heads, queries, and the rows and columns of
+# the keys. An axis of length 1 stands for equal values.
+Biases = tuple[Float[Array, "_ _ _ _ _"], ...]
+
+
+def linear(layer: eqx.nn.Linear, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+    """Applies a linear layer to the last axis.
+
+    >>> layer = eqx.nn.Linear(2, 3, key=jr.key(0))
+    >>> linear(layer, jnp.zeros((5, 4, 2))).shape
+    (5, 4, 3)
+    """
+    y = jnp.einsum("...i,oi->...o", x, layer.weight)
+    return y if layer.bias is None else y + layer.bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`x Φ(x)` with the normal distribution function, not its approximation by `tanh` (arXiv:1606.08415).
+
+    >>> round(float(gelu(jnp.array(1.0))), 4)
+    0.8413
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+def drop_path(x: Float[Array, "*s"], rate: float, *, key: PRNGKeyArray | None) -> Float[Array, "*s"]:
+    """Sets the branch `x` of a residual block to 0 with probability `rate`, and scales it otherwise to keep the mean.
+
+    Stochastic depth (arXiv:1603.09382), of one example as a whole. Without a key, returns `x`.
+
+    Raises a `ValueError` for a rate outside 0..1, 1 excluded.
+
+    >>> drop_path(jnp.ones(2), 0.5, key=None).tolist()
+    [1.0, 1.0]
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in 0..1, 1 excluded, got {rate}.")
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jr.bernoulli(key, 1 - rate), x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def attention(
+    q: Float[Array, "g a n d"], k: Float[Array, "g a m d"], v: Float[Array, "g a m d"], biases: Biases = ()
+) -> Float[Array, "g a n d"]:
+    """Computes `softmax(q kᵀ / √d + biases) v` for `g` windows and `a` heads, with the softmax in float32 or higher.
+
+    >>> q, v = jnp.zeros((1, 1, 1, 4)), jnp.arange(8.0).reshape(1, 1, 2, 4)
+    >>> attention(q, q[:, :, [0, 0]], v)[0, 0].tolist()
+    [[2.0, 3.0, 4.0, 5.0]]
+    """
+    logits = upcast(jnp.einsum("gand,gamd->ganm", q * q.shape[3] ** -0.5, k))
+    if biases:
+        height, width = np.broadcast_shapes(*(bias.shape[3:] for bias in biases))
+        separate = logits.reshape(*logits.shape[:3], height, width)
+        logits = sum((bias.astype(logits.dtype) for bias in biases), separate).reshape(logits.shape)
+    return jnp.einsum("ganm,gamd->gand", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def _attention_by_heads(q, k, v, biases: Biases):
+    """`attention`, one head after another. The backward pass computes the logits of each head again."""
+    heads = q.shape[1]
+    own = [bias.shape[1] == heads and heads > 1 for bias in biases]
+
+    def one(head):
+        qkv, terms = head
+        remaining = iter(terms)
+        both = [next(remaining)[:, None] if mine else bias for bias, mine in zip(biases, own, strict=True)]
+        return attention(*(x[:, None] for x in qkv), tuple(both))[:, 0]
+
+    by_head = [jnp.moveaxis(x, 1, 0) for x in (q, k, v)]
+    terms = [jnp.moveaxis(bias, 1, 0) for bias, mine in zip(biases, own, strict=True) if mine]
+    return jnp.moveaxis(lax.map(jax.checkpoint(one), (by_head, terms)), 0, 1)
+
+
+class RelativeOffsets(eqx.Module):
+    """Relative positions, separate for rows and columns: the logit of a pair has `q · (vertical + horizontal)` added.
+
+    The decomposed relative positions of MViTv2 (arXiv:2112.01526, section 4.1) and ViTDet. Their vectors belong to the
+    offsets `-(side - 1)..side - 1`, and are interpolated for windows of another size.
+    """
+
+    vertical: Float[Array, "l d"]
+    horizontal: Float[Array, "m d"]
+
+    def __init__(self, shape: tuple[int, int], size: int):
+        """Initialises with zeros. `shape`: `(height, width)` of a window in tokens. `size`: that of a head."""
+        self.vertical, self.horizontal = (jnp.zeros((2 * side - 1, size)) for side in shape)
+
+    def __call__(self, q: Float[Array, "g a n d"], shape: tuple[int, int]) -> Biases:
+        height, width = shape
+        q = rearrange(q, "g a (h w) d -> g a h w d", h=height, w=width)
+        rows = jnp.einsum("gahwd,hkd->gahwk", q, _by_offset(self.vertical, height))
+        columns = jnp.einsum("gahwd,wkd->gahwk", q, _by_offset(self.horizontal, width))
+        rows = rearrange(rows, "g a h w k -> g a (h w) k 1")
+        return rows, rearrange(columns, "g a h w k -> g a (h w) 1 k")
+
+
+def _by_offset(vectors: Float[Array, "l d"], side: int) -> Float[Array, "{side} {side} d"]:
+    """The vector of each query and key along an axis."""
+    count = 2 * side - 1
+    if len(vectors) != count:
+        vectors = jax.image.resize(vectors, (count, vectors.shape[1]), "linear", antialias=False)
+    offset = np.arange(side)[:, None] - np.arange(side)[None, :] + side - 1
+    return vectors[offset]
+
+
+class PositionBias(eqx.Module):
+    """Relative positions in a square window: a table of what is added to the logit of a pair, by offset and head.
+
+    Swin Transformer's (arXiv:2103.14030, section 3.2). Row `(dy + side - 1) * (2 * side - 1) + dx + side - 1` belongs
+    to a query `dy` rows below and `dx` columns right of its key.
+    """
+
+    table: Float[Array, "l a"]
+
+    def __init__(self, side: int, heads: int, *, key: PRNGKeyArray):
+        """Initialises the table. `side`: that of a window in tokens."""
+        self.table = truncated_normal(INITIAL_SCALE)(key, ((2 * side - 1) ** 2, heads))
+
+    def __call__(self, q: Float[Array, "g a n d"], shape: tuple[int, int]) -> Biases:
+        side = shape[0]
+        y, x = (axis.ravel() for axis in np.indices(shape))
+        offset = (y[:, None] - y[None, :] + side - 1) * (2 * side - 1) + x[:, None] - x[None, :] + side - 1  # (n, n)
+        return (rearrange(self.table[offset], "n (h w) a -> 1 a n h w", h=side),)
+
+
+Positions = RelativeOffsets | PositionBias
+
+
+class SelfAttention(eqx.Module):
+    """Multi-head self-attention within windows (arXiv:1706.03762).
+
+    `qkv` projects a token to the queries, the keys and the values of all heads, in this order.
+    """
+
+    qkv: eqx.nn.Linear
+    projection: eqx.nn.Linear
+    positions: Positions | None
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, heads: int, *, key: PRNGKeyArray, positions: Positions | None = None):
+        if heads < 1 or channels % heads:
+            raise ValueError(f"heads must divide channels, got {channels} channels and {heads} heads.")
+        keys = jr.split(key)
+        self.qkv = new_linear(channels, 3 * channels, key=keys[0])
+        self.projection = new_linear(channels, channels, key=keys[1])
+        self.positions = positions
+        self.heads = heads
+
+    def __call__(
+        self, x: Float[Array, "g m c"], shape: tuple[int, int], mask: Float[Array, "g 1 m _ _"] | None = None
+    ) -> Float[Array, "g m c"]:
+        """Attends within each window of `shape` tokens. `mask`: what is added to the logits of all heads."""
+        q, k, v = rearrange(linear(self.qkv, x), "g m (t a d) -> t g a m d", t=3, a=self.heads)
+        biases = () if self.positions is None else self.positions(q, shape)
+        biases = biases if mask is None else (*biases, mask)
+        large = q.shape[0] * self.heads * q.shape[2] ** 2 > MAX_LOGITS
+        attend = _attention_by_heads if large else attention
+        return linear(self.projection, rearrange(attend(q, k, v, biases), "g a m d -> g m (a d)"))
+
+
+class MLP(eqx.Module):
+    """Two linear layers with a GELU between them, applied to each token."""
+
+    fc1: eqx.nn.Linear
+    fc2: eqx.nn.Linear
+
+    def __init__(self, channels: int, hidden_size: int, *, key: PRNGKeyArray):
+        keys = jr.split(key)
+        self.fc1 = new_linear(channels, hidden_size, key=keys[0])
+        self.fc2 = new_linear(hidden_size, channels, key=keys[1])
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        return linear(self.fc2, gelu(linear(self.fc1, x)))
+
+
+class LayerScale(eqx.Module):
+    """Multiplies each channel by a factor that is learnt (arXiv:2103.17239)."""
+
+    scale: Float[Array, " c"]
+
+    def __init__(self, channels: int, *, initial: float = 1e-5):
+        self.scale = jnp.full(channels, initial)
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        return x * self.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class TransformerBlock(eqx.Module):
+    """Self-attention within windows and an MLP, each after a norm and beside a shortcut.
+
+    The block of ViT, ViTDet, DINOv2 and Swin Transformer, which differ in their windows and positions, and in whether
+    branches have a `LayerScale`.
+    """
+
+    norm1: LayerNorm
+    attention: SelfAttention
+    scale1: LayerScale | None
+    norm2: LayerNorm
+    mlp: MLP
+    scale2: LayerScale | None
+    drop_path: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        key: PRNGKeyArray,
+        positions: Positions | None = None,
+        mlp_ratio: int = 4,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        epsilon: float = 1e-6,
+    ):
+        """Initialises the block.
+
+        - `positions`: of the attention. `mlp_ratio`: hidden size of the MLP by `channels`.
+        - `drop_path`: probability with which a branch is left out in training. `layer_scale`: initial value of the
+          branches' factors; `None` for no factors. `epsilon`: of the norms.
+        """
+        keys = jr.split(key)
+        self.norm1, self.norm2 = (LayerNorm(channels, eps=epsilon) for _ in range(2))
+        self.attention = SelfAttention(channels, heads, key=keys[0], positions=positions)
+        self.mlp = MLP(channels, mlp_ratio * channels, key=keys[1])
+        self.scale1, self.scale2 = (
+            None if layer_scale is None else LayerScale(channels, initial=layer_scale) for _ in range(2)
+        )
+        self.drop_path = drop_path
+
+    def __call__(
+        self, x: Float[Array, "n c"], windows: Windows, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "n c"]:
+        """Returns the next tokens of a grid. `key`: for the drop path; without one, no branch is left out."""
+        keys = (None, None) if key is None else jr.split(key)
+        y = self.attention(windows.split(self.norm1(x)), windows.shape, windows.mask)
+        y = windows.merge(y)
+        x = x + drop_path(y if self.scale1 is None else self.scale1(y), self.drop_path, key=keys[0])
+        y = self.mlp(self.norm2(x))
+        return x + drop_path(y if self.scale2 is None else self.scale2(y), self.drop_path, key=keys[1])
+
+
+def new_linear(in_size: int, out_size: int, *, key: PRNGKeyArray, use_bias: bool = True) -> eqx.nn.Linear:
+    """A linear layer with small normal weights and no bias at first, as in vision transformers."""
+    layer = eqx.filter_eval_shape(partial(eqx.nn.Linear, in_size, out_size, use_bias=use_bias), key=key)
+    weight = truncated_normal(INITIAL_SCALE)(key, (out_size, in_size))
+    layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
+    return eqx.tree_at(lambda layer: layer.bias, layer, jnp.zeros(out_size)) if use_bias else layer
