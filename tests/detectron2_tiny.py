@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import equinox as eqx
 import jax.random as jr
@@ -14,13 +15,48 @@ from detectax_eqx.weights import detectron2_shapes
 CLASSES, POINTS, WIDTH, CHANNELS, HIDDEN, DEPTH = 5, 3, 8, 16, 32, 2
 SIZES = (16.0, 32.0, 64.0, 128.0, 256.0)
 SHORT, LONG = 128, 208
+# Images for transformers are resized to this, and placed on a square canvas of this side.
+SIDE = 192
+WINDOW, HEADS = 5, (1, 2)
 KINDS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_mask_rcnn", "retinanet")
+TRANSFORMERS = ("mask_rcnn_vitdet", "mask_rcnn_swin")
+
+
+def sizes(kind):
+    """The short and the long side of images after the resize."""
+    return (SIDE, SIDE) if kind in TRANSFORMERS else (SHORT, LONG)
+
+
+def make_transformer(kind):
+    """A Mask R-CNN on a ViT of three blocks, or a Swin Transformer of two stages with two blocks each."""
+    keys = jr.split(jr.key(0), 3)
+    if kind == "mask_rcnn_vitdet":
+        options = {"window": WINDOW, "global_blocks": (2,), "relative_side": SIDE // 16}
+        body = nn.ViT(CHANNELS, 3, HEADS[1], key=keys[0], **options)
+        backbone = nn.ViTFPN(body, key=keys[1], channels=CHANNELS)
+    else:
+        body = nn.Swin(WIDTH, (2, 2, 1, 1), (*HEADS, 4, 8), key=keys[0], window=WINDOW, drop_path=0.0)
+        backbone = nn.BackboneWithFPN(body, key=keys[1], channels=CHANNELS, norm=nn.LayerNorm2d)
+    return models.mask_rcnn_detectron2(
+        backbone,
+        CLASSES,
+        key=keys[2],
+        rpn_depth=2,
+        box_head=partial(models.ConvBoxHead, norm=nn.LayerNorm2d, hidden_channels=CHANNELS, depth=DEPTH),
+        mask_norm=nn.LayerNorm2d,
+        hidden_channels=CHANNELS,
+        hidden_size=HIDDEN,
+        anchor_sizes=tuple((size,) for size in SIZES),
+        preprocessing=models.VITDET_PREPROCESSING,
+    )
 
 
 def build(kind):
-    """A detector on a ResNet of one bottleneck per stage, as shapes only."""
+    """A detector on a ResNet of one bottleneck per stage, or on a small transformer, as shapes only."""
 
     def make():
+        if kind in TRANSFORMERS:
+            return make_transformer(kind)
         keys = jr.split(jr.key(0), 4)
         body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=keys[0], width=WIDTH, stride_in_1x1=True)
         if kind == "retinanet":
@@ -40,7 +76,8 @@ def build(kind):
         return models.faster_rcnn_detectron2(backbone, CLASSES, **options)
 
     model = eqx.filter_eval_shape(make)
-    resize = replace(model.preprocessing.resize, min_size=SHORT, max_size=LONG)
+    short, long = sizes(kind)
+    resize = replace(model.preprocessing.resize, min_size=short, max_size=long)
     return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
 
@@ -55,6 +92,8 @@ def random_arrays(kind):
         else:
             array = draw.uniform(low, high, shape)
         arrays[name] = array.astype(np.float32)
+    if "backbone.bottom_up.stem.conv1.weight" in arrays:
+        arrays["backbone.bottom_up.stem.conv1.weight"] /= 60  # pixels are not divided by a standard deviation
     return arrays
 
 

@@ -70,8 +70,8 @@ def new_lsj_detector() -> torch.nn.Module:
     return instantiate(model).eval()
 
 
-def new_vitdet(name: str) -> torch.nn.Module:
-    """Builds Detectron2's Mask R-CNN on ViT-B or a Swin Transformer, or with the heads of Cascade R-CNN."""
+def vitdet_config(name: str) -> Any:
+    """Detectron2's configuration of Mask R-CNN on ViT-B or a Swin Transformer, or with the heads of Cascade R-CNN."""
     model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
     for part in [SWINS[part] for part in SWINS if part in name]:
         pyramid = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model.backbone
@@ -90,7 +90,7 @@ def new_vitdet(name: str) -> torch.nn.Module:
             heads.box_predictors[-1].box2box_transform.weights = (position, position, position / 2, position / 2)
             heads.proposal_matchers.append(deepcopy(matcher))
             heads.proposal_matchers[-1].thresholds = [iou]
-    return instantiate(model).eval()
+    return model
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def random_detector(name: str, *, seed: int = 0, **changes: Any) -> torch.nn.Mod
     """Builds a detector with confident scores: random frozen statistics and scaled predictors."""
     torch.manual_seed(seed)
     if name in VITDETS:
-        model = new_vitdet(name)
+        model = instantiate(vitdet_config(name)).eval()
     else:
         model = new_lsj_detector() if name == LSJ else new_detector(name, **changes)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -172,8 +172,12 @@ def outputs(layer: torch.nn.Module, model: torch.nn.Module, image: torch.Tensor)
 
 
 def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Converts the state dict to NumPy arrays, without counters."""
-    return {name: x.numpy().copy() for name, x in model.state_dict().items() if "num_batches" not in name}
+    """Converts the state dict to NumPy arrays, without counters and indices."""
+    return {
+        name: x.numpy().copy()
+        for name, x in model.state_dict().items()
+        if not name.endswith(("num_batches_tracked", "relative_position_index"))
+    }
 
 
 def resized(image: np.ndarray, short: int = 800, long: int = 1333) -> np.ndarray:
