@@ -94,13 +94,14 @@ def test_fine_tuning_from_a_backbone(tmp_path):
 
 def test_published_weights():
     rows = [zoo.published(name) for name in zoo.published_names() if zoo.published(name).source == "Detectron2"]
-    assert len(rows) == 23 and {row.licence for row in rows} == {"CC-BY-SA-3.0"}
+    assert len(rows) == 31 and {row.licence for row in rows} == {"CC-BY-SA-3.0"}
     for row in rows:
         assert re.fullmatch(
-            r"https://dl\.fbaipublicfiles\.com/detectron2/[\w-]+/\w+/\d+/model_final_\w{6}\.pkl", row.url
+            r"https://dl\.fbaipublicfiles\.com/detectron2/[\w/-]+/\w+/f?\d+/model_final_\w{6}\.pkl", row.url
         )
         schedule = row.name.removeprefix(row.architecture.name)
-        assert schedule in ("", "_1x", "_100ep", "_200ep") and row.architecture.name.endswith("_detectron2")
+        assert schedule in ("", "_1x", "_100ep", "_200ep")
+        assert row.architecture.name.endswith("_detectron2") == ("ViTDet" not in row.url)
         assert (row.mask_ap is not None) == ("mask_rcnn" in row.name)
         assert len(row.categories) == (80 if row.keypoint_ap is None else 1)
     assert len({row.url for row in rows}) == len(rows)

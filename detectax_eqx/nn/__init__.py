@@ -1,4 +1,4 @@
-"""Neural network modules for a single example: convolutions, norms, ResNet, MobileNet, VGG, pyramids."""
+"""Neural network modules for a single example: convolutions, norms, attention, backbones, pyramids."""
 
 from .._xla import convolution_options as convolution_options
 from ._attention import (

@@ -90,6 +90,7 @@ def build(
       `LayerNorm`: they do not use it.
     - `checkpoint`: gradient checkpointing in the backbone, see `nn.ResNet`.
     - `parts`: further arguments of the detector's own function in `models`, such as `anchor_sizes` of `faster_rcnn`.
+      Those on transformers also take `drop_path`, that of the last block.
 
     Raises a `ValueError` that lists all names if the name is unknown, and a `ValueError` for a part that the detector
     does not accept.

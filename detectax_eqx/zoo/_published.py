@@ -142,9 +142,10 @@ def _detectron2(
     *,
     keypoint_ap: float | None = None,
     schedule: str = "",
+    suffix: str = "_detectron2",
 ) -> Published:
     """Published weights of `name` with Detectron2's rules, with the figures of its `MODEL_ZOO.md`."""
-    name = f"{name}_detectron2"
+    name = f"{name}{suffix}"
     return Published(
         name=f"{name}{schedule}",
         source="Detectron2",
@@ -159,6 +160,11 @@ def _detectron2(
         load=load_detectron2,
         keypoint_ap=keypoint_ap,
     )
+
+
+def _vitdet(name: str, path: str, megabytes: float, box_ap: float, mask_ap: float) -> Published:
+    """Published weights of Detectron2's project ViTDet, with the figures of its `README.md`."""
+    return _detectron2(name, f"ViTDet/COCO/{path}", megabytes, box_ap, mask_ap, suffix="")
 
 
 # COCO's categories, and that of detectors of persons alone.
@@ -346,6 +352,32 @@ _PUBLISHED: dict[str, Published] = {
             46.4,
             41.6,
             schedule="_100ep",
+        ),
+        _vitdet("mask_rcnn_vitdet_b", "mask_rcnn_vitdet_b/f325346929/model_final_61ccd1", 423.0, 51.6, 45.9),
+        _vitdet("mask_rcnn_vitdet_l", "mask_rcnn_vitdet_l/f325599698/model_final_6146ed", 1261.5, 55.5, 49.2),
+        _vitdet("mask_rcnn_vitdet_h", "mask_rcnn_vitdet_h/f329145471/model_final_7224f1", 2522.3, 56.7, 50.2),
+        _vitdet(
+            "cascade_mask_rcnn_vitdet_b", "cascade_mask_rcnn_vitdet_b/f325358525/model_final_435fa9", 538.5, 54.0, 46.7
+        ),
+        _vitdet(
+            "cascade_mask_rcnn_vitdet_l", "cascade_mask_rcnn_vitdet_l/f328021305/model_final_1a9f28", 1376.9, 57.6, 50.0
+        ),
+        _vitdet(
+            "cascade_mask_rcnn_vitdet_h", "cascade_mask_rcnn_vitdet_h/f328730692/model_final_f05665", 2637.7, 58.7, 51.0
+        ),
+        _vitdet(
+            "cascade_mask_rcnn_swin_b_fpn",
+            "cascade_mask_rcnn_swin_b_in21k/f342979038/model_final_246a82",
+            531.4,
+            53.9,
+            46.2,
+        ),
+        _vitdet(
+            "cascade_mask_rcnn_swin_l_fpn",
+            "cascade_mask_rcnn_swin_l_in21k/f342979186/model_final_7c897e",
+            945.3,
+            55.0,
+            47.2,
         ),
     )
 }

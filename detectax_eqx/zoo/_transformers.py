@@ -43,9 +43,9 @@ def _vitdet(
     detector: Callable[..., AbstractDetector],
     vit: Callable[..., ViT],
     global_blocks: tuple[int, ...],
-    drop_path: float,
     num_classes: int,
     *,
+    drop_path: float,
     key: PRNGKeyArray,
     checkpoint: bool,
     norm: Norm | None = None,
@@ -60,9 +60,9 @@ def _vitdet(
 def _swin(
     detector: Callable[..., AbstractDetector],
     swin: Callable[..., Swin],
-    drop_path: float,
     num_classes: int,
     *,
+    drop_path: float,
     key: PRNGKeyArray,
     checkpoint: bool,
     norm: Norm | None = None,
@@ -75,9 +75,9 @@ def _swin(
 
 def _retinanet(
     swin: Callable[..., Swin],
-    drop_path: float,
     num_classes: int,
     *,
+    drop_path: float,
     key: PRNGKeyArray,
     checkpoint: bool,
     norm: Norm | None = None,
@@ -118,14 +118,17 @@ _SWINS: dict[str, tuple[Callable[..., Swin], float]] = {
 }
 TRANSFORMERS: dict[str, Callable[..., AbstractDetector]] = {
     **{
-        f"{name}_vitdet_{size}": partial(_vitdet, _TWO_STAGE[name], *vit)
+        f"{name}_vitdet_{size}": partial(_vitdet, _TWO_STAGE[name], vit, global_blocks, drop_path=drop_path)
         for name in ("mask_rcnn", "cascade_mask_rcnn")
-        for size, vit in _VITS.items()
+        for size, (vit, global_blocks, drop_path) in _VITS.items()
     },
     **{
-        f"{name}_swin_{size}_fpn": partial(_swin, detector, *swin)
+        f"{name}_swin_{size}_fpn": partial(_swin, detector, swin, drop_path=drop_path)
         for name, detector in _TWO_STAGE.items()
-        for size, swin in _SWINS.items()
+        for size, (swin, drop_path) in _SWINS.items()
     },
-    **{f"retinanet_swin_{size}_fpn": partial(_retinanet, *swin) for size, swin in _SWINS.items()},
+    **{
+        f"retinanet_swin_{size}_fpn": partial(_retinanet, swin, drop_path=drop_path)
+        for size, (swin, drop_path) in _SWINS.items()
+    },
 }

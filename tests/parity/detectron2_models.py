@@ -40,6 +40,8 @@ CONFIGS = {
 }
 
 
+# More than the candidates of an image.
+EVERYTHING = 1_000_000
 LSJ = "mask_rcnn_resnet50_fpn_lsj_detectron2"
 # Those of Detectron2's project ViTDet. Swin Transformers differ in their width, depth and heads.
 VITDETS = ("mask_rcnn_vitdet_b", "cascade_mask_rcnn_vitdet_b", "mask_rcnn_swin_t_fpn", "mask_rcnn_swin_b_fpn")
@@ -93,12 +95,29 @@ def vitdet_config(name: str) -> Any:
     return model
 
 
+def for_losses(model: Any, side: int) -> Any:
+    """The configuration of `vitdet_config` for losses that are reproducible: all candidates sampled, no drop path.
+
+    `side`: that of the square canvas.
+    """
+    rpn, heads = model.proposal_generator, model.roi_heads
+    rpn.batch_size_per_image = heads.batch_size_per_image = EVERYTHING
+    rpn.pre_nms_topk, rpn.post_nms_topk, heads.positive_fraction = (200, 1000), (60, 1000), 0.5
+    model.backbone.square_pad = side
+    (model.backbone.net if "net" in model.backbone else model.backbone.bottom_up).drop_path_rate = 0.0
+    return model
+
+
 @torch.no_grad()
-def random_detector(name: str, *, seed: int = 0, **changes: Any) -> torch.nn.Module:
-    """Builds a detector with confident scores: random frozen statistics and scaled predictors."""
+def random_detector(name: str, *, seed: int = 0, side: int | None = None, **changes: Any) -> torch.nn.Module:
+    """Builds a detector with confident scores: random frozen statistics and scaled predictors.
+
+    `side`: of those in `VITDETS`, for losses on a square canvas of this side, see `for_losses`.
+    """
     torch.manual_seed(seed)
     if name in VITDETS:
-        model = instantiate(vitdet_config(name)).eval()
+        config = vitdet_config(name)
+        model = instantiate(config if side is None else for_losses(config, side)).eval()
     else:
         model = new_lsj_detector() if name == LSJ else new_detector(name, **changes)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -19,8 +19,10 @@ from detectron2.layers import ShapeSpec
 
 from .. import detectron2_tiny as tiny
 from .detectron2_models import (
+    EVERYTHING,
     arrays_of,
     detections,
+    for_losses,
     losses,
     new_detector,
     new_lsj_detector,
@@ -46,7 +48,6 @@ GRADIENTS = {
     "backbone.bottom_up.layers.1.blocks.1.attn.relative_position_bias_table",
     "backbone.bottom_up.layers.0.downsample.reduction.weight",
 }
-EVERYTHING = 1_000_000
 # The layers that `sharpen` changes, which are stored.
 PREDICTORS = re.compile(r"cls_score|bbox_pred|objectness_logits|anchor_deltas|mask_head\.predictor|score_lowres")
 
@@ -78,19 +79,18 @@ def tiny_detector(kind: str, **changes: Any) -> torch.nn.Module:
     return prepared(model, kind)
 
 
-def tiny_transformer(kind: str, *, sample_all: bool = False) -> torch.nn.Module:
+def tiny_transformer(kind: str, *, training: bool = False) -> torch.nn.Module:
     """Detectron2's counterpart of `detectron2_tiny.make_transformer(kind)`."""
     name = {"mask_rcnn_vitdet": "mask_rcnn_vitdet_b", "mask_rcnn_swin": "mask_rcnn_swin_t_fpn"}[kind]
     model = vitdet_config(name)
     backbone, rpn, heads = model.backbone, model.proposal_generator, model.roi_heads
     backbone.square_pad, backbone.out_channels = tiny.SIDE, tiny.CHANNELS
     if kind == "mask_rcnn_vitdet":
-        backbone.net.update(embed_dim=tiny.CHANNELS, depth=3, num_heads=tiny.HEADS[1], drop_path_rate=0.0)
+        backbone.net.update(embed_dim=tiny.CHANNELS, depth=3, num_heads=tiny.HEADS[1])
         backbone.net.update(img_size=tiny.SIDE, window_size=tiny.WINDOW, window_block_indexes=[0, 1])
     else:
         depths, num_heads = [2, 2, 1, 1], [*tiny.HEADS, 4, 8]
         backbone.bottom_up.update(embed_dim=tiny.WIDTH, depths=depths, num_heads=num_heads, window_size=tiny.WINDOW)
-        backbone.bottom_up.drop_path_rate = 0.0
     rpn.head.in_channels, rpn.anchor_generator.sizes = tiny.CHANNELS, [[size] for size in tiny.SIZES]
     heads.num_classes = tiny.CLASSES
     heads.box_head.update(conv_dims=[tiny.CHANNELS] * tiny.DEPTH, fc_dims=[tiny.HIDDEN])
@@ -99,10 +99,7 @@ def tiny_transformer(kind: str, *, sample_all: bool = False) -> torch.nn.Module:
     heads.mask_head.update(
         input_shape=ShapeSpec(channels=tiny.CHANNELS, height=14, width=14), conv_dims=[tiny.CHANNELS] * 5
     )
-    if sample_all:
-        rpn.batch_size_per_image = heads.batch_size_per_image = EVERYTHING
-        rpn.pre_nms_topk, rpn.post_nms_topk, heads.positive_fraction = (200, 1000), (60, 1000), 0.5
-    return prepared(instantiate(model).eval(), kind)
+    return prepared(instantiate(for_losses(model, tiny.SIDE) if training else model).eval(), kind)
 
 
 def prepared(model: torch.nn.Module, kind: str) -> torch.nn.Module:
@@ -137,7 +134,7 @@ def reference(kind: str) -> dict[str, np.ndarray]:
         "INPUT__MASK_FORMAT": "bitmask",
     }
     transformer = kind in tiny.TRANSFORMERS
-    model = tiny_transformer(kind, sample_all=True) if transformer else tiny_detector(kind, **sampling)
+    model = tiny_transformer(kind, training=True) if transformer else tiny_detector(kind, **sampling)
     terms = losses(model, *tiny.targets())
     result |= {f"loss.{term}": np.array(value.item()) for term, value in terms.items()}
     if kind == "retinanet":
