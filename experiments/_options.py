@@ -116,9 +116,11 @@ class OptimizerOptions:
     weight_decay: float = 1e-4
     """Weight decay of trained parameters."""
     decay_vectors: bool = True
-    """Whether norms and biases decay too, as in torchvision."""
+    """Whether norms, biases and positions decay too, as in torchvision."""
     backbone_lr: float = 1.0
-    """Learning rate of the ResNet as a multiple of the pyramid's and the heads'."""
+    """Learning rate of the backbone as a multiple of the pyramid's and the heads'."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each stage of the backbone to the one below, such as .7 for ViT-B."""
     clip_norm: float | None = None
     """Clip the gradient to this global norm. Default: no clipping."""
     ema: float | None = None
@@ -129,7 +131,7 @@ class OptimizerOptions:
     RANGES: ClassVar[dict[str, str]] = {
         "positive": "lr backbone_lr clip_norm",
         "at least 0": "weight_decay decay_epochs warmup_steps",
-        "in 0..1": "momentum ema",
+        "in 0..1": "momentum ema layer_decay",
     }
 
 

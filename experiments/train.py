@@ -15,9 +15,11 @@ A batch is spread over all devices. On several machines, start the script on eac
 be a folder that all of them see. A signal to one process ends all of them after the same step.
 """
 
+import operator
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -314,9 +316,9 @@ def make_schedule(options: Options, epoch_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimiser, after gradient clipping and before the backbone's learning-rate factor."""
+    """The optimiser, after gradient clipping and before the backbone's learning-rate factors."""
     chosen = options.optimization
-    decay = {"weight_decay": chosen.weight_decay, "decay_mask": None if chosen.decay_vectors else train.no_vectors}
+    decay = {"weight_decay": chosen.weight_decay, "decay_mask": None if chosen.decay_vectors else models.decayed}
     if chosen.optimizer == "sgd":
         optimizer = train.sgd(schedule, momentum=chosen.momentum, **decay)
     else:
@@ -325,6 +327,10 @@ def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.Gradient
         optimizer = optax.chain(optax.clip_by_global_norm(chosen.clip_norm), optimizer)
     if chosen.backbone_lr != 1:
         optimizer = optax.chain(optimizer, optax.masked(optax.scale(chosen.backbone_lr), models.in_backbone))
+    if chosen.layer_decay != 1:
+        rates = partial(models.layer_rates, decay=chosen.layer_decay)
+        scale = optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates(updates)))
+        optimizer = optax.chain(optimizer, scale)
     return optimizer
 
 

@@ -169,7 +169,7 @@ ELSEWHERE = {
     }
     | {"class_rows", "error_rows", "format_errors"},
     # test_models.py: they build detectors or take whole ones.
-    models: {"detect_batch", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
+    models: {"detect_batch", "decayed", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
     | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"}
     | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
@@ -326,6 +326,8 @@ OPTIONS = [
     (models.sample_proposals, "positive_fraction", -1),
     (models.trainable, "trainable_layers", 6, lambda: call(models.trainable, tiny_model())),
     (models.trainable, "trainable_layers", -1, lambda: call(models.trainable, tiny_model())),
+    (models.layer_rates, "decay", -0.1, lambda: call(models.layer_rates, tiny_model(), decay=0.5)),
+    (models.layer_rates, "decay", 1.1, lambda: call(models.layer_rates, tiny_model(), decay=0.5)),
     (models.ShortestEdge, "min_size", 0, call(models.ShortestEdge)),
     (models.ShortestEdge, "max_size", -1, call(models.ShortestEdge)),
     (models.Square, "size", 0, call(models.Square, 64)),

@@ -66,3 +66,36 @@ def test_each_parameter_moves_as_alone(parameters, build):
 
 def test_a_frozen_part_has_no_group(parameters):
     assert models.in_backbone(parameters).backbone.body.conv1.weight is None
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    body = nn.ViT(8, 3, 2, key=jr.key(0), window=2, relative_side=4)
+    backbone = nn.ViTFPN(body, key=jr.key(1), channels=16)
+    return models.faster_rcnn(backbone, 3, key=jr.key(2), hidden_size=16)
+
+
+def test_learning_rates_by_layer(transformer):
+    """ViTDet's rule (Detectron2's `get_vit_lr_decay_rate`): of three blocks, the last has one power of the decay."""
+    rates = models.layer_rates(transformer, decay=0.5)
+    body = rates.backbone.body
+    assert [set(jax.tree.leaves(block)) for block in body.blocks] == [{0.125}, {0.25}, {0.5}]
+    assert set(jax.tree.leaves((body.patches, body.positions))) == {0.0625}
+    others = (rates.backbone.levels, rates.rpn, rates.box_head)
+    assert set(jax.tree.leaves(others)) == {1.0}
+
+
+def test_frozen_layers_have_no_rate(transformer):
+    chosen = eqx.filter(transformer, models.trainable(transformer, trainable_layers=2))
+    body = models.layer_rates(chosen, decay=0.5).backbone.body
+    assert body.positions.table is None and body.blocks[0].mlp.fc1.weight is None
+    assert body.blocks[2].mlp.fc1.weight == 0.5
+
+
+def test_what_decays(transformer):
+    """Matrices and kernels; not norms, biases or positions."""
+    mask = models.decayed(transformer)
+    block = mask.backbone.body.blocks[0]
+    assert set(jax.tree.leaves((block.attention.positions, block.norm1, mask.backbone.body.positions))) == {False}
+    assert block.attention.qkv.weight and not block.attention.qkv.bias
+    assert mask.box_head.fc6.weight and not mask.box_head.fc6.bias

@@ -110,8 +110,8 @@ OTHERS = {
     "optimizer": "adamw", "lr": 0.1, "accumulate": 2, "anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0),
     "aspect_ratios": (1.0,), "min_sizes": (640,), "max_size": 640, "flip": 0.0, "jitter": (0.5, 2.0), "max_objects": 9,
     "precision": "bfloat16", "ema": 0.9, "momentum": 0.0, "weight_decay": 0.0, "decay_vectors": False,
-    "backbone_lr": 0.1, "clip_norm": 1.0, "schedule": "cosine", "warmup_steps": 7, "decay_epochs": (1.0,),
-    "trainable_layers": 2, "sampling": {"box_samples": 8.0},
+    "backbone_lr": 0.1, "layer_decay": 0.9, "clip_norm": 1.0, "schedule": "cosine", "warmup_steps": 7,
+    "decay_epochs": (1.0,), "trainable_layers": 2, "sampling": {"box_samples": 8.0},
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ WITH_DETECTOR |= {"sgd", "adamw", "shard_batch", "shard_state", "warmup_cosine",
 # These compute nothing on a device: files, options, structure, and building a model, which
 # `test_detectors_are_built_under_x64` covers.
 HOST = {
-    *{"convolution_options", "in_backbone", "num_parameters", "trainable", "no_vectors"},
+    *{"convolution_options", "decayed", "in_backbone", "layer_rates", "num_parameters", "trainable", "no_vectors"},
     *{name for name in dir(nn) if name.startswith(("resne", "wide_resnet", "mobilenet", "vgg", "vit_", "swin_"))},
     *{"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
     *{"selected", "smallest_canvas"},

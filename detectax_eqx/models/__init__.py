@@ -31,7 +31,13 @@ from ._keypoint_head import KeypointHead as KeypointHead, keypoint_loss as keypo
 from ._keypoint_rcnn import KeypointRCNN as KeypointRCNN, keypoint_rcnn as keypoint_rcnn
 from ._mask_head import MaskHead as MaskHead, mask_loss as mask_loss
 from ._mask_rcnn import MaskRCNN as MaskRCNN, mask_rcnn as mask_rcnn
-from ._parameters import in_backbone as in_backbone, num_parameters as num_parameters, trainable as trainable
+from ._parameters import (
+    decayed as decayed,
+    in_backbone as in_backbone,
+    layer_rates as layer_rates,
+    num_parameters as num_parameters,
+    trainable as trainable,
+)
 from ._preprocessing import Preprocessing as Preprocessing, ShortestEdge as ShortestEdge, Square as Square
 from ._retinanet import (
     RetinaNet as RetinaNet,

@@ -86,6 +86,7 @@ from ._swin import (
 )
 from ._vgg import VGG as VGG, vgg16 as vgg16
 from ._vit import (
+    PatchPositions as PatchPositions,
     SimpleLevel as SimpleLevel,
     ViT as ViT,
     ViTFPN as ViTFPN,

@@ -1,5 +1,6 @@
 """Plain vision transformers (arXiv:2010.11929) as backbones, and the pyramid of ViTDet (arXiv:2203.16527)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +23,35 @@ from ._windows import Windows
 PRETRAINED_SIDE = 14
 
 
+class PatchPositions(eqx.Module):
+    """A vector per patch of a square image, interpolated for other sizes: the positions of ViT."""
+
+    table: Float[Array, "n c"]
+
+    def __init__(self, side: int, channels: int, *, key: PRNGKeyArray):
+        """Initialises the table. `side`: that of the image in patches."""
+        self.table = truncated_normal(INITIAL_SCALE)(key, (side**2, channels))
+
+    def __call__(self, grid: tuple[int, int]) -> Float[Array, "m c"]:
+        """Returns the vectors of a grid of `(h, w)` patches, in row-major order."""
+        side = math.isqrt(len(self.table))
+        if grid == (side, side):
+            return self.table
+        square = rearrange(self.table, "(h w) c -> c h w", h=side)
+        return rearrange(resize_bicubic(square, grid), "c h w -> (h w) c")
+
+
 class ViT(eqx.Module):
     """A vision transformer without its class token. Maps an image `(i, h, w)` to one map of tokens, `(c, h/p, w/p)`.
 
-    - `positions`: one vector per patch of a square image, interpolated for other sizes.
+    - `positions`: added to the patches.
     - `windows`: for each block, the side in tokens of the windows in which its attention stays; 0 for all tokens.
     - `norm`: of the last tokens; `None` in ViTDet.
     - `checkpoint`: whether to use rematerialisation, see `ResNet`.
     """
 
     patches: Conv2d
-    positions: Float[Array, "n c"]
+    positions: PatchPositions
     blocks: tuple[TransformerBlock, ...]
     norm: LayerNorm | None
     windows: tuple[int, ...] = eqx.field(static=True)
@@ -58,7 +77,7 @@ class ViT(eqx.Module):
     ):
         """Initialises the transformer.
 
-        - `side`: that of the square of `positions`, in patches.
+        - `side`: that of the square images of `positions`, in patches.
         - `window`: side of windows in tokens; 0 for global attention in all blocks. `global_blocks`: positions of the
           blocks that attend to all tokens all the same.
         - `relative_side`: side in tokens of the square images for which blocks with global attention have relative
@@ -68,7 +87,7 @@ class ViT(eqx.Module):
         """
         keys = jr.split(key, depth + 2)
         self.patches = _patches(in_channels, channels, patch_size, key=keys[0])
-        self.positions = truncated_normal(INITIAL_SCALE)(keys[1], (side**2, channels))
+        self.positions = PatchPositions(side, channels, key=keys[1])
         self.windows = tuple(0 if i in global_blocks else window for i in range(depth))
         blocks = []
         for i, size in enumerate(self.windows):
@@ -84,7 +103,7 @@ class ViT(eqx.Module):
     @property
     def channels(self) -> int:
         """Number of channels of a token."""
-        return self.positions.shape[1]
+        return self.positions.table.shape[1]
 
     @property
     def patch_size(self) -> int:
@@ -100,20 +119,13 @@ class ViT(eqx.Module):
         """Returns the map of the last block. `key`: for the drop path; without one, no branch is left out."""
         x = self.patches(image.astype(self.patches.weight.dtype))  # (c, h / p, w / p)
         grid = x.shape[1:]
-        x = rearrange(x, "c h w -> (h w) c") + self._positions(grid).astype(x.dtype)
+        x = rearrange(x, "c h w -> (h w) c") + self.positions(grid).astype(x.dtype)
         keys = [None] * len(self.blocks) if key is None else jr.split(key, len(self.blocks))
         for block, size, block_key in zip(self.blocks, self.windows, keys, strict=True):
             run = eqx.Partial(_run, block, Windows(grid, size), block_key)
             x = rematerialise(run, x) if self.checkpoint else run(x)
         x = x if self.norm is None else self.norm(x)
         return rearrange(x, "(h w) c -> c h w", h=grid[0])
-
-    def _positions(self, grid: tuple[int, int]) -> Float[Array, "n c"]:
-        side = int(len(self.positions) ** 0.5)
-        if grid == (side, side):
-            return self.positions
-        square = rearrange(self.positions, "(h w) c -> c h w", h=side)
-        return rearrange(resize_bicubic(square, grid), "c h w -> (h w) c")
 
 
 def _run(block, windows, key, x):

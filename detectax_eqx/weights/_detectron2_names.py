@@ -128,6 +128,7 @@ def _names(first_level: int, rpn_depth: int) -> Names:
         nn.Downsample: {"conv": "", "norm": "norm"},
         nn.ViTFPN: {"body": "net", "levels": _simple_level},
         nn.ViT: {"patches": "patch_embed.proj", "positions": "pos_embed"},
+        nn.PatchPositions: {"table": ""},
         nn.TransformerBlock: {"attention": "attn"},
         nn.SelfAttention: {"projection": "proj", "positions": ""},
         nn.Swin: {
