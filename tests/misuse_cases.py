@@ -217,6 +217,8 @@ ELSEWHERE = {
         "named_leaves",
         "replace_leaves",
         "describe",
+        "load_transformer",
+        "read_transformer",
     },
 }
 

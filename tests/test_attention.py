@@ -43,7 +43,7 @@ def test_windows_keep_their_tokens_together():
 
 def test_shifted_windows():
     """A 4×4 grid in windows of 2 tokens, rolled by one: the four corners meet in the last window."""
-    windows = nn.Windows(grid=(4, 4), size=2, shift=1)
+    windows = nn.Windows(grid=(4, 4), size=2, shift=(1, 1))
     tokens = jnp.arange(1.0, 17.0)[:, None]
     assert windows.split(tokens)[..., 0].tolist() == [[6, 7, 10, 11], [8, 5, 12, 9], [14, 15, 2, 3], [16, 13, 4, 1]]
     # Who may attend to whom within a window: all; the same column; the same row; nobody else.
@@ -57,7 +57,7 @@ def test_shifted_windows():
 @pytest.mark.parametrize("grid", [(7, 7), (8, 13), (3, 20)])
 @pytest.mark.parametrize("size, shift", [(0, 0), (4, 0), (4, 2), (7, 3)])
 def test_merge_is_the_inverse_of_split(grid, size, shift):
-    windows = nn.Windows(grid, size, shift)
+    windows = nn.Windows(grid, size, (shift, shift))
     tokens = jr.normal(jr.key(0), (grid[0] * grid[1], 3))
     np.testing.assert_array_equal(windows.merge(windows.split(tokens)), tokens)
 
@@ -65,7 +65,7 @@ def test_merge_is_the_inverse_of_split(grid, size, shift):
 def test_a_shifted_window_does_not_join_opposite_borders():
     """A change at the right border changes no token at the left one, though both are in one window."""
     block = random_like(nn.TransformerBlock(8, 2, key=jr.key(0), positions=nn.PositionBias(4, 2, key=jr.key(1))))
-    windows, x = nn.Windows((8, 8), 4, 2), jr.normal(jr.key(2), (64, 8))
+    windows, x = nn.Windows((8, 8), 4, (2, 2)), jr.normal(jr.key(2), (64, 8))
     changed = x.reshape(8, 8, 8).at[:, -1].add(1.0).reshape(64, 8)
     difference = np.abs(block(x, windows) - block(changed, windows)).reshape(8, 8, 8).max(axis=2)
     assert (difference[:, :2] == 0).all() and (difference[:, 6:] > 0).all()

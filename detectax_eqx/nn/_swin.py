@@ -48,9 +48,10 @@ class SwinStage(eqx.Module):
 
     def windows(self, grid: tuple[int, int]) -> tuple[Windows, ...]:
         """The windows of each block."""
-        single = max(grid) <= self.window and not self.shift_single
-        shift = 0 if single else self.window // 2
-        return tuple(Windows(grid, self.window, shift * (i % 2)) for i in range(len(self.blocks)))
+        shift = [self.window // 2 if side > self.window or self.shift_single else 0 for side in grid]
+        return tuple(
+            Windows(grid, self.window, (shift[0], shift[1]) if i % 2 else (0, 0)) for i in range(len(self.blocks))
+        )
 
 
 class Swin(eqx.Module):
@@ -88,8 +89,8 @@ class Swin(eqx.Module):
         - `channels`: of the first stage; each stage has twice as many as the one before. `depths`, `heads`: number of
           blocks and of heads in each stage.
         - `window`: side of windows in tokens.
-        - `shift_single`: whether windows are shifted even where one holds the whole grid, as in the official detectors
-          and Detectron2; torchvision and timm do not shift it.
+        - `shift_single`: whether windows are shifted even along an axis on which there is only one, as in the official
+          detectors and Detectron2; torchvision does not shift it.
         - `drop_path`: that of the last block; it rises linearly from 0 in the first.
         """
         if len(depths) != len(heads):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
 from jax.nn.initializers import truncated_normal
@@ -42,9 +43,11 @@ class PatchPositions(eqx.Module):
 
 
 class ViT(eqx.Module):
-    """A vision transformer without its class token. Maps an image `(i, h, w)` to one map of tokens, `(c, h/p, w/p)`.
+    """A vision transformer without its classifier. Maps an image `(i, h, w)` to one map of tokens, `(c, h/p, w/p)`.
 
     - `positions`: added to the patches.
+    - `class_token`: a token beside those of the patches, with its position added, which is not part of the map; `None`
+      in ViTDet.
     - `windows`: for each block, the side in tokens of the windows in which its attention stays; 0 for all tokens.
     - `norm`: of the last tokens; `None` in ViTDet.
     - `checkpoint`: whether to use rematerialisation, see `ResNet`.
@@ -52,6 +55,7 @@ class ViT(eqx.Module):
 
     patches: Conv2d
     positions: PatchPositions
+    class_token: Float[Array, "1 c"] | None
     blocks: tuple[TransformerBlock, ...]
     norm: LayerNorm | None
     windows: tuple[int, ...] = eqx.field(static=True)
@@ -72,6 +76,7 @@ class ViT(eqx.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm: Callable[[int], LayerNorm] | None = None,
+        class_token: bool = False,
         checkpoint: bool = False,
         in_channels: int = 3,
     ):
@@ -84,8 +89,12 @@ class ViT(eqx.Module):
           positions; those of windows are for their size. `None` for no relative positions.
         - `drop_path`: that of the last block; it rises linearly from 0 in the first. `layer_scale`: initial value of
           the branches' factors, see `TransformerBlock`.
+        - `class_token`: whether there is one. It has no place in windows or among relative positions.
         """
-        keys = jr.split(key, depth + 2)
+        if class_token and (window or relative_side is not None):
+            raise ValueError("A class token has no place in windows or among relative positions. Leave it out.")
+        keys = jr.split(key, depth + 3)
+        self.class_token = truncated_normal(INITIAL_SCALE)(keys[2], (1, channels)) if class_token else None
         self.patches = _patches(in_channels, channels, patch_size, key=keys[0])
         self.positions = PatchPositions(side, channels, key=keys[1])
         self.windows = tuple(0 if i in global_blocks else window for i in range(depth))
@@ -95,7 +104,7 @@ class ViT(eqx.Module):
             positions = None if relative_side is None else RelativeOffsets((extent, extent), channels // heads)
             rate = drop_path * i / max(depth - 1, 1)
             options = {"positions": positions, "drop_path": rate, "layer_scale": layer_scale}
-            blocks.append(TransformerBlock(channels, heads, key=keys[i + 2], **options))
+            blocks.append(TransformerBlock(channels, heads, key=keys[i + 3], **options))
         self.blocks = tuple(blocks)
         self.norm = None if norm is None else norm(channels)
         self.checkpoint = checkpoint
@@ -112,7 +121,7 @@ class ViT(eqx.Module):
 
     @property
     def stages(self) -> tuple[tuple[Any, ...], ...]:
-        """The patches with their positions, and each block. The last norm is part of none."""
+        """The patches with their positions, and each block. The class token and the last norm are part of none."""
         return ((self.patches, self.positions), *((block,) for block in self.blocks))
 
     def __call__(self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None) -> Float[Array, "c gh gw"]:
@@ -120,12 +129,15 @@ class ViT(eqx.Module):
         x = self.patches(image.astype(self.patches.weight.dtype))  # (c, h / p, w / p)
         grid = x.shape[1:]
         x = rearrange(x, "c h w -> (h w) c") + self.positions(grid).astype(x.dtype)
+        tokens = 0
+        if self.class_token is not None:
+            x, tokens = jnp.concatenate([self.class_token.astype(x.dtype), x]), 1
         keys = [None] * len(self.blocks) if key is None else jr.split(key, len(self.blocks))
         for block, size, block_key in zip(self.blocks, self.windows, keys, strict=True):
             run = eqx.Partial(_run, block, Windows(grid, size), block_key)
             x = rematerialise(run, x) if self.checkpoint else run(x)
         x = x if self.norm is None else self.norm(x)
-        return rearrange(x, "(h w) c -> c h w", h=grid[0])
+        return rearrange(x[tokens:], "(h w) c -> c h w", h=grid[0])
 
 
 def _run(block, windows, key, x):

@@ -15,8 +15,9 @@ MASKED = -100.0
 class Windows(NamedTuple):
     """Square windows of a grid of `(h, w)` tokens. Incomplete windows at the bottom and right are padded with zeros.
 
-    - `grid`: `(h, w)`. `size`: side of a window in tokens; 0 for one window that is the whole grid.
-    - `shift`: number of tokens by which the grid is rolled up and left before it is cut, so that windows join tokens
+    - `grid`: `(h, w)`. `size`: side of a window in tokens; 0 for one window of all tokens, which may then be more than
+      those of the grid.
+    - `shift`: numbers of tokens by which the grid is rolled up and left before it is cut, so that windows join tokens
       that other windows separate (Swin Transformer, arXiv:2103.14030, section 3.2). What wraps around does not attend
       to its new neighbours, see `mask`.
 
@@ -30,7 +31,7 @@ class Windows(NamedTuple):
 
     grid: tuple[int, int]
     size: int = 0
-    shift: int = 0
+    shift: tuple[int, int] = (0, 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,18 +45,22 @@ class Windows(NamedTuple):
 
     def split(self, x: Float[Array, "n c"]) -> Float[Array, "g m c"]:
         """Cuts the tokens of a grid, in row-major order, into `g` windows of `m` tokens."""
+        if not self.size:
+            return x[None]
         (height, width), (rows, columns) = self.shape, self._counts
         x = x.reshape(*self.grid, -1)  # (h, w, c)
         margins = rows * height - self.grid[0], columns * width - self.grid[1]
         x = jnp.pad(x, ((0, margins[0]), (0, margins[1]), (0, 0)))
-        x = jnp.roll(x, (-self.shift, -self.shift), axis=(0, 1)) if self.shift else x
+        x = jnp.roll(x, (-self.shift[0], -self.shift[1]), axis=(0, 1)) if any(self.shift) else x
         return rearrange(x, "(r i) (s j) c -> (r s) (i j) c", i=height, j=width)
 
     def merge(self, x: Float[Array, "g m c"]) -> Float[Array, "n c"]:
         """The inverse of `split`: puts the tokens back in their places."""
+        if not self.size:
+            return x[0]
         (height, width), (rows, columns) = self.shape, self._counts
         x = rearrange(x, "(r s) (i j) c -> (r i) (s j) c", r=rows, s=columns, i=height, j=width)
-        x = jnp.roll(x, (self.shift, self.shift), axis=(0, 1)) if self.shift else x
+        x = jnp.roll(x, self.shift, axis=(0, 1)) if any(self.shift) else x
         return x[: self.grid[0], : self.grid[1]].reshape(self.grid[0] * self.grid[1], -1)
 
     @property
@@ -64,14 +69,14 @@ class Windows(NamedTuple):
 
         It is zero for two tokens whose rows and whose columns both wrapped around, or both did not.
         """
-        if not self.shift:
+        if not any(self.shift):
             return None
         (height, width), counts = self.shape, self._counts
         # Only the last window of a side is joined from two parts.
         positions = [jnp.arange(count * side, dtype=jnp.int32) for count, side in zip(counts, self.shape, strict=True)]
         rows, columns = (
-            position // side + (position >= len(position) - self.shift).astype(jnp.int32)
-            for position, side in zip(positions, self.shape, strict=True)
+            position // side + (position >= len(position) - shift).astype(jnp.int32)
+            for position, side, shift in zip(positions, self.shape, self.shift, strict=True)
         )
         part = rows[:, None] * (counts[1] + 1) + columns[None, :]  # (h, w) of the padded grid
         part = rearrange(part, "(r i) (s j) -> (r s) (i j)", i=height, j=width)  # (g, m)

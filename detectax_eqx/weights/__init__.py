@@ -22,4 +22,5 @@ from ._torchvision import (
     read_torchvision as read_torchvision,
     to_torchvision as to_torchvision,
 )
+from ._transformers import load_transformer as load_transformer, read_transformer as read_transformer
 from ._trees import WeightsError as WeightsError, named_leaves as named_leaves, replace_leaves as replace_leaves

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ..models import AbstractDetector
+from ..nn import Swin, ViT
 from ..weights import (
     WeightsError,
     describe,
@@ -18,6 +19,7 @@ from ..weights import (
     load_detectron2_backbone,
     load_torchvision,
     load_torchvision_backbone,
+    load_transformer,
     read_detectron2,
     read_torchvision,
     to_torchvision,
@@ -112,11 +114,12 @@ def initialize(
 
     Returns the model, and a sentence about each kind of layer that was not loaded.
     """
-    if is_detectron2s(architecture, path):
-        if not any(key.startswith("backbone.") for key in read_detectron2(path)):
-            return load_detectron2_backbone(model, path), ()
-    elif not any(key.startswith("backbone.") for key in read_torchvision(path, model)):
-        return load_torchvision_backbone(model, path), ()
+    detectron2s = is_detectron2s(architecture, path)
+    names = read_detectron2(path) if detectron2s else read_torchvision(path, model)
+    if not any(name.startswith("backbone.") for name in names):
+        load = load_detectron2_backbone if detectron2s else load_torchvision_backbone
+        transformer = isinstance(getattr(model.backbone, "body", None), ViT | Swin)
+        return (load_transformer if transformer else load)(model, path), ()
     plain = Architecture(architecture.name, architecture.norm)
     source = load_weights(with_keypoints(plain, path), path)
     arrays: dict[str, Shaped[np.ndarray, "..."]] = dict(to_torchvision(source))
