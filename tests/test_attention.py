@@ -1,6 +1,7 @@
 """Attention, windows and the layers of vision transformers, against loops in NumPy."""
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -47,6 +48,7 @@ def test_shifted_windows():
     tokens = jnp.arange(1.0, 17.0)[:, None]
     assert windows.split(tokens)[..., 0].tolist() == [[6, 7, 10, 11], [8, 5, 12, 9], [14, 15, 2, 3], [16, 13, 4, 1]]
     # Who may attend to whom within a window: all; the same column; the same row; nobody else.
+    assert windows.mask is not None
     together = (np.asarray(windows.mask)[:, 0].reshape(4, 4, 4) == 0).astype(int).tolist()
     columns = [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
     rows = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
@@ -74,7 +76,7 @@ def test_a_shifted_window_does_not_join_opposite_borders():
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention(getkey, biased):
     q, k, v = (jr.normal(getkey(), (2, 3, n, 4)) for n in (5, 6, 6))
-    terms = (jr.normal(getkey(), (1, 3, 5, 2, 1)), jr.normal(getkey(), (2, 1, 5, 1, 3))) if biased else ()
+    terms: Any = (jr.normal(getkey(), (1, 3, 5, 2, 1)), jr.normal(getkey(), (2, 1, 5, 1, 3))) if biased else ()
     logits = np.einsum("gand,gamd->ganm", q, k) / 2
     if biased:
         logits = logits + (np.asarray(terms[0]) + np.asarray(terms[1])).reshape(2, 3, 5, 6)
@@ -84,7 +86,7 @@ def test_attention(getkey, biased):
     apart = _attention._attention_by_heads
     np.testing.assert_allclose(apart(q, k, v, terms), expected, atol=1e-5)
     found, wanted = (
-        jax.grad(lambda args, f=f: jnp.sin(f(*args[:3], args[3])).sum())((q, k, v, terms))
+        jax.grad(lambda args, f=f: jnp.sin(f(args[0], args[1], args[2], args[3])).sum())((q, k, v, terms))
         for f in (apart, nn.attention)
     )
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, wanted)

@@ -221,7 +221,7 @@ def test_weights_of_a_wrapper_in_the_scripts(file, model, tmp_path):
     parts = zoo.Architecture(NAME, "group")
     started, notes = zoo.initialize(model, parts, tmp_path / "body.safetensors")
     assert notes == ()
-    assert isinstance(started.backbone, nn.BackboneWithFPN)
+    assert isinstance(started.backbone, nn.BackboneWithFPN) and isinstance(started.backbone.body, nn.ResNet)
     np.testing.assert_array_equal(started.backbone.body.conv1.weight, model.backbone.body.conv1.weight * 2)
     with pytest.raises(
         weights.WeightsError, match=r"body\.safetensors seems to be a ResNet-18 of width 8 with GroupNorm: "

@@ -4,6 +4,7 @@
 """
 
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -137,10 +138,10 @@ def test_into_a_detector_from_a_file(tmp_path):
     """Its relative positions, its pyramid and its heads stay."""
     keys = jr.split(jr.key(2), 2)
     body = vit(window=2, global_blocks=(1,), relative_side=SIDE)
-    model = models.faster_rcnn(nn.ViTFPN(body, key=keys[0], channels=8), 3, key=keys[1], hidden_size=8)
+    model: Any = models.faster_rcnn(nn.ViTFPN(body, key=keys[0], channels=8), 3, key=keys[1], hidden_size=8)
     arrays = official(vit())
     save_safetensors(arrays, tmp_path / "vit.safetensors")
-    loaded = load_transformer(model, tmp_path / "vit.safetensors")
+    loaded: Any = load_transformer(model, tmp_path / "vit.safetensors")
     np.testing.assert_array_equal(loaded.backbone.body.blocks[1].mlp.fc2.weight, arrays["blocks.1.mlp.fc2.weight"])
     positions = loaded.backbone.body.blocks[0].attention.positions
     assert not positions.vertical.any() and positions.vertical.shape == (3, WIDTH // 2)
@@ -152,10 +153,11 @@ def test_fine_tuning_from_a_classifier(tmp_path):
     """As `train.py --init` does: the transformer is loaded, whatever the file's names and format."""
     keys = jr.split(jr.key(2), 2)
     body = vit(window=2, global_blocks=(1,), relative_side=SIDE)
-    model = models.faster_rcnn(nn.ViTFPN(body, key=keys[0], channels=8), 3, key=keys[1], hidden_size=8)
+    model: Any = models.faster_rcnn(nn.ViTFPN(body, key=keys[0], channels=8), 3, key=keys[1], hidden_size=8)
     arrays = official(vit())
     written = renamed(split(arrays, "attention.attention.query"), VIT_OF_HUGGING_FACE)
     save_safetensors(written, tmp_path / "a.safetensors")
+    tuned: Any
     tuned, notes = zoo.initialize(model, zoo.Architecture("mask_rcnn_vitdet_b"), tmp_path / "a.safetensors")
     assert notes == ()
     np.testing.assert_array_equal(tuned.backbone.body.patches.weight, arrays["patch_embed.proj.weight"])
@@ -165,7 +167,9 @@ def test_fine_tuning_from_a_classifier(tmp_path):
 def test_class_token():
     """Its position is part of it. The map does not depend on where it is kept, but on whether it is there."""
     arrays = official(vit())
-    loaded = load_transformer(vit(class_token=True, norm=nn.LayerNorm), arrays | {"norm.bias": np.zeros(WIDTH, "f")})
+    loaded: Any = load_transformer(
+        vit(class_token=True, norm=nn.LayerNorm), arrays | {"norm.bias": np.zeros(WIDTH, "f")}
+    )
     np.testing.assert_array_equal(loaded.class_token[0], arrays["cls_token"][0, 0] + arrays["pos_embed"][0, 0])
     assert loaded(jnp.ones((3, 32, 48))).shape == (WIDTH, 2, 3)
     # DeiT's file has a second token.

@@ -86,10 +86,10 @@ def _attention_by_heads(q, k, v, biases: Biases):
     own = [bias.shape[1] == heads and heads > 1 for bias in biases]
 
     def one(head):
-        qkv, terms = head
+        (q, k, v), terms = head
         remaining = iter(terms)
         both = [next(remaining)[:, None] if mine else bias for bias, mine in zip(biases, own, strict=True)]
-        return attention(*(x[:, None] for x in qkv), tuple(both))[:, 0]
+        return attention(q[:, None], k[:, None], v[:, None], tuple(both))[:, 0]
 
     by_head = [jnp.moveaxis(x, 1, 0) for x in (q, k, v)]
     terms = [jnp.moveaxis(bias, 1, 0) for bias, mine in zip(biases, own, strict=True) if mine]

@@ -100,8 +100,10 @@ class ViT(eqx.Module):
         self.windows = tuple(0 if i in global_blocks else window for i in range(depth))
         blocks = []
         for i, size in enumerate(self.windows):
-            extent = size or relative_side
-            positions = None if relative_side is None else RelativeOffsets((extent, extent), channels // heads)
+            positions = None
+            if relative_side is not None:
+                extent = size or relative_side
+                positions = RelativeOffsets((extent, extent), channels // heads)
             rate = drop_path * i / max(depth - 1, 1)
             options = {"positions": positions, "drop_path": rate, "layer_scale": layer_scale}
             blocks.append(TransformerBlock(channels, heads, key=keys[i + 3], **options))
@@ -127,7 +129,7 @@ class ViT(eqx.Module):
     def __call__(self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None) -> Float[Array, "c gh gw"]:
         """Returns the map of the last block. `key`: for the drop path; without one, no branch is left out."""
         x = self.patches(image.astype(self.patches.weight.dtype))  # (c, h / p, w / p)
-        grid = x.shape[1:]
+        grid = (x.shape[1], x.shape[2])
         x = rearrange(x, "c h w -> (h w) c") + self.positions(grid).astype(x.dtype)
         tokens = 0
         if self.class_token is not None:

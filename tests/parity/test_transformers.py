@@ -4,6 +4,7 @@ Small ones, with the blocks, windows and names of the published ones.
 """
 
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,7 @@ def arrays_of(model, folder):
     return {key: x.numpy() for key, x in model.state_dict().items()}
 
 
-def compared(model, reference, maps_of, canvases):
+def compared(model: Any, reference, maps_of, canvases):
     """Compares the maps on each canvas in double precision."""
     reference = reference.double()
     for canvas in canvases:
@@ -121,7 +122,8 @@ def compared(model, reference, maps_of, canvases):
         with torch.no_grad():
             expected = maps_of(reference, torch.from_numpy(image)[None])
         with double_precision():
-            found = eqx.filter_jit(in_double(model))(jnp.asarray(image))
+            run: Any = in_double(model)
+            found = eqx.filter_jit(run)(jnp.asarray(image))
         found = [np.asarray(x) for x in (found if isinstance(found, tuple) else (found,))]
         for ours, theirs in zip(found, expected, strict=True):
             theirs = theirs.numpy()
