@@ -1,5 +1,6 @@
 """Attention over tokens, and the block of vision transformers."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from jax import lax
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._xla import rematerialise
 from ._norm import LayerNorm, upcast
 from ._windows import Windows
 
@@ -262,6 +264,28 @@ class TransformerBlock(eqx.Module):
         x = x + drop_path(y if self.scale1 is None else self.scale1(y), self.drop_path, key=keys[0])
         y = self.mlp(self.norm2(x))
         return x + drop_path(y if self.scale2 is None else self.scale2(y), self.drop_path, key=keys[1])
+
+
+def run_blocks(
+    blocks: Sequence[TransformerBlock],
+    windows: Sequence[Windows],
+    x: Float[Array, "n c"],
+    *,
+    key: PRNGKeyArray | None,
+    checkpoint: bool,
+) -> Float[Array, "n c"]:
+    """Runs blocks one after another, each with its windows. `checkpoint`: whether to use rematerialisation."""
+    keys = [None] * len(blocks) if key is None else jr.split(key, len(blocks))
+    for block, own, block_key in zip(blocks, windows, keys, strict=True):
+        run = eqx.Partial(_run_block, block, own, block_key)
+        x = rematerialise(run, x) if checkpoint else run(x)
+    return x
+
+
+def _run_block(
+    block: TransformerBlock, windows: Windows, key: PRNGKeyArray | None, x: Float[Array, "n c"]
+) -> Float[Array, "n c"]:
+    return block(x, windows, key=key)
 
 
 def new_linear(in_size: int, out_size: int, *, key: PRNGKeyArray, use_bias: bool = True) -> eqx.nn.Linear:

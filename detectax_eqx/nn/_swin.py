@@ -8,8 +8,7 @@ import jax.random as jr
 from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._xla import rematerialise
-from ._attention import PositionBias, TransformerBlock, linear, new_linear
+from ._attention import PositionBias, TransformerBlock, linear, new_linear, run_blocks
 from ._conv import Conv2d, lecun_uniform
 from ._norm import LayerNorm
 from ._windows import Windows
@@ -146,22 +145,9 @@ class Swin(eqx.Module):
             if i:
                 x = self.merges[i - 1](x, grid)
                 grid = -(-grid[0] // 2), -(-grid[1] // 2)
-            x = self._stage(layer, x, grid, layer_key)
+            x = run_blocks(layer.blocks, layer.windows(grid), x, key=layer_key, checkpoint=self.checkpoint)
             maps.append(rearrange(norm(x), "(h w) c -> c h w", h=grid[0]))
         return tuple(maps)
-
-    def _stage(
-        self, layer: SwinStage, x: Float[Array, "n c"], grid: tuple[int, int], key: PRNGKeyArray | None
-    ) -> Float[Array, "n c"]:
-        keys = [None] * len(layer.blocks) if key is None else jr.split(key, len(layer.blocks))
-        for block, windows, block_key in zip(layer.blocks, layer.windows(grid), keys, strict=True):
-            run = eqx.Partial(_run, block, windows, block_key)
-            x = rematerialise(run, x) if self.checkpoint else run(x)
-        return x
-
-
-def _run(block, windows, key, x):
-    return block(x, windows, key=key)
 
 
 def swin_t(*, key: PRNGKeyArray, checkpoint: bool = False, **options: Any) -> Swin:

@@ -11,9 +11,8 @@ from einops import rearrange
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._xla import rematerialise
 from ..ops import resize_bicubic
-from ._attention import INITIAL_SCALE, RelativeOffsets, TransformerBlock, gelu
+from ._attention import INITIAL_SCALE, RelativeOffsets, TransformerBlock, gelu, run_blocks
 from ._conv import Conv2d, Initializer, Upsample2x2, lecun_uniform, max_pool2d
 from ._fpn import SUBSAMPLED_TOP, SubsampledTop, check_canvas
 from ._norm import LayerNorm, LayerNorm2d
@@ -134,16 +133,10 @@ class ViT(eqx.Module):
         tokens = 0
         if self.class_token is not None:
             x, tokens = jnp.concatenate([self.class_token.astype(x.dtype), x]), 1
-        keys = [None] * len(self.blocks) if key is None else jr.split(key, len(self.blocks))
-        for block, size, block_key in zip(self.blocks, self.windows, keys, strict=True):
-            run = eqx.Partial(_run, block, Windows(grid, size), block_key)
-            x = rematerialise(run, x) if self.checkpoint else run(x)
+        windows = [Windows(grid, size) for size in self.windows]
+        x = run_blocks(self.blocks, windows, x, key=key, checkpoint=self.checkpoint)
         x = x if self.norm is None else self.norm(x)
         return rearrange(x[tokens:], "(h w) c -> c h w", h=grid[0])
-
-
-def _run(block, windows, key, x):
-    return block(x, windows, key=key)
 
 
 def _patches(in_channels: int, channels: int, size: int, *, key: PRNGKeyArray) -> Conv2d:

@@ -6,8 +6,11 @@ portalocker and termcolor beside torch.
 """
 # pyright: reportMissingImports=false
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -204,10 +207,19 @@ def resized(image: np.ndarray, short: int = 800, long: int = 1333) -> np.ndarray
     return transforms.ResizeShortestEdge([short, short], long).get_transform(image).apply_image(image)
 
 
+@contextmanager
+def double_detectron2(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model with parameters in float64. Inside, what Detectron2 converts to float32 stays in float64."""
+    widened = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+    with mock.patch.object(torch, "float32", torch.float64), widened:
+        yield deepcopy(model).double()
+
+
 def _tensor(model: torch.nn.Module, image: np.ndarray) -> torch.Tensor:
     """An RGB image with its channels in the order that the model takes."""
     image = image[:, :, ::-1] if model.input_format == "BGR" else image
-    return torch.as_tensor(np.ascontiguousarray(image.astype("float32").transpose(2, 0, 1)))
+    dtype = next(model.parameters()).dtype
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1))).to(dtype)
 
 
 @torch.no_grad()
