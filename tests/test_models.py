@@ -24,9 +24,23 @@ def tiny_body(key):
     return nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=key, width=8, norm=nn.GroupNorm)
 
 
-def tiny_two_stage(build, key, num_classes=3, fpn_norm=None, **parts):
+def tiny_resnet(body_key, fpn_key, norm=None):
+    return nn.BackboneWithFPN(tiny_body(body_key), key=fpn_key, channels=16, norm=norm)
+
+
+def tiny_vit(body_key, fpn_key):
+    options = {"side": 4, "window": 3, "global_blocks": (1,), "relative_side": 4}
+    return nn.ViTFPN(nn.ViT(16, 2, 2, key=body_key, **options), key=fpn_key, channels=16)
+
+
+def tiny_swin(body_key, fpn_key):
+    body = nn.Swin(8, (1, 2, 1, 1), (1, 2, 2, 2), key=body_key, window=4, drop_path=0.0)
+    return nn.BackboneWithFPN(body, key=fpn_key, channels=16, norm=nn.LayerNorm2d)
+
+
+def tiny_two_stage(build, key, num_classes=3, make_backbone=tiny_resnet, **parts):
     body_key, fpn_key, heads_key = jr.split(key, 3)
-    backbone = nn.BackboneWithFPN(tiny_body(body_key), key=fpn_key, channels=16, norm=fpn_norm)
+    backbone = make_backbone(body_key, fpn_key)
     sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
     model = build(backbone, num_classes, key=heads_key, hidden_size=32, anchor_sizes=sizes, **parts)
     return replace(model, preprocessing=PREPROCESSING, sampling=SAMPLING)
@@ -69,7 +83,7 @@ def tiny_ssdlite(key, num_classes=3):
 
 
 V2 = {
-    "fpn_norm": nn.GroupNorm,
+    "make_backbone": partial(tiny_resnet, norm=nn.GroupNorm),
     "rpn_depth": 2,
     "box_head": partial(models.ConvBoxHead, hidden_channels=16, depth=2, norm=nn.GroupNorm),
 }
@@ -90,6 +104,8 @@ MODELS = {
         {"loss_objectness", "loss_rpn_box_reg", "loss_mask"}
         | {f"{name}_stage{i}" for name in ("loss_classifier", "loss_box_reg") for i in range(3)},
     ),
+    "vit": (partial(tiny_two_stage, models.faster_rcnn, make_backbone=tiny_vit), LOSSES),
+    "swin": (partial(tiny_two_stage, models.faster_rcnn, make_backbone=tiny_swin), LOSSES),
     "mobilenet": (partial(tiny_mobilenet, nn.mobilenet_v3_large), LOSSES),
     "retinanet": (
         partial(tiny_dense, models.retinanet, anchor_sizes=((12.0,), (24.0,), (36.0,), (48.0,), (64.0,))),
@@ -168,7 +184,7 @@ def test_predictions_at_some_anchors(kind, part, getkey):
 
 
 # Models that compile for long: `make test-slow` has them.
-SLOW = ("cascade", "mask_v2", "mobilenet", "ssdlite")
+SLOW = ("cascade", "mask_v2", "mobilenet", "ssdlite", "swin", "vit")
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS])
@@ -436,7 +452,8 @@ def test_every_name_is_a_detector(name):
     assert model.num_classes == 7 and "boxes" in model.needs
     from_scratch = eqx.filter_eval_shape(zoo.Architecture(name, "group").build, 7, key=jr.key(0))
     norms = [x for x in jax.tree.leaves(from_scratch, is_leaf=is_norm) if is_norm(x)]
-    assert (norms or name == "ssd300_vgg16") and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
+    without = "ssd300" in name or "vitdet" in name or "swin" in name  # no norms, or LayerNorm
+    assert (norms or without) and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
     # 32 groups, or fewer where a MobileNet's width is not a multiple of 32.
     assert all(norm.groups in (8, 16, 32) for norm in norms)
 
