@@ -94,6 +94,7 @@ OPS = [
     call(ops.sample_balanced, flags(N), flags(N), num_samples=2, positive_fraction=0.5, key=KEY),
     call(ops.sigmoid_focal_loss, f32(N, 5), f32(N, 5)),
     call(ops.smooth_l1_loss, f32(N, 5), f32(N, 5)),
+    call(ops.upcast, BOXES),
     call(ops.xywh_to_xyxy, BOXES),
     call(ops.xyxy_to_cxcywh, BOXES),
     call(ops.xyxy_to_xywh, BOXES),

@@ -74,6 +74,7 @@ def faster_rcnn_detectron2(
 
     - `smooth_l1_beta`: of the box head's regression loss; 0 gives the L1 loss.
     - `post_nms_top_n`: number of proposals per image in training. Detectron2's cascade has 2000.
+    - `preprocessing`: Detectron2's ResNeXt and its transformers have others than its ResNets.
     - The other arguments are those of `faster_rcnn`. With `box_head=CascadeHead`, it is a Cascade R-CNN.
 
     >>> from detectax_eqx.nn import BackboneWithFPN, resnet18

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._types import Targets, WeightedSum
 from ..nn import Conv2d, Upsample4x4, relu
-from ..ops import keypoint_targets
+from ..ops import keypoint_targets, upcast
 from ._box_head import SampledProposals
 
 
@@ -58,8 +58,7 @@ class KeypointHead(eqx.Module):
         for conv in self.convs:
             x = relu(jax.vmap(conv)(x))
         logits = jax.vmap(self.heatmaps)(x)  # (n, k, 2 s, 2 s)
-        half = jnp.finfo(logits.dtype).bits < 32
-        return _double(logits.astype(jnp.float32) if half else logits)  # (n, k, 4 s, 4 s)
+        return _double(upcast(logits))  # (n, k, 4 s, 4 s)
 
 
 def _double(x: Float[Array, "n k h w"]) -> Float[Array, "n k 2*h 2*w"]:

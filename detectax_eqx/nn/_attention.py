@@ -14,7 +14,9 @@ from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import rematerialise
-from ._norm import LayerNorm, upcast
+from ..ops import upcast
+from ._conv import Conv2d, lecun_uniform
+from ._norm import LayerNorm
 from ._windows import Windows
 
 
@@ -286,6 +288,11 @@ def _run_block(
     block: TransformerBlock, windows: Windows, key: PRNGKeyArray | None, x: Float[Array, "n c"]
 ) -> Float[Array, "n c"]:
     return block(x, windows, key=key)
+
+
+def new_patches(in_channels: int, channels: int, size: int, *, key: PRNGKeyArray) -> Conv2d:
+    """A linear layer on each patch of `size × size` pixels, as a convolution."""
+    return Conv2d(in_channels, channels, size, stride=size, padding=0, init=lecun_uniform, key=key)
 
 
 def new_linear(in_size: int, out_size: int, *, key: PRNGKeyArray, use_bias: bool = True) -> eqx.nn.Linear:

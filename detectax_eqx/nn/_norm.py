@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..ops import upcast
+
 
 class FrozenBatchNorm(eqx.Module):
     """Batch normalisation with fixed statistics and a fixed affine map: `(x - mean) / sqrt(var + eps) * weight + bias`.
@@ -97,11 +99,6 @@ class LayerNorm2d(eqx.Module):
 
     def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
         return _normalise(x, self.weight[:, None, None], self.bias[:, None, None], self.eps, axis=0)
-
-
-def upcast(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Converts half precision to float32."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def _normalise(

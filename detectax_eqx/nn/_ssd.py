@@ -11,9 +11,10 @@ from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import rematerialise
+from ..ops import upcast
 from ._conv import Conv2d, Initializer, max_pool2d, relu
 from ._mobilenet import ConvNorm, MobileNet, relu6
-from ._norm import FrozenBatchNorm, Norm, upcast
+from ._norm import FrozenBatchNorm, Norm
 from ._vgg import VGG
 
 

@@ -8,8 +8,8 @@ import jax.random as jr
 from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._attention import PositionBias, TransformerBlock, linear, new_linear, run_blocks
-from ._conv import Conv2d, lecun_uniform
+from ._attention import PositionBias, TransformerBlock, linear, new_linear, new_patches, run_blocks
+from ._conv import Conv2d
 from ._norm import LayerNorm
 from ._windows import Windows
 
@@ -95,9 +95,7 @@ class Swin(eqx.Module):
         if len(depths) != len(heads):
             raise ValueError(f"depths and heads must be equally long, got {depths} and {heads}.")
         keys = jr.split(key, len(depths) + 1)
-        self.patches = Conv2d(
-            in_channels, channels, patch_size, stride=patch_size, padding=0, init=lecun_uniform, key=keys[0]
-        )
+        self.patches = new_patches(in_channels, channels, patch_size, key=keys[0])
         self.patch_norm = LayerNorm(channels, eps=EPSILON)
         layers, merges, norms, before = [], [], [], 0
         for stage, (depth, count) in enumerate(zip(depths, heads, strict=True)):

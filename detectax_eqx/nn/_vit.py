@@ -12,8 +12,8 @@ from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..ops import resize_bicubic
-from ._attention import INITIAL_SCALE, RelativeOffsets, TransformerBlock, gelu, run_blocks
-from ._conv import Conv2d, Initializer, Upsample2x2, lecun_uniform, max_pool2d
+from ._attention import INITIAL_SCALE, RelativeOffsets, TransformerBlock, gelu, new_patches, run_blocks
+from ._conv import Conv2d, Upsample2x2, lecun_uniform, max_pool2d
 from ._fpn import SUBSAMPLED_TOP, SubsampledTop, check_canvas
 from ._norm import LayerNorm, LayerNorm2d
 from ._windows import Windows
@@ -94,7 +94,7 @@ class ViT(eqx.Module):
             raise ValueError("A class token has no place in windows or among relative positions. Leave it out.")
         keys = jr.split(key, depth + 3)
         self.class_token = truncated_normal(INITIAL_SCALE)(keys[2], (1, channels)) if class_token else None
-        self.patches = _patches(in_channels, channels, patch_size, key=keys[0])
+        self.patches = new_patches(in_channels, channels, patch_size, key=keys[0])
         self.positions = PatchPositions(side, channels, key=keys[1])
         self.windows = tuple(0 if i in global_blocks else window for i in range(depth))
         blocks = []
@@ -139,14 +139,8 @@ class ViT(eqx.Module):
         return rearrange(x[tokens:], "(h w) c -> c h w", h=grid[0])
 
 
-def _patches(in_channels: int, channels: int, size: int, *, key: PRNGKeyArray) -> Conv2d:
-    """One matrix product per patch of `size × size` pixels."""
-    init: Initializer = lecun_uniform
-    return Conv2d(in_channels, channels, size, stride=size, padding=0, init=init, key=key)
-
-
 class SimpleLevel(eqx.Module):
-    """One level of a `SimplePyramid`: the map at another size, then a 1×1 and a 3×3 convolution, each with a norm.
+    """One level of `ViTFPN`: the map at another size, then a 1×1 and a 3×3 convolution, each with a norm.
 
     `upsample` are transposed convolutions that double the sides, with a norm and a GELU between two of them. `pool`:
     whether the sides are halved by max pooling.

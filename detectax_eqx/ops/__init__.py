@@ -9,6 +9,7 @@ from ._boxes import (
     pairwise_giou as pairwise_giou,
     pairwise_ioa as pairwise_ioa,
     pairwise_iou as pairwise_iou,
+    upcast as upcast,
     xywh_to_xyxy as xywh_to_xyxy,
     xyxy_to_cxcywh as xyxy_to_cxcywh,
     xyxy_to_xywh as xyxy_to_xywh,

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from ._boxes import _upcast
+from ._boxes import upcast
 from ._sampling import output_bins
 
 
@@ -24,7 +24,7 @@ def resize_bicubic(x: Float[Array, "c h w"], size: tuple[int, int]) -> Float[Arr
     [-0.10546875, 0.2265625, 0.7734375, 1.10546875]
     """
     output_bins(size, "size")
-    values = jnp.pad(_upcast(x), [(0, 0), (REACH, REACH), (REACH, REACH)], mode="edge")  # (c, h + 4, w + 4)
+    values = jnp.pad(upcast(x), [(0, 0), (REACH, REACH), (REACH, REACH)], mode="edge")  # (c, h + 4, w + 4)
     rows, columns = (
         cubic_weights(jnp.arange(count, dtype=jnp.int32), jnp.int32(count), side, values.dtype)
         for count, side in zip(size, x.shape[1:], strict=True)

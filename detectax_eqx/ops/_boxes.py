@@ -18,8 +18,12 @@ from .._xla import rounded_product
 EPSILON = 1e-7
 
 
-def _upcast(x):
-    """Converts half precision to float32; returns float32 and float64 unchanged."""
+def upcast(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Converts half precision to float32; returns float32 and float64 unchanged.
+
+    >>> upcast(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
@@ -41,7 +45,7 @@ def _ratio_jvp(primals, tangents):
 
 def _corners(boxes):
     """Splits boxes into their four coordinates, each `(n,)`, at least float32."""
-    boxes = _upcast(boxes)
+    boxes = upcast(boxes)
     return boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]
 
 

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._boxes import _corners, _ratio, _upcast
+from ._boxes import _corners, _ratio, upcast
 
 
 # Upper bound for decoded log-scales: a box is at most 1000/16 times as large as its anchor, so that `exp` cannot
@@ -76,7 +76,7 @@ def decode_boxes(
     """
     wx, wy, ww, wh = _checked(weights)
     anchor_cx, anchor_cy, anchor_width, anchor_height = _centres_and_sizes(anchors)
-    dx, dy, dw, dh = _upcast(deltas).T  # each (n,)
+    dx, dy, dw, dh = upcast(deltas).T  # each (n,)
     cx = dx / wx * anchor_width + anchor_cx  # cx = (dx / wx) aw + acx
     cy = dy / wy * anchor_height + anchor_cy
     # w = exp(min(dw / ww, MAX_LOG_SCALE)) aw

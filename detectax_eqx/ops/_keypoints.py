@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from .._xla import varying_like
 from ._bicubic import REACH, cubic_weights
-from ._boxes import _upcast
+from ._boxes import upcast
 
 
 # The resized maps are searched in square tiles of this side, so that the size of the program's arrays does not depend
@@ -45,7 +45,7 @@ def keypoints_from_heatmaps(
     >>> keypoints_from_heatmaps(heatmaps, jnp.array([10.0, 20.0, 14.0, 24.0])).tolist()
     [[12.5, 21.5, 1.0]]
     """
-    values = _upcast(heatmaps)
+    values = upcast(heatmaps)
     box = box.astype(values.dtype)
     num_points, size = values.shape[:2]
     finite = jnp.isfinite(box).all()
@@ -59,7 +59,7 @@ def keypoints_from_heatmaps(
     weights = cubic_weights(row, counts[1], size, values.dtype), cubic_weights(column, counts[0], size, values.dtype)
     scores = jnp.einsum("ki,kij,kj->k", weights[0], values, weights[1], precision="highest")
     if probabilities:
-        scores = jnp.exp(scores - logsumexp(_upcast(heatmaps), axis=(1, 2)))
+        scores = jnp.exp(scores - logsumexp(upcast(heatmaps), axis=(1, 2)))
     cells = jnp.stack([column, row], axis=1).astype(values.dtype) + 0.5  # (k, 2)
     places = cells * (sides / counts.astype(values.dtype))[None] + box[None, :2]
     points = jnp.concatenate([places, scores[:, None]], axis=1)  # (k, 3)
@@ -113,7 +113,7 @@ def keypoint_targets(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
-    points, boxes = _upcast(keypoints), _upcast(boxes)
+    points, boxes = upcast(keypoints), upcast(boxes)
     dtype = max(points.dtype, boxes.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     points, boxes = points.astype(dtype), boxes.astype(dtype)
     start, end = boxes[:, None, :2], boxes[:, None, 2:]  # (n, 1, 2)

@@ -16,7 +16,7 @@ from ._boxes import (
     _intersection_and_union,
     _ratio,
     _squared_centre_distance,
-    _upcast,
+    upcast,
 )
 
 
@@ -33,7 +33,7 @@ def smooth_l1_loss(
     """
     if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
-    difference = _upcast(pred) - _upcast(target)
+    difference = upcast(pred) - upcast(target)
     distance = difference * jnp.sign(difference)  # |d| with gradient 0 at 0; that of `abs` is 1
     loss = distance if beta == 0 else jnp.where(distance < beta, 0.5 * difference**2 / beta, distance - 0.5 * beta)
     return loss.astype(pred.dtype)
@@ -59,7 +59,7 @@ def sigmoid_focal_loss(
         raise ValueError(f"alpha must lie between 0 and 1, or be None for equal weights, got {alpha}")
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
-    x, t = _upcast(logits), _upcast(targets)
+    x, t = upcast(logits), upcast(targets)
     # 1 - p_t = σ(x) (1 - t) + σ(-x) t. Computing σ(-x) as 1 - σ(x) loses precision to cancellation.
     one_minus_pt = jax.nn.sigmoid(x) * (1 - t) + jax.nn.sigmoid(-x) * t
     # At 0 the loss is 0, but a power with gamma < 1 has an infinite gradient there.
@@ -134,6 +134,6 @@ def dice_loss(logits: Float[Array, "n s"], targets: Float[Array, "n s"]) -> Floa
     >>> dice_loss(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]])).round(4).tolist()
     [0.33329999446868896]
     """
-    p, t = jax.nn.sigmoid(_upcast(logits)), _upcast(targets)
+    p, t = jax.nn.sigmoid(upcast(logits)), upcast(targets)
     dice = (2 * (p * t).sum(axis=1) + 1) / (p.sum(axis=1) + t.sum(axis=1) + 1)  # (n,)
     return (1 - dice).astype(logits.dtype)

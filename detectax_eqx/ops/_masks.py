@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Real
 
 from .._xla import draw_stripes, rounded_product
-from ._boxes import _upcast
+from ._boxes import upcast
 from ._sampling import FARTHEST, box_axis, check_sampling_ratio, output_bins, pixel_weights, sample_taps
 
 
@@ -50,7 +50,7 @@ def crop_masks(
     rows, columns = output_bins(output_size)
     check_sampling_ratio(sampling_ratio)
     dtype = masks.dtype if jnp.issubdtype(masks.dtype, jnp.floating) else jnp.dtype(jnp.float32)
-    values = _upcast(masks.astype(dtype))
+    values = upcast(masks.astype(dtype))
     if masks.dtype == jnp.uint8:
         values = values / 255.0
     mask_boxes, rois = mask_boxes.astype(values.dtype), rois.astype(values.dtype)
@@ -127,7 +127,7 @@ def paste_masks(
     height, width = output_bins(image_size, "image_size")
     if 0 in masks.shape[1:]:
         raise ValueError(f"masks must have at least one row and column, got {masks.shape}.")
-    values, boxes = _upcast(masks), _upcast(boxes)
+    values, boxes = upcast(masks), upcast(boxes)
     vertical = _paste_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)  # (n, h, s)
     horizontal = _paste_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)  # (n, w, t)
     return _pasted(vertical, values, horizontal, masks.dtype, threshold)
@@ -161,7 +161,7 @@ def paste_masks_at_centers(
     height, width = output_bins(image_size, "image_size")
     if 0 in masks.shape[1:]:
         raise ValueError(f"masks must have at least one row and column, got {masks.shape}.")
-    values, boxes = _upcast(masks), lax.stop_gradient(_upcast(boxes))
+    values, boxes = upcast(masks), lax.stop_gradient(upcast(boxes))
     vertical = _center_weights(boxes[:, 1], boxes[:, 3], masks.shape[1], height).astype(values.dtype)  # (n, h, s)
     horizontal = _center_weights(boxes[:, 0], boxes[:, 2], masks.shape[2], width).astype(values.dtype)  # (n, w, t)
     if threshold is not None:  # at least the threshold: above the next smaller number

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from .._xla import by_platform, varying_like
-from ._boxes import _upcast
+from ._boxes import upcast
 
 
 class Matches(NamedTuple):
@@ -61,7 +61,7 @@ def match_boxes(
 @partial(jax.jit, static_argnames="allow_low_quality")
 def _match(quality, valid, low_threshold, high_threshold, *, allow_low_quality):
     n = quality.shape[0]
-    quality = lax.stop_gradient(_upcast(quality))
+    quality = lax.stop_gradient(upcast(quality))
     valid = jnp.ones(n, bool) if valid is None else valid
     quality, valid = varying_like((quality, valid))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .._xla import lay_out, named_call, pool, varying_like
-from ._boxes import _upcast
+from ._boxes import upcast
 from ._sampling import box_axis, check_sampling_ratio, output_bins
 from ._taps import BilinearTaps
 
@@ -187,7 +187,7 @@ def _levels(
     size_epsilon: float = 0.0,
 ) -> Int32[Array, " n"]:
     """Assigns each box to a level in `first..last`."""
-    boxes = _upcast(boxes)
+    boxes = upcast(boxes)
     size = jnp.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))  # √area, (n,)
     known = size > 0  # false for zero and negative areas
     ratio = jnp.where(known, size, 1) / canonical_size + size_epsilon
@@ -200,7 +200,7 @@ def _cells(maps: tuple[Float[Array, "c _ _"], ...]) -> Float[Array, "l c"]:
     for x in maps:
         if 0 in x.shape[1:]:
             raise ValueError(f"features must have at least one row and column, got a map of shape {x.shape}.")
-    return _upcast(lay_out(_sides(maps), varying_like(maps)))
+    return upcast(lay_out(_sides(maps), varying_like(maps)))
 
 
 def _sides(maps) -> tuple[tuple[int, int, int], ...]:
@@ -222,7 +222,7 @@ def _roi_align(maps, cells, boxes, level, *, scales, output_size, sampling_ratio
     if boxes.shape[0] == 0:
         return jnp.zeros((0, cells.shape[1], rows, columns), dtype)
 
-    boxes = _upcast(boxes)
+    boxes = upcast(boxes)
     scale = jnp.asarray(scales, boxes.dtype)[level]  # (n,)
     y, height = box_axis(boxes[:, 1], boxes[:, 3], scale, bins=rows, aligned=aligned)
     x, width = box_axis(boxes[:, 0], boxes[:, 2], scale, bins=columns, aligned=aligned)
