@@ -184,11 +184,13 @@ class DeviceOptions:
     """Memory, several devices, several machines."""
 
     gradient_checkpointing: bool = False
-    """Recompute the ResNet's blocks in the backward pass: less memory, more time."""
+    """Recompute the backbone's blocks in the backward pass: less memory, more time."""
     accumulate: int = 1
     """Parts in which a device takes its share of a batch: less memory, more time, the same update."""
     parameter_shards: int = 1
     """Devices that share one copy of parameters and optimiser state (FSDP)."""
+    tensor_shards: int = 1
+    """Devices that compute an image together: heads and MLPs of transformers are cut over them."""
     coordinator: str | None = None
     """host:port of process 0, or `auto` on Slurm, MPI and TPU pods. Default: one process."""
     num_processes: int | None = None
@@ -196,7 +198,7 @@ class DeviceOptions:
     process_id: int | None = None
     """Number of this process from 0, with --coordinator HOST:PORT."""
 
-    RANGES: ClassVar[dict[str, str]] = {"positive": "accumulate parameter_shards"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "accumulate parameter_shards tensor_shards"}
 
 
 @dataclass(kw_only=True)

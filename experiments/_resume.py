@@ -22,7 +22,7 @@ PROCESS = ("output", "resume", "options", "coordinator", "num_processes", "proce
 HARMLESS = (
     *("train_annotations", "train_images", "box_format", "allow_renamed", "val_annotations", "val_images"),
     *("epochs", "steps", "threads", "cache", "max_bad_images", "non_finite", "log_every", "checkpoint_every", "track"),
-    *("gradient_checkpointing", "parameter_shards"),
+    *("gradient_checkpointing", "parameter_shards", "tensor_shards"),
 )
 # Options whose default depends on other options. A resumed run keeps their previous values.
 DEPENDENT = ("norm", "trainable_layers", "lr", "warmup_steps", "decay_epochs")

@@ -132,7 +132,7 @@ def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> ja
         make_batch, options.run.batch_size, canvas, options.sizes.max_objects, state.model.needs
     )
     state = shaped(state, NamedSharding(mesh, PartitionSpec()))
-    batch = shaped(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    batch = shaped(batch, NamedSharding(mesh, PartitionSpec(("data", "model"))))
     return lower(step, state, batch, donate=(0,))
 
 

@@ -235,11 +235,13 @@ def load(annotations: str, images: str, box_format: data.BoxFormat) -> data.Coco
 
 def make_mesh(options: Options) -> Mesh:
     """The mesh of all devices."""
-    if jax.device_count() % options.devices.parameter_shards:
-        raise SystemExit(f"--parameter-shards must divide the {jax.device_count()} devices.")
-    mesh = train.make_mesh(model=options.devices.parameter_shards)
-    if options.run.batch_size % (mesh.size * options.devices.accumulate):
-        raise SystemExit(f"--batch-size must be a multiple of the {mesh.size} devices times --accumulate.")
+    devices, shards, tensor = jax.device_count(), options.devices.parameter_shards, options.devices.tensor_shards
+    if devices % (shards * tensor):
+        raise SystemExit(f"--parameter-shards times --tensor-shards must divide the {devices} devices.")
+    mesh = train.make_mesh(model=shards, tensor=tensor)
+    if options.run.batch_size % (train.num_parts(mesh) * options.devices.accumulate):
+        over = f"the {devices} devices" if tensor == 1 else f"{train.num_parts(mesh)} (devices by --tensor-shards)"
+        raise SystemExit(f"--batch-size must be a multiple of {over} times --accumulate.")
     return mesh
 
 

@@ -205,6 +205,7 @@ ELSEWHERE = {
         "shard_batch",
         "shard_state",
         "to_host",
+        "num_parts",
         "init_train_state",
     }
     | {"adamw", "no_vectors", "sgd"},
@@ -364,6 +365,8 @@ OPTIONS = [
     (train.local_rows, "batch_size", 99, call(train.local_rows, train.make_mesh(), batch_size=8)),
     (train.make_mesh, "model", 0, call(train.make_mesh)),
     (train.make_mesh, "model", 3, call(train.make_mesh)),
+    (train.make_mesh, "tensor", 0, call(train.make_mesh)),
+    (train.make_mesh, "tensor", 3, call(train.make_mesh)),
     (train.make_mesh, "devices", (), call(train.make_mesh)),
     (train.make_train_step, "accumulate", 0, call(train.make_train_step, abs, train.sgd(0.1), trainable=True)),
     (train.make_train_step, "ema_decay", 1, call(train.make_train_step, abs, train.sgd(0.1), trainable=True)),

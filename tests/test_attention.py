@@ -124,8 +124,10 @@ def test_position_bias():
 def test_self_attention(getkey):
     module = random_like(nn.SelfAttention(8, 2, key=getkey()))
     tokens = jr.normal(getkey(), (3, 5, 8))
-    qkv = np.asarray(tokens) @ np.asarray(module.qkv.weight).T + np.asarray(module.qkv.bias)
-    q, k, v = (qkv[..., i * 8 : i * 8 + 8].reshape(3, 5, 2, 4).swapaxes(1, 2) for i in range(3))
+    q, k, v = (
+        (np.asarray(tokens) @ np.asarray(weight).T + np.asarray(bias)).reshape(3, 5, 2, 4).swapaxes(1, 2)
+        for weight, bias in zip(module.qkv.weight, module.qkv.bias, strict=True)
+    )
     joined = (softmax(q @ k.swapaxes(2, 3) / 2) @ v).swapaxes(1, 2).reshape(3, 5, 8)
     expected = joined @ np.asarray(module.projection.weight).T + np.asarray(module.projection.bias)
     np.testing.assert_allclose(module(tokens, (5, 1)), expected, atol=1e-4)

@@ -100,8 +100,12 @@ def test_the_optimiser_has_its_groups(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"parameter_shards": 3}, "--parameter-shards must divide the 8 devices"),
+        ({"parameter_shards": 3}, "--parameter-shards times --tensor-shards must divide the 8 devices"),
         ({"batch_size": 8, "accumulate": 2}, "--batch-size must be a multiple of the 8 devices times --accumulate"),
+        (
+            {"batch_size": 9, "tensor_shards": 4},
+            "--batch-size must be a multiple of 2 (devices by --tensor-shards) times --accumulate",
+        ),
         ({"accumulate": 0}, "--accumulate is 0: it must be positive"),
         ({"clip_norm": 0.0}, "--clip-norm is 0.0: it must be positive"),
         ({"ema": 1.5}, "--ema is 1.5: it must be in 0..1"),

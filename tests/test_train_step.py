@@ -336,12 +336,12 @@ def test_refusals(getkey):
         train.init_train_state(toy(getkey()), optax.sgd(0.1), trainable=True, key=getkey())
     with pytest.raises(ValueError, match=r"model\['n'\], which is an array of int32"):
         train.init_train_state({"n": jnp.arange(3)}, optax.sgd(0.1), trainable=True, key=getkey())
-    with pytest.raises(ValueError, match=r"batch\.images\.pixels has shape \(3, 8, 8, 3\).*2 devices"):
+    with pytest.raises(ValueError, match=r"batch\.images\.pixels has shape \(3, 8, 8, 3\).*2 parts"):
         train.shard_batch(make_batch(BOXES[:3], BOX_VALID[:3]), train.make_mesh(jax.devices()[:2]))
     batch = train.shard_batch(make_batch(BOXES, BOX_VALID), train.make_mesh(jax.devices()[:2]))
     three = train.make_mesh(jax.devices()[:3])
     state = train.init_train_state(toy(getkey()), optax.sgd(0.1), trainable=TRAINABLE, key=getkey())
-    with pytest.raises(ValueError, match=r"4 examples cannot be divided over 3 devices"):
+    with pytest.raises(ValueError, match=r"4 examples cannot be divided into 3 parts"):
         train.make_train_step(squares, optax.sgd(0.1), trainable=TRAINABLE, mesh=three)(state, batch)
     with pytest.raises(ValueError, match=r"accumulate must divide the 4 examples of each device, got 3"):
         step = train.make_train_step(squares, optax.sgd(0.1), trainable=TRAINABLE, accumulate=3)

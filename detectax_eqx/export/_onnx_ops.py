@@ -57,6 +57,7 @@ class Operators:
             "nms_indices": one_by_one(self._nms_indices),
             "roi_align": one_by_one(self._roi_align),
             "upsample_nearest": self._upsample_nearest,
+            "layer_norm": self._layer_norm,
             "gather": one_by_one(lax.gather_p.bind),  # jax2onnx does not support a batched gather
             "dynamic_slice": one_by_one(lax.dynamic_slice_p.bind),
         }
@@ -121,6 +122,22 @@ class Operators:
             return self._operator(lines, [x], ["x"], (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
 
         mapped = custom_vmap(lambda x: batched(x[None])[0])
+        mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))
+        return mapped(x)
+
+    def _layer_norm(self, x: Operand, weight: Operand, bias: Operand, *, epsilon: float, axis: int) -> Array:
+        """Layer normalisation along the last axis of tokens `(…, c)`, or along the third last of maps `(…, c, h, w)`.
+
+        One operator, which computes its mean and variance in float32 also where the rest is float16.
+        """
+        line = f"y = LayerNormalization <axis = -1, epsilon = {epsilon!r}> (x, weight, bias)"
+
+        def batched(x):
+            last = jnp.moveaxis(x, axis, -1)
+            y = self._operator([line], [last, weight, bias], ["x", "weight", "bias"], last.shape)
+            return jnp.moveaxis(y, -1, axis)
+
+        mapped = custom_vmap(batched)
         mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))
         return mapped(x)
 

@@ -90,7 +90,7 @@ def layer_rates(tree: PyTree, *, decay: float) -> PyTree[float]:
 
 
 def decayed(tree: PyTree) -> PyTree[bool]:
-    """A mask of weight decay for `train.adamw`: true at arrays of two or more axes that are not tables of positions.
+    """A mask of weight decay for `train.adamw`: true at arrays of two or more axes but biases and positions.
 
     `tree` is a model or its parameters. Norms, biases and positions do not decay, as is usual for transformers.
 
@@ -100,9 +100,13 @@ def decayed(tree: PyTree) -> PyTree[bool]:
     >>> mask.patches.weight, mask.patches.bias, mask.positions.table
     (True, False, False)
     """
-    return jax.tree.map(
-        lambda leaf: _all(leaf, False) if _is_positions(leaf) else leaf.ndim > 1, tree, is_leaf=_is_positions
-    )
+
+    def is_decayed(path: tuple, leaf: PyTree) -> PyTree[bool]:
+        if _is_positions(leaf):
+            return _all(leaf, False)
+        return leaf.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) != "bias"
+
+    return jax.tree_util.tree_map_with_path(is_decayed, tree, is_leaf=_is_positions)
 
 
 def num_parameters(model: PyTree) -> int:

@@ -17,6 +17,7 @@ from .._xla import rematerialise
 from ..ops import upcast
 from ._conv import Conv2d, lecun_uniform
 from ._norm import LayerNorm
+from ._tensor import is_piece, split_from, sum_parts
 from ._windows import Windows
 
 
@@ -31,13 +32,14 @@ Biases = tuple[Float[Array, "_ _ _ _ _"], ...]
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-    """Applies a linear layer to the last axis.
+    """Applies a linear layer to the last axis. If its inputs are cut over devices, sums over them.
 
     >>> layer = eqx.nn.Linear(2, 3, key=jr.key(0))
     >>> linear(layer, jnp.zeros((5, 4, 2))).shape
     (5, 4, 3)
     """
     y = jnp.einsum("...i,oi->...o", x, layer.weight)
+    y = sum_parts(y) if is_piece(layer) else y
     return y if layer.bias is None else y + layer.bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -155,13 +157,25 @@ class PositionBias(eqx.Module):
 Positions = RelativeOffsets | PositionBias
 
 
+class Projections(eqx.Module):
+    """Linear layers to the queries, the keys and the values of all heads, in this order."""
+
+    weight: Float[Array, "3 o i"]
+    bias: Float[Array, "3 o"]
+
+    def __init__(self, channels: int, *, key: PRNGKeyArray):
+        self.weight = truncated_normal(INITIAL_SCALE)(key, (3, channels, channels))
+        self.bias = jnp.zeros((3, channels))
+
+    def __call__(self, x: Float[Array, "g m i"], head_size: int) -> tuple[Float[Array, "g a m d"], ...]:
+        y = jnp.einsum("gmi,oi->gmo", x, self.weight.reshape(-1, x.shape[2])) + self.bias.reshape(1, 1, -1)
+        return tuple(rearrange(y, "g m (t a d) -> t g a m d", t=3, d=head_size))
+
+
 class SelfAttention(eqx.Module):
-    """Multi-head self-attention within windows (arXiv:1706.03762).
+    """Multi-head self-attention within windows (arXiv:1706.03762). Its heads may be cut over devices."""
 
-    `qkv` projects a token to the queries, the keys and the values of all heads, in this order.
-    """
-
-    qkv: eqx.nn.Linear
+    qkv: Projections
     projection: eqx.nn.Linear
     positions: Positions | None
     heads: int = eqx.field(static=True)
@@ -170,7 +184,7 @@ class SelfAttention(eqx.Module):
         if heads < 1 or channels % heads:
             raise ValueError(f"heads must divide channels, got {channels} channels and {heads} heads.")
         keys = jr.split(key)
-        self.qkv = new_linear(channels, 3 * channels, key=keys[0])
+        self.qkv = Projections(channels, key=keys[0])
         self.projection = new_linear(channels, channels, key=keys[1])
         self.positions = positions
         self.heads = heads
@@ -179,16 +193,25 @@ class SelfAttention(eqx.Module):
         self, x: Float[Array, "g m c"], shape: tuple[int, int], mask: Float[Array, "g 1 m _ _"] | None = None
     ) -> Float[Array, "g m c"]:
         """Attends within each window of `shape` tokens. `mask`: what is added to the logits of all heads."""
-        q, k, v = rearrange(linear(self.qkv, x), "g m (t a d) -> t g a m d", t=3, a=self.heads)
-        biases = () if self.positions is None else self.positions(q, shape)
+        positions = self.positions
+        if is_piece(self.projection):
+            x = split_from(x)
+            positions = split_from(positions) if isinstance(positions, RelativeOffsets) else positions
+        q, k, v = self.qkv(x, head_size=x.shape[2] // self.heads)
+        biases = () if positions is None else positions(q, shape)
         biases = biases if mask is None else (*biases, mask)
-        large = q.shape[0] * self.heads * q.shape[2] ** 2 > MAX_LOGITS
+        large = q.shape[0] * q.shape[1] * q.shape[2] ** 2 > MAX_LOGITS
         attend = _attention_by_heads if large else attention
         return linear(self.projection, rearrange(attend(q, k, v, biases), "g a m d -> g m (a d)"))
 
+    def tensor_axes(self, count: int) -> dict[str, int]:
+        """The axes along which arrays may be cut over `count` devices, by their names: none if heads do not divide."""
+        axes = {"qkv.weight": 1, "qkv.bias": 1, "projection.weight": 1, "positions.table": 1}
+        return {} if self.heads % count else axes
+
 
 class MLP(eqx.Module):
-    """Two linear layers with a GELU between them, applied to each token."""
+    """Two linear layers with a GELU between them, applied to each token. Its hidden values may be cut over devices."""
 
     fc1: eqx.nn.Linear
     fc2: eqx.nn.Linear
@@ -199,7 +222,12 @@ class MLP(eqx.Module):
         self.fc2 = new_linear(hidden_size, channels, key=keys[1])
 
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        x = split_from(x) if is_piece(self.fc2) else x
         return linear(self.fc2, gelu(linear(self.fc1, x)))
+
+    def tensor_axes(self, count: int) -> dict[str, int]:
+        """As in `SelfAttention`."""
+        return {} if self.fc2.in_features % count else {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1}
 
 
 class LayerScale(eqx.Module):

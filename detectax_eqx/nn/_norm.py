@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._xla import named_call
 from ..ops import upcast
 
 
@@ -80,7 +81,7 @@ class LayerNorm(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        return _normalise(x, self.weight, self.bias, self.eps, axis=-1)
+        return named_call(_layer_norm, x, self.weight, self.bias, epsilon=self.eps, axis=-1)
 
 
 class LayerNorm2d(eqx.Module):
@@ -98,19 +99,19 @@ class LayerNorm2d(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
-        return _normalise(x, self.weight[:, None, None], self.bias[:, None, None], self.eps, axis=0)
+        return named_call(_layer_norm, x, self.weight, self.bias, epsilon=self.eps, axis=-3)
 
 
-def _normalise(
-    x: Float[Array, "*n"], weight: Float[Array, "*m"], bias: Float[Array, "*m"], eps: float, *, axis: int
+def _layer_norm(
+    x: Float[Array, "*n"], weight: Float[Array, " c"], bias: Float[Array, " c"], *, epsilon: float, axis: int
 ) -> Float[Array, "*n"]:
-    """`(x - mean) / sqrt(var + eps) * weight + bias`, with mean and variance along an axis."""
+    """`(x - mean) / sqrt(var + epsilon) * weight + bias`, with mean and variance along `axis`, which is negative."""
     wide = upcast(x)
     centred = wide - wide.mean(axis=axis, keepdims=True)
     variance = (centred * centred).mean(axis=axis, keepdims=True)
-    shape = (1,) * (x.ndim - weight.ndim) + weight.shape
+    shape = (1,) * (x.ndim + axis) + (-1,) + (1,) * (-1 - axis)
     scale, shift = (v.astype(wide.dtype).reshape(shape) for v in (weight, bias))
-    return (centred * lax.rsqrt(variance + eps) * scale + shift).astype(x.dtype)
+    return (centred * lax.rsqrt(variance + epsilon) * scale + shift).astype(x.dtype)
 
 
 # Builds a norm for a backbone: takes the number of channels and returns a module over `(c, h, w)`.

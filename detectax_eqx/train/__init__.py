@@ -26,6 +26,7 @@ from ._schedules import (
 from ._sharding import (
     local_rows as local_rows,
     make_mesh as make_mesh,
+    num_parts as num_parts,
     shard_batch as shard_batch,
     shard_state as shard_state,
     to_host as to_host,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, Key, PyTree
 
 from .._types import Batch, WeightedSum
-from ._sharding import AXES, gather_pieces, state_spec, sum_to_pieces
+from ._sharding import AXES, gather_pieces, num_parts, state_specs, sum_to_pieces
 
 
 Loss = Callable[..., dict[str, WeightedSum]]
@@ -92,10 +92,10 @@ def sharded_mean_gradient(
     devices together.
     """
     count = batch.images.valid.shape[0]
-    if count % mesh.size:
-        raise ValueError(f"a batch of {count} examples cannot be divided over {mesh.size} devices.")
+    if count % num_parts(mesh):
+        raise ValueError(f"a batch of {count} examples cannot be divided into {num_parts(mesh)} parts, see make_mesh.")
     constants, static = eqx.partition(rest, eqx.is_array)
-    specs = jax.tree.map(lambda leaf: state_spec(leaf.shape, mesh), (parameters, constants))
+    specs = state_specs((parameters, constants), mesh)
     examples = PartitionSpec(AXES)
 
     def local(arrays: tuple[PyTree, PyTree], batch: Batch, keys: Key[Array, " b"]) -> tuple[Metrics, PyTree]:

@@ -176,6 +176,8 @@ def layouts(model: Any, *, bgr: bool) -> tuple[Layout, ...]:
     ]
     if _part(model, models.CascadeHead) is None:  # its stages have one box for all classes
         rules.append((r"^roi_heads\.box_predictor\.bbox_pred\.", _after_zeros(4), lambda x: x[4:]))
+    # Queries, keys and values are rows of one layer.
+    rules.append((r"\.attn\.qkv\.", in_three, lambda x: x.reshape(-1, *x.shape[2:])))
     # The first position is that of the class token, which detectors do not have.
     rules.append((r"(^|\.)pos_embed$", lambda x: x[0, 1:], lambda x: _after_zeros(1)(x)[None]))
     if bgr:  # (o, i, k, k)
@@ -197,6 +199,11 @@ def _first_last(x: np.ndarray) -> np.ndarray:
 
 def _after_zeros(count: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: np.concatenate([np.zeros((count, *x.shape[1:]), x.dtype), x])
+
+
+def in_three(x: np.ndarray) -> np.ndarray:
+    """Cuts the rows into three equal parts, if possible; other shapes are reported later."""
+    return x if x.shape[0] % 3 else x.reshape(3, -1, *x.shape[1:])
 
 
 def _reversed_inputs(x: np.ndarray) -> np.ndarray:

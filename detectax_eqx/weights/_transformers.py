@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from .. import nn
-from ._detectron2_names import detectron2_names
+from ._detectron2_names import detectron2_names, in_three
 from ._load import load_named
 from ._names import without_prefixes
 from ._pth import read_pth
@@ -151,6 +151,7 @@ def load_transformer(model: Model, source: str | os.PathLike | Mapping[str, Any]
     for name, leaf in named_leaves(model).items():
         if _OWN.search(names[name]) and names[name] not in arrays:
             arrays[names[name]] = np.asarray(leaf)
+    arrays |= {name: in_three(array) for name, array in arrays.items() if ".attn.qkv." in name and array.ndim}
     return load_named(model, arrays, names, origin)
 
 

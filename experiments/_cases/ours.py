@@ -97,16 +97,18 @@ def load(build: Callable[..., Model], weights: str | None) -> Model:
     return load_torchvision(eqx.filter_eval_shape(build, key=jr.key(0)), dict(np.load(weights)))
 
 
-def detector(name: str, weights: str | None, size: tuple[int, int]) -> models.AbstractDetector:
+def detector(
+    name: str, weights: str | None, size: tuple[int, int], num_classes: int = NUM_CLASSES
+) -> models.AbstractDetector:
     """Builds a detector that keeps images of `size` unscaled, with weights from a file or at random.
 
-    One with a square canvas keeps it.
+    One that resizes to a square keeps doing so.
     """
-    model = load(partial(zoo.build, name, NUM_CLASSES), weights)
+    model = load(partial(zoo.build, name, num_classes), weights)
     if isinstance(model.preprocessing.resize, models.Square):
         return model
     resize = models.ShortestEdge(min(size), max(size))
-    return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
+    return replace(model, preprocessing=replace(model.preprocessing, resize=resize, square_canvas=False))
 
 
 def backbone(arrays: Arrays, *, name: str, weights: str | None, backward: bool) -> Case:
@@ -133,16 +135,18 @@ def backbone(arrays: Arrays, *, name: str, weights: str | None, backward: bool) 
     )
 
 
-def inference(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> Case:
+def inference(
+    arrays: Arrays, *, name: str, weights: str | None, precision: str, num_classes: int = NUM_CLASSES
+) -> Case:
     """Returns a case for detection, from uint8 images on the host to boxes and pasted masks."""
     set_product_precision(precision)
     images = arrays["images"]
     size = images.shape[1:3]
-    model = in_precision(detector(name, weights, size), precision)
+    model = in_precision(detector(name, weights, size, num_classes), precision)
 
     def detect(model, image):
         found = models.detect(model, image)
-        pasted = None if found.masks is None else ops.paste_masks(found.masks, found.boxes, image_size=size)
+        pasted = None if found.masks is None else model.paste(found.masks, found.boxes, image_size=size)
         return found, pasted
 
     options: dict[str, Any] = {"compiler_options": nn.convolution_options()}
@@ -182,7 +186,14 @@ def onnx(arrays: Arrays, *, name: str, weights: str | None, precision: str) -> C
 
 
 def training(
-    arrays: Arrays, *, name: str, weights: str | None, precision: str, learning_rate: float, checkpoint: bool = False
+    arrays: Arrays,
+    *,
+    name: str,
+    weights: str | None,
+    precision: str,
+    learning_rate: float,
+    checkpoint: bool = False,
+    num_classes: int = NUM_CLASSES,
 ) -> Case:
     """Returns a case for a step as in `train.py`: resize, forward, backward, SGD. `facts` describe its program."""
     set_product_precision(precision)
@@ -197,7 +208,7 @@ def training(
         )
         return in_precision(model, precision).loss(image, image_size, targets, key=loss_key)
 
-    model = load(partial(zoo.build, name, NUM_CLASSES, checkpoint=checkpoint), weights)
+    model = load(partial(zoo.build, name, num_classes, checkpoint=checkpoint), weights)
     optimizer, trainable = train.sgd(learning_rate), models.trainable(model)
     states = [train.init_train_state(model, optimizer, trainable=trainable, key=jr.key(0))]
     batch = make_batch(arrays, with_masks="masks" in model.needs)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision import ops
 from torchvision.datasets import CocoDetection
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 from torchvision.transforms import v2
@@ -206,9 +207,9 @@ def size(arrays: Arrays, *, name: str) -> Case:
 
 @cache
 def num_outputs(name: str) -> int:
-    """Returns the detector's number of classes; two-stage detectors count the background."""
+    """Returns the detector's number of classes; all but RetinaNet and FCOS count the background."""
     with torch.device("meta"):
-        return NUM_CLASSES + hasattr(new_detector(name), "roi_heads")
+        return NUM_CLASSES + (not isinstance(new_detector(name), RetinaNet | FCOS))
 
 
 class Coco(CocoDetection):

@@ -44,6 +44,7 @@ RANGES = {
         "max-bad-images": ["-1"],
         "accumulate": ["0", "-1", "3"],
         "parameter-shards": ["0", "-2", "3"],
+        "tensor-shards": ["0", "-2", "3"],
         "clip-norm": ["0", "-1", "nan"],
         "ema": ["1.5", "-0.1", "nan"],
         "backbone-lr": ["0", "-1", "inf"],

@@ -1,0 +1,112 @@
+"""Times this project's detectors beside Detectron2's, in turn, and writes docs/benchmarks/detectron2.md.
+
+    python -m tests.parity.compare_speed --python .venv/bin/python
+    python -m tests.parity.compare_speed --python .venv/bin/python --only "vitdet.*inference"
+
+Run it where Detectron2 is installed, see detectron2_models.py. `--python` is the interpreter of this project's side.
+The measurement is that of experiments/benchmark.py, whose parts it uses: two processes, A B A B …, after a check that
+both detect the same or have the same losses on average.
+"""
+# pyright: reportMissingImports=false
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import tyro
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+from _benchmark.agreement import compare_detections, compare_losses
+from _benchmark.bench import Worker, side_by_side
+from _benchmark.rows_detectors import COMPARED_STEPS, case
+from _benchmark.tables import commit, markdown, read_table, replace
+
+from tests.test_detectron2_reference import num_classes
+
+
+PAGE = ROOT / "docs" / "benchmarks" / "detectron2.md"
+IMAGE, SQUARE, STEP = "1 × 800×1216", "1 × 1024×1024", "2 × 320×480"
+KINDS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_mask_rcnn", "retinanet")
+ROWS = (
+    *((f"{kind}_resnet50_fpn_detectron2", "inference", IMAGE) for kind in KINDS),
+    ("mask_rcnn_swin_t_fpn", "inference", IMAGE),
+    ("mask_rcnn_vitdet_b", "inference", SQUARE),
+    ("mask_rcnn_resnet50_fpn_detectron2", "training", STEP),
+    ("mask_rcnn_swin_t_fpn", "training", STEP),
+    ("mask_rcnn_vitdet_b", "training", STEP),
+)
+HEADER = ("model", "work", "images", "ours s", "Detectron2 s", "ratio", "spread", "ours peak MB", "Detectron2 peak MB")
+
+
+@dataclass
+class Options:
+    """Options of the comparison."""
+
+    python: Path = Path(sys.executable)
+    """The interpreter of this project's side."""
+    only: str | None = None
+    """A regular expression: measure only rows whose cells match; others are unchanged."""
+    seconds: float = 20.0
+    """Approximate seconds per row; at least three turns of each side."""
+
+
+def measure(options: Options, name: str, kind: str, images: str, folder: Path) -> tuple[str, ...]:
+    """The cells of a row."""
+    kind, arrays, settings = case(kind, name, images, "float32", str(folder / f"{name}.npz"))
+    settings["num_classes"] = num_classes(name)
+    if "labels" in arrays:
+        arrays = {**arrays, "labels": arrays["labels"] % num_classes(name)}
+    with (
+        Worker(sys.executable, "tests.parity.detectron2_cases") as theirs,
+        Worker(options.python, "_cases.ours") as ours,
+    ):
+        theirs.build(kind, arrays, **settings)
+        ours.build(kind, arrays, **settings)
+        count = 1 if kind == "inference" else COMPARED_STEPS
+        results = [[side.result() for _ in range(count)] for side in (ours, theirs)]
+        if kind == "inference":
+            compare_detections(results[0][0], results[1][0])
+        else:
+            compare_losses(*results, rtol=0.01)
+        compared = side_by_side(ours, theirs, budget=options.seconds)
+        their_peak = theirs.memory()
+    with Worker(options.python, "_cases.ours") as ours:  # the process that compiled keeps some of its memory
+        ours.build(kind, arrays, **settings)
+        ours.time()
+        peak = ours.memory()
+    ratio, spread = compared.cells
+    assert compared.theirs is not None and ratio is not None and spread is not None
+    figures = f"{compared.ours:.2f}", f"{compared.theirs:.2f}", f"{ratio:.2f}×", f"{spread[0]:.2f}–{spread[1]:.2f}"
+    return name, kind, images, *figures, f"{peak:,.0f}", f"{their_peak:,.0f}", commit(), date.today().isoformat()
+
+
+def main(options: Options) -> None:
+    """Measures the chosen rows, and writes each as soon as it is measured."""
+    for variable, value in (("PYTHONPATH", str(ROOT)), ("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))):
+        os.environ.setdefault(variable, value)
+    with TemporaryDirectory() as folder:
+        for key in ROWS:
+            if options.only is None or re.search(options.only, " ".join(key)):
+                row = measure(options, *key, Path(folder))
+                print(" | ".join(row), flush=True)
+                write({key: row})
+
+
+def write(measured: dict[tuple[str, ...], tuple[str, ...]]) -> None:
+    """Writes rows into the table of the page."""
+    rows = {row[:3]: row for row in read_table(PAGE, "detectron2")[1]} | measured
+    table = markdown((*HEADER, "commit", "date"), [rows[key] for key in ROWS if key in rows])
+    begin, end = "<!-- detectron2 -->\n", "<!-- /detectron2 -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    replace(PAGE, before + begin + table + end + rest.partition(end)[2])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
