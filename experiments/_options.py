@@ -64,7 +64,7 @@ class RunOptions:
     resume: bool = False
     """Continue from the last checkpoint in --output. Options that are not given keep their values."""
     options: Path | None = None
-    """The options.json of another run, for options that are not given."""
+    """For options that are not given: the options.json of another run, or a recipe such as vitdet_b or swin_b."""
     epochs: int = 12
     """Passes over the training images, unless --steps is given."""
     steps: int | None = None

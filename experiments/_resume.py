@@ -16,6 +16,7 @@ from beartype.door import is_bearable
 from detectax_eqx import data, train
 
 
+RECIPES = Path(__file__).parent / "recipes"
 # Options of the process, not of the run.
 PROCESS = ("output", "resume", "options", "coordinator", "num_processes", "process_id")
 # Options that change neither batches nor model, up to rounding. The content of the data is compared separately.
@@ -33,6 +34,15 @@ def saved_options(output: Path) -> Options | None:
     path = output / "options.json"
     remedy = "Delete it, and give all options with --resume."
     return read_options(path, output=output, remedy=remedy) if path.is_file() else None
+
+
+def recipe_or_file(given: str) -> Path:
+    """The file that `--options` names, or that of the recipe of this name."""
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.json"))}
+    path = recipes.get(given, Path(given))
+    if not path.is_file():
+        raise SystemExit(f"--options is {given}: there is no such file, and recipes are {', '.join(recipes)}.")
+    return path
 
 
 def read_options(path: Path, *, output: Any, remedy: str) -> Options:
@@ -77,7 +87,7 @@ def given_before(arguments: Sequence[str]) -> Options | None:
         raise SystemExit("--options is for a new run: --resume takes the options of the run in --output.")
     if given.options:
         remedy = "Give the options.json of a run's folder."
-        before = read_options(Path(given.options), output=tyro.MISSING, remedy=remedy)
+        before = read_options(recipe_or_file(given.options), output=tyro.MISSING, remedy=remedy)
     else:
         before = saved_options(Path(given.output)) if given.resume and given.output else None
     if before is not None and given.epochs is not None:

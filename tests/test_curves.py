@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -170,3 +171,34 @@ def test_another_file_is_no_options(content, words, tmp_path):
     (tmp_path / "options.json").write_text(content)
     with pytest.raises(SystemExit, match=rf"options.json is not what train.py writes \({words}"):
         given_before(["--options", str(tmp_path / "options.json"), "--output", "x"])
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "experiments/recipes").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_train_every_stage_of_their_detector(path):
+    from _options import architecture, check_model, check_promise, complete, flat, with_own_sizes
+    from _resume import given_before
+
+    options = given_before(["--options", path.stem])
+    assert (
+        options is not None
+        and json.loads(path.read_text()).items() <= json.loads(json.dumps(flat(options), default=str)).items()
+    )
+    model = architecture(options).shapes(80)
+    options = with_own_sizes(options, model)
+    check_model(options, model)
+    check_promise(options, 1844)
+    assert options.architecture.trainable_layers == len(model.backbone.stages)
+    assert options.sizes.canvases == ((1024, 1024),)
+    assert flat(complete(options, 1844)) == flat(options) | {"norm": "group"}
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    from _resume import given_before
+
+    with pytest.raises(
+        SystemExit, match="--options is vit: there is no such file, and recipes are swin_b, swin_l, vitdet_b"
+    ):
+        given_before(["--options", "vit"])
