@@ -54,12 +54,14 @@ class Options:
     """Images per step, over all cores."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
     """Heights and widths in pixels of the network's input."""
+    tensor: int = 1
+    """Cores that compute an image together, over which transformers are cut. Training only."""
     programs: tuple[Literal["training", "detection"], ...] = ("training", "detection")
     """The programs to compile."""
     folder: Path = FOLDER
     """Folder of the measurements and pages. Rows are added to the table `tpu`."""
 
-    RANGES: ClassVar[dict[str, str]] = {"positive": "batch_size", "a positive multiple of 32": "canvases"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "batch_size tensor", "a positive multiple of 32": "canvases"}
 
 
 def main(options: Options) -> None:
@@ -70,19 +72,19 @@ def main(options: Options) -> None:
     versions, fits = f"jax {jax.__version__}, libtpu {version('libtpu')}, commit {commit()}", True
     for topology, name, canvas in product(options.topologies, options.models, options.canvases):
         limit = GIB[topology.split(":")[0]]
-        mesh = train.make_mesh(topologies.get_topology_desc(topology, platform="tpu").devices)
-        recipe = grouped(
-            output=Path(),
-            model=name,
-            norm="frozen_batch",
-            batch_size=options.batch_size,
-            precision="bfloat16",
-            trainable_layers=3,
-        )
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+        mesh = train.make_mesh(devices, tensor=options.tensor)
+        recipe: dict[str, Any] = {"model": name, "batch_size": options.batch_size, "precision": "bfloat16"}
+        cut = ""
+        if options.tensor == 1:
+            recipe |= {"norm": "frozen_batch", "trainable_layers": 3}
+        else:
+            recipe |= {"optimizer": "adamw", "gradient_checkpointing": True}
+            cut = f", each on {options.tensor} cores, checkpointed"
         programs = {
             "training": (
-                f"training in bfloat16, {options.batch_size} images",
-                partial(lower_step, recipe, canvas, mesh),
+                f"training in bfloat16, {options.batch_size} images{cut}",
+                partial(lower_step, grouped(output=Path(), **recipe), canvas, mesh),
             ),
             "detection": ("detection, an image on each core", partial(lower_detection, name, canvas, mesh)),
         }
@@ -131,7 +133,7 @@ def lower_step(options: TrainOptions, canvas: tuple[int, int], mesh: Mesh) -> ja
     batch = eqx.filter_eval_shape(
         make_batch, options.run.batch_size, canvas, options.sizes.max_objects, state.model.needs
     )
-    state = shaped(state, NamedSharding(mesh, PartitionSpec()))
+    state = jax.tree.map(place, state, train.state_shardings(state, mesh))
     batch = shaped(batch, NamedSharding(mesh, PartitionSpec(("data", "model"))))
     return lower(step, state, batch, donate=(0,))
 
@@ -167,10 +169,11 @@ def is_shape(leaf: Any) -> bool:
 def shaped(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """Adds a sharding to the shapes of a tree."""
 
-    def place(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf
+    return jax.tree.map(lambda leaf: place(leaf, sharding), tree)
 
-    return jax.tree.map(place, tree)
+
+def place(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if is_shape(leaf) else leaf
 
 
 def lower(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:

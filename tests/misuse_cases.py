@@ -206,6 +206,7 @@ ELSEWHERE = {
         "shard_state",
         "to_host",
         "num_parts",
+        "state_shardings",
         "init_train_state",
     }
     | {"adamw", "no_vectors", "sgd"},

@@ -63,7 +63,11 @@ CASES = [(1, 1), (8, 1), pytest.param(2, 1, marks=pytest.mark.long), pytest.para
 
 @pytest.mark.parametrize("model_devices, accumulate", [*CASES, pytest.param(0, 4, marks=pytest.mark.long)])
 def test_the_same_as_one_device_at_once(model_devices, accumulate):
-    one, other = trained(0), trained(model_devices, accumulate)
+    require_the_same(trained(0), trained(model_devices, accumulate))
+
+
+def require_the_same(one, other):
+    """Fails unless metrics and states of two runs, as `trained` returns them, agree to 1e-5."""
     for a, b in zip(one[1], other[1], strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], atol=1e-5, rtol=1e-5, err_msg=name)

@@ -62,7 +62,7 @@ HOST = {
     *{"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"},
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",
-    *{"scale_learning_rate", "local_rows", "make_mesh", "num_parts", "step_compiler_options"},
+    *{"scale_learning_rate", "local_rows", "make_mesh", "num_parts", "state_shardings", "step_compiler_options"},
     *{name for name, value in vars(evaluate).items() if isinstance(value, FunctionType)},  # NumPy alone
 }
 

@@ -14,7 +14,7 @@ import pytest
 from detectax_eqx import models, nn, train
 
 from . import tiny_detector
-from .test_scaling import arrays
+from .test_scaling import arrays, require_the_same
 
 
 STEPS, IMAGES, CHANNELS, WINDOW = 5, 4, 32, 3
@@ -76,16 +76,7 @@ CASES = [(vit, 8, 1), pytest.param(vit, 2, 2, marks=pytest.mark.slow), pytest.pa
 
 @pytest.mark.parametrize("make_backbone, tensor, shards", CASES)
 def test_the_same_as_on_one_device(make_backbone, tensor, shards):
-    one, other = trained(make_backbone, 0), trained(make_backbone, tensor, shards)
-    for a, b in zip(one[1], other[1], strict=True):
-        for name in a:
-            np.testing.assert_allclose(a[name], b[name], atol=1e-5, rtol=1e-5, err_msg=name)
-    states = [
-        jax.tree_util.tree_leaves_with_path(train.to_host((s.model, s.opt_state, s.ema))) for s in (one[0], other[0])
-    ]
-    for (path, a), (_, b) in zip(*states, strict=True):
-        if isinstance(a, np.ndarray):
-            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+    require_the_same(trained(make_backbone, 0), trained(make_backbone, tensor, shards))
 
 
 def test_each_device_holds_its_heads_and_hidden_values():

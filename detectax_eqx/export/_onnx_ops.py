@@ -87,12 +87,16 @@ class Operators:
         return self._operator([line], [x, weight, *bias], names, (len(x), len(weight), *sides))
 
     def _dot_general(self, x: Operand, y: Operand, *, dimension_numbers: Any, **options: Any) -> Array:
-        """Converts a linear layer, `(…, i)` times `(o, i)`, to one Gemm operator that takes the weight as it is."""
-        if dimension_numbers != (((x.ndim - 1,), (1,)), ((), ())) or y.ndim != 2 or x.ndim < 2:
+        """Converts a linear layer, `(…, i)` times `(o, i)` or a constant `(…, i)`, to one Gemm operator."""
+        last = ((x.ndim - 1,), (y.ndim - 1,))
+        rewritten = y.ndim == 2 or (y.ndim > 2 and not isinstance(y, Tracer))
+        if dimension_numbers != (last, ((), ())) or x.ndim < 2 or not rewritten:
             return lax.dot_general_p.bind(x, y, dimension_numbers=dimension_numbers, **options)
         rows = x.reshape(-1, x.shape[-1])  # (n, i)
-        product = self._operator(["z = Gemm <transB = 1> (x, y)"], [rows, y], ["x", "y"], (len(rows), len(y)))
-        return product.reshape(*x.shape[:-1], len(y))
+        weight = y if y.ndim == 2 else np.asarray(y).reshape(-1, y.shape[-1])  # (o, i)
+        line, shape = "z = Gemm <transB = 1> (x, y)", (len(rows), len(weight))
+        product = self._operator([line], [rows, weight], ["x", "y"], shape)
+        return product.reshape(*x.shape[:-1], *y.shape[:-1])
 
     def _max_pool(self, x: Operand, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> Array:
         """Max pooling over the last two axes."""

@@ -168,8 +168,8 @@ class Projections(eqx.Module):
         self.bias = jnp.zeros((3, channels))
 
     def __call__(self, x: Float[Array, "g m i"], head_size: int) -> tuple[Float[Array, "g a m d"], ...]:
-        y = jnp.einsum("gmi,oi->gmo", x, self.weight.reshape(-1, x.shape[2])) + self.bias.reshape(1, 1, -1)
-        return tuple(rearrange(y, "g m (t a d) -> t g a m d", t=3, d=head_size))
+        y = jnp.einsum("gmi,toi->gmto", x, self.weight) + self.bias[None, None]
+        return tuple(rearrange(y, "g m t (a d) -> t g a m d", d=head_size))
 
 
 class SelfAttention(eqx.Module):

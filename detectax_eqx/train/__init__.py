@@ -29,6 +29,7 @@ from ._sharding import (
     num_parts as num_parts,
     shard_batch as shard_batch,
     shard_state as shard_state,
+    state_shardings as state_shardings,
     to_host as to_host,
 )
 from ._state import TrainState as TrainState, init_train_state as init_train_state

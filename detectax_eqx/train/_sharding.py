@@ -114,17 +114,26 @@ def shard_state(state: PyTree, mesh: Mesh) -> PyTree:
     True
     """
 
-    def put(leaf: Any, spec: Any) -> Any:
+    def put(leaf: Any, sharding: Any) -> Any:
         if not _is_array(leaf):
             return leaf
-        sharding = NamedSharding(mesh, spec)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         data = np.asarray(jr.key_data(leaf) if _is_key(leaf) else leaf)
         whole = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
         return jr.wrap_key_data(whole, impl=jr.key_impl(leaf)) if _is_key(leaf) else whole
 
-    return jax.tree.map(put, state, state_specs(state, mesh))
+    return jax.tree.map(put, state, state_shardings(state, mesh))
+
+
+def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
+    """The shardings that `shard_state` gives to the arrays of a state. The state may consist of shapes.
+
+    >>> state_shardings(jax.ShapeDtypeStruct((3,), "float32"), make_mesh(jax.devices()[:1])).spec
+    PartitionSpec()
+    """
+    specs = state_specs(state, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec, specs)
 
 
 def to_host(tree: PyTree) -> PyTree:

@@ -58,6 +58,28 @@ def dense(name):
     return with_statistics(model, keys[4])
 
 
+def transformer(kind):
+    """A tiny Mask R-CNN on a vision transformer, with norms in its heads. `kind`: "vit" or "swin"."""
+    keys = jr.split(jr.key(0), 4)
+    if kind == "vit":
+        body = nn.ViT(16, 2, 2, key=keys[0], side=4, window=3, global_blocks=(1,), relative_side=4)
+        backbone = nn.ViTFPN(body, key=keys[1], channels=16)
+    else:
+        body = nn.Swin(8, (1, 2, 1, 1), (1, 2, 2, 2), key=keys[0], window=3, drop_path=0.0)
+        backbone = nn.BackboneWithFPN(body, key=keys[1], channels=16, norm=nn.LayerNorm2d)
+    sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (96.0,))
+    parts = {"hidden_size": 32, "hidden_channels": 8, "mask_norm": nn.LayerNorm2d}
+    model = models.mask_rcnn(backbone, 3, key=keys[2], anchor_sizes=sizes, **parts)
+    noise = iter(jr.split(keys[3], 200))
+
+    def uneven(leaf):  # so that norms, biases and tables of positions count
+        return leaf + 0.2 * jr.normal(next(noise), leaf.shape) if eqx.is_inexact_array(leaf) else leaf
+
+    return replace(
+        eqx.tree_at(lambda m: m.backbone, model, jax.tree.map(uneven, backbone)), preprocessing=PREPROCESSING
+    )
+
+
 def needs(extra):
     """Skips the test if a package of the extra is not installed."""
     if any(find_spec(module) is None for module in _extras.EXTRAS[extra]):

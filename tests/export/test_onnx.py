@@ -2,6 +2,7 @@
 # pyright: reportMissingImports=false
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import equinox as eqx
@@ -14,7 +15,7 @@ import pytest
 from detectax_eqx import data, export, models, zoo
 
 from ..parity import compare_exports
-from .detectors import NAMES, SELECTION, SHAPE, Brightest, Cells, dense, needs, with_statistics
+from .detectors import NAMES, SELECTION, SHAPE, Brightest, Cells, dense, needs, transformer, with_statistics
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,28 @@ def test_dense_detectors_in_onnx(name, images, tmp_path):
     assert types["class_tower.convs.0.weight_quantized"] == TensorProto.INT8
     last = ["class_logits", "distances", "centerness"] if name == "fcos" else ["class_logits", "deltas"]
     assert all(types[f"{layer}.weight"] == TensorProto.FLOAT for layer in last)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_transformers_in_onnx(kind, images, tmp_path):
+    """Each norm is one operator, and projections and MLPs are operators whose weights can be quantised."""
+    needs("onnx")
+    from onnx import TensorProto
+
+    model, path = transformer(kind), tmp_path / "detector.onnx"
+    export.save_onnx(model, path, shape=SHAPE, images=images, class_names=NAMES, selection=SELECTION)
+    proto, _ = export.read_onnx(path)
+    counts = Counter(node.op_type for node in proto.graph.node)
+    # Each head has a norm per convolution, and those of the RPN and the box head none here.
+    blocks = {"vit": 2, "swin": 5}[kind]
+    of_backbone = {"vit": 1 + 2 * 4, "swin": 1 + 3 + 4 + 2 * 4}[kind]
+    assert counts["LayerNormalization"] == 2 * blocks + of_backbone + 4
+    assert counts["Softmax"] == 0 and counts["Erf"] == blocks + (kind == "vit")
+    int8 = tmp_path / "int8.onnx"
+    export.quantize_onnx(path, int8, images=images)
+    proto, _ = export.read_onnx(int8)
+    integers = [tuple(x.dims) for x in proto.graph.initializer if x.data_type == TensorProto.INT8]
+    channels = {"vit": 16, "swin": 8}[kind]
+    for shape in ((3 * channels, channels), (channels, channels), (4 * channels, channels), (channels, 4 * channels)):
+        assert shape in integers
