@@ -47,7 +47,8 @@ BINDING_NAMES = {
     "detectax_eqx.ops": "box_area clip_boxes xyxy_to_cxcywh cxcywh_to_xyxy xyxy_to_xywh xywh_to_xyxy pairwise_iou "
     "pairwise_ioa pairwise_giou pairwise_diou pairwise_ciou encode_boxes decode_boxes anchor_grid nms class_aware_nms "
     "nms_indices roi_align multilevel_roi_align match_boxes sample_balanced crop_masks paste_masks smooth_l1_loss "
-    "keypoints_from_heatmaps sigmoid_focal_loss giou_loss diou_loss ciou_loss dice_loss RoIFeatures",
+    "keypoints_from_heatmaps linear_assignment deformable_attention grid_sample point_sample sigmoid_focal_loss "
+    "giou_loss diou_loss ciou_loss dice_loss RoIFeatures",
     "detectax_eqx.models": "AbstractDetector FasterRCNN MaskRCNN KeypointRCNN RetinaNet FCOS detect detect_batch "
     "trainable",
     "detectax_eqx.zoo": "names build pretrained published Predictor",

@@ -1,4 +1,5 @@
 from ._anchors import anchor_grid as anchor_grid
+from ._assignment import linear_assignment as linear_assignment
 from ._bicubic import resize_bicubic as resize_bicubic
 from ._boxes import (
     box_area as box_area,
@@ -15,6 +16,11 @@ from ._boxes import (
     xyxy_to_xywh as xyxy_to_xywh,
 )
 from ._coders import decode_boxes as decode_boxes, encode_boxes as encode_boxes
+from ._deformable import (
+    deformable_attention as deformable_attention,
+    grid_sample as grid_sample,
+    point_sample as point_sample,
+)
 from ._keypoints import (
     keypoint_targets as keypoint_targets,
     keypoints_from_heatmaps as keypoints_from_heatmaps,

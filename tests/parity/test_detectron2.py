@@ -278,7 +278,11 @@ def test_transformers_in_double_precision(name):
 def test_weights_round_trip(name):
     reference = random_detector(name)
     arrays = arrays_of(reference)
+    if "backbone.net.pos_embed" in arrays:
+        arrays["backbone.net.pos_embed"][:, 0] = 0  # of the class token, which detectors do not have
     back = to_detectron2(load_detectron2(build(name), arrays))
     assert back.keys() == arrays.keys()
     assert all(np.array_equal(back[key], array) for key, array in arrays.items())
-    reference.load_state_dict({key: torch.from_numpy(array) for key, array in back.items()})
+    tensors = {key: torch.from_numpy(array) for key, array in back.items()}
+    missing, unexpected = reference.load_state_dict(tensors, strict=False)
+    assert not unexpected and all(key.endswith("relative_position_index") for key in missing)  # constants
