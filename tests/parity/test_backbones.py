@@ -9,7 +9,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed; `make parit
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed; `make parity` runs this")
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from detectax_eqx import nn
 from detectax_eqx.weights import load_torchvision, to_torchvision
 
+from .double import double_precision, in_double
 from .torchvision_models import arrays_of
 
 
@@ -80,8 +80,9 @@ def test_maps_and_gradients(name):
     scales = [float(x.detach().abs().mean()) for x in expected]
     torch.stack([torch.cos(x / scale).sum() for x, scale in zip(expected, scales, strict=True)]).sum().backward()
     gradients = {key: p.grad.numpy() for key, p in theirs.named_parameters() if p.grad is not None}
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        body = load_torchvision(eqx.filter_eval_shape(partial(getattr(nn, name), key=jr.key(0))), arrays_of(theirs))
+    arrays = {key: array.astype(np.float32) for key, array in arrays_of(theirs).items()}  # exact
+    body = load_torchvision(eqx.filter_eval_shape(partial(getattr(nn, name), key=jr.key(0))), arrays)
+    with double_precision():
 
         @eqx.filter_jit
         @partial(eqx.filter_value_and_grad, has_aux=True)
@@ -89,15 +90,15 @@ def test_maps_and_gradients(name):
             maps = both[0](both[1])
             return sum(jnp.cos(x / scale).sum() for x, scale in zip(maps, scales, strict=True)), maps
 
-        (_, maps), (grads, image_gradient) = total((body, jnp.asarray(image)))
+        (_, maps), (grads, image_gradient) = total((in_double(body), jnp.asarray(image)))
         ours = to_torchvision(grads)
     assert len(maps) == len(expected)
     for a, b, scale in zip(maps, expected, scales, strict=True):
-        np.testing.assert_allclose(a / scale, b[0].detach().numpy() / scale, atol=1e-10)
+        np.testing.assert_allclose(np.asarray(a) / scale, b[0].detach().numpy() / scale, atol=1e-10)
     gradients |= {"image": tensor.grad[0].numpy()}
     ours |= {"image": np.asarray(image_gradient)}
     worst = max(np.linalg.norm(ours[key] - g) / np.linalg.norm(g) for key, g in gradients.items())
     print(f"{name}: {len(gradients)} gradients, largest relative difference {worst:.1e}")
     assert worst < 1e-9
     back = to_torchvision(body)
-    assert {key for key in arrays_of(theirs) if not key.startswith(("fc.", "classifier."))} == set(back)
+    assert {key for key in arrays if not key.startswith(("fc.", "classifier."))} == set(back)

@@ -274,6 +274,7 @@ def test_transformers_in_double_precision(name):
     assert max(differences)[0] < 1e-6
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [*(name for name in CONFIGS if name not in DEEP), *VITDETS])
 def test_weights_round_trip(name):
     reference = random_detector(name)
