@@ -259,3 +259,21 @@ def test_square_canvas():
     )
     np.testing.assert_array_equal(found.boxes, wanted.boxes)
     assert (detect(model, image, score_threshold=0.0, canvas=(48, 64)).boxes != wanted.boxes).any()
+
+
+def test_sine_embedding():
+    positions = np.random.default_rng(0).uniform(0, 1, (3, 4)).astype(np.float32)
+    found = nn.sine_embedding(jnp.asarray(positions), 6, temperature=100.0)
+    for i in range(3):
+        angle = 2 * np.pi * positions / 100 ** (2 * i / 6)
+        np.testing.assert_allclose(found[..., 2 * i], np.sin(angle), atol=1e-5)
+        np.testing.assert_allclose(found[..., 2 * i + 1], np.cos(angle), atol=1e-5)
+
+
+def test_sine_positions():
+    found = nn.sine_positions((2, 5), 8)
+    rows = nn.sine_embedding(jnp.array([0.5, 1.0]), 4)
+    columns = nn.sine_embedding(jnp.arange(1.0, 6.0) / 5.0, 4)
+    for row, column in np.ndindex(2, 5):
+        np.testing.assert_allclose(found[:4, row, column], rows[row], atol=1e-5)
+        np.testing.assert_allclose(found[4:, row, column], columns[column], atol=1e-5)

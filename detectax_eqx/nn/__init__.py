@@ -68,6 +68,7 @@ from ._resnet import (
     wide_resnet50_2 as wide_resnet50_2,
     wide_resnet101_2 as wide_resnet101_2,
 )
+from ._sine import sine_embedding as sine_embedding, sine_positions as sine_positions
 from ._ssd import (
     SSDVGG as SSDVGG,
     SeparableConv2d as SeparableConv2d,
