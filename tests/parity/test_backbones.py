@@ -99,6 +99,7 @@ def test_maps_and_gradients(name):
     ours |= {"image": np.asarray(image_gradient)}
     worst = max(np.linalg.norm(ours[key] - g) / np.linalg.norm(g) for key, g in gradients.items())
     print(f"{name}: {len(gradients)} gradients, largest relative difference {worst:.1e}")
-    assert worst < 1e-9
+    # The derivative of torch's hard sigmoid is 1 / 6 in float32, whatever its input.
+    assert worst < (1e-7 if name == "mobilenet_v3_large" else 1e-9)
     back = to_torchvision(body)
     assert {key for key in arrays if not key.startswith(("fc.", "classifier."))} == set(back)
