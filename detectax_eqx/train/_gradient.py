@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, Key, PyTree
 
 from .._types import Batch, WeightedSum
-from ._sharding import AXES, gather_pieces, num_parts, state_specs, sum_to_pieces
+from ._sharding import AXES, gather_pieces, num_parts, state_specs, sum_over_parts, sum_to_pieces
 
 
 Loss = Callable[..., dict[str, WeightedSum]]
@@ -100,11 +100,9 @@ def sharded_mean_gradient(
 
     def local(arrays: tuple[PyTree, PyTree], batch: Batch, keys: Key[Array, " b"]) -> tuple[Metrics, PyTree]:
         parameters, constants = gather_pieces(arrays, specs)
-        add_up = partial(lax.psum, axis_name=AXES)
-        terms, gradient = mean_gradient(
-            loss, parameters, eqx.combine(constants, static), batch, keys, accumulate=accumulate, add_up=add_up
-        )
-        return add_up(terms), sum_to_pieces(gradient, specs[0])
+        model = parameters, eqx.combine(constants, static)
+        terms, gradient = mean_gradient(loss, *model, batch, keys, accumulate=accumulate, add_up=sum_over_parts)
+        return sum_over_parts(terms), sum_to_pieces(gradient, specs[0])
 
     run = jax.shard_map(
         local, mesh=mesh, in_specs=(specs, examples, examples), out_specs=(PartitionSpec(), specs[0]), check_vma=False
