@@ -199,7 +199,7 @@ def tiny_swin(**options):
     return nn.Swin(8, (2, 2, 2, 2), (1, 2, 4, 8), key=jr.key(0), window=4, **options)
 
 
-@pytest.mark.parametrize("make", [tiny_vit, tiny_swin])
+@pytest.mark.parametrize("make", [tiny_vit, pytest.param(tiny_swin, marks=pytest.mark.slow)])
 def test_checkpointing_changes_no_gradient(make):
     image = jr.normal(jr.key(1), (3, 64, 96))
 

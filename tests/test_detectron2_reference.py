@@ -49,7 +49,9 @@ def close(found, kind, prefix, *, pixels):
     np.testing.assert_allclose(np.asarray(found.boxes)[valid], expected[f"{prefix}.boxes"], atol=pixels)
 
 
-@pytest.mark.parametrize("kind", [*tiny.KINDS, *tiny.TRANSFORMERS])
+@pytest.mark.parametrize(
+    "kind", [*tiny.KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in tiny.TRANSFORMERS)]
+)
 def test_detections(kind):
     """From the image as decoded: resize, rounding, detection, and boxes scaled back."""
     model, detect = made(kind), eqx.filter_jit(models.detect)
@@ -73,7 +75,9 @@ def test_detections(kind):
             assert (union > 0).mean() > 0.7 and union.sum() > 500  # boxes may be smaller than a pixel
 
 
-@pytest.mark.parametrize("kind", [*tiny.KINDS, *tiny.TRANSFORMERS])
+@pytest.mark.parametrize(
+    "kind", [*tiny.KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in tiny.TRANSFORMERS)]
+)
 def test_losses(kind):
     """Every loss of a batch with all candidates sampled, and gradients of two layers."""
     model, expected, everything = made(kind), stored(kind), 1_000_000

@@ -124,6 +124,7 @@ def test_other_formats_are_refused(predictor, image, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_and_evaluation(tmp_path, monkeypatch):
     """Two steps of train.py on shapes with four points, an evaluation by OKS, and the checkpoint as a predictor."""
     for kind in ("train", "val"):

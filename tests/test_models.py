@@ -184,7 +184,7 @@ def test_predictions_at_some_anchors(kind, part, getkey):
 
 
 # Models that compile for long: `make test-slow` has them.
-SLOW = ("cascade", "mask_v2", "mobilenet", "ssdlite", "swin", "vit")
+SLOW = ("cascade", "keypoint", "mask_v2", "mobilenet", "retinanet", "ssd", "ssdlite", "swin", "vit")
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS])

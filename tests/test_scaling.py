@@ -58,7 +58,12 @@ def arrays(tree):
     return jax.tree.leaves(eqx.filter(tree, eqx.is_array))
 
 
-CASES = [(1, 1), (8, 1), pytest.param(2, 1, marks=pytest.mark.long), pytest.param(8, 2, marks=pytest.mark.long)]
+CASES = [
+    pytest.param(1, 1, marks=pytest.mark.slow),
+    (8, 1),
+    pytest.param(2, 1, marks=pytest.mark.long),
+    pytest.param(8, 2, marks=pytest.mark.long),
+]
 
 
 @pytest.mark.parametrize("model_devices, accumulate", [*CASES, pytest.param(0, 4, marks=pytest.mark.long)])
@@ -103,6 +108,7 @@ def sent(text):
     return sorted(shape for shape in messages if shape[1]), {kind for kind, shape in messages if not shape}
 
 
+@pytest.mark.slow
 def test_copies_send_gradients_and_sums():
     state, _, text = trained(1)
     trained_arrays, _ = train._state.partition(state.model, models.trainable(state.model))

@@ -136,9 +136,18 @@ def backbone(arrays: Arrays, *, name: str, weights: str | None, backward: bool) 
 
 
 def inference(
-    arrays: Arrays, *, name: str, weights: str | None, precision: str, num_classes: int = NUM_CLASSES
+    arrays: Arrays,
+    *,
+    name: str,
+    weights: str | None,
+    precision: str,
+    num_classes: int = NUM_CLASSES,
+    threshold: float | None = None,
 ) -> Case:
-    """Returns a case for detection, from uint8 images on the host to boxes and pasted masks."""
+    """Returns a case for detection, from uint8 images on the host to boxes and pasted masks.
+
+    `threshold`: for masks that are true or false, as Detectron2's.
+    """
     set_product_precision(precision)
     images = arrays["images"]
     size = images.shape[1:3]
@@ -146,8 +155,9 @@ def inference(
 
     def detect(model, image):
         found = models.detect(model, image)
-        pasted = None if found.masks is None else model.paste(found.masks, found.boxes, image_size=size)
-        return found, pasted
+        if found.masks is None:
+            return found, None
+        return found, model.paste(found.masks, found.boxes, image_size=size, threshold=threshold)
 
     options: dict[str, Any] = {"compiler_options": nn.convolution_options()}
     detect_all = eqx.filter_jit(eqx.filter_vmap(detect, in_axes=(None, 0)), **options)

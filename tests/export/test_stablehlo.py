@@ -133,7 +133,9 @@ def test_a_model_that_is_no_detector_is_refused(tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["retinanet", "retinanet_v2", "fcos"])
+@pytest.mark.parametrize(
+    "name", ["fcos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "retinanet_v2"))]
+)
 def test_dense_detectors_in_stablehlo(name, images, tmp_path):
     model, path = dense(name), tmp_path / "detector.npz"
     export.save_stablehlo(model, path, shapes=[SHAPE], class_names=NAMES, platforms=["cpu"])

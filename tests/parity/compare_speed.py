@@ -61,6 +61,8 @@ def measure(options: Options, name: str, kind: str, images: str, folder: Path) -
     """The cells of a row."""
     kind, arrays, settings = case(kind, name, images, "float32", str(folder / f"{name}.npz"))
     settings["num_classes"] = num_classes(name)
+    if kind == "inference":
+        settings["threshold"] = 0.5  # of its masks
     if "labels" in arrays:
         arrays = {**arrays, "labels": arrays["labels"] % num_classes(name)}
     with (

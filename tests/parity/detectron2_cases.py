@@ -29,7 +29,7 @@ def load(name: str, weights: str, size: tuple[int, int], num_classes: int) -> to
     return model
 
 
-def inference(arrays: Arrays, *, name: str, weights: str, precision: str, num_classes: int) -> Case:
+def inference(arrays: Arrays, *, name: str, weights: str, precision: str, num_classes: int, threshold: float) -> Case:
     """Returns a case for detection in images that are not resized, up to pasted masks."""
     images = list(arrays["images"])
     model = load(name, weights, images[0].shape[:2], num_classes)
