@@ -50,7 +50,7 @@ def test_the_least_cost(shape, kind):
 
 def test_a_problem_alone_as_in_a_batch():
     cost = np.random.default_rng(1).normal(size=(4, 6, 9)).astype(np.float32)
-    together = jax.vmap(ops.linear_assignment, in_axes=(0, None))(cost, jnp.array(6))
+    together = jax.vmap(ops.linear_assignment, in_axes=(0, None))(jnp.asarray(cost), jnp.array(6))
     alone = [ops.linear_assignment(jnp.asarray(one), jnp.array(6)) for one in cost]
     np.testing.assert_array_equal(together, alone)
 

@@ -1,4 +1,4 @@
-"""Times this project's detectors beside Detectron2's, in turn, and writes docs/benchmarks/detectron2.md.
+"""Times this project's detectors beside Detectron2's, in turn, for docs/benchmarks/detectron2.md.
 
     python -m tests.parity.compare_speed --python .venv/bin/python
     python -m tests.parity.compare_speed --python .venv/bin/python --only "vitdet.*inference"
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import tyro
 
@@ -25,13 +26,14 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 from _benchmark.agreement import compare_detections, compare_losses
 from _benchmark.bench import Worker, side_by_side
+from _benchmark.pages import render
 from _benchmark.rows_detectors import COMPARED_STEPS, case
-from _benchmark.tables import commit, markdown, read_table, replace
+from _benchmark.tables import TABLES, Measurements, Run, commit
+from benchmark import rounded
 
 from tests.test_detectron2_reference import num_classes
 
 
-PAGE = ROOT / "docs" / "benchmarks" / "detectron2.md"
 IMAGE, SQUARE, STEP = "1 × 800×1216", "1 × 1024×1024", "2 × 320×480"
 KINDS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_mask_rcnn", "retinanet")
 ROWS = (
@@ -42,7 +44,6 @@ ROWS = (
     ("mask_rcnn_swin_t_fpn", "training", STEP),
     ("mask_rcnn_vitdet_b", "training", STEP),
 )
-HEADER = ("model", "work", "images", "ours s", "Detectron2 s", "ratio", "spread", "ours peak MB", "Detectron2 peak MB")
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Options:
     """Approximate seconds per row; at least three turns of each side."""
 
 
-def measure(options: Options, name: str, kind: str, images: str, folder: Path) -> tuple[str, ...]:
-    """The cells of a row."""
+def measure(options: Options, name: str, kind: str, images: str, folder: Path) -> tuple[list[Any], Run]:
+    """The measured cells of a row, and its run."""
     kind, arrays, settings = case(kind, name, images, "float32", str(folder / f"{name}.npz"))
     settings["num_classes"] = num_classes(name)
     if kind == "inference":
@@ -78,36 +79,34 @@ def measure(options: Options, name: str, kind: str, images: str, folder: Path) -
         else:
             compare_losses(*results, rtol=0.01)
         compared = side_by_side(ours, theirs, budget=options.seconds)
-        their_peak = theirs.memory()
+        their_peak, here, there = theirs.memory(), ours.about(), theirs.about()
     with Worker(options.python, "_cases.ours") as ours:  # the process that compiled keeps some of its memory
         ours.build(kind, arrays, **settings)
         ours.time()
         peak = ours.memory()
-    ratio, spread = compared.cells
-    assert compared.theirs is not None and ratio is not None and spread is not None
-    figures = f"{compared.ours:.2f}", f"{compared.theirs:.2f}", f"{ratio:.2f}×", f"{spread[0]:.2f}–{spread[1]:.2f}"
-    return name, kind, images, *figures, f"{peak:,.0f}", f"{their_peak:,.0f}", commit(), date.today().isoformat()
+    run = Run(
+        hardware=f"{here['count']} CPU cores ({here['kind']})",
+        versions=", ".join(f"{name} {version}" for name, version in (here["versions"] | there["versions"]).items()),
+        commit=commit(),
+        date=date.today().isoformat(),
+        command="`python -m tests.parity.compare_speed`",
+    )
+    return [compared.ours, compared.theirs, *compared.cells, peak, their_peak], run
 
 
 def main(options: Options) -> None:
     """Measures the chosen rows, and writes each as soon as it is measured."""
     for variable, value in (("PYTHONPATH", str(ROOT)), ("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))):
         os.environ.setdefault(variable, value)
+    columns = [*TABLES["detectron2"].keys, *TABLES["detectron2"].columns]
     with TemporaryDirectory() as folder:
         for key in ROWS:
             if options.only is None or re.search(options.only, " ".join(key)):
-                row = measure(options, *key, Path(folder))
-                print(" | ".join(row), flush=True)
-                write({key: row})
-
-
-def write(measured: dict[tuple[str, ...], tuple[str, ...]]) -> None:
-    """Writes rows into the table of the page."""
-    rows = {row[:3]: row for row in read_table(PAGE, "detectron2")[1]} | measured
-    table = markdown((*HEADER, "commit", "date"), [rows[key] for key in ROWS if key in rows])
-    begin, end = "<!-- detectron2 -->\n", "<!-- /detectron2 -->"
-    before, _, rest = PAGE.read_text().partition(begin)
-    replace(PAGE, before + begin + table + end + rest.partition(end)[2])
+                cells, run = measure(options, *key, Path(folder))
+                row = dict(zip(columns, map(rounded, (*key, *cells)), strict=True))
+                print(row, flush=True)
+                Measurements().add("detectron2", row, run, keys=ROWS)
+                render()
 
 
 if __name__ == "__main__":

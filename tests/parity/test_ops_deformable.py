@@ -10,7 +10,6 @@ torch = pytest.importorskip(
 import jax
 import jax.numpy as jnp
 import numpy as np
-from torch.nn import functional
 
 from detectax_eqx import ops
 
@@ -23,7 +22,7 @@ def by_torch(value, locations, weights):
     total = torch.zeros(())
     for level, x in enumerate(value):  # (a, d, h, w)
         grid = 2 * locations[:, :, level].permute(1, 0, 2, 3) - 1  # (a, q, p, 2)
-        sampled = functional.grid_sample(x, grid, align_corners=False)  # (a, d, q, p)
+        sampled = torch.nn.functional.grid_sample(x, grid, align_corners=False)  # (a, d, q, p)
         total = total + (sampled * weights[:, :, level].permute(1, 0, 2)[:, None]).sum(-1)
     return total.permute(2, 0, 1)
 
