@@ -1,6 +1,6 @@
 """Transformers whose heads and MLPs are cut over eight devices train as on one, and send only their tokens."""
 
-import re
+import math
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -14,7 +14,7 @@ import pytest
 from detectax_eqx import models, nn, train
 
 from . import tiny_detector
-from .test_scaling import arrays, require_the_same
+from .test_scaling import arrays, require_the_same, sent
 
 
 STEPS, IMAGES, CHANNELS, WINDOW = 5, 4, 32, 3
@@ -100,13 +100,7 @@ def test_each_device_holds_its_heads_and_hidden_values():
 def test_blocks_send_their_tokens_and_nothing_else():
     """Twice forward and twice backward for each block, and the gradients of relative positions, which heads share."""
     _, _, text = trained(vit, 8)
-    kinds = re.compile(r" (all-[a-z-]+|reduce-scatter|collective-[a-z]+|send|recv)(?:-start)?\(")
-    messages = Counter()
-    for line in text.splitlines():
-        if message := kinds.search(line):
-            for dimensions in re.findall(r"\w+\[([\d,]*)\]", line[: message.start()]):
-                if dimensions:  # not a scalar, such as a part of a norm
-                    messages[message[1], int(np.prod([int(n) for n in dimensions.split(",")]))] += 1
+    messages = Counter((kind, math.prod(shape)) for kind, shape in sent(text)[0])
     windowed, tokens = IMAGES * 4 * WINDOW**2 * CHANNELS, IMAGES * 16 * CHANNELS
     assert {kind for kind, _ in messages} == {"all-reduce"}
     offsets = Counter({("all-reduce", (2 * side - 1) * CHANNELS // 8): 2 for side in (WINDOW, 4)})
