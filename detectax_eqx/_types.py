@@ -92,7 +92,8 @@ class Detections(eqx.Module):
 
     - `boxes`: `(x0, y0, x1, y1)` in pixels of the input image.
     - `scores`: 0..1. `labels`: `0..K-1`. `valid`: which rows hold a detection.
-    - `masks`: probabilities 0..1, each filling its box, or `None`. `ops.paste_masks` pastes them onto a canvas.
+    - `masks`: probabilities 0..1, or `None`. A model's `paste` puts them onto an image, given the `frames`.
+    - `mask_boxes`: the frame that each mask fills, in the same pixels as `boxes`; `None` if it is the object's box.
     - `keypoints`: `(x, y, score)` of each object's `k` points, in the same pixels as `boxes`, or `None`.
     """
 
@@ -102,6 +103,12 @@ class Detections(eqx.Module):
     valid: Bool[AnyArray, "*b n"]
     masks: Float[AnyArray, "*b n s t"] | None = None
     keypoints: Float[AnyArray, "*b n k 3"] | None = None
+    mask_boxes: Float[AnyArray, "*b n 4"] | None = None
+
+    @property
+    def frames(self) -> Float[AnyArray, "*b n 4"]:
+        """The frame that each mask fills."""
+        return self.boxes if self.mask_boxes is None else self.mask_boxes
 
 
 class Images(eqx.Module):

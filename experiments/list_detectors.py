@@ -20,7 +20,8 @@ def main() -> None:
         weights = zoo.published(name)
         figures = [f"{ap:.1f}" if ap else "" for ap in (weights.box_ap, weights.mask_ap, weights.keypoint_ap)]
         source = f"{weights.source} ({weights.licence}), {weights.file}"
-        print(f"{name:<44}{figures[0]:>8}{figures[1]:>9}{figures[2]:>11}{weights.megabytes:>6.0f}  {source}")
+        size = "" if weights.megabytes is None else f"{weights.megabytes:.0f}"
+        print(f"{name:<44}{figures[0]:>8}{figures[1]:>9}{figures[2]:>11}{size:>6}  {source}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ OPS = [
     call(ops.pairwise_iou, BOXES, MORE_BOXES),
     call(ops.paste_masks, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.paste_masks_at_centers, f32(N, 5, 6), BOXES, image_size=(8, 9)),
+    call(ops.resize_masks, f32(N, 5, 6), BOXES, image_size=(8, 9)),
     call(ops.resize_image, f32(8, 9, 3), image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
     call(ops.resize_image_pillow, PIXELS, image_size=SIZE, output_size=SIZE, canvas=(6, 7), offset=SIZE, flip=flags()),
     call(ops.resize_bicubic, f32(2, 3, 4), (5, 6)),
@@ -127,6 +128,7 @@ OTHERS = [
     call(models.l1_of_deltas, BOXES, BOXES, BOXES),
     call(models.mask_loss, f32(M, 7, 7), SAMPLED, TARGETS),
     call(models.propose, RPN_OUTPUT, f32(2)),
+    call(models.refine_boxes, f32(N, 4), f32(N, 4)),
     call(models.rpn_loss, f32(M), f32(M, 4), ANCHORS, TARGETS),
     call(models.sample_anchors, [MORE_BOXES], TARGETS, key=KEY),
     call(models.sample_proposals, PROPOSALS, TARGETS, key=KEY),
@@ -178,7 +180,7 @@ ELSEWHERE = {
     # test_models.py: they build detectors or take whole ones.
     models: {"detect_batch", "decayed", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
-    | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite"}
+    | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite", "rf_detr", "rf_detr_seg"}
     | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
     # test_predictor.py, test_download.py
     zoo: {
@@ -200,6 +202,7 @@ ELSEWHERE = {
         "mobilenet_v2",
         "mobilenet_v3_large",
         "vgg16",
+        "xavier_linear",
         *(name for name in dir(nn) if name.startswith(("resne", "wide_resnet", "swin_", "vit_"))),
     },
     train: {
@@ -228,7 +231,8 @@ ELSEWHERE = {
         "describe",
         "load_transformer",
         "read_transformer",
-    },
+    }
+    | {"load_rf_detr", "read_rf_detr", "rf_detr_shapes", "to_rf_detr"},
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from detectax_eqx import weights, zoo
-from detectax_eqx.zoo import _download, _published
+from detectax_eqx.zoo import _download, _published_rows
 
 from . import tiny_train
 from .tiny_detector import random_arrays
@@ -302,8 +302,8 @@ def test_weights_by_name(home, monkeypatch, tmp_path):
     sha = hashlib.sha256(content).hexdigest()[:8]
     with Server(content) as server:
         url = f"{server.url.rpartition('/')[0]}/fcos-{sha}.safetensors"
-        row = replace(zoo.published(name), url=url, sha256=sha)
-        monkeypatch.setitem(_published._PUBLISHED, name, row)
+        row = replace(zoo.published(name), url=url, file=url.rpartition("/")[2], sha256=sha)
+        monkeypatch.setitem(_published_rows.PUBLISHED, name, row)
         predictor = zoo.Predictor.pretrained(name)
         server.shutdown()
     assert eqx.tree_equal(predictor.model, model)

@@ -82,6 +82,15 @@ def tiny_ssdlite(key, num_classes=3):
     return replace(models.ssdlite(backbone, num_classes, key=heads_key, norm=norm), preprocessing=PREPROCESSING)
 
 
+def tiny_rf_detr(build, key, num_classes=3):
+    """On canvases that need not be square: patches of 8 pixels, in four windows."""
+    keys = jr.split(key, 3)
+    body = nn.WindowedViT(16, 2, key=keys[0], patch_size=8, side=8, windows=2, taps=(1, 2))
+    backbone = nn.ProjectedViT(body, key=keys[1], channels=16, depth=1)
+    options = {"layers": 2, "queries": 20, "groups": 2, "self_heads": 2, "cross_heads": 2, "hidden_size": 32}
+    return replace(build(backbone, num_classes, key=keys[2], **options), preprocessing=PREPROCESSING)
+
+
 V2 = {
     "make_backbone": partial(tiny_resnet, norm=nn.GroupNorm),
     "rpn_depth": 2,
@@ -113,6 +122,11 @@ MODELS = {
     ),
     "ssd": (tiny_ssd, {"classification", "bbox_regression"}),
     "ssdlite": (tiny_ssdlite, {"classification", "bbox_regression"}),
+    "rf_detr": (partial(tiny_rf_detr, models.rf_detr), {"loss_class", "loss_l1", "loss_giou"}),
+    "rf_detr_seg": (
+        partial(tiny_rf_detr, models.rf_detr_seg),
+        {"loss_class", "loss_l1", "loss_giou", "loss_mask", "loss_dice"},
+    ),
     "fcos": (partial(tiny_dense, models.fcos), {"classification", "bbox_regression", "bbox_ctrness"}),
 }
 
@@ -184,7 +198,7 @@ def test_predictions_at_some_anchors(kind, part, getkey):
 
 
 # Models that compile for long: `make test-slow` has them.
-SLOW = ("cascade", "keypoint", "mask_v2", "mobilenet", "retinanet", "ssd", "ssdlite", "swin", "vit")
+SLOW = ("cascade", "keypoint", "mask_v2", "mobilenet", "retinanet", "rf_detr_seg", "ssd", "ssdlite", "swin", "vit")
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS])
@@ -452,7 +466,7 @@ def test_every_name_is_a_detector(name):
     assert model.num_classes == 7 and "boxes" in model.needs
     from_scratch = eqx.filter_eval_shape(zoo.Architecture(name, "group").build, 7, key=jr.key(0))
     norms = [x for x in jax.tree.leaves(from_scratch, is_leaf=is_norm) if is_norm(x)]
-    without = "ssd300" in name or "vitdet" in name or "swin" in name  # no norms, or LayerNorm
+    without = any(part in name for part in ("ssd300", "vitdet", "swin", "rf_detr"))  # no norms, or LayerNorm
     assert (norms or without) and not any(isinstance(norm, nn.FrozenBatchNorm) for norm in norms)
     # 32 groups, or fewer where a MobileNet's width is not a multiple of 32.
     assert all(norm.groups in (8, 16, 32) for norm in norms)

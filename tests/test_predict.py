@@ -278,12 +278,10 @@ def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
 def test_classes_are_counted_by_shapes(name, tmp_path):
     """For any detector by name, whatever its layers are called."""
     parts = zoo.Architecture(name)
-    theirs = _weights.is_detectron2s(parts, "weights.pth")
-    shapes_of = _weights.detectron2_shapes if theirs else _weights.array_shapes
-    arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes_of(parts.shapes(7)).items()}
+    source = _weights.source_of(parts, "weights.pth")
+    arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in source.shapes(parts.shapes(7)).items()}
     with pytest.MonkeyPatch.context() as patch:
-        for reader in ("read_torchvision", "read_detectron2"):
-            patch.setattr(_weights, reader, lambda *_: arrays)
+        patch.setattr(_weights, "source_of", lambda *_: source._replace(read=lambda *_: arrays))
         assert _weights.count_classes(parts, tmp_path / "weights.pth") == 7
 
 

@@ -181,7 +181,8 @@ def _rows_of_detections(
     if detections.keypoints is not None:
         points = np.asarray(detections.keypoints, np.float64)[rows]
         points[..., 2] = np.where(points[..., 2] > keypoint_threshold, SHOWN, ABSENT)
-    return _Rows(boxes, labels, texts, masks, boxes, np.zeros(len(rows), bool), points)
+    frames = np.asarray(detections.frames, np.float64)[rows]
+    return _Rows(boxes, labels, texts, masks, frames, np.zeros(len(rows), bool), points)
 
 
 def _rows_of_targets(

@@ -68,7 +68,8 @@ def to_coco_results(
     originals, indices = np.asarray(images.original_sizes), np.asarray(images.indices)
     source = images.pixels.shape[-3], images.pixels.shape[-2]
     ratios = originals / sizes.clip(1)  # (b, 2)
-    boxes = boxes * ratios[:, None, [1, 0, 1, 0]]  # (b, n, 4) * (b, 1, 4)
+    scale = ratios[:, None, [1, 0, 1, 0]]
+    boxes, frames = boxes * scale, np.asarray(detections.frames, np.float64) * scale  # (b, n, 4) * (b, 1, 4)
     keypoints = None
     if detections.keypoints is not None:
         factors = np.insert(ratios[:, ::-1], 2, 1, axis=1)  # (b, 3): x, y, and 1 for the score
@@ -96,7 +97,7 @@ def to_coco_results(
         assert masks is not None
         where = tuple(np.array([(i, row) for _, i, row in entries]).T)
         for (result, i, _), mask in zip(
-            entries, _paste(masks[where], boxes[where], canvas, mask_threshold, paste), strict=True
+            entries, _paste(masks[where], frames[where], canvas, mask_threshold, paste), strict=True
         ):
             height, width = originals[i]
             result["segmentation"] = encode_mask(mask[:height, :width])

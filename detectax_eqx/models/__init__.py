@@ -9,6 +9,7 @@ from ._box_head import (
     sample_proposals as sample_proposals,
 )
 from ._cascade import CascadeHead as CascadeHead
+from ._decoder import Decoder as Decoder, DecoderLayer as DecoderLayer, refine_boxes as refine_boxes
 from ._dense import DenseSelection as DenseSelection, dense_detections as dense_detections
 from ._detect import (
     detect as detect,
@@ -39,12 +40,25 @@ from ._parameters import (
     trainable as trainable,
 )
 from ._preprocessing import Preprocessing as Preprocessing, ShortestEdge as ShortestEdge, Square as Square
+from ._queries import (
+    Queries as Queries,
+    QueryHead as QueryHead,
+    QuerySelection as QuerySelection,
+)
 from ._retinanet import (
     RetinaNet as RetinaNet,
     RetinaNetMatching as RetinaNetMatching,
     giou_of_boxes as giou_of_boxes,
     l1_of_deltas as l1_of_deltas,
     retinanet as retinanet,
+)
+from ._rf_detr import RFDETR as RFDETR, rf_detr as rf_detr
+from ._rf_detr_seg import (
+    PixelBlock as PixelBlock,
+    QueryBlock as QueryBlock,
+    QueryMaskHead as QueryMaskHead,
+    RFDETRSeg as RFDETRSeg,
+    rf_detr_seg as rf_detr_seg,
 )
 from ._rpn import (
     ANCHOR_SIZES as ANCHOR_SIZES,
@@ -57,6 +71,7 @@ from ._rpn import (
     rpn_loss as rpn_loss,
     sample_anchors as sample_anchors,
 )
+from ._set_loss import SetWeights as SetWeights
 from ._ssd import (
     SSD as SSD,
     DefaultBoxes as DefaultBoxes,

@@ -47,7 +47,7 @@ def detect(
       serves many sizes. They are the image's `(height, width)` within `image`, and after its resize by
       `model.preprocessing.resize`; both are traced. `canvas` is then required and must hold `canvas_size`.
 
-    Masks, if any, stay in the frame of their box; `detectax_eqx.ops.paste_masks` pastes them onto an image.
+    Masks, if any, stay in their frame; `model.paste` puts them onto an image.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.models import Preprocessing, ShortestEdge, faster_rcnn
@@ -91,7 +91,8 @@ def detect(
     if points is not None:
         places = points[..., :2] * scale[None, None, :2] - model.keypoint_offset
         points = jnp.concatenate([places, points[..., 2:]], axis=-1)
-    return replace(detections, boxes=detections.boxes * scale[None], keypoints=points)
+    frames = None if detections.mask_boxes is None else detections.mask_boxes * scale[None]
+    return replace(detections, boxes=detections.boxes * scale[None], keypoints=points, mask_boxes=frames)
 
 
 @cache

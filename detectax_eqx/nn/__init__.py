@@ -52,6 +52,12 @@ from ._norm import (
     Norm as Norm,
 )
 from ._precision import cast as cast
+from ._queries import (
+    DeformableAttention as DeformableAttention,
+    QueryAttention as QueryAttention,
+    ReLUMLP as ReLUMLP,
+    xavier_linear as xavier_linear,
+)
 from ._resnet import (
     BasicBlock as BasicBlock,
     Bottleneck as Bottleneck,
@@ -95,4 +101,10 @@ from ._vit import (
     vit_h as vit_h,
     vit_l as vit_l,
 )
-from ._windows import Windows as Windows
+from ._windowed_vit import (
+    C2f as C2f,
+    ClassToken as ClassToken,
+    ProjectedViT as ProjectedViT,
+    WindowedViT as WindowedViT,
+)
+from ._windows import Groups as Groups, Windows as Windows

@@ -18,7 +18,7 @@ from ..ops import upcast
 from ._conv import Conv2d, lecun_uniform
 from ._norm import LayerNorm
 from ._tensor import is_piece, split_from, sum_parts
-from ._windows import Windows
+from ._windows import Grouping
 
 
 # Standard deviation of initial weights, biases and positions (ViT, arXiv:2010.11929, and BERT before it).
@@ -285,7 +285,7 @@ class TransformerBlock(eqx.Module):
         self.drop_path = drop_path
 
     def __call__(
-        self, x: Float[Array, "n c"], windows: Windows, *, key: PRNGKeyArray | None = None
+        self, x: Float[Array, "n c"], windows: Grouping, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "n c"]:
         """Returns the next tokens of a grid. `key`: for the drop path; without one, no branch is left out."""
         keys = (None, None) if key is None else jr.split(key)
@@ -298,7 +298,7 @@ class TransformerBlock(eqx.Module):
 
 def run_blocks(
     blocks: Sequence[TransformerBlock],
-    windows: Sequence[Windows],
+    windows: Sequence[Grouping],
     x: Float[Array, "n c"],
     *,
     key: PRNGKeyArray | None,
@@ -313,7 +313,7 @@ def run_blocks(
 
 
 def _run_block(
-    block: TransformerBlock, windows: Windows, key: PRNGKeyArray | None, x: Float[Array, "n c"]
+    block: TransformerBlock, windows: Grouping, key: PRNGKeyArray | None, x: Float[Array, "n c"]
 ) -> Float[Array, "n c"]:
     return block(x, windows, key=key)
 

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
+from jax import lax
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -24,13 +26,19 @@ PRETRAINED_SIDE = 14
 
 
 class PatchPositions(eqx.Module):
-    """A vector per patch of a square image, interpolated for other sizes: the positions of ViT."""
+    """A vector per patch of a square image, interpolated for other sizes: the positions of ViT.
+
+    - `antialias`: whether the interpolation is that of DINOv2, bicubic with antialiasing, rather than `resize_bicubic`.
+      torch's kernels of both differ even where the grid grows.
+    """
 
     table: Float[Array, "n c"]
+    antialias: bool = eqx.field(static=True)
 
-    def __init__(self, side: int, channels: int, *, key: PRNGKeyArray):
+    def __init__(self, side: int, channels: int, *, key: PRNGKeyArray, antialias: bool = False):
         """Initialises the table. `side`: that of the image in patches."""
         self.table = truncated_normal(INITIAL_SCALE)(key, (side**2, channels))
+        self.antialias = antialias
 
     def __call__(self, grid: tuple[int, int]) -> Float[Array, "m c"]:
         """Returns the vectors of a grid of `(h, w)` patches, in row-major order."""
@@ -38,7 +46,11 @@ class PatchPositions(eqx.Module):
         if grid == (side, side):
             return self.table
         square = rearrange(self.table, "(h w) c -> c h w", h=side)
-        return rearrange(resize_bicubic(square, grid), "c h w -> (h w) c")
+        if self.antialias:
+            resized = jax.image.resize(square, (len(square), *grid), "cubic", precision=lax.Precision.HIGHEST)
+        else:
+            resized = resize_bicubic(square, grid)
+        return rearrange(resized, "c h w -> (h w) c")
 
 
 class ViT(eqx.Module):

@@ -82,3 +82,33 @@ class Windows(NamedTuple):
         part = rearrange(part, "(r i) (s j) -> (r s) (i j)", i=height, j=width)  # (g, m)
         apart = part[:, :, None] != part[:, None, :]  # (g, m, m)
         return jnp.where(apart, MASKED, 0.0).reshape(part.shape[0], 1, -1, height, width)
+
+
+class Groups(NamedTuple):
+    """Groups of consecutive tokens: `groups` of `length` tokens each.
+
+    >>> groups = Groups(groups=2, length=3)
+    >>> groups.split(jnp.arange(6.0)[:, None])[..., 0].tolist()
+    [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    """
+
+    groups: int
+    length: int
+    mask = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A group as a row of tokens."""
+        return 1, self.length
+
+    def split(self, x: Float[Array, "n c"]) -> Float[Array, "g m c"]:
+        """Separates the groups."""
+        return x.reshape(self.groups, self.length, -1)
+
+    def merge(self, x: Float[Array, "g m c"]) -> Float[Array, "n c"]:
+        """The inverse of `split`."""
+        return x.reshape(self.groups * self.length, -1)
+
+
+# How the tokens of an image are grouped for attention, which stays within each group.
+Grouping = Windows | Groups

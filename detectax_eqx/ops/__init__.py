@@ -37,6 +37,7 @@ from ._masks import (
     crop_masks as crop_masks,
     paste_masks as paste_masks,
     paste_masks_at_centers as paste_masks_at_centers,
+    resize_masks as resize_masks,
 )
 from ._matching import Matches as Matches, match_boxes as match_boxes, sample_balanced as sample_balanced
 from ._nms import class_aware_nms as class_aware_nms, nms as nms, nms_indices as nms_indices

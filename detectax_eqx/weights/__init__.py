@@ -11,6 +11,12 @@ from ._detectron2 import (
 from ._names import current_name as current_name
 from ._pkl import read_pkl as read_pkl
 from ._pth import read_pth as read_pth
+from ._rf_detr import (
+    load_rf_detr as load_rf_detr,
+    read_rf_detr as read_rf_detr,
+    rf_detr_shapes as rf_detr_shapes,
+    to_rf_detr as to_rf_detr,
+)
 from ._safetensors import (
     load_safetensors as load_safetensors,
     read_safetensors as read_safetensors,

@@ -19,6 +19,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 # Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
 _CASCADE = ("roi_heads.box_predictor.0.", "box_head.stages.")
 _DETECTORS = (
+    (("transformer.enc_out", "first_stage."), "RF-DETR"),
     (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
     (("roi_heads.keypoint_predictor.", "roi_heads.keypoint_head.", "keypoint_head."), "Keypoint R-CNN"),
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
@@ -41,6 +42,7 @@ _CLASS_LOGITS = (
     "box_predictor.0.cls_score.bias",
     "classification_head.cls_logits.bias",
     "class_logits.bias",
+    "class_embed.bias",
 )
 # The box outputs of dense detectors, four per anchor. Their class outputs are also per anchor.
 _DENSE_DELTAS = ("head.regression_head.bbox_reg.bias", "head.bbox_pred.bias", "deltas.bias")
@@ -70,12 +72,14 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
             detector = f"Cascade {detector.removeprefix('Faster ')}"
         source = " of Detectron2" if prefix == _BODIES[1] else ""
         second = " of the second version" if any(name.startswith(_SECOND_RPN) for name in arrays) else ""
-        outputs = next((_length(array) for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), 0)
+        logits = next((array.shape for name, array in arrays.items() if name.endswith(_CLASS_LOGITS)), ())
+        outputs = logits[-1] if logits else 0  # RF-DETR has an axis of groups before them
         anchors = next((_length(array) // 4 for name, array in arrays.items() if name in _DENSE_DELTAS), 1)
         with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
         points = next((_length(array) for name, array in arrays.items() if name.endswith(_HEATMAPS)), 0)
         with_outputs += f" and {points} keypoints" if points else ""
-        return f"a {detector}{source}{second} on {body or 'a backbone'}{with_outputs}"
+        article = "an" if detector.startswith("RF") else "a"
+        return f"{article} {detector}{source}{second} on {body or 'a backbone'}{with_outputs}"
     last = max((name for name in arrays if re.fullmatch(r"(fc|classifier\.\d)\.weight", name)), default=None)
     if body is not None and last is not None:
         classes = _length(arrays[last])

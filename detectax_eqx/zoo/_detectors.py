@@ -55,6 +55,7 @@ from ..nn import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from ._rf_detr import RF_DETRS
 from ._transformers import TRANSFORMERS
 
 
@@ -282,4 +283,5 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "ssd300_vgg16": _ssd300,
     "ssdlite320_mobilenet_v3_large": _ssdlite320,
     **_OF_DETECTRON2,
+    **RF_DETRS,
 }

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -31,29 +32,48 @@ def cache_folder() -> Path:
     return (configured if configured.is_absolute() else Path.home() / ".cache") / "detectax_eqx"
 
 
-def download(url: str, *, sha256: str) -> Path:
+class _Checksum(NamedTuple):
+    """The beginning of a checksum, in hexadecimal digits."""
+
+    algorithm: str
+    expected: str
+
+    def of(self, path: Path) -> str | None:
+        """As much of a file's checksum as is expected, or `None` if it is right."""
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, self.algorithm).hexdigest()[: len(self.expected)]
+        return None if actual == self.expected else actual
+
+    def __str__(self) -> str:
+        return {"sha256": "SHA-256", "md5": "MD5"}[self.algorithm]
+
+
+def download(url: str, *, file: str | None = None, sha256: str = "", md5: str = "") -> Path:
     """Downloads a file to `cache_folder() / "weights"`, unless it is already there, and returns its path.
 
-    A file, whether downloaded or put there by hand, is used only if its checksum begins with `sha256`. It is written
-    under a temporary name and renamed when complete. An interrupted download is resumed, even after the process was
-    killed. If several processes need the file, one downloads it and the others wait.
+    - `file`: its name there and on mirrors; default that of the URL.
+
+    A file, whether downloaded or put there by hand, is used only if its checksum begins with `sha256`, or with `md5` if
+    that is given. It is written under a temporary name and renamed when complete. An interrupted download is resumed,
+    even after the process was killed. If several processes need the file, one downloads it and the others wait.
 
     Raises a `ConnectionError` that names the URLs that were tried and where to put the file, an `OSError` if the file
     cannot be written, and a `ValueError` if an existing file has another checksum.
     """
-    name = url.rpartition("/")[2]
+    name = url.rpartition("/")[2] if file is None else file
+    checksum = _Checksum("md5", md5) if md5 else _Checksum("sha256", sha256)
     path = cache_folder() / "weights" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{name}.lock")):
             if not path.exists():
                 part = path.with_name(f".{name}.part")
-                _fetch(_sources(url), part, sha256=sha256, path=path)
+                _fetch(_sources(url, name), part, checksum, path=path)
                 part.replace(path)
-            elif not (checksum := _checksum(path)).startswith(sha256):
+            elif actual := checksum.of(path):
                 raise ValueError(
-                    f"{path} is damaged or another file: its SHA-256 is {checksum[: len(sha256)]}…, not "
-                    f"{sha256}…. Delete it to download it again from {url}."
+                    f"{path} is damaged or another file: its {checksum} is {actual}…, not {checksum.expected}…. "
+                    f"Delete it to download it again from {url}."
                 )
     except OSError as error:
         if error.filename is None:  # an error of the network
@@ -63,9 +83,8 @@ def download(url: str, *, sha256: str) -> Path:
     return path
 
 
-def _sources(url: str) -> list[str]:
+def _sources(url: str, name: str) -> list[str]:
     """The URLs to try: the file on each mirror, then its original URL."""
-    name = url.rpartition("/")[2]
     return [f"{mirror.rstrip('/')}/{name}" for mirror in os.environ.get("DETECTAX_MIRRORS", "").split()] + [url]
 
 
@@ -77,17 +96,17 @@ def _locked(path: Path) -> Generator[None, None, None]:
         yield
 
 
-def _fetch(sources: list[str], part: Path, *, sha256: str, path: Path) -> None:
+def _fetch(sources: list[str], part: Path, checksum: _Checksum, *, path: Path) -> None:
     """Downloads to `part` from the first source with the right file."""
     problems = []
     for source in sources:
         problem = _try(source, part)
         if problem is None:
-            checksum = _checksum(part)
-            if checksum.startswith(sha256):
+            actual = checksum.of(part)
+            if actual is None:
                 return
             part.unlink()
-            problem = f"it sent another file, with SHA-256 {checksum[: len(sha256)]}… instead of {sha256}…"
+            problem = f"it sent another file, with {checksum} {actual}… instead of {checksum.expected}…"
         problems.append(f"{source}: {problem}")
     raise ConnectionError(
         f"{path.name} cannot be downloaded. {'; '.join(problems)}. Try again, set DETECTAX_MIRRORS to the URL of a "
@@ -154,11 +173,6 @@ def _size_of(source: str) -> int | None:
     with urlopen(Request(source, method="HEAD", headers={"User-Agent": "detectax_eqx"}), timeout=TIMEOUT) as response:
         size = response.headers.get("Content-Length")
         return None if size is None else int(size)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _progress() -> Progress:

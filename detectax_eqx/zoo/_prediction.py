@@ -107,8 +107,8 @@ class Prediction:
             return None
         if not len(self):
             return np.zeros((0, *self.size), bool)
-        masks, boxes = jnp.asarray(detections.masks), jnp.asarray(detections.boxes)
-        return np.asarray(self.paste(masks, boxes, image_size=self.size, threshold=threshold))
+        masks, frames = jnp.asarray(detections.masks), jnp.asarray(detections.frames)
+        return np.asarray(self.paste(masks, frames, image_size=self.size, threshold=threshold))
 
     def to_supervision(self) -> Any:
         """The objects as `supervision.Detections`. Raises an `ImportError` if that package is not installed."""

@@ -1,48 +1,65 @@
 """Loads weights files into detectors by name, counts their classes, and initialises detectors for fine-tuning."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Shaped
 
 from ..models import AbstractDetector
-from ..nn import Swin, ViT
+from ..nn import Swin, ViT, WindowedViT
 from ..weights import (
     WeightsError,
     describe,
     detectron2_shapes,
     load_detectron2,
     load_detectron2_backbone,
+    load_rf_detr,
     load_torchvision,
     load_torchvision_backbone,
     load_transformer,
     read_detectron2,
+    read_rf_detr,
     read_torchvision,
+    rf_detr_shapes,
     to_torchvision,
 )
 from ._architecture import Architecture
 from ._detectors import detectron2_detectors
+from ._rf_detr import RF_DETRS
+
+
+class Source(NamedTuple):
+    """How the files of a library are read.
+
+    - `read`: the arrays in a file, by names of the library, given a model for which they may be.
+    - `load`: into a detector. `load_backbone`: the backbone of a classifier into a detector.
+    - `shapes`: the shapes of a model's arrays, by the names of `read`.
+    """
+
+    read: Callable[[Any, AbstractDetector], dict[str, Shaped[np.ndarray, "..."]]]
+    load: Callable[..., AbstractDetector]
+    load_backbone: Callable[..., AbstractDetector]
+    shapes: Callable[[AbstractDetector], dict[str, tuple[int, ...]]]
+
+
+def source_of(architecture: Architecture, path: str | os.PathLike) -> Source:
+    """How to read a file for a detector. A `.safetensors` file has the names of this package, whatever the detector."""
+    return _TORCHVISION if Path(path).suffix == ".safetensors" else _SOURCES.get(architecture.name, _TORCHVISION)
 
 
 def load_weights(architecture: Architecture, path: str | os.PathLike) -> AbstractDetector:
-    """The detector with the weights of a torchvision `.pth` or a `.safetensors` file.
-
-    For a detector of Detectron2, a `.pkl` or `.pth` file has Detectron2's names.
+    """The detector with the weights in a file of the library it comes from, or a `.safetensors` file of this package.
 
     The number of classes is inferred from the file. Raises a `WeightsError` that says what the file seems to contain if
     it does not hold this detector.
     """
     shapes = architecture.shapes(count_classes(architecture, path))
-    return load_detectron2(shapes, path) if is_detectron2s(architecture, path) else load_torchvision(shapes, path)
-
-
-def is_detectron2s(architecture: Architecture, path: str | os.PathLike) -> bool:
-    """Whether a file is Detectron2's. A `.safetensors` file has the names of this package, whatever the detector."""
-    return architecture.name in detectron2_detectors() and Path(path).suffix != ".safetensors"
+    return source_of(architecture, path).load(shapes, path)
 
 
 def with_keypoints(architecture: Architecture, path: str | os.PathLike) -> Architecture:
@@ -57,18 +74,14 @@ def with_keypoints(architecture: Architecture, path: str | os.PathLike) -> Archi
 
 def count_classes(architecture: Architecture, path: str | os.PathLike) -> int:
     """The number of classes of the weights in a file, inferred from the arrays whose shapes depend on it."""
-    few, more = (architecture.shapes(count) for count in (1, 2))
-    if is_detectron2s(architecture, path):
-        few, more = (detectron2_shapes(model) for model in (few, more))
-        arrays = read_detectron2(path)
-    else:
-        arrays = read_torchvision(path, few)
-        few, more = (array_shapes(model) for model in (few, more))
+    source, models = source_of(architecture, path), [architecture.shapes(count) for count in (1, 2)]
+    arrays = source.read(path, models[0])
+    few, more = (source.shapes(model) for model in models)
     counts = _counts(few, more, arrays)
     if not counts:
         missing = next(key for key in few if few[key] != more[key])
         raise WeightsError(
-            f"{path} seems to be {describe(arrays) or 'no model of torchvision, Detectron2 or this package'}: "
+            f"{path} seems to be {describe(arrays) or 'no model of torchvision, Detectron2, RF-DETR or this package'}: "
             f"it has no entry {missing}, so it does not hold a {architecture.name}."
         )
     return _whole(counts) or 1  # if arrays disagree, `load_torchvision` reports which
@@ -114,12 +127,10 @@ def initialize(
 
     Returns the model, and a sentence about each kind of layer that was not loaded.
     """
-    detectron2s = is_detectron2s(architecture, path)
-    names = read_detectron2(path) if detectron2s else read_torchvision(path, model)
-    if not any(name.startswith("backbone.") for name in names):
-        load = load_detectron2_backbone if detectron2s else load_torchvision_backbone
-        transformer = isinstance(getattr(model.backbone, "body", None), ViT | Swin)
-        return (load_transformer if transformer else load)(model, path), ()
+    library = source_of(architecture, path)
+    if not any(name.startswith("backbone.") for name in library.read(path, model)):
+        transformer = isinstance(getattr(model.backbone, "body", None), ViT | Swin | WindowedViT)
+        return (load_transformer if transformer else library.load_backbone)(model, path), ()
     plain = Architecture(architecture.name, architecture.norm)
     source = load_weights(with_keypoints(plain, path), path)
     arrays: dict[str, Shaped[np.ndarray, "..."]] = dict(to_torchvision(source))
@@ -137,3 +148,11 @@ def initialize(
         notes.append(f"{path} has another number of {kind}: the layers that depend on it start at random.")
     arrays |= others
     return load_torchvision(model, arrays), tuple(notes)
+
+
+_TORCHVISION = Source(read_torchvision, load_torchvision, load_torchvision_backbone, array_shapes)
+_DETECTRON2 = Source(
+    lambda path, _: read_detectron2(path), load_detectron2, load_detectron2_backbone, detectron2_shapes
+)
+_RF_DETR = Source(lambda path, _: read_rf_detr(path), load_rf_detr, load_transformer, rf_detr_shapes)
+_SOURCES = dict.fromkeys(detectron2_detectors(), _DETECTRON2) | dict.fromkeys(RF_DETRS, _RF_DETR)

@@ -157,7 +157,7 @@ def inference(
         found = models.detect(model, image)
         if found.masks is None:
             return found, None
-        return found, model.paste(found.masks, found.boxes, image_size=size, threshold=threshold)
+        return found, model.paste(found.masks, found.frames, image_size=size, threshold=threshold)
 
     options: dict[str, Any] = {"compiler_options": nn.convolution_options()}
     detect_all = eqx.filter_jit(eqx.filter_vmap(detect, in_axes=(None, 0)), **options)

@@ -1,0 +1,141 @@
+"""Queries of detection transformers: their choice from grid proposals, and the detections among their predictions."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float64, Int32, PRNGKeyArray
+
+from .._types import Detections
+from ..nn import LayerNorm, ReLUMLP, linear, xavier_linear
+from ..ops import clip_boxes, cxcywh_to_xyxy, upcast
+from ._decoder import EPSILON, refine_boxes
+from ._dense import PRIOR
+
+
+# Side of a proposal of the first level relative to the image; proposals nearer than the margin to the image's edge are
+# not used (Deformable DETR, appendix A.4).
+PROPOSAL_SIDE = 0.05
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class QuerySelection:
+    """Which predictions a detection transformer keeps: the pairs of query and class with the highest scores.
+
+    - `score_threshold`: score in 0..1 above which detections are kept.
+    - `max_detections`: maximum number of detections per image.
+    """
+
+    score_threshold: float = 0.0
+    max_detections: int = 300
+
+
+class Queries(NamedTuple):
+    """Predictions of `q` queries: features, logits of `k` classes, and boxes relative to the image in 0..1."""
+
+    features: Float[Array, "*b q c"]
+    logits: Float[Array, "*b q k"]
+    boxes_cxcywh: Float[Array, "*b q 4"]
+
+
+class QueryHead(eqx.Module):
+    """Chooses queries among the cells of a map, by the highest logit of the class that each cell predicts.
+
+    The first stage of a two-stage detection transformer (Deformable DETR, arXiv:2010.04159, section 4.2).
+    """
+
+    projection: eqx.nn.Linear
+    norm: LayerNorm
+    class_logits: eqx.nn.Linear
+    deltas: ReLUMLP
+
+    def __init__(self, channels: int, num_classes: int, *, key: PRNGKeyArray):
+        keys = jr.split(key, 3)
+        self.projection = xavier_linear(channels, channels, key=keys[0])
+        self.norm = LayerNorm(channels, eps=EPSILON)
+        self.class_logits = rare_classes(channels, num_classes, key=keys[1])
+        self.deltas = box_deltas(channels, key=keys[2])
+
+    def __call__(
+        self, cells: Float[Array, "n c"], proposals: Float[Array, "n 4"], used: Bool[Array, " n"], *, count: int
+    ) -> Queries:
+        """Returns the predictions of the `count` best cells, or of all if there are fewer.
+
+        - `proposals`: `cxcywh` relative to the image. Those that are not `used` count as zeros, and so do their cells.
+        """
+        cells = jnp.where(used[:, None], cells, 0)
+        proposals = jnp.where(used[:, None], proposals, 0)
+        features = self.norm(linear(self.projection, cells))
+        logits = linear(self.class_logits, features)
+        _, best = lax.top_k(lax.stop_gradient(logits.max(axis=1)), min(count, len(cells)))
+        features = features[best]
+        boxes = refine_boxes(proposals[best], self.deltas(features))
+        return Queries(features, logits[best], boxes)
+
+
+def rare_classes(channels: int, num_classes: int, *, key: PRNGKeyArray) -> eqx.nn.Linear:
+    """A linear layer whose classes have a probability of `PRIOR` where the features contribute nothing."""
+    layer = eqx.nn.Linear(channels, num_classes, key=key)
+    bias = jnp.full(num_classes, np.log(PRIOR / (1 - PRIOR)), layer.weight.dtype)
+    return eqx.tree_at(lambda tree: tree.bias, layer, bias)
+
+
+def box_deltas(channels: int, *, key: PRNGKeyArray) -> ReLUMLP:
+    """Three layers that leave boxes where they are at first."""
+    mlp = ReLUMLP(channels, channels, 4, depth=3, key=key)
+    last = jax.tree.map(jnp.zeros_like, mlp.layers[-1])
+    return eqx.tree_at(lambda tree: tree.layers[-1], mlp, last)
+
+
+def grid_proposals(
+    grid: tuple[int, int], *, level: int = 0
+) -> tuple[Float64[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]:
+    """Returns a box `cxcywh` for each cell of a grid `(h, w)` relative to the image, and which of them are used.
+
+    Computed on the host, in double precision. Boxes are centred in their cells, in row-major order. Their sides double
+    with each level.
+
+    >>> boxes, used = grid_proposals((1, 2))
+    >>> boxes[:, :2].tolist(), used.tolist()
+    ([[0.25, 0.5], [0.75, 0.5]], [True, True])
+    """
+    y, x = np.meshgrid(*((np.arange(side) + 0.5) / side for side in grid), indexing="ij")
+    side = np.full_like(x, PROPOSAL_SIDE * 2**level)
+    boxes = np.stack([x, y, side, side], axis=-1).reshape(-1, 4)
+    return boxes, np.all((boxes > MARGIN) & (boxes < 1 - MARGIN), axis=1)
+
+
+def best_pairs(
+    logits: Float[Array, "q k"], count: int
+) -> tuple[Float[Array, " n"], Int32[Array, " n"], Int32[Array, " n"]]:
+    """Returns the scores, queries and classes of the `count` pairs with the highest logits; ties go to the first pair.
+
+    >>> best_pairs(jnp.array([[0.0, 2.0], [1.0, -1.0]]), 2)[1:]
+    (Array([0, 1], dtype=int32), Array([1, 0], dtype=int32))
+    """
+    scores = jax.nn.sigmoid(upcast(logits)).reshape(-1)
+    best, pairs = lax.top_k(scores, min(count, len(scores)))
+    return best, pairs // logits.shape[1], pairs % logits.shape[1]
+
+
+def query_detections(
+    predicted: Queries,
+    canvas: tuple[int, int],
+    canvas_size: Int32[Array, " 2"],
+    selection: QuerySelection,
+) -> tuple[Detections, Int32[Array, " n"]]:
+    """Selects detections, in canvas pixels, and returns the query of each.
+
+    - `canvas`: `(height, width)` to which the boxes are relative. `canvas_size`: that of the image, to which boxes are
+      clipped.
+    """
+    scores, queries, labels = best_pairs(predicted.logits, selection.max_detections)
+    scale = jnp.array([canvas[1], canvas[0]] * 2, predicted.boxes_cxcywh.dtype)
+    boxes = clip_boxes(cxcywh_to_xyxy(predicted.boxes_cxcywh[queries]) * scale[None], canvas_size.astype(scale.dtype))
+    return Detections(boxes, scores, labels, scores > selection.score_threshold), queries

@@ -1,0 +1,127 @@
+"""Layers of detection transformers: attention among queries, and of queries to maps of features."""
+
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..ops import deformable_attention, upcast
+from ._attention import Projections, attention, linear
+from ._conv import relu
+
+
+class QueryAttention(eqx.Module):
+    """Multi-head self-attention among queries, whose positions are added to queries and keys, but not to values.
+
+    That of DETR (arXiv:2005.12872).
+    """
+
+    qkv: Projections
+    projection: eqx.nn.Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, heads: int, *, key: PRNGKeyArray):
+        if heads < 1 or channels % heads:
+            raise ValueError(f"heads must divide channels, got {channels} channels and {heads} heads.")
+        keys = jr.split(key)
+        self.qkv = Projections(channels, key=keys[0])
+        self.projection = xavier_linear(channels, channels, key=keys[1])
+        self.heads = heads
+
+    def __call__(self, x: Float[Array, "q c"], positions: Float[Array, "q c"]) -> Float[Array, "q c"]:
+        weight, bias = self.qkv.weight, self.qkv.bias
+        inputs = jnp.stack([x + positions, x + positions, x])  # (3, q, c)
+        y = jnp.einsum("tqi,toi->tqo", inputs, weight) + bias[:, None]
+        q, k, v = rearrange(y, "t q (a d) -> t 1 a q d", a=self.heads)
+        return linear(self.projection, rearrange(attention(q, k, v), "1 a q d -> q (a d)"))
+
+
+class DeformableAttention(eqx.Module):
+    """Attention of queries to a few points of each map, near the query's box (Deformable DETR, arXiv:2010.04159).
+
+    - `offsets`: of the points from the centre of the box, for each head, level and point, in halves of the box's sides
+      by the number of points. `weights`: the logits of the points.
+    """
+
+    offsets: eqx.nn.Linear
+    weights: eqx.nn.Linear
+    values: eqx.nn.Linear
+    projection: eqx.nn.Linear
+    heads: int = eqx.field(static=True)
+    levels: int = eqx.field(static=True)
+    points: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, heads: int, *, key: PRNGKeyArray, levels: int = 1, points: int = 4):
+        """Initialises the layer: all weights of points are equal, and each head looks in a direction of its own."""
+        if heads < 1 or channels % heads:
+            raise ValueError(f"heads must divide channels, got {channels} channels and {heads} heads.")
+        keys = jr.split(key)
+        count = heads * levels * points
+        directions = _directions(heads, levels, points)
+        self.offsets = _constant(eqx.nn.Linear(channels, 2 * count, key=keys[0]), directions)
+        self.weights = _constant(eqx.nn.Linear(channels, count, key=keys[0]), jnp.zeros(count))
+        self.values, self.projection = (xavier_linear(channels, channels, key=k) for k in keys)
+        self.heads, self.levels, self.points = heads, levels, points
+
+    def __call__(
+        self, x: Float[Array, "q c"], boxes_cxcywh: Float[Array, "q 4"], features: Sequence[Float[Array, "c _ _"]]
+    ) -> Float[Array, "q c"]:
+        """Attends to `features`. `boxes_cxcywh`: of the queries, relative to the image, in 0..1."""
+        sizes = {"a": self.heads, "l": self.levels, "p": self.points}
+        offsets = rearrange(linear(self.offsets, x), "q (a l p xy) -> q a l p xy", xy=2, **sizes)
+        centres, sides = (rearrange(part, "q xy -> q 1 1 1 xy") for part in jnp.split(boxes_cxcywh, 2, axis=1))
+        locations = centres + offsets.astype(sides.dtype) / self.points * sides / 2
+        logits = rearrange(linear(self.weights, x), "q (a lp) -> q a lp", a=self.heads)
+        weights = jax.nn.softmax(upcast(logits), axis=-1)
+        weights = rearrange(weights, "q a (l p) -> q a l p", p=self.points)
+        values = [self._values(level) for level in features]
+        return linear(self.projection, rearrange(deformable_attention(values, locations, weights), "q a d -> q (a d)"))
+
+    def _values(self, x: Float[Array, "c h w"]) -> Float[Array, "a d h w"]:
+        y = linear(self.values, rearrange(x, "c h w -> h w c"))
+        return rearrange(y, "h w (a d) -> a d h w", a=self.heads)
+
+
+def _directions(heads: int, levels: int, points: int) -> Float[Array, " n"]:
+    """Initial offsets: heads look in equally spaced directions, each point one step further than the one before it."""
+    angles = np.arange(heads) * (2 * math.pi / heads)
+    direction = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    direction /= np.abs(direction).max(axis=1, keepdims=True)  # onto a square
+    steps = np.arange(1, points + 1)
+    offsets = np.broadcast_to(direction[:, None, None] * steps[:, None], (heads, levels, points, 2))
+    return jnp.asarray(offsets.reshape(-1), jnp.result_type(float))
+
+
+def _constant(layer: eqx.nn.Linear, bias: Float[Array, " o"]) -> eqx.nn.Linear:
+    """The layer with zero weights and a given bias."""
+    return eqx.tree_at(lambda tree: (tree.weight, tree.bias), layer, (jnp.zeros_like(layer.weight), bias))
+
+
+def xavier_linear(in_size: int, out_size: int, *, key: PRNGKeyArray) -> eqx.nn.Linear:
+    """A linear layer with Glorot's uniform weights and no bias at first, as in DETR's transformer."""
+    layer = eqx.nn.Linear(in_size, out_size, key=key)
+    weight = jax.nn.initializers.glorot_uniform(in_axis=1, out_axis=0)(key, (out_size, in_size))
+    return eqx.tree_at(lambda tree: (tree.weight, tree.bias), layer, (weight, jnp.zeros(out_size)))
+
+
+class ReLUMLP(eqx.Module):
+    """Linear layers with a ReLU after each but the last, applied to the last axis. DETR's `MLP`."""
+
+    layers: tuple[eqx.nn.Linear, ...]
+
+    def __init__(self, in_size: int, hidden_size: int, out_size: int, *, depth: int, key: PRNGKeyArray):
+        """Initialises the layers. `depth`: their number."""
+        sizes = (in_size, *(hidden_size,) * (depth - 1), out_size)
+        keys = jr.split(key, depth)
+        self.layers = tuple(eqx.nn.Linear(i, o, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        for layer in self.layers[:-1]:
+            x = relu(linear(layer, x))
+        return linear(self.layers[-1], x)

@@ -1,0 +1,75 @@
+"""RF-DETR by name: what its sizes consist of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from ..models import AbstractDetector, rf_detr, rf_detr_seg
+from ..nn import Norm, ProjectedViT, WindowedViT
+
+
+# DINOv2's small transformer: channels and heads, and the numbers of blocks before each map.
+CHANNELS, HEADS, TAPS = 384, 6, (3, 6, 9, 12)
+
+
+class _Size(NamedTuple):
+    """`size`: side of the images in pixels. `layers`: of the decoder."""
+
+    patch_size: int
+    windows: int
+    size: int
+    layers: int
+    queries: int = 300
+
+
+_BOXES = {
+    "nano": _Size(16, 2, 384, 2),
+    "small": _Size(16, 2, 512, 3),
+    "medium": _Size(16, 2, 576, 4),
+    "large": _Size(16, 2, 704, 4),
+}
+_MASKS = {
+    "nano": _Size(12, 1, 312, 4, 100),
+    "small": _Size(12, 2, 384, 4, 100),
+    "medium": _Size(12, 2, 432, 5, 200),
+    "large": _Size(12, 2, 504, 5, 200),
+    "xlarge": _Size(12, 2, 624, 6),
+    "2xlarge": _Size(12, 2, 768, 6),
+}
+
+
+def _rf_detr(
+    detector: Callable[..., AbstractDetector],
+    size: _Size,
+    num_classes: int,
+    *,
+    key: PRNGKeyArray,
+    checkpoint: bool,
+    norm: Norm | None = None,
+    drop_path: float = 0.0,
+    **parts: Any,
+) -> AbstractDetector:
+    body_key, projector_key, heads_key = jr.split(key, 3)
+    body = WindowedViT(
+        CHANNELS,
+        HEADS,
+        key=body_key,
+        patch_size=size.patch_size,
+        side=size.size // size.patch_size,
+        windows=size.windows,
+        taps=TAPS,
+        drop_path=drop_path,
+        checkpoint=checkpoint,
+    )
+    backbone = ProjectedViT(body, key=projector_key)
+    options = {"size": size.size, "layers": size.layers, "queries": size.queries} | parts
+    return detector(backbone, num_classes, key=heads_key, **options)
+
+
+RF_DETRS: dict[str, Callable[..., AbstractDetector]] = {
+    **{f"rf_detr_{name}": partial(_rf_detr, rf_detr, size) for name, size in _BOXES.items()},
+    **{f"rf_detr_seg_{name}": partial(_rf_detr, rf_detr_seg, size) for name, size in _MASKS.items()},
+}
