@@ -191,7 +191,8 @@ def test_recipes_train_every_stage_of_their_detector(path):
     check_model(options, model)
     check_promise(options, 1844)
     assert options.architecture.trainable_layers == len(model.backbone.stages)
-    assert options.sizes.canvases == ((1024, 1024),)
+    side = max(model.preprocessing.limits.values())
+    assert options.sizes.canvases == ((side, side),)
     assert flat(complete(options, 1844)) == flat(options) | {"norm": "group"}
 
 
@@ -199,6 +200,6 @@ def test_an_unknown_recipe_lists_those_there_are():
     from _resume import given_before
 
     with pytest.raises(
-        SystemExit, match="--options is vit: there is no such file, and recipes are swin_b, swin_l, vitdet_b"
+        SystemExit, match="--options is vit: there is no such file, and recipes are rf_detr, swin_b, swin_l, vitdet_b"
     ):
         given_before(["--options", "vit"])

@@ -124,8 +124,8 @@ def test_weights_round_trip(tmp_path):
     assert eqx.tree_equal(load_rf_detr(model, {f"module.{k}": x for k, x in (arrays | extra).items()}), model)
 
     def one_group(tree):
-        first = jax.tree.map(lambda x: x[:1], (tree.first_stage, tree.query_features, tree.query_boxes))
-        return eqx.tree_at(lambda t: (t.first_stage, t.query_features, t.query_boxes), tree, first)
+        first = jax.tree.map(lambda x: x[:1], (tree.first_stage, tree.queries))
+        return eqx.tree_at(lambda t: (t.first_stage, t.queries), tree, first)
 
     one = load_rf_detr(eqx.filter_eval_shape(one_group, model), arrays)
     image = tiny.images()[0]
@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit():
     for name, changed, message in (
         ("class_embed.bias", np.zeros(7, np.float32), r"class_embed\.bias is float32 \(7,\)|class_logits\.bias"),
         ("query_feat.weight", arrays["query_feat.weight"][:-1], r"59"),
-        ("refpoint_embed.weight", np.float32(0), r"refpoint_embed|query_boxes"),
+        ("refpoint_embed.weight", np.float32(0), r"refpoint_embed|queries"),
         ("transformer.decoder.norm.bias", np.full(tiny.WIDTH, np.nan, np.float32), r"decoder\.norm\.bias"),
         ("segmentation_head.bias", np.zeros(1, np.float32), r"segmentation_head\.bias"),
     ):
@@ -174,7 +174,7 @@ def test_groups_do_not_see_each_other():
     image = jnp.asarray(tiny.targets()[0][0])
     predict = eqx.filter_jit(lambda model: _rf_detr.predict_queries(model, image, size, groups=3)[1:])
     before = predict(model)
-    other = eqx.tree_at(lambda m: m.query_features, model, model.query_features.at[1].add(1.0))
+    other = eqx.tree_at(lambda m: m.queries.features, model, model.queries.features.at[1].add(1.0))
     chosen, decoded = (
         jax.tree.map(lambda a, b: np.abs(a - b).max(), x, y) for x, y in zip(before, predict(other), strict=True)
     )

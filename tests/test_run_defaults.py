@@ -106,7 +106,13 @@ def test_anchors_reach_every_detector():
 
 def test_sampling_reaches_every_detector():
     """Two-stage detectors sample anchors and proposals, dense ones match every anchor."""
-    for name in ("mask_rcnn_resnet18_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssd300_vgg16"):
+    for name in (
+        "mask_rcnn_resnet18_fpn",
+        "retinanet_resnet50_fpn",
+        "fcos_resnet50_fpn",
+        "ssd300_vgg16",
+        "rf_detr_nano",
+    ):
         model: Any = zoo.Architecture(name, "group").shapes(3)
         part = "sampling" if hasattr(model, "sampling") else "matching"
         for field, value in vars(getattr(model, part)).items():

@@ -44,6 +44,7 @@ from ._queries import (
     Queries as Queries,
     QueryHead as QueryHead,
     QuerySelection as QuerySelection,
+    QueryTable as QueryTable,
 )
 from ._retinanet import (
     RetinaNet as RetinaNet,

@@ -44,6 +44,27 @@ class Queries(NamedTuple):
     boxes_cxcywh: Float[Array, "*b q 4"]
 
 
+class QueryTable(eqx.Module):
+    """What the queries of `g` groups are at first: features, and boxes as deltas to those of the first stage."""
+
+    features: Float[Array, "g q c"]
+    boxes: Float[Array, "g q 4"]
+
+    def __init__(self, groups: int, count: int, channels: int, *, key: PRNGKeyArray):
+        self.features = jr.normal(key, (groups, count, channels))
+        self.boxes = jnp.zeros((groups, count, 4))
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.boxes.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Number of queries in a group."""
+        return self.boxes.shape[1]
+
+
 class QueryHead(eqx.Module):
     """Chooses queries among the cells of a map, by the highest logit of the class that each cell predicts.
 

@@ -22,6 +22,7 @@ from ._queries import (
     Queries,
     QueryHead,
     QuerySelection,
+    QueryTable,
     box_deltas,
     grid_proposals,
     query_detections,
@@ -45,10 +46,7 @@ class QueryDetector(Protocol):
     def first_stage(self) -> QueryHead: ...
 
     @property
-    def query_features(self) -> Float[Array, "g q c"]: ...
-
-    @property
-    def query_boxes(self) -> Float[Array, "g q 4"]: ...
+    def queries(self) -> QueryTable: ...
 
     @property
     def decoder(self) -> Decoder: ...
@@ -76,7 +74,7 @@ class RFDETR(AbstractDetector[QuerySelection]):
     share the decoder but do not attend to each other (Group DETR, arXiv:2207.13085). Detection uses the first.
 
     - `first_stage`: a `QueryHead` whose arrays have a leading axis of groups.
-    - `query_features`, `query_boxes`: what queries are at first; boxes as deltas to those of the first stage.
+    - `queries`: what queries are at first.
     - `class_logits`, `deltas`: the predictions of each layer of the decoder, boxes again as deltas to the same.
     - `preprocessing`, `selection`, `matching`, `loss_weights`: static options.
 
@@ -85,8 +83,7 @@ class RFDETR(AbstractDetector[QuerySelection]):
 
     backbone: Backbone
     first_stage: QueryHead
-    query_features: Float[Array, "g q c"]
-    query_boxes: Float[Array, "g q 4"]
+    queries: QueryTable
     decoder: Decoder
     class_logits: eqx.nn.Linear
     deltas: ReLUMLP
@@ -116,7 +113,7 @@ class RFDETR(AbstractDetector[QuerySelection]):
         Divided by the number of objects × groups of the batch. `key` is for the backbone.
         """
         targets.check_labels(self.num_classes)
-        groups, canvas = len(self.query_boxes), (image.shape[0], image.shape[1])
+        groups, canvas = self.queries.groups, (image.shape[0], image.shape[1])
         sets = [flat(part) for part in predict_queries(self, image, canvas_size, groups=groups, key=key)[1:]]
         matched = match_sets([matching_costs(self, part, targets, canvas) for part in sets], targets)
         return query_losses(self, sets, matched, targets, canvas)
@@ -135,9 +132,11 @@ def predict_queries(
     `groups`: how many of them to compute.
     """
     features = model.backbone(model.preprocessing.normalize(image, canvas_size), key=key)
-    first, *own = jax.tree.map(lambda x: x[:groups], (model.first_stage, model.query_features, model.query_boxes))
-    chosen = eqx.filter_vmap(partial(choose_queries, features, count=model.query_boxes.shape[1]))(first)
-    decoded = eqx.filter_vmap(partial(decode_queries, model, features))(*own, chosen.boxes_cxcywh)
+    first, table = jax.tree.map(lambda x: x[:groups], (model.first_stage, model.queries))
+    chosen = eqx.filter_vmap(partial(choose_queries, features, count=model.queries.count))(first)
+    decoded = eqx.filter_vmap(partial(decode_queries, model, features))(
+        table.features, table.boxes, chosen.boxes_cxcywh
+    )
     return features, chosen, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), decoded)
 
 
@@ -190,7 +189,7 @@ def query_losses(
         for part, queries in zip(sets, matched, strict=True)
     ]
     total = jax.tree.map(lambda *sums: jnp.concatenate(sums).sum(), *parts)
-    count = targets.valid.sum().astype(jnp.float32) * float(len(model.query_boxes))
+    count = targets.valid.sum().astype(jnp.float32) * float(model.queries.groups)
     weights = model.loss_weights
     return {
         "loss_class": WeightedSum((weights.classification * total["classification"]).astype(jnp.float32), count),
@@ -224,7 +223,7 @@ def rf_detr(
     >>> body = WindowedViT(8, 2, key=jr.key(0), patch_size=4, side=4, windows=2, taps=(1, 2))
     >>> backbone = ProjectedViT(body, key=jr.key(1), channels=16)
     >>> options = {"size": 16, "layers": 1, "queries": 5, "self_heads": 2, "cross_heads": 2, "hidden_size": 8}
-    >>> rf_detr(backbone, 3, key=jr.key(2), groups=2, **options).query_boxes.shape
+    >>> rf_detr(backbone, 3, key=jr.key(2), groups=2, **options).queries.boxes.shape
     (2, 5, 4)
     """
     keys = jr.split(key, 6)
@@ -235,8 +234,7 @@ def rf_detr(
     return RFDETR(
         backbone,
         eqx.filter_vmap(lambda k: QueryHead(channels, num_classes, key=k))(jr.split(keys[1], groups)),
-        jr.normal(keys[2], (groups, queries, channels)),
-        jnp.zeros((groups, queries, 4)),
+        QueryTable(groups, queries, channels, key=keys[2]),
         Decoder(decoder, channels, key=keys[3]),
         rare_classes(channels, num_classes, key=keys[4]),
         box_deltas(channels, key=keys[5]),

@@ -27,7 +27,7 @@ from ._mask_points import (
     uncertain_points,
 )
 from ._preprocessing import Preprocessing, Square
-from ._queries import QueryHead, QuerySelection, query_detections
+from ._queries import QueryHead, QuerySelection, QueryTable, query_detections
 from ._rf_detr import (
     LOSS_WEIGHTS,
     matching_costs,
@@ -125,8 +125,7 @@ class RFDETRSeg(AbstractDetector[QuerySelection]):
 
     backbone: Backbone
     first_stage: QueryHead
-    query_features: Float[Array, "g q c"]
-    query_boxes: Float[Array, "g q 4"]
+    queries: QueryTable
     decoder: Decoder
     class_logits: eqx.nn.Linear
     deltas: ReLUMLP
@@ -164,7 +163,7 @@ class RFDETRSeg(AbstractDetector[QuerySelection]):
         Raises a `ValueError` if `targets` have no masks.
         """
         targets.check_labels(self.num_classes)
-        groups, canvas, keys = len(self.query_boxes), (image.shape[0], image.shape[1]), jr.split(key, 3)
+        groups, canvas, keys = self.queries.groups, (image.shape[0], image.shape[1]), jr.split(key, 3)
         features, chosen, decoded = predict_queries(self, image, canvas_size, groups=groups, key=keys[0])
         maps = self.mask_head.maps(features[0], mask_size(canvas))
         # The first stage and the layers of the decoder, each with the pixels before or after its block.
@@ -252,8 +251,7 @@ def rf_detr_seg(
     return RFDETRSeg(
         backbone,
         boxes.first_stage,
-        boxes.query_features,
-        boxes.query_boxes,
+        boxes.queries,
         boxes.decoder,
         boxes.class_logits,
         boxes.deltas,

@@ -25,8 +25,7 @@ Model = TypeVar("Model", bound=eqx.Module)
 _DETECTOR: FieldNames = {
     "backbone": "backbone.0",
     "first_stage": "transformer",
-    "query_features": "query_feat.weight",
-    "query_boxes": "refpoint_embed.weight",
+    "queries": {"features": "query_feat.weight", "boxes": "refpoint_embed.weight"},
     "decoder": "transformer.decoder",
     "class_logits": "class_embed",
     "deltas": "bbox_embed",
@@ -168,7 +167,7 @@ def load_rf_detr(model: Model, source: str | os.PathLike | Mapping[str, Any]) ->
     >>> arrays["query_feat.weight"].shape
     (10, 16)
     >>> one = rf_detr(backbone, 3, key=jr.key(3), groups=1, **options)
-    >>> load_rf_detr(one, arrays).query_features.shape
+    >>> load_rf_detr(one, arrays).queries.features.shape
     (1, 5, 16)
     """
     arrays = read_rf_detr(source)

@@ -21,7 +21,7 @@ class Published:
       none was published.
     - `file`: the file's name in the cache. `megabytes`: its size; `None` if it was not published.
     - `box_ap`, `mask_ap`, `keypoint_ap`: AP@[.5:.95] on COCO val2017 as published, the last of persons over OKS; `None`
-      for detectors without masks or keypoints.
+      for detectors without masks or keypoints, or if it was not published.
     - `architecture`, `categories`: those of the training. Ids that are not classes in COCO are named `N/A`.
     - `load`: the function of `weights` that loads the file into a detector.
     """
@@ -33,7 +33,7 @@ class Published:
     file: str
     sha256: str
     megabytes: float | None
-    box_ap: float
+    box_ap: float | None
     mask_ap: float | None
     architecture: Architecture
     categories: tuple[Category, ...]
@@ -109,18 +109,19 @@ def _vitdet(name: str, path: str, megabytes: float, box_ap: float, mask_ap: floa
     return _detectron2(name, f"ViTDet/COCO/{path}", megabytes, box_ap, mask_ap, suffix="")
 
 
-def _rf_detr(size: str, path: str, md5: str, box_ap: float, *, suffix: str = "") -> Published:
+def _rf_detr(size: str, path: str, md5: str, ap: float) -> Published:
     """Published weights of RF-DETR, with the figures of rfdetr 1.11.2. Its labels are category ids."""
+    masks = size.startswith("seg_")
     return Published(
         name=f"rf_detr_{size}",
         source="RF-DETR",
         licence="Apache-2.0",
         url=f"https://storage.googleapis.com/rfdetr/{path}",
-        file=f"rf-detr-{size}{suffix}.pth",
+        file=f"rf-detr-{size.replace('_', '-')}.pth",
         sha256="",
         megabytes=None,
-        box_ap=box_ap,
-        mask_ap=None,
+        box_ap=None if masks else ap,
+        mask_ap=ap if masks else None,
         architecture=Architecture(f"rf_detr_{size}"),
         categories=tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(91)),
         load=load_rf_detr,
@@ -341,6 +342,12 @@ PUBLISHED: dict[str, Published] = {
         _rf_detr("nano", "nano_coco/checkpoint_best_regular.pth", "fb6504cce7fbdc783f7a46991f07639f", 48.4),
         _rf_detr("small", "small_coco/checkpoint_best_regular.pth", "fb37061c1af7bace359c91b723a8d5c1", 53.0),
         _rf_detr("medium", "medium_coco/checkpoint_best_regular.pth", "7223f764a87b863f02eb8d52bf0ce2ee", 54.7),
-        _rf_detr("large", "rf-detr-large-2026.pth", "5cb72153541cbcb9aa6efa26222acc75", 56.5, suffix="-2026"),
+        _rf_detr("large", "rf-detr-large-2026.pth", "5cb72153541cbcb9aa6efa26222acc75", 56.5),
+        _rf_detr("seg_nano", "rf-detr-seg-n-ft.pth", "9995497791d0ff1664a1d9ddee9cfd20", 40.3),
+        _rf_detr("seg_small", "rf-detr-seg-s-ft.pth", "0a2a3006381d0c42853907e700eadd08", 43.1),
+        _rf_detr("seg_medium", "rf-detr-seg-m-ft.pth", "a49af1562c3719227ad43d0ca53b4c7a", 45.3),
+        _rf_detr("seg_large", "rf-detr-seg-l-ft.pth", "275f7b094909544ed2841c94a677d07e", 47.1),
+        _rf_detr("seg_xlarge", "rf-detr-seg-xl-ft.pth", "3693b35d0eea86ebb3e0444f4a611fba", 48.8),
+        _rf_detr("seg_2xlarge", "rf-detr-seg-2xl-ft.pth", "040bc3412af840fa8a47e0ff69b552ba", 49.9),
     )
 }

@@ -1,0 +1,112 @@
+"""RF-DETR against rfdetr with equal parameters: detections in real images, losses, gradients, and a step."""
+# pyright: reportMissingImports=false
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx import Targets, models, weights, zoo
+from detectax_eqx.models import _mask_points, _rf_detr_seg
+
+from .. import rf_detr_tiny as tiny
+
+
+torch = pytest.importorskip("torch", reason="torch is not installed; `make parity` brings it")
+pytest.importorskip("rfdetr", reason="rfdetr is not installed: pip install rfdetr==1.11.2 in the environment of parity")
+
+from . import rf_detr_models as theirs
+from .torchvision_models import real_images
+
+
+SIZES = {"rf_detr_nano": 384, "rf_detr_medium": 576, "rf_detr_seg_nano": 312}
+IMAGES = 20
+
+
+def loaded(name, model):
+    shapes = eqx.filter_eval_shape(lambda: zoo.build(name, 91, key=jr.key(0)))
+    return weights.load_rf_detr(shapes, theirs.arrays_of(model))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SIZES)
+def test_detections_on_real_images(name):
+    """All predictions in order: boxes within .05 px, scores within 1e-4, equal labels, masks of IoU above .99."""
+    images = real_images(IMAGES)
+    if len(images) < IMAGES:
+        pytest.skip("no folder of real images beside the repository")
+    model, _ = theirs.new_detector(name)
+    count = model.num_queries
+    if model.segmentation_head is not None:
+        theirs.centre_masks(model, theirs.prepared(images[0], SIZES[name]))
+    ours, detect = loaded(name, model), eqx.filter_jit(models.detect)
+    worst = {"boxes": 0.0, "scores": 0.0}
+    least = 1.0
+    for image in images:
+        expected, found = theirs.detections(model, image, SIZES[name], count), detect(ours, image)
+        np.testing.assert_array_equal(found.labels, expected["labels"])
+        for key in worst:
+            worst[key] = max(worst[key], float(np.abs(getattr(found, key) - expected[key]).max()))
+        if "masks" in expected:
+            pasted = np.asarray(ours.paste(found.masks, found.frames, image_size=image.shape[:2], threshold=0.5))
+            union = (pasted | expected["masks"]).sum(axis=(1, 2))
+            ious = (pasted & expected["masks"]).sum(axis=(1, 2)) / np.maximum(union, 1)
+            assert 0.1 < expected["masks"].mean() < 0.9
+            least = min(least, ious[union > 0].min())
+    print(f"{name}: {IMAGES * count} detections on {IMAGES} images; boxes {worst['boxes']:.1e} px, ", end="")
+    print(f"scores {worst['scores']:.1e}, mask IoU at least {least:.5f}")
+    assert worst["boxes"] < 0.05 and worst["scores"] < 1e-4 and least > 0.99
+
+
+def batch(size):
+    """Noise with 0, 1 and 40 objects, in a capacity of 60."""
+    draw = np.random.default_rng(0)
+    counts, capacity = (0, 1, 40), 60
+    pixels = draw.integers(0, 256, (len(counts), size, size, 3)).astype(np.uint8)
+    centres, sides = draw.uniform(30, size - 30, (3, capacity, 2)), draw.uniform(10, size / 2, (3, capacity, 2))
+    boxes = np.clip(np.concatenate([centres - sides / 2, centres + sides / 2], axis=2), 0, size).astype(np.float32)
+    labels = draw.integers(0, 91, (3, capacity)).astype(np.int32)
+    masks = (draw.random((3, capacity, size // 12, size // 12)) < 0.5).repeat(12, axis=2).repeat(12, axis=3)
+    return pixels, boxes, labels, masks, np.arange(capacity) < np.array(counts)[:, None]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["rf_detr_nano", "rf_detr_seg_nano"])
+def test_losses_and_gradients(name, monkeypatch):
+    """In double precision: 1e-6. The bias of keys has a gradient of 0 in exact arithmetic."""
+    for module in (_mask_points, _rf_detr_seg):
+        monkeypatch.setattr(module, "draw_points", lambda _, count: jnp.asarray(tiny.points(count), jnp.float64))
+    model, criterion = theirs.new_detector(name)
+    arrays, size = batch(SIZES[name]), SIZES[name]
+    ours = loaded(name, model)
+    with theirs.double_precision():
+        expected = theirs.losses(model.double(), criterion, *arrays)
+        torch.stack(list(expected.values())).sum().backward()
+    with jax.enable_x64(True):
+        ours = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), ours)
+        pixels, boxes, labels, masks, valid = (jnp.asarray(x) for x in arrays)
+        frames = jnp.broadcast_to(jnp.array([0, 0, size, size], jnp.float64)[None, None], boxes.shape)
+        targets = Targets(boxes.astype(jnp.float64), labels, valid, masks, frames)
+
+        @eqx.filter_jit
+        @eqx.filter_grad(has_aux=True)
+        def total(model):
+            canvas = jnp.array([size, size], jnp.int32)
+            terms = jax.vmap(lambda image, t: model.loss(image, canvas, t, key=jr.key(0)))(pixels, targets)
+            losses = {term: jax.tree.map(lambda x: x.sum(), values).mean() for term, values in terms.items()}
+            return sum(losses.values()), losses
+
+        grads, losses = total(ours)
+    assert losses.keys() == expected.keys()
+    for term, loss in losses.items():
+        np.testing.assert_allclose(loss, expected[term].item(), rtol=1e-6, err_msg=term)
+    grads, differences = weights.to_rf_detr(grads), {}
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None and not key.endswith("key.bias"):
+            wanted = parameter.grad.numpy()
+            differences[key] = np.abs(grads[key] - wanted).max() / np.abs(wanted).max()
+    worst = max(differences, key=lambda key: differences[key])
+    print(f"{name}: gradients of {len(differences)} parameters, worst {differences[worst]:.1e} ({worst})")
+    assert len(differences) > 400 and differences[worst] < 1e-6
