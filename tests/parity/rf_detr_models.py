@@ -98,7 +98,7 @@ def prepared(image: np.ndarray, size: int) -> torch.Tensor:
 def detections(model: torch.nn.Module, image: np.ndarray, size: int, count: int) -> dict[str, np.ndarray]:
     """Scores, labels and boxes of an image, and masks if there are any."""
     with torch.no_grad():
-        output = model.eval()(prepared(image, size))
+        output = model.eval()(prepared(image, size).to(next(model.parameters()).dtype))
     (found,) = PostProcess(count)(output, torch.tensor([image.shape[:2]]))
     found = {name: x.numpy() for name, x in found.items()}
     if "masks" in found:
