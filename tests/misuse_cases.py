@@ -137,6 +137,7 @@ OTHERS = [
     call(nn.attention, f32(2, 3, 4, 5), f32(2, 3, 6, 5), f32(2, 3, 6, 5), (f32(1, 3, 4, 2, 3), f32(2, 1, 4, 2, 1))),
     call(nn.drop_path, f32(4, 5), 0.5, key=KEY),
     call(nn.gelu, f32(4, 5)),
+    call(nn.silu, f32(4, 5)),
     call(nn.sine_embedding, f32(4, 5), 6),
     call(nn.sine_positions, (2, 3), 8),
     call(nn.linear, eqx.nn.Linear(5, 4, key=KEY), f32(2, 3, 5)),

@@ -24,7 +24,7 @@ from ._fold import fold_constants, fold_norms, trace
 from ._program import Shape, about_model, checked_selection, detection_program, image_program
 
 
-OUTPUTS: tuple[str, ...] = ("boxes", "scores", "labels", "valid", "masks")
+OUTPUTS: tuple[str, ...] = ("boxes", "scores", "labels", "valid", "masks", "mask_boxes")
 
 
 def save_onnx(
@@ -42,8 +42,8 @@ def save_onnx(
 
     The inputs are `images`, uint8 `(b, h, w, c)` padded to `shape.source` and RGB if c is 3, and `image_sizes`, their
     `(height, width)` as int32 `(b, 2)`. The outputs are `boxes`, `scores`, `labels`, `valid` and, if the model predicts
-    them, `masks`, as in `Detections`. The metadata of the file holds `class_names`, `shape`, `preprocessing` and
-    `selection` as JSON.
+    them, `masks` and `mask_boxes`, as in `Detections`. The metadata of the file holds `class_names`, `shape`,
+    `preprocessing` and `selection` as JSON.
 
     - `images`: real images. Before the file is kept, onnxruntime's detections in them are compared with the model's. A
       black image is added if the model detects nothing in it.

@@ -58,6 +58,7 @@ class Operators:
             "roi_align": one_by_one(self._roi_align),
             "upsample_nearest": self._upsample_nearest,
             "layer_norm": self._layer_norm,
+            "silu": self._silu,
             "gather": one_by_one(lax.gather_p.bind),  # jax2onnx does not support a batched gather
             "dynamic_slice": one_by_one(lax.dynamic_slice_p.bind),
         }
@@ -140,6 +141,16 @@ class Operators:
             last = jnp.moveaxis(x, axis, -1)
             y = self._operator([line], [last, weight, bias], ["x", "weight", "bias"], last.shape)
             return jnp.moveaxis(y, -1, axis)
+
+        mapped = custom_vmap(batched)
+        mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))
+        return mapped(x)
+
+    def _silu(self, x: Operand) -> Array:
+        """`x σ(x)` as one call: jax2onnx moves transpositions past one of its two factors only."""
+
+        def batched(x):
+            return self._operator(["s = Sigmoid (x)", "y = Mul (x, s)"], [x], ["x"], x.shape)
 
         mapped = custom_vmap(batched)
         mapped.def_vmap(lambda axis_size, in_batched, x: (batched(x), True))

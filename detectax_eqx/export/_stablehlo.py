@@ -43,7 +43,8 @@ def save_stablehlo(
     - `weights/0`, `weights/1`, …: the arrays that every program takes as its first argument, as a list.
     - `programs/NAME`, for each shape's `name`: the input of `jax.export.deserialize`. Calling the deserialised program
       takes the weights, uint8 images `(b, h, w, c)` and their int32 `(height, width)`, `(b, 2)`. It returns `outputs`:
-      boxes, scores, labels, valid and, if the model predicts them, masks and keypoints, as in `Detections`.
+      boxes, scores, labels, valid and, if the model predicts them, masks, keypoints and mask_boxes, as in
+      `Detections`.
 
     `experiments/run_stablehlo.py` runs the file without this package. The file is written atomically: it is first
     written under a temporary name in the same folder, then renamed.

@@ -22,6 +22,7 @@ from ._conv import (
     conv2d as conv2d,
     max_pool2d as max_pool2d,
     relu as relu,
+    silu as silu,
 )
 from ._fpn import (
     FPN as FPN,

@@ -9,7 +9,7 @@ from einops import rearrange
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._xla import convolve, convolve_groups, max_pool
+from .._xla import convolve, convolve_groups, max_pool, named_call
 
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
@@ -182,3 +182,16 @@ def relu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     [0.0, 2.0]
     """
     return jax.nn.relu(x)
+
+
+def silu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`x σ(x)` with the sigmoid function (arXiv:1702.03118).
+
+    >>> round(float(silu(jnp.array(1.0))), 4)
+    0.7311
+    """
+    return named_call(_silu, x)
+
+
+def _silu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return x * jax.nn.sigmoid(x)

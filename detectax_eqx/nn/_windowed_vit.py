@@ -3,7 +3,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange, repeat
@@ -11,7 +10,7 @@ from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._attention import INITIAL_SCALE, TransformerBlock, new_patches, run_blocks
-from ._conv import Conv2d, lecun_uniform
+from ._conv import Conv2d, lecun_uniform, silu
 from ._fpn import check_canvas
 from ._mobilenet import ConvNorm
 from ._norm import LayerNorm, LayerNorm2d
@@ -146,7 +145,7 @@ class C2f(eqx.Module):
         """Initialises the layer. `depth`: number of blocks."""
         keys = jr.split(key, 2 * depth + 2)
         half = channels // 2
-        options = {"norm": LayerNorm2d, "activation": jax.nn.silu, "init": lecun_uniform}
+        options = {"norm": LayerNorm2d, "activation": silu, "init": lecun_uniform}
         self.split = ConvNorm(in_channels, 2 * half, 1, key=keys[0], **options)
         self.blocks = tuple(
             (ConvNorm(half, half, key=keys[2 * i + 2], **options), ConvNorm(half, half, key=keys[2 * i + 3], **options))

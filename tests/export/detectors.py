@@ -12,6 +12,9 @@ import pytest
 
 from detectax_eqx import Detections, export, models, nn
 from detectax_eqx.export import _extras
+from detectax_eqx.weights import load_rf_detr
+
+from .. import rf_detr_tiny
 
 
 PREPROCESSING = models.Preprocessing(models.ShortestEdge(64, 96))
@@ -56,6 +59,15 @@ def dense(name):
     wide = 40 * logits.weight, jnp.linspace(-1.0, 0.5, logits.bias.size)
     model = eqx.tree_at(lambda m: (m.class_logits.weight, m.class_logits.bias), model, wide)
     return with_statistics(model, keys[4])
+
+
+# Shape of a program for `rf_detr`, whose images are square.
+SQUARE = export.Shape(2, (48, 64), (64, 64))
+
+
+def rf_detr(kind):
+    """A tiny RF-DETR with parameters by which predictions differ. `kind`: "boxes" or "masks"."""
+    return load_rf_detr(rf_detr_tiny.build(kind), rf_detr_tiny.random_arrays(kind))
 
 
 def transformer(kind):

@@ -14,8 +14,21 @@ import pytest
 
 from detectax_eqx import data, export, models, zoo
 
+from .. import rf_detr_tiny
 from ..parity import compare_exports
-from .detectors import NAMES, SELECTION, SHAPE, Brightest, Cells, dense, needs, transformer, with_statistics
+from .detectors import (
+    NAMES,
+    SELECTION,
+    SHAPE,
+    SQUARE,
+    Brightest,
+    Cells,
+    dense,
+    needs,
+    rf_detr,
+    transformer,
+    with_statistics,
+)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +193,22 @@ def test_dense_detectors_in_onnx(name, images, tmp_path):
     assert types["class_tower.convs.0.weight_quantized"] == TensorProto.INT8
     last = ["class_logits", "distances", "centerness"] if name == "fcos" else ["class_logits", "deltas"]
     assert all(types[f"{layer}.weight"] == TensorProto.FLOAT for layer in last)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", rf_detr_tiny.KINDS)
+def test_rf_detr_in_onnx(kind, images, tmp_path):
+    """`save_onnx` compares the file itself. Masks come with their frames."""
+    needs("onnx")
+
+    model, path = rf_detr(kind), tmp_path / "detector.onnx"
+    export.save_onnx(model, path, shape=SQUARE, images=images, class_names=[*"abcde"])
+    proto, about = export.read_onnx(path)
+    assert about["selection"] == {"score_threshold": 0.0, "max_detections": rf_detr_tiny.QUERIES}
+    names = ["boxes", "scores", "labels", "valid"] + (["masks", "mask_boxes"] if kind == "masks" else [])
+    assert [output.name for output in proto.graph.output] == names
+    counts = Counter(node.op_type for node in proto.graph.node)
+    assert counts["Softmax"] + counts["Erf"] >= 4
 
 
 @pytest.mark.timeout(600)

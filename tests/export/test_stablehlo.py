@@ -15,7 +15,7 @@ from PIL import Image
 
 from detectax_eqx import export, models
 
-from .detectors import NAMES, SELECTION, SHAPE, Brightest, Cells, dense
+from .detectors import NAMES, SELECTION, SHAPE, SQUARE, Brightest, Cells, dense, rf_detr
 
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +130,22 @@ def test_a_model_that_is_no_detector_is_refused(tmp_path):
             shapes=[SHAPE],
             class_names=NAMES,
         )
+
+
+@pytest.mark.timeout(600)
+def test_rf_detr_in_stablehlo(images, tmp_path):
+    model, path = rf_detr("masks"), tmp_path / "detector.npz"
+    export.save_stablehlo(model, path, shapes=[SQUARE], class_names=[*"abcde"], platforms=["cpu"])
+    file = np.load(path)
+    about = json.loads(file["about"].tobytes())
+    assert models.QuerySelection(**about["selection"]) == model.selection
+    program = jax.export.deserialize(bytearray(file[f"programs/{SQUARE.name}"].tobytes()))
+    padded, sizes = export.pad_images(images, SQUARE)
+    outputs = program.call([file[f"weights/{i}"] for i in range(about["num_weights"])], padded, sizes)
+    expected = jax.jit(export.detection_program(model, SQUARE))(padded, sizes)
+    assert expected.masks is not None and expected.mask_boxes is not None
+    for output, wanted in zip(outputs, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(output, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.timeout(600)
