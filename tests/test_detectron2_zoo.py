@@ -67,7 +67,7 @@ def test_a_file_of_ones_own_and_back_from_safetensors(tmp_path, capsys):
 
 def test_another_model(tmp_path):
     file = write(tmp_path / "other.pkl", {"conv.weight": np.ones((3, 3, 1, 1), np.float32)})
-    with pytest.raises(WeightsError, match=r"no model of torchvision, Detectron2 .* does not hold a faster_rcnn"):
+    with pytest.raises(WeightsError, match=r"no model of torchvision, Detectron2, .* does not hold a faster_rcnn"):
         zoo.Predictor.from_weights(NAME, file)
 
 

@@ -121,6 +121,19 @@ def test_a_server_that_stumbles_is_asked_again(faults, ranges, server, home, tal
     tally("download: status 4xx or 5xx, or cut off", 1, 1, "goes on where it ended, and is whole")
 
 
+def test_a_name_of_its_own_and_another_checksum(server, home):
+    """RF-DETR's files have equal names on the server, and MD5 checksums."""
+    md5, other = hashlib.md5(CONTENT).hexdigest(), "0" * 32
+    path = _download.download(server.url, file="nano.pth", md5=md5)
+    assert path == home / "nano.pth" and path.read_bytes() == CONTENT
+    with pytest.raises(ConnectionError, match=rf"small.pth cannot .* with MD5 {md5}… instead of {other}"):
+        _download.download(server.url, file="small.pth", md5=other)
+    assert {p.name for p in home.iterdir()} == {"nano.pth", ".nano.pth.lock", ".small.pth.lock"}
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(ValueError, match=r"nano.pth is damaged or another file: its MD5 is "):
+        _download.download(server.url, file="nano.pth", md5=md5)
+
+
 def test_it_is_downloaded_once(server, home):
     for _ in range(3):
         check_whole(home, fetch(server.url))

@@ -179,6 +179,33 @@ def test_class_token():
     np.testing.assert_array_equal(found.positions.table, arrays["pos_embed"][0, 1:])
 
 
+def test_windowed_vit():
+    """DINOv2, whose class token and its position stay apart, into the backbone of RF-DETR."""
+    body = nn.WindowedViT(WIDTH, 2, key=jr.key(0), patch_size=4, side=SIDE, windows=2, taps=(1, 2))
+    plain = nn.ViT(
+        WIDTH, 2, 2, key=jr.key(1), side=SIDE, patch_size=4, layer_scale=0.5, norm=nn.LayerNorm, class_token=True
+    )
+    arrays = official(plain)
+    arrays["pos_embed"] = np.arange(17.0 * WIDTH, dtype=np.float32).reshape(1, 17, WIDTH)
+    loaded = load_transformer(body, arrays)
+    np.testing.assert_array_equal(loaded.class_token.token, arrays["cls_token"][0])
+    np.testing.assert_array_equal(loaded.class_token.position, arrays["pos_embed"][0, :1])
+    np.testing.assert_array_equal(loaded.positions.table, arrays["pos_embed"][0, 1:])
+    scale: Any = loaded.blocks[1].scale2
+    np.testing.assert_array_equal(scale.scale, arrays["blocks.1.ls2.gamma"])
+    model: Any = models.rf_detr(
+        nn.ProjectedViT(body, key=jr.key(2), channels=8),
+        3,
+        key=jr.key(3),
+        queries=4,
+        groups=1,
+        self_heads=2,
+        cross_heads=2,
+        hidden_size=8,
+    )
+    assert eqx.tree_equal(load_transformer(model, arrays).backbone.body, loaded)
+
+
 def test_what_does_not_fit():
     arrays = official(vit())
     with pytest.raises(WeightsError, match=r"1 missing in the source: blocks\.0\.mlp\.fc1\.weight"):

@@ -53,7 +53,7 @@ from ._norm import (
     Norm as Norm,
 )
 from ._precision import cast as cast
-from ._queries import (
+from ._query_layers import (
     DeformableAttention as DeformableAttention,
     QueryAttention as QueryAttention,
     ReLUMLP as ReLUMLP,

@@ -127,6 +127,11 @@ def _names(first_level: int, rpn_depth: int) -> Names:
         nn.Bottleneck: {"norm1": "conv1.norm", "norm2": "conv2.norm", "norm3": "conv3.norm", "downsample": "shortcut"},
         nn.Downsample: {"conv": "", "norm": "norm"},
         nn.ViTFPN: {"body": "net", "levels": _simple_level},
+        nn.WindowedViT: {
+            "patches": "patch_embed.proj",
+            "positions": "pos_embed",
+            "class_token": {"token": "cls_token", "position": "cls_position"},
+        },
         nn.ViT: {"patches": "patch_embed.proj", "positions": "pos_embed", "class_token": "cls_token"},
         nn.PatchPositions: {"table": ""},
         nn.TransformerBlock: {"attention": "attn", "scale1": "ls1", "scale2": "ls2"},

@@ -21,6 +21,7 @@ from ._trees import WeightsError, named_leaves
 
 Model = TypeVar("Model", bound=eqx.Module)
 
+_TRANSFORMERS = (nn.ViT, nn.WindowedViT, nn.Swin)
 # Names of the prefix under which Hugging Face's models with a head keep the transformer.
 _PREFIX = re.compile(r"^(vit|dinov2|swin|backbone)\.")
 # What a detector has no use for: heads, the decoder of a masked autoencoder, and constants.
@@ -117,7 +118,8 @@ def _joined(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def load_transformer(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
     """Returns a copy of `model` whose transformer has the parameters of a classifier's checkpoint.
 
-    - `model`: an `nn.ViT` or an `nn.Swin`, or a detector on one, whose pyramid and heads keep their values.
+    - `model`: an `nn.ViT`, an `nn.WindowedViT` or an `nn.Swin`, or a detector on one, whose other layers keep their
+      values.
     - `source`: any source that `read_transformer` accepts: checkpoints of MAE, DeiT, DINOv2 and Swin Transformer, of
       timm, torchvision and Hugging Face. Nothing in it is run.
 
@@ -136,15 +138,15 @@ def load_transformer(model: Model, source: str | os.PathLike | Mapping[str, Any]
     >>> bool((loaded.patches.weight == body.patches.weight).any())
     False
     """
-    if not isinstance(model, nn.ViT | nn.Swin):
+    if not isinstance(model, _TRANSFORMERS):
         body = getattr(getattr(model, "backbone", None), "body", None)
-        if not isinstance(body, nn.ViT | nn.Swin):
+        if not isinstance(body, _TRANSFORMERS):
             raise TypeError(f"model must be a ViT, a Swin or a detector on one, got {type(model).__name__}.")
         loaded = load_transformer(body, source)
         return eqx.tree_at(lambda tree: tree.backbone.body, model, loaded)
     arrays, names = read_transformer(source), detectron2_names(model)
     origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given mapping"
-    if isinstance(model, nn.ViT):
+    if not isinstance(model, nn.Swin):
         arrays = _without_class_token(arrays, model, origin)
     if isinstance(model, nn.Swin) or model.norm is None:  # a classifier's last norm
         arrays = {name: array for name, array in arrays.items() if not name.startswith("norm.")}
@@ -155,7 +157,9 @@ def load_transformer(model: Model, source: str | os.PathLike | Mapping[str, Any]
     return load_named(model, arrays, names, origin)
 
 
-def _without_class_token(arrays: dict[str, np.ndarray], model: nn.ViT, origin: str) -> dict[str, np.ndarray]:
+def _without_class_token(
+    arrays: dict[str, np.ndarray], model: nn.ViT | nn.WindowedViT, origin: str
+) -> dict[str, np.ndarray]:
     """The arrays with positions for patches alone, and a class token with its position if the model has one."""
     arrays = dict(arrays)
     # A distilled DeiT has a second token.
@@ -167,5 +171,8 @@ def _without_class_token(arrays: dict[str, np.ndarray], model: nn.ViT, origin: s
     if model.class_token is not None:
         if not tokens:
             raise WeightsError(f"{origin} has no class token. Build the model without one.")
-        arrays["cls_token"] = tokens[0][0] + positions[0, :1]
+        if isinstance(model, nn.WindowedViT):
+            arrays["cls_token"], arrays["cls_position"] = tokens[0][0], positions[0, :1]
+        else:
+            arrays["cls_token"] = tokens[0][0] + positions[0, :1]
     return arrays

@@ -24,6 +24,7 @@ from ..weights import (
     load_transformer,
     read_detectron2,
     read_rf_detr,
+    read_safetensors,
     read_torchvision,
     rf_detr_shapes,
     to_torchvision,
@@ -48,8 +49,15 @@ class Source(NamedTuple):
 
 
 def source_of(architecture: Architecture, path: str | os.PathLike) -> Source:
-    """How to read a file for a detector. A `.safetensors` file has the names of this package, whatever the detector."""
-    return _TORCHVISION if Path(path).suffix == ".safetensors" else _SOURCES.get(architecture.name, _TORCHVISION)
+    """How to read a file for a detector.
+
+    A `.safetensors` file has the names of this package, except for Hugging Face's files of RF-DETR.
+    """
+    source = _SOURCES.get(architecture.name, _TORCHVISION)
+    if Path(path).suffix != ".safetensors":
+        return source
+    theirs = source is _RF_DETR and any(name.startswith("backbone.0.") for name in read_safetensors(path)[0])
+    return source if theirs else _TORCHVISION
 
 
 def load_weights(architecture: Architecture, path: str | os.PathLike) -> AbstractDetector:

@@ -1,11 +1,12 @@
-"""Times this project's detectors beside Detectron2's, in turn, for docs/benchmarks/detectron2.md.
+"""Times this project's detectors beside another library's, in turn, for a page of docs/benchmarks.
 
     python -m tests.parity.compare_speed --python .venv/bin/python
     python -m tests.parity.compare_speed --python .venv/bin/python --only "vitdet.*inference"
+    python -m tests.parity.compare_speed --python .venv/bin/python --library rf_detr
 
-Run it where Detectron2 is installed, see detectron2_models.py. `--python` is the interpreter of this project's side.
-The measurement is that of experiments/benchmark.py, whose parts it uses: two processes, A B A B …, after a check that
-both detect the same or have the same losses on average.
+Run it where the library is installed, see detectron2_models.py and rf_detr_models.py. `--python` is the interpreter of
+this project's side. The measurement is that of experiments/benchmark.py, whose parts it uses: two processes, A B A B …,
+after a check that both detect the same or have the same losses on average.
 """
 # pyright: reportMissingImports=false
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -36,14 +37,23 @@ from tests.test_detectron2_reference import num_classes
 
 IMAGE, SQUARE, STEP = "1 × 800×1216", "1 × 1024×1024", "2 × 320×480"
 KINDS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_mask_rcnn", "retinanet")
-ROWS = (
-    *((f"{kind}_resnet50_fpn_detectron2", "inference", IMAGE) for kind in KINDS),
-    ("mask_rcnn_swin_t_fpn", "inference", IMAGE),
-    ("mask_rcnn_vitdet_b", "inference", SQUARE),
-    ("mask_rcnn_resnet50_fpn_detectron2", "training", STEP),
-    ("mask_rcnn_swin_t_fpn", "training", STEP),
-    ("mask_rcnn_vitdet_b", "training", STEP),
-)
+# The rows of each library's table, which has the library's name.
+ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "detectron2": (
+        *((f"{kind}_resnet50_fpn_detectron2", "inference", IMAGE) for kind in KINDS),
+        ("mask_rcnn_swin_t_fpn", "inference", IMAGE),
+        ("mask_rcnn_vitdet_b", "inference", SQUARE),
+        ("mask_rcnn_resnet50_fpn_detectron2", "training", STEP),
+        ("mask_rcnn_swin_t_fpn", "training", STEP),
+        ("mask_rcnn_vitdet_b", "training", STEP),
+    ),
+    "rf_detr": (
+        ("rf_detr_nano", "inference", "1 × 384×384"),
+        ("rf_detr_medium", "inference", "1 × 576×576"),
+        ("rf_detr_seg_nano", "inference", "1 × 312×312"),
+        ("rf_detr_nano", "training", "4 × 384×384"),
+    ),
+}
 
 
 @dataclass
@@ -52,6 +62,8 @@ class Options:
 
     python: Path = Path(sys.executable)
     """The interpreter of this project's side."""
+    library: Literal["detectron2", "rf_detr"] = "detectron2"
+    """The library on the other side."""
     only: str | None = None
     """A regular expression: measure only rows whose cells match; others are unchanged."""
     seconds: float = 20.0
@@ -61,13 +73,13 @@ class Options:
 def measure(options: Options, name: str, kind: str, images: str, folder: Path) -> tuple[list[Any], Run]:
     """The measured cells of a row, and its run."""
     kind, arrays, settings = case(kind, name, images, "float32", str(folder / f"{name}.npz"))
-    settings["num_classes"] = num_classes(name)
+    settings["num_classes"] = classes = 91 if options.library == "rf_detr" else num_classes(name)
     if kind == "inference":
         settings["threshold"] = 0.5  # of its masks
     if "labels" in arrays:
-        arrays = {**arrays, "labels": arrays["labels"] % num_classes(name)}
+        arrays = {**arrays, "labels": arrays["labels"] % classes}
     with (
-        Worker(sys.executable, "tests.parity.detectron2_cases") as theirs,
+        Worker(sys.executable, f"tests.parity.{options.library}_cases") as theirs,
         Worker(options.python, "_cases.ours") as ours,
     ):
         theirs.build(kind, arrays, **settings)
@@ -98,14 +110,15 @@ def main(options: Options) -> None:
     """Measures the chosen rows, and writes each as soon as it is measured."""
     for variable, value in (("PYTHONPATH", str(ROOT)), ("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))):
         os.environ.setdefault(variable, value)
-    columns = [*TABLES["detectron2"].keys, *TABLES["detectron2"].columns]
+    table, rows = options.library, ROWS[options.library]
+    columns = [*TABLES[table].keys, *TABLES[table].columns]
     with TemporaryDirectory() as folder:
-        for key in ROWS:
+        for key in rows:
             if options.only is None or re.search(options.only, " ".join(key)):
                 cells, run = measure(options, *key, Path(folder))
                 row = dict(zip(columns, map(rounded, (*key, *cells)), strict=True))
                 print(row, flush=True)
-                Measurements().add("detectron2", row, run, keys=ROWS)
+                Measurements().add(table, row, run, keys=rows)
                 render()
 
 
