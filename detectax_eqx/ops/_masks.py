@@ -188,8 +188,8 @@ def resize_masks(
     Raises a `ValueError` for an `image_size` below 1 or masks without pixels.
 
     >>> masks, boxes = jnp.array([[[0.75, 0.25]]]), jnp.array([[0.0, 0.0, 4.0, 1.0]])
-    >>> resize_masks(masks, boxes, image_size=(1, 5))[0, 0].round(3)
-    Array([0.75 , 0.634, 0.366, 0.25 , 0.   ], dtype=float32)
+    >>> [round(value, 3) for value in resize_masks(masks, boxes, image_size=(1, 5))[0, 0].tolist()]
+    [0.75, 0.634, 0.366, 0.25, 0.0]
     >>> resize_masks(masks, boxes, image_size=(1, 5), threshold=0.5)[0].tolist()
     [[True, True, False, False, False]]
     """
