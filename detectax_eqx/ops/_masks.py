@@ -182,8 +182,9 @@ def resize_masks(
     the image: at the edge, the outermost pixels of a mask extend to the edge, as in torch's `interpolate`. Pixels whose
     centre is outside the box are 0. A box without extent, inverted or not finite covers no pixel.
 
-    Equals RF-DETR, which interpolates logits and compares them with 0, for a threshold of 0.5. Differentiable in
-    `masks`; boxes have no gradient. Without a threshold, the result has the dtype of `masks`.
+    Equals RF-DETR, which interpolates logits and compares them with 0, for a threshold of 0.5, up to logits of 16:
+    float32 rounds the probabilities of larger ones to 1. Differentiable in `masks`; boxes have no gradient. Without a
+    threshold, the result has the dtype of `masks`.
 
     Raises a `ValueError` for an `image_size` below 1 or masks without pixels.
 

@@ -95,10 +95,12 @@ def prepared(image: np.ndarray, size: int) -> torch.Tensor:
     return F.normalize(x, MEAN, STD)[None]
 
 
-def detections(model: torch.nn.Module, image: np.ndarray, size: int, count: int) -> dict[str, np.ndarray]:
-    """Scores, labels and boxes of an image, and masks if there are any."""
+def detections(
+    model: torch.nn.Module, image: np.ndarray, size: int, count: int, *, pixels: torch.Tensor | None = None
+) -> dict[str, np.ndarray]:
+    """Scores, labels and boxes of an image, and masks if there are any. `pixels`: what `prepared` gave for it."""
     with torch.no_grad():
-        output = model.eval()(prepared(image, size).to(next(model.parameters()).dtype))
+        output = model.eval()(prepared(image, size) if pixels is None else pixels)
     (found,) = PostProcess(count)(output, torch.tensor([image.shape[:2]]))
     found = {name: x.numpy() for name, x in found.items()}
     if "masks" in found:

@@ -36,10 +36,10 @@ def loaded(name, model):
 
 def both_in_double(ours, model, image, size):
     """Detections of both in double precision, in pixels of the image, from equal pixels."""
-    count = model.num_queries
+    count, pixels = model.num_queries, theirs.prepared(image, size).double()
     with theirs.double_precision():
-        expected = theirs.detections(copy.deepcopy(model).double(), image, size, count)
-    x = theirs.prepared(image, size)[0].permute(1, 2, 0).numpy().astype(np.float64)
+        expected = theirs.detections(copy.deepcopy(model).double(), image, size, count, pixels=pixels)
+    x = pixels[0].permute(1, 2, 0).numpy()
     with double_precision():
         exact = in_double(ours)
         exact = replace(exact, preprocessing=replace(exact.preprocessing, mean=(0.0,) * 3, std=(1.0,) * 3))
@@ -47,7 +47,7 @@ def both_in_double(ours, model, image, size):
         found = eqx.filter_jit(lambda m, x: m(x, canvas_size))(exact, jnp.asarray(x))
         scale = jnp.array([image.shape[1], image.shape[0]] * 2, jnp.float64)[None] / size
         frames = None if found.mask_boxes is None else found.mask_boxes * scale
-        return expected, replace(found, boxes=found.boxes * scale, mask_boxes=frames)
+        return expected, jax.tree.map(np.asarray, replace(found, boxes=found.boxes * scale, mask_boxes=frames))
 
 
 @pytest.mark.timeout(1800)
@@ -64,8 +64,12 @@ def test_detections_on_real_images(name):
     model, _ = theirs.new_detector(name)
     if model.segmentation_head is not None:
         theirs.centre_masks(model, theirs.prepared(images[0], SIZES[name]))
+        # Logits of some units, as trained ones: beyond 17, float32 has no probabilities to tell them apart.
+        with torch.no_grad():
+            for parameter in model.segmentation_head.query_features_proj.parameters():
+                parameter.mul_(0.1)
     ours, detect = loaded(name, model), eqx.filter_jit(models.detect)
-    differences, ious, judged = {"boxes": [], "scores": []}, [], []
+    differences, ious, covered, judged = {"boxes": [], "scores": []}, [], [], []
     for i, image in enumerate(images):
         expected = theirs.detections(model, image, SIZES[name], model.num_queries)
         found = detect(ours, image)
@@ -80,12 +84,13 @@ def test_detections_on_real_images(name):
             pasted = np.asarray(ours.paste(masks, frames, image_size=image.shape[:2], threshold=0.5))
             union = (pasted | expected["masks"]).sum(axis=(1, 2))
             ious.append(((pasted & expected["masks"]).sum(axis=(1, 2)) / np.maximum(union, 1))[union > 0].min())
-            assert 0.02 < expected["masks"].mean() < 0.98
+            covered.append(expected["masks"].mean())
     worst = {key: float(max(values)) for key, values in differences.items()}
     print(f"{name}: {IMAGES * model.num_queries} detections on {IMAGES} images, judged in double precision: {judged}")
     print(f"boxes {worst['boxes']:.1e} px, scores {worst['scores']:.1e}, mask IoU at least {min(ious, default=1):.5f}")
     assert worst["boxes"] < 0.05 and worst["scores"] < 1e-4 and min(ious, default=1) > 0.99
     assert len(judged) <= IMAGES // 4
+    assert not covered or 0.05 < np.mean(covered) < 0.95  # masks neither empty nor full
 
 
 def batch(size):
