@@ -97,11 +97,14 @@ def random_arrays(kind):
     return arrays
 
 
-def images():
-    """Two 8-bit RGB images, wide and tall: blocks of random colours with noise. One is enlarged, one shrunk."""
+def images(shapes=((6, 9, 90, 131), (11, 7, 290, 187))):
+    """8-bit RGB images: blocks of random colours with noise. Of the two by default, one is enlarged, one shrunk.
+
+    `shapes`: rows and columns of blocks, height and width of each image.
+    """
     draw = np.random.default_rng(7)
     result = []
-    for rows, columns, height, width in ((6, 9, 90, 131), (11, 7, 290, 187)):
+    for rows, columns, height, width in shapes:
         coarse = draw.integers(0, 256, (rows, columns, 3))
         y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
         noise = draw.integers(-25, 26, (height, width, 3))

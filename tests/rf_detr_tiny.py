@@ -10,6 +10,8 @@ from detectax_eqx import models, nn
 from detectax_eqx.weights import rf_detr_shapes
 from detectax_eqx.weights._rf_detr import _theirs as in_their_arrangement
 
+from . import detectron2_tiny
+
 
 CLASSES, CHANNELS, HIDDEN, HEADS, DEPTH = 5, 32, 2048, 2, 4
 PATCH, SIDE, TAPS = 8, 8, (1, 3, 4)
@@ -66,15 +68,8 @@ def random_array(name, shape):
 
 
 def images():
-    """Two 8-bit RGB images, wide and tall: blocks of random colours with noise."""
-    draw = np.random.default_rng(7)
-    result = []
-    for rows, columns, height, width in ((6, 9, 90, 131), (11, 7, 150, 107)):
-        coarse = draw.integers(0, 256, (rows, columns, 3))
-        y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
-        noise = draw.integers(-25, 26, (height, width, 3))
-        result.append(np.clip(coarse[y][:, x] + noise, 0, 255).astype(np.uint8))
-    return result
+    """Two 8-bit RGB images, wide and tall."""
+    return detectron2_tiny.images(((6, 9, 90, 131), (11, 7, 150, 107)))
 
 
 def targets():

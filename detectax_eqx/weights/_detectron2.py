@@ -14,8 +14,7 @@ from ._detectron2_names import current_detectron2_name, detectron2_names, is_ign
 from ._load import load_named
 from ._names import without_prefixes
 from ._pkl import read_pkl
-from ._pth import read_pth
-from ._safetensors import read_safetensors
+from ._source import arrays_by_name
 from ._trees import named_leaves, named_values
 
 
@@ -41,14 +40,10 @@ def read_detectron2(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
     >>> list(arrays)
     ['stem.conv1.weight']
     """
-    if not isinstance(source, str | os.PathLike):
-        arrays = dict(source)
-    elif Path(source).suffix == ".pkl":
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == ".pkl":
         arrays = read_pkl(source)
-    elif Path(source).suffix == ".safetensors":
-        arrays = read_safetensors(source)[0]
     else:
-        arrays = read_pth(source)
+        arrays = arrays_by_name(source)
     arrays = without_prefixes({name: array for name, array in arrays.items() if not is_ignored(name)})
     renamed = {current_detectron2_name(name): np.asarray(array) for name, array in arrays.items()}
     if renamed.keys() != arrays.keys():

@@ -14,9 +14,8 @@ from .. import models, nn
 from ._detectron2_names import in_three
 from ._load import load_named
 from ._names import without_prefixes
-from ._pth import read_pth
 from ._rename import FieldNames, Names, foreign_names
-from ._safetensors import read_safetensors
+from ._source import arrays_by_name
 from ._trees import named_leaves, named_values
 
 
@@ -104,13 +103,8 @@ def read_rf_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Sha
     >>> {name: array.shape for name, array in arrays.items()}
     {'transformer.enc_output.bias': (2, 8)}
     """
-    if not isinstance(source, str | os.PathLike):
-        arrays = dict(source)
-    elif Path(source).suffix == ".safetensors":
-        arrays = read_safetensors(source)[0]
-    else:
-        arrays = read_pth(source)
-    arrays = {name: np.asarray(array) for name, array in without_prefixes(arrays).items() if not _IGNORED.search(name)}
+    arrays = without_prefixes(arrays_by_name(source))
+    arrays = {name: np.asarray(array) for name, array in arrays.items() if not _IGNORED.search(name)}
     return _ours(arrays)
 
 

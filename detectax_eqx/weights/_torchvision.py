@@ -11,8 +11,7 @@ from jaxtyping import Shaped
 
 from ._load import load_named
 from ._names import current_name, current_torchvision_name, is_counter, without_prefixes
-from ._pth import read_pth
-from ._safetensors import read_safetensors
+from ._source import arrays_by_name
 from ._torchvision_names import torchvision_names
 from ._trees import named_values
 
@@ -38,14 +37,9 @@ def read_torchvision(
     >>> list(arrays)
     ['conv1.weight']
     """
-    own = False
-    if not isinstance(source, str | os.PathLike):
-        arrays = dict(source)
-    elif Path(source).suffix == ".safetensors":
-        arrays, own = read_safetensors(source)[0], True
-    else:
-        arrays = read_pth(source)
-    arrays = without_prefixes({name: array for name, array in arrays.items() if not is_counter(name)})
+    own = isinstance(source, str | os.PathLike) and Path(source).suffix == ".safetensors"
+    arrays = {name: array for name, array in arrays_by_name(source).items() if not is_counter(name)}
+    arrays = without_prefixes(arrays)
     names = {} if model is None else torchvision_names(model)
     known = set(names.values())
 

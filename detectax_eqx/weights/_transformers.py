@@ -14,8 +14,7 @@ from .. import nn
 from ._detectron2_names import detectron2_names, in_three
 from ._load import load_named
 from ._names import without_prefixes
-from ._pth import read_pth
-from ._safetensors import read_safetensors
+from ._source import arrays_by_name
 from ._trees import WeightsError, named_leaves
 
 
@@ -82,12 +81,7 @@ def read_transformer(source: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     >>> list(arrays)
     ['cls_token']
     """
-    if not isinstance(source, str | os.PathLike):
-        arrays = dict(source)
-    elif Path(source).suffix == ".safetensors":
-        arrays = read_safetensors(source)[0]
-    else:
-        arrays = read_pth(source)
+    arrays = arrays_by_name(source)
     arrays = {_PREFIX.sub("", name): np.asarray(array) for name, array in without_prefixes(arrays).items()}
     arrays = {_renamed(name): array for name, array in arrays.items() if not _IGNORED.search(name)}
     if any(name.startswith("layers.3.downsample.") for name in arrays):  # timm's
