@@ -56,6 +56,18 @@ def convolutions():
     return run, [args for _, args in cases]
 
 
+def attending():
+    """Windows with biases, those of all heads and those of each."""
+    draw = np.random.default_rng(7)
+    shapes = [(2, 3, 6, 4)] * 3 + [(1, 3, 6, 2, 1), (2, 1, 6, 1, 3)]
+    q, k, v, *biases = (draw.normal(size=(2, *shape)).astype(np.float32) for shape in shapes)
+
+    def attend(q, k, v, *biases):
+        return nn.attention(q, k, v, biases)
+
+    return with_gradients(jax.vmap(attend)), q, k, v, *biases
+
+
 def depthwise():
     """Kernels of 3×3 and 5×5 pixels, one with a stride."""
     draw = np.random.default_rng(8)

@@ -1,6 +1,5 @@
 """Attention, windows and the layers of vision transformers, against loops in NumPy."""
 
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from detectax_eqx import models, nn, ops
-from detectax_eqx.nn import _attention
 
 
 def softmax(x):
@@ -82,14 +80,6 @@ def test_attention(getkey, biased):
         logits = logits + (np.asarray(terms[0]) + np.asarray(terms[1])).reshape(2, 3, 5, 6)
     expected = softmax(logits) @ np.asarray(v)
     np.testing.assert_allclose(nn.attention(q, k, v, terms), expected, atol=1e-5)
-    # One head after another, the same values and gradients.
-    apart = _attention._attention_by_heads
-    np.testing.assert_allclose(apart(q, k, v, terms), expected, atol=1e-5)
-    found, wanted = (
-        jax.grad(lambda args, f=f: jnp.sin(f(args[0], args[1], args[2], args[3])).sum())((q, k, v, terms))
-        for f in (apart, nn.attention)
-    )
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, wanted)
 
 
 def test_relative_offsets(getkey):

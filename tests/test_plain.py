@@ -66,6 +66,7 @@ def chunks():
 
 
 OF_TRICK = {
+    "attention": plain_results.attending,
     "chunks": chunks,
     "convolution": plain_results.convolutions,
     "depthwise": plain_results.depthwise,

@@ -200,8 +200,6 @@ def test_checked_shard_map(index):
 @EVERY_CALL
 def test_checked_shard_map_of_one_argument(index):
     """One array varies over the devices, the others do not; only traced, since the check happens at trace time."""
-    if CALLS[index].function is nn.gelu and jax.__version_info__ >= (0, 12):
-        pytest.skip("jax 0.12 has no gradient of lax.erfc in a checked shard_map")
     run, examples = _with_gradient(CALLS[index])
     leaves, structure = jax.tree.flatten(examples[0])
     for position, leaf in enumerate(leaves):

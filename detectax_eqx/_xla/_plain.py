@@ -15,6 +15,7 @@ from jax import lax
 
 
 Trick = Literal[
+    "attention",
     "chunks",
     "convolution",
     "depthwise",

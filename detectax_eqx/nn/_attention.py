@@ -1,5 +1,6 @@
 """Attention over tokens, and the block of vision transformers."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,7 +14,7 @@ from jax import lax
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._xla import rematerialise
+from .._xla import attend, rematerialise
 from ..ops import upcast
 from ._conv import Conv2d, lecun_uniform
 from ._norm import LayerNorm
@@ -23,8 +24,6 @@ from ._windows import Grouping
 
 # Standard deviation of initial weights, biases and positions (ViT, arXiv:2010.11929, and BERT before it).
 INITIAL_SCALE = 0.02
-# Above this number of logits, heads are processed one after another.
-MAX_LOGITS = 2**25
 
 # Terms that are added to the logits of pairs of tokens: axes are windows, heads, queries, and the rows and columns of
 # the keys. An axis of length 1 stands for equal values.
@@ -49,7 +48,7 @@ def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     >>> round(float(gelu(jnp.array(1.0))), 4)
     0.8413
     """
-    return jax.nn.gelu(x, approximate=False)
+    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 
 def drop_path(x: Float[Array, "*s"], rate: float, *, key: PRNGKeyArray | None) -> Float[Array, "*s"]:
@@ -78,28 +77,16 @@ def attention(
     >>> attention(q, q[:, :, [0, 0]], v)[0, 0].tolist()
     [[2.0, 3.0, 4.0, 5.0]]
     """
-    logits = upcast(jnp.einsum("gand,gamd->ganm", q * q.shape[3] ** -0.5, k))
+    return attend(_attention, q * q.shape[3] ** -0.5, k, v, biases)
+
+
+def _attention(q, k, v, biases: Biases):
+    logits = upcast(jnp.einsum("gand,gamd->ganm", q, k))
     if biases:
         height, width = np.broadcast_shapes(*(bias.shape[3:] for bias in biases))
         separate = logits.reshape(*logits.shape[:3], height, width)
         logits = sum((bias.astype(logits.dtype) for bias in biases), separate).reshape(logits.shape)
     return jnp.einsum("ganm,gamd->gand", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
-
-
-def _attention_by_heads(q, k, v, biases: Biases):
-    """`attention`, one head after another. The backward pass computes the logits of each head again."""
-    heads = q.shape[1]
-    own = [bias.shape[1] == heads and heads > 1 for bias in biases]
-
-    def one(head):
-        (q, k, v), terms = head
-        remaining = iter(terms)
-        both = [next(remaining)[:, None] if mine else bias for bias, mine in zip(biases, own, strict=True)]
-        return attention(q[:, None], k[:, None], v[:, None], tuple(both))[:, 0]
-
-    by_head = [jnp.moveaxis(x, 1, 0) for x in (q, k, v)]
-    terms = [jnp.moveaxis(bias, 1, 0) for bias, mine in zip(biases, own, strict=True) if mine]
-    return jnp.moveaxis(lax.map(jax.checkpoint(one), (by_head, terms)), 0, 1)
 
 
 class RelativeOffsets(eqx.Module):
@@ -200,9 +187,7 @@ class SelfAttention(eqx.Module):
         q, k, v = self.qkv(x, head_size=x.shape[2] // self.heads)
         biases = () if positions is None else positions(q, shape)
         biases = biases if mask is None else (*biases, mask)
-        large = q.shape[0] * q.shape[1] * q.shape[2] ** 2 > MAX_LOGITS
-        attend = _attention_by_heads if large else attention
-        return linear(self.projection, rearrange(attend(q, k, v, biases), "g a m d -> g m (a d)"))
+        return linear(self.projection, rearrange(attention(q, k, v, biases), "g a m d -> g m (a d)"))
 
     def tensor_axes(self, count: int) -> dict[str, int]:
         """The axes along which arrays may be cut over `count` devices, by their names: none if heads do not divide."""

@@ -26,6 +26,7 @@ STEP, IMAGE, IMAGES, LARGE = "2 × 320×480", "1 × 800×1216", "8 × 800×1216"
 FASTER, MASK, DEEP = "faster_rcnn_resnet50_fpn", "mask_rcnn_resnet50_fpn", "faster_rcnn_resnet101_fpn"
 DENSE = ("retinanet_resnet50_fpn", "fcos_resnet50_fpn")
 MOBILE, KEYPOINT = "faster_rcnn_mobilenet_v3_large_320_fpn", "keypoint_rcnn_resnet50_fpn"
+SWIN = "mask_rcnn_swin_t_fpn"
 SQUARE = (("ssd300_vgg16", "300×300"), ("ssdlite320_mobilenet_v3_large", "320×320"))
 SMALL, SMALL_STEP, SMALL_IMAGE = "faster_rcnn_resnet18_fpn", "2 × 160×256", "1 × 320×480"  # in a quick run
 BATCHES = ("1 × 320×480", "2 × 320×480", "4 × 320×480", "8 × 320×480", "1 × 800×1344", "2 × 800×1344")
@@ -191,7 +192,7 @@ def techniques(bench: Bench) -> Rows:
     for name, value in variables:
         row(f"`{name}={value}`", "training", environment={name: value})
     for trick in TRICKS:  # compiler workarounds, each turned off alone
-        model = MOBILE if trick == "depthwise" else MASK
+        model = {"depthwise": MOBILE, "attention": SWIN}.get(trick, MASK)
         name, off = f"`DETECTAX_PLAIN={trick}`", {"DETECTAX_PLAIN": trick}
         checkpoint = {"checkpoint": True} if trick == "rematerialisation" else {}
         row(name, "training", model, environment=off, options=checkpoint)
@@ -212,7 +213,8 @@ def _decisive_weights(bench: Bench, model: str) -> str | None:
 
 
 def _try(bench: Bench, kind: str, model: str, images: str, on_options, environment, both, options) -> tuple:
-    _, arrays, case_options = case(kind, model, images, "float32", _decisive_weights(bench, model))
+    weights = None if model == SWIN else _decisive_weights(bench, model)  # torchvision has none
+    _, arrays, case_options = case(kind, model, images, "float32", weights)
     with bench.ours(both) as off, bench.ours(both | environment) as on:
         try:
             on.about()
