@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(PARITY)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PARITY)
-	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) torch==2.12.1 torchvision==0.27.1 timm==1.0.31 transformers==5.24.0 rfdetr==1.11.2
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) torch==2.12.1 torchvision==0.27.1 timm==1.0.31 transformers==5.24.0 'rfdetr[train]==1.11.2'
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev,onnx]'
 	touch $@
 

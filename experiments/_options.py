@@ -69,12 +69,14 @@ class RunOptions:
     """Passes over the training images, unless --steps is given."""
     steps: int | None = None
     """Steps to train for, instead of --epochs."""
+    patience: int | None = None
+    """Stop after this number of epochs without a better AP of the validation images. Default: no early stop."""
     batch_size: int = 16
     """Images per step over all devices, a multiple of their number times --accumulate."""
     seed: int = 0
     """Seed of initial weights, image order and augmentation."""
 
-    RANGES: ClassVar[dict[str, str]] = {"positive": "epochs steps batch_size", "at least 0": "seed"}
+    RANGES: ClassVar[dict[str, str]] = {"positive": "epochs steps patience batch_size", "at least 0": "seed"}
 
 
 @dataclass(kw_only=True)
@@ -117,8 +119,8 @@ class OptimizerOptions:
     """Weight decay of trained parameters."""
     decay_vectors: bool = True
     """Whether norms, biases and positions decay too, as in torchvision."""
-    backbone_lr: float = 1.0
-    """Learning rate of the backbone as a multiple of the pyramid's and the heads'."""
+    part_lr: dict[str, float] = field(default_factory=dict)
+    """Factors of the learning rate of parts of the detector, as NAME VALUE pairs such as backbone .1."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each stage of the backbone to the one below, such as .7 for ViT-B."""
     clip_norm: float | None = None
@@ -129,7 +131,7 @@ class OptimizerOptions:
     """On a loss or gradient that is not finite: stop, or skip the step and count it."""
 
     RANGES: ClassVar[dict[str, str]] = {
-        "positive": "lr backbone_lr clip_norm",
+        "positive": "lr part_lr clip_norm",
         "at least 0": "weight_decay decay_epochs warmup_steps",
         "in 0..1": "momentum ema layer_decay",
     }
@@ -295,6 +297,8 @@ def check_sense(options: Options) -> None:
             "--train-annotations and --train-images are required"
             + (f": {options.run.output} has no options.json to take them from." if options.run.resume else ".")
         )
+    if options.run.patience is not None and options.data.val_annotations is None:
+        raise SystemExit("--patience needs validation images to score by: give --val-annotations.")
     jitter = options.augmentation.jitter
     if jitter is not None and jitter[0] > jitter[1]:
         raise SystemExit(f"--jitter is {jitter}: the first must not be larger than the second.")
@@ -312,6 +316,9 @@ def check_model(options: Options, model: models.AbstractDetector) -> None:
     if layers is not None and layers > stages:
         raise SystemExit(f"--trainable-layers is {layers}: the backbone has {stages}.")
     with_sampling(model, options.architecture.sampling)
+    parts = [name for name, part in vars(model).items() if models.num_parameters(part)]
+    if unknown := [name for name in options.optimization.part_lr if name not in parts]:
+        raise SystemExit(f"--part-lr: {type(model).__name__} has no {unknown[0]}; its parts are {', '.join(parts)}.")
 
 
 def check_promise(options: Options, epoch_steps: int) -> None:

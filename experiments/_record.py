@@ -27,8 +27,8 @@ ESTIMATE_AFTER = 5
 class Record:
     """A context manager that holds the files of a run open.
 
-    - `so_far`: state that a resumed run continues: the best score, the last evaluated step, and counts of unreadable
-      images and of objects beyond the capacity.
+    - `so_far`: state that a resumed run continues: the best score and its step, the last evaluated step, and counts of
+      unreadable images and of objects beyond the capacity.
     - `start`, `skipped`: steps made, and steps skipped as not finite, before this process.
     """
 
@@ -160,9 +160,23 @@ class Record:
         is_best = score > self.so_far["best"] or score < 0
         self.so_far.update(best=max(score, self.so_far["best"]), evaluated=done)
         if is_best:  # the model alone: the rest of the state is in `last`
+            self.so_far["best_step"] = done
             detects = {"model" if state.ema is None else "ema": state.inference_model}
             self._saver.save([self._best], detects, step=done, metadata=self._metadata, keep=1)
         self.save(state, done)
+
+    def stalled(self) -> bool:
+        """Whether the run must end because its score did not improve for `--patience` epochs; then says so."""
+        patience, so_far = self._options.run.patience, self.so_far
+        epochs = (so_far["evaluated"] - so_far["best_step"]) / self.loader.steps_per_epoch
+        stalled = patience is not None and epochs >= patience
+        if stalled:
+            console.print(
+                f"Stopped after step {so_far['evaluated']}: the best AP, {so_far['best']:.3f}, is {epochs:.0f} epochs "
+                f"old (--patience {patience}). best/ holds its model.",
+                highlight=False,
+            )
+        return stalled
 
     def _draw(self, *, running: bool) -> None:
         """Writes the page of curves."""

@@ -22,7 +22,18 @@ PROCESS = ("output", "resume", "options", "coordinator", "num_processes", "proce
 # Options that change neither batches nor model, up to rounding. The content of the data is compared separately.
 HARMLESS = (
     *("train_annotations", "train_images", "box_format", "allow_renamed", "val_annotations", "val_images"),
-    *("epochs", "steps", "threads", "cache", "max_bad_images", "non_finite", "log_every", "checkpoint_every", "track"),
+    *(
+        "epochs",
+        "steps",
+        "patience",
+        "threads",
+        "cache",
+        "max_bad_images",
+        "non_finite",
+        "log_every",
+        "checkpoint_every",
+        "track",
+    ),
     *("gradient_checkpointing", "parameter_shards", "tensor_shards"),
 )
 # Options whose default depends on other options. A resumed run keeps their previous values.
@@ -163,7 +174,7 @@ def restore(
     check_data(train_set, restored.metadata, options.data.train_annotations)
     so_far = so_far | restored.metadata["so_far"]
     if before is not None and before.data.val_annotations != options.data.val_annotations:
-        so_far["best"] = -1.0  # the previous best score is of other images
+        so_far["best"], so_far["best_step"] = -1.0, 0  # the previous best score is of other images
     console.print(f"Going on at step {int(restored.tree.step)} from {last}", highlight=False)
     return restored.tree, so_far
 

@@ -259,6 +259,7 @@ def check_ranges(options: Any) -> None:
         for name in names.split():
             value = getattr(options, name)
             numbers = np.ravel(value) if isinstance(value, tuple) else [value]
+            numbers = value.values() if isinstance(value, dict) else numbers
             if value is not None and not all(RANGES[what](number) for number in numbers):
                 raise SystemExit(f"--{name.replace('_', '-')} is {value}: it must be {what}.")
     for group in filter(is_dataclass, vars(options).values()):

@@ -72,7 +72,7 @@ def fit(options: Options) -> None:
     options, steps, epoch_steps = job.options, job.steps, job.loader.steps_per_epoch
     ema, key = options.optimization.ema, jr.key(options.run.seed)
     state = train.init_train_state(job.model, job.optimizer, trainable=job.trainable, key=key, ema=ema is not None)
-    so_far = {"best": -1.0, "evaluated": 0, "left_out": 0, "bad_images": 0}
+    so_far = {"best": -1.0, "best_step": 0, "evaluated": 0, "left_out": 0, "bad_images": 0}
     if resume:
         state, so_far = restore(options, before, job.train_set, state, so_far)
     state = train.shard_state(state, job.mesh)
@@ -103,6 +103,8 @@ def fit(options: Options) -> None:
         if start >= steps:
             console.print(f"Nothing is left to do: the run has made {start} of {steps} steps (--epochs or --steps).")
             return
+        if record.stalled():
+            return
         with progress() as bar:
             task = bar.add_task("training", total=steps, completed=start, status="compiling")
             for k, batch in batches:
@@ -129,6 +131,8 @@ def fit(options: Options) -> None:
                 if ends_epoch(done):
                     with pace.paused(), hidden(bar):
                         record.evaluate(state, done)
+                    if record.stalled():
+                        return
 
 
 @dataclass(frozen=True)
@@ -318,7 +322,7 @@ def make_schedule(options: Options, epoch_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimiser, after gradient clipping and before the backbone's learning-rate factors."""
+    """The optimiser, after gradient clipping and before the learning-rate factors of parts and of stages."""
     chosen = options.optimization
     decay = {"weight_decay": chosen.weight_decay, "decay_mask": None if chosen.decay_vectors else models.decayed}
     if chosen.optimizer == "sgd":
@@ -327,13 +331,21 @@ def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.Gradient
         optimizer = train.adamw(schedule, **decay)
     if chosen.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(chosen.clip_norm), optimizer)
-    if chosen.backbone_lr != 1:
-        optimizer = optax.chain(optimizer, optax.masked(optax.scale(chosen.backbone_lr), models.in_backbone))
+    for name, factor in chosen.part_lr.items():
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(factor), partial(in_part, name)))
     if chosen.layer_decay != 1:
         rates = partial(models.layer_rates, decay=chosen.layer_decay)
         scale = optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates(updates)))
         optimizer = optax.chain(optimizer, scale)
     return optimizer
+
+
+def in_part(name: str, tree: Any) -> Any:
+    """A mask of the arrays in a field of the detector; in the backbone, of those in its stages."""
+    if name == "backbone":
+        return models.in_backbone(tree)
+    nothing = jax.tree.map(lambda _: False, tree)
+    return replace(nothing, **{name: jax.tree.map(lambda _: True, getattr(tree, name))})
 
 
 if __name__ == "__main__":

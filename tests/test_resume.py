@@ -104,13 +104,25 @@ def test_other_options_are_refused_or_printed(done):
     assert max(steps) == 6 and json.loads((folder / "options.json").read_text())["epochs"] == 3
 
 
+def test_a_run_without_progress_stops_early(shapes, tmp_path):
+    """At a rate of almost 0, the second epoch is no better than the first; resuming says so again."""
+    options = ["--epochs", "5", "--patience", "1", "--lr", "1e-12", "--warmup-steps", "0"]
+    output, status = start(shapes, tmp_path / "run", *options)
+    words = r"Stopped after step 4: the best AP, 0\.\d{3}, is 1 epochs old \(--patience 1\)"
+    assert status == 0 and re.search(words, output), output
+    output, status = resume(tmp_path / "run")
+    assert status == 0 and re.search(words, output), output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 4
+
+
 OPTIONS: dict[str, Any] = {"train_annotations": "a.json", "train_images": "images"}
 OTHERS = {
     "batch_size": 8, "seed": 1, "canvases": ((64, 64),), "model": "faster_rcnn_resnet18_fpn", "norm": "frozen_batch",
     "optimizer": "adamw", "lr": 0.1, "accumulate": 2, "anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0),
     "aspect_ratios": (1.0,), "min_sizes": (640,), "max_size": 640, "flip": 0.0, "jitter": (0.5, 2.0), "max_objects": 9,
     "precision": "bfloat16", "ema": 0.9, "momentum": 0.0, "weight_decay": 0.0, "decay_vectors": False,
-    "backbone_lr": 0.1, "layer_decay": 0.9, "clip_norm": 1.0, "schedule": "cosine", "warmup_steps": 7,
+    "part_lr": {"backbone": 0.1}, "layer_decay": 0.9, "clip_norm": 1.0, "schedule": "cosine", "warmup_steps": 7,
     "decay_epochs": (1.0,), "trainable_layers": 2, "sampling": {"box_samples": 8.0},
 }  # fmt: skip
 
@@ -126,8 +138,9 @@ def test_what_changes_batches_or_model_is_refused_naming_both_values(name, tmp_p
     given = grouped(output=tmp_path, resume=True, **OPTIONS, **{name: OTHERS[name]})
     show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
     words = f"--{name.replace('_', '-')} ({show(flat(saved)[name])} → {show(OTHERS[name])})"
-    if name == "sampling":
-        words = "--sampling (none → box_samples 8.0)"
+    if isinstance(OTHERS[name], dict):
+        ((key, value),) = OTHERS[name].items()
+        words = f"--{name.replace('_', '-')} (none → {key} {value})"
     with pytest.raises(SystemExit, match=re.escape(words)):
         check_options(given, saved, going_on=True)
     check_options(given, saved, going_on=False)

@@ -82,7 +82,9 @@ def test_a_loss_that_is_not_finite(shapes, tmp_path):
 def test_the_optimiser_has_its_groups(tmp_path):
     """What test_parameter_groups.py shows of these parts, the script puts together."""
     required = {"train_annotations": tmp_path, "train_images": tmp_path, "output": tmp_path}
-    options = grouped(**required, backbone_lr=0.25, decay_vectors=False, momentum=0.0, weight_decay=0.5)
+    options = grouped(
+        **required, part_lr={"backbone": 0.25, "rpn": 2.0}, decay_vectors=False, momentum=0.0, weight_decay=0.5
+    )
     model = random_arrays(eqx.filter_eval_shape(tiny_train.build, "", 3, ""))
     ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if isinstance(leaf, jax.Array) else None, model)
     optimizer = script.make_optimizer(options, optax.constant_schedule(0.1))
@@ -93,6 +95,7 @@ def test_the_optimiser_has_its_groups(tmp_path):
         (head.fc6.bias, 0),
         (body.conv1.weight, -0.0125),
         (body.norm1.weight, 0),
+        (updates.rpn.objectness.weight, -0.1),
     ):
         np.testing.assert_allclose(array, expected, rtol=1e-6)
 

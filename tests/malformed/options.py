@@ -21,6 +21,7 @@ from . import Case
 RANGES = {
     "train": {
         "epochs": ["0", "-1", "1.5", "x"],
+        "patience": ["0", "-1", "1.5"],
         "steps": ["0", "-3"],
         "batch-size": ["0", "-2", "two"],
         "lr": ["0", "-0.1", "nan", "inf", "x"],
@@ -47,7 +48,7 @@ RANGES = {
         "tensor-shards": ["0", "-2", "3"],
         "clip-norm": ["0", "-1", "nan"],
         "ema": ["1.5", "-0.1", "nan"],
-        "backbone-lr": ["0", "-1", "inf"],
+        "part-lr": ["backbone 0", "backbone -1", "backbone inf", "backbone x", "no_such_part 1"],
         "precision": ["float16"],
         "non-finite": ["ignore"],
         "coordinator": ["127.0.0.1:1"],

@@ -3,15 +3,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 import torch
 import torchvision.transforms.functional as F
 from rfdetr import config
 from rfdetr.models.backbone import dinov2
 from rfdetr.models.lwdetr import build_criterion_from_config, build_model_from_config
 from rfdetr.models.postprocess import PostProcess
+from rfdetr.training.param_groups import get_param_dict
 
 from detectax_eqx.weights import read_rf_detr
 
@@ -77,6 +81,22 @@ def randomize(model: torch.nn.Module) -> None:
     ours = {name: tiny.random_array(name, array.shape) for name, array in read_rf_detr(arrays_of(model)).items()}
     state = {name: torch.from_numpy(np.array(array)) for name, array in tiny.in_their_arrangement(ours).items()}
     model.load_state_dict(state, strict=False)
+
+
+def randomize_file(path: Path) -> None:
+    """Replaces the parameters of a safetensors file as `randomize` does those of a model."""
+    arrays = safetensors.numpy.load_file(path)
+    ours = {name: tiny.random_array(name, array.shape) for name, array in read_rf_detr(arrays).items()}
+    safetensors.numpy.save_file(arrays | tiny.in_their_arrangement(ours), path, {"format": "pt"})
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The parameters of `rf_detr_nano` in groups with the learning rates of rfdetr's defaults."""
+    settings = config.TrainConfig(dataset_dir=".", output_dir=".").model_dump()
+    options = {
+        "out_feature_indexes": config.RFDETRNanoConfig(pretrain_weights="none", device="cpu").out_feature_indexes
+    }
+    return get_param_dict(SimpleNamespace(**settings | options), model)
 
 
 def centre_masks(model: torch.nn.Module, images: torch.Tensor) -> None:

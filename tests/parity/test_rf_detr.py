@@ -20,6 +20,7 @@ from .. import rf_detr_tiny as tiny
 torch = pytest.importorskip("torch", reason="torch is not installed; `make parity` brings it")
 pytest.importorskip("rfdetr", reason="rfdetr is not installed: pip install rfdetr==1.11.2 in the environment of parity")
 
+from ..tiny_train import script
 from . import rf_detr_models as theirs
 from .double import double_precision, in_double
 from .torchvision_models import real_images
@@ -143,3 +144,72 @@ def test_losses_and_gradients(name, monkeypatch):
     worst = max(differences, key=lambda key: differences[key])
     print(f"{name}: gradients of {len(differences)} parameters, worst {differences[worst]:.1e} ({worst})")
     assert len(differences) > 400 and differences[worst] < 1e-6
+
+
+@pytest.mark.timeout(1800)
+def test_an_optimiser_step():
+    """AdamW with the recipe's rates, from the same state and gradients: parameters equal to 1e-6 of their step.
+
+    The last norm of the backbone is in no stage here, so that it has the rate of the heads.
+    """
+    from _resume import given_before  # of the folder that `tiny_train` puts on the path
+
+    options = given_before(["--options", "rf_detr"])
+    assert options is not None
+    model, _ = theirs.new_detector("rf_detr_nano")
+    ours = loaded("rf_detr_nano", model)
+    before = theirs.arrays_of(copy.deepcopy(model))
+    draw = np.random.default_rng(5)
+    for parameter in model.parameters():
+        parameter.grad = torch.from_numpy(draw.normal(0, 1e-4, parameter.shape).astype(np.float32))
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    gradients = weights.load_rf_detr(ours, gradients)
+
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert norm > 0.1
+    torch.optim.AdamW(theirs.parameter_groups(model), lr=1e-4, weight_decay=1e-4).step()
+
+    optimizer = script.make_optimizer(options, script.make_schedule(options, 1000))
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(ours), ours)
+    found = weights.to_rf_detr(jax.tree.map(jnp.add, ours, updates))
+    differences = {}
+    for name, parameter in model.named_parameters():
+        if name in found and "layernorm" not in name:
+            wanted = parameter.detach().numpy()
+            differences[name] = np.abs(found[name] - wanted).max() / np.abs(wanted).max()
+            assert np.abs(wanted - before[name]).max() > 0, name
+    worst = max(differences, key=lambda key: differences[key])
+    print(f"{len(differences)} parameters, worst {differences[worst]:.1e} ({worst})")
+    assert len(differences) > 400 and differences[worst] < 1e-6
+
+
+def test_hugging_face_writes_the_same_names(tmp_path):
+    """A file of `save_pretrained` is read, and both predict the same from the same pixels."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make parity` brings it")
+    backbone = transformers.RfDetrDinov2Config(
+        hidden_size=tiny.CHANNELS,
+        num_hidden_layers=tiny.DEPTH,
+        num_attention_heads=tiny.HEADS,
+        image_size=tiny.SIZE,
+        patch_size=tiny.PATCH,
+        num_windows=2,
+        out_indices=list(tiny.TAPS),
+    )
+    options = {"decoder_layers": tiny.LAYERS, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4}
+    options |= {"decoder_n_points": 2, "decoder_ffn_dim": tiny.HIDDEN, "d_model": tiny.WIDTH, "dropout": 0.0}
+    options |= {"num_queries": tiny.QUERIES, "group_detr": tiny.GROUPS, "num_labels": tiny.CLASSES}
+    config = transformers.RfDetrConfig(backbone_config=backbone, **options)
+    model = transformers.RfDetrForObjectDetection(config).eval()
+    model.save_pretrained(tmp_path)
+    theirs.randomize_file(tmp_path / "model.safetensors")
+    model = transformers.RfDetrForObjectDetection.from_pretrained(tmp_path).eval()
+    ours = weights.load_rf_detr(tiny.build("boxes"), tmp_path / "model.safetensors")
+    pixels = np.random.default_rng(0).normal(size=(3, tiny.SIZE, tiny.SIZE)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(pixel_values=torch.from_numpy(pixels)[None])
+    ours = replace(ours, preprocessing=replace(ours.preprocessing, mean=(0.0,) * 3, std=(1.0,) * 3))
+    size = jnp.array([tiny.SIZE, tiny.SIZE], jnp.int32)
+    _, _, found = models._rf_detr.predict_queries(ours, jnp.asarray(pixels.transpose(1, 2, 0)), size)
+    # Random weights amplify rounding in float32.
+    np.testing.assert_allclose(found.logits[-1, 0], expected.logits[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.boxes_cxcywh[-1, 0], expected.pred_boxes[0], atol=1e-4)
