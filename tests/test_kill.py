@@ -50,7 +50,7 @@ def whole(shapes, tmp_path_factory):
 def start(shapes, folder, *options):
     # One device. Compilation dominates such short runs, so every program is cached for the next one.
     environment = {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return tiny_train.start(shapes, folder, *options, **environment)
+    return tiny_train.start(shapes, folder, "--optimizer", "adamw", "--ema", "0.9", *options, **environment)
 
 
 def finish(process):
