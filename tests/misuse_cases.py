@@ -182,6 +182,7 @@ ELSEWHERE = {
     models: {"detect_batch", "decayed", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
     | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite", "rf_detr", "rf_detr_seg"}
+    | {"detr"}
     | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
     # test_predictor.py, test_download.py
     zoo: {
@@ -233,7 +234,8 @@ ELSEWHERE = {
         "load_transformer",
         "read_transformer",
     }
-    | {"load_rf_detr", "read_rf_detr", "rf_detr_shapes", "to_rf_detr"},
+    | {"load_rf_detr", "read_rf_detr", "rf_detr_shapes", "to_rf_detr"}
+    | {"load_detr", "read_detr", "detr_shapes", "to_detr"},
 }
 
 

@@ -267,3 +267,5 @@ def test_sine_positions():
     for row, column in np.ndindex(2, 5):
         np.testing.assert_allclose(found[:4, row, column], rows[row], atol=1e-5)
         np.testing.assert_allclose(found[4:, row, column], columns[column], atol=1e-5)
+    inside = nn.sine_positions((4, 6), 8, size=jnp.array([2, 5], jnp.int32))
+    np.testing.assert_allclose(inside[:, :2, :5], found, atol=1e-6)

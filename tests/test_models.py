@@ -91,6 +91,14 @@ def tiny_rf_detr(build, key, num_classes=3):
     return replace(build(backbone, num_classes, key=keys[2], **options), preprocessing=PREPROCESSING)
 
 
+def tiny_detr(key, num_classes=3):
+    keys = jr.split(key, 3)
+    body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=keys[0], norm=nn.GroupNorm, width=8)
+    backbone = nn.ProjectedResNet(body, key=keys[1], channels=16)
+    options = {"layers": 2, "queries": 20, "heads": 2, "hidden_size": 32}
+    return replace(models.detr(backbone, num_classes, key=keys[2], **options), preprocessing=PREPROCESSING)
+
+
 V2 = {
     "make_backbone": partial(tiny_resnet, norm=nn.GroupNorm),
     "rpn_depth": 2,
@@ -127,6 +135,7 @@ MODELS = {
         partial(tiny_rf_detr, models.rf_detr_seg),
         {"loss_class", "loss_l1", "loss_giou", "loss_mask", "loss_dice"},
     ),
+    "detr": (tiny_detr, {"loss_class", "loss_l1", "loss_giou"}),
     "fcos": (partial(tiny_dense, models.fcos), {"classification", "bbox_regression", "bbox_ctrness"}),
 }
 
@@ -198,7 +207,19 @@ def test_predictions_at_some_anchors(kind, part, getkey):
 
 
 # Models that compile for long: `make test-slow` has them.
-SLOW = ("cascade", "keypoint", "mask_v2", "mobilenet", "retinanet", "rf_detr_seg", "ssd", "ssdlite", "swin", "vit")
+SLOW = (
+    "cascade",
+    "detr",
+    "keypoint",
+    "mask_v2",
+    "mobilenet",
+    "retinanet",
+    "rf_detr_seg",
+    "ssd",
+    "ssdlite",
+    "swin",
+    "vit",
+)
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS])

@@ -88,7 +88,7 @@ def test_anchors_reach_every_detector():
         return zoo.Architecture(name, "group", **options).shapes(3)
 
     for name in get_args(_shared.ModelName):
-        if name.startswith(("ssd", "rf_detr")):  # default boxes are part of SSD; RF-DETR has no anchors
+        if name.startswith(("ssd", "rf_detr", "detr")):  # default boxes are part of SSD; transformers have no anchors
             with pytest.raises(ValueError, match=f"{name} does not take anchor_sizes. Omit it."):
                 shapes(name, **options)
             continue
@@ -112,6 +112,7 @@ def test_sampling_reaches_every_detector():
         "fcos_resnet50_fpn",
         "ssd300_vgg16",
         "rf_detr_nano",
+        "detr_resnet50",
     ):
         model: Any = zoo.Architecture(name, "group").shapes(3)
         part = "sampling" if hasattr(model, "sampling") else "matching"

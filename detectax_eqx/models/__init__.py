@@ -1,4 +1,4 @@
-"""Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD, their losses, and detection in any image."""
+"""Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS, SSD, RF-DETR and DETR, and detection in any image."""
 
 from ._box_head import (
     BoxHead as BoxHead,
@@ -9,7 +9,12 @@ from ._box_head import (
     sample_proposals as sample_proposals,
 )
 from ._cascade import CascadeHead as CascadeHead
-from ._decoder import Decoder as Decoder, DecoderLayer as DecoderLayer, refine_boxes as refine_boxes
+from ._decoder import (
+    Decoder as Decoder,
+    DecoderLayer as DecoderLayer,
+    EncoderLayer as EncoderLayer,
+    refine_boxes as refine_boxes,
+)
 from ._dense import DenseSelection as DenseSelection, dense_detections as dense_detections
 from ._detect import (
     detect as detect,
@@ -26,6 +31,7 @@ from ._detectron2 import (
     mask_rcnn_detectron2 as mask_rcnn_detectron2,
     retinanet_detectron2 as retinanet_detectron2,
 )
+from ._detr import DETR as DETR, DETR_PREPROCESSING as DETR_PREPROCESSING, detr as detr
 from ._faster_rcnn import FasterRCNN as FasterRCNN, faster_rcnn as faster_rcnn
 from ._fcos import FCOS as FCOS, FCOSMatching as FCOSMatching, fcos as fcos
 from ._keypoint_head import KeypointHead as KeypointHead, keypoint_loss as keypoint_loss

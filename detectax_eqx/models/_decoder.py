@@ -1,6 +1,7 @@
-"""The decoder of detection transformers: queries that attend to each other and to maps near their boxes."""
+"""Encoder and decoder of detection transformers: cells and queries that attend to each other and to maps."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,15 +16,49 @@ from ..ops import upcast
 EPSILON = 1e-5
 
 
-class DecoderLayer(eqx.Module):
-    """Attention among queries, deformable attention to the maps, and two linear layers, with a norm after each.
+class EncoderLayer(eqx.Module):
+    """Attention of the cells of maps to each other and two linear layers, with a norm after each.
 
-    The layer of Deformable DETR (arXiv:2010.04159).
+    That of DETR (arXiv:2005.12872) and, with deformable attention, of Deformable DETR (arXiv:2010.04159).
+    """
+
+    attention: QueryAttention | DeformableAttention
+    norm1: LayerNorm
+    linear1: eqx.nn.Linear
+    linear2: eqx.nn.Linear
+    norm2: LayerNorm
+
+    def __init__(
+        self,
+        channels: int,
+        attention: QueryAttention | DeformableAttention,
+        *,
+        key: PRNGKeyArray,
+        hidden_size: int,
+    ):
+        """Initialises the layer. `hidden_size`: between the linear layers."""
+        keys = jr.split(key)
+        self.attention = attention
+        self.linear1 = xavier_linear(channels, hidden_size, key=keys[0])
+        self.linear2 = xavier_linear(hidden_size, channels, key=keys[1])
+        self.norm1, self.norm2 = (LayerNorm(channels, eps=EPSILON) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "n c"], positions: Float[Array, "n c"], *attended: Any) -> Float[Array, "n c"]:
+        """Returns the next cells. `attended`: the arguments of the attention after the queries."""
+        x = self.norm1(x + self.attention(x + positions, *attended))
+        return self.norm2(x + linear(self.linear2, relu(linear(self.linear1, x))))
+
+
+class DecoderLayer(eqx.Module):
+    """Attention among queries, attention of queries to maps, and two linear layers, with a norm after each.
+
+    The layer of DETR (arXiv:2005.12872) and, with deformable attention to the maps, of Deformable DETR
+    (arXiv:2010.04159).
     """
 
     self_attention: QueryAttention
     norm1: LayerNorm
-    cross_attention: DeformableAttention
+    cross_attention: QueryAttention | DeformableAttention
     norm2: LayerNorm
     linear1: eqx.nn.Linear
     linear2: eqx.nn.Linear
@@ -32,35 +67,25 @@ class DecoderLayer(eqx.Module):
     def __init__(
         self,
         channels: int,
+        cross_attention: QueryAttention | DeformableAttention,
         *,
         key: PRNGKeyArray,
-        self_heads: int,
-        cross_heads: int,
-        levels: int = 1,
-        points: int,
+        heads: int,
         hidden_size: int,
     ):
-        """Initialises the layer.
-
-        - `self_heads`, `cross_heads`: of both attentions. `levels`, `points`: see `nn.DeformableAttention`.
-        - `hidden_size`: between the linear layers.
-        """
-        keys = jr.split(key, 4)
-        self.self_attention = QueryAttention(channels, self_heads, key=keys[0])
-        self.cross_attention = DeformableAttention(channels, cross_heads, key=keys[1], levels=levels, points=points)
-        self.linear1 = xavier_linear(channels, hidden_size, key=keys[2])
-        self.linear2 = xavier_linear(hidden_size, channels, key=keys[3])
+        """Initialises the layer. `heads`: of the attention among queries. `hidden_size`: between the linear layers."""
+        keys = jr.split(key, 3)
+        self.self_attention = QueryAttention(channels, heads, key=keys[0])
+        self.cross_attention = cross_attention
+        self.linear1 = xavier_linear(channels, hidden_size, key=keys[1])
+        self.linear2 = xavier_linear(hidden_size, channels, key=keys[2])
         self.norm1, self.norm2, self.norm3 = (LayerNorm(channels, eps=EPSILON) for _ in range(3))
 
-    def __call__(
-        self,
-        x: Float[Array, "q c"],
-        positions: Float[Array, "q c"],
-        boxes_cxcywh: Float[Array, "q 4"],
-        features: Sequence[Float[Array, "c _ _"]],
-    ) -> Float[Array, "q c"]:
-        x = self.norm1(x + self.self_attention(x, positions))
-        x = self.norm2(x + self.cross_attention(x + positions, boxes_cxcywh, features))
+    def __call__(self, x: Float[Array, "q c"], positions: Float[Array, "q c"], *attended: Any) -> Float[Array, "q c"]:
+        """Returns the next queries. `attended`: the arguments of the attention to maps after the queries."""
+        placed = x + positions
+        x = self.norm1(x + self.self_attention(placed, placed, x))
+        x = self.norm2(x + self.cross_attention(x + positions, *attended))
         return self.norm3(x + linear(self.linear2, relu(linear(self.linear1, x))))
 
 

@@ -23,6 +23,7 @@ class ShortestEdge:
     `ops.resized_size`.
 
     - `rounded`: whether sides are rounded to the nearest pixel, as in Detectron2, rather than down.
+    - `rounded_short`: whether the short side is, and the long side rounded down, as in Hugging Face's DETR.
 
     >>> ShortestEdge(800, 1333)((480, 640)), ShortestEdge(800, 1333, rounded=True)((480, 640))
     ((800, 1066), (800, 1067))
@@ -31,18 +32,22 @@ class ShortestEdge:
     min_size: float = 800
     max_size: float = 1333
     rounded: bool = False
+    rounded_short: bool = False
 
     def __post_init__(self) -> None:
+        if self.rounded and self.rounded_short:
+            raise ValueError("rounded and rounded_short exclude each other, got both.")
         if self.min_size <= 0 or self.max_size <= 0:
             raise ValueError(f"min_size and max_size must be positive, got {self.min_size} and {self.max_size}.")
 
     def __call__(self, source_size: tuple[int, int], *, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
         """Returns `(height, width)` after the resize, shrunk further to fit `canvas` if given."""
         size = resized_size(source_size, min_size=self.min_size, max_size=self.max_size, canvas=canvas)
-        if not self.rounded:
+        if not (self.rounded or self.rounded_short):
             return size
         height, width = (np.full((1, 1), side, np.float64) for side in source_size)
-        height, width = self._nearest(height, width, canvas)[0, 0].tolist()
+        sides = self._nearest if self.rounded else self._nearest_short
+        height, width = sides(height, width, canvas)[0, 0].tolist()
         return height, width
 
     def table(self, source: tuple[int, int], *, canvas: tuple[int, int]) -> Int[np.ndarray, "h w 2"]:
@@ -51,6 +56,8 @@ class ShortestEdge:
         height, width = height[:, None], width[None, :]  # (h, 1) and (1, w)
         if self.rounded:
             return self._nearest(height, width, canvas)
+        if self.rounded_short:
+            return self._nearest_short(height, width, canvas)
         scale = np.minimum(self.min_size / np.minimum(height, width), self.max_size / np.maximum(height, width))
         scale = np.minimum(scale, np.minimum(canvas[0] / height, canvas[1] / width))  # (h, w)
         return np.maximum(1, np.floor(np.stack([height * scale, width * scale], axis=2))).astype(np.int32)
@@ -72,6 +79,21 @@ class ShortestEdge:
             sides = [side * limit for side in sides]
         size = np.maximum(1, np.floor(np.stack(sides, axis=2) + 0.5)).astype(np.int32)
         return size if canvas is None else np.minimum(size, np.array(canvas, np.int32)[None, None])
+
+    def _nearest_short(
+        self, height: Float64[np.ndarray, "h 1"], width: Float64[np.ndarray, "1 w"], canvas: tuple[int, int] | None
+    ) -> Int[np.ndarray, "h w 2"]:
+        """The size after the resize by the rule of Hugging Face's DETR, in its order of operations."""
+        short, long = np.minimum(height, width), np.maximum(height, width)  # (h, w)
+        limited = long / short * self.min_size > self.max_size
+        exact = np.where(limited, self.max_size * short / long, self.min_size)
+        nearest, is_wide = np.rint(exact), height <= width
+        other = np.where(nearest == short, long, np.floor(exact * long / short))  # not resized if the short side is not
+        size = np.stack([np.where(is_wide, nearest, other), np.where(is_wide, other, nearest)], axis=2)
+        if canvas is not None:
+            limit = np.minimum(1, np.min(np.array(canvas)[None, None] / np.maximum(size, 1), axis=2, keepdims=True))
+            size = np.floor(size * limit)
+        return np.maximum(1, size).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Queries of detection transformers: their choice from grid proposals, and the detections among their predictions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float64, Int32, PRNGKeyArray
 
 from .._types import Detections
@@ -26,7 +28,9 @@ MARGIN = 0.01
 
 @dataclass(frozen=True)
 class QuerySelection:
-    """Which predictions a detection transformer keeps: the pairs of query and class with the highest scores.
+    """Which predictions a detection transformer keeps: those with the highest scores.
+
+    In DETR, each query is of its most probable class; in others, it may be detected as several.
 
     - `score_threshold`: score in 0..1 above which detections are kept.
     - `max_detections`: maximum number of detections per image.
@@ -34,6 +38,10 @@ class QuerySelection:
 
     score_threshold: float = 0.0
     max_detections: int = 300
+
+
+# `(height, width)` to which boxes are relative: a canvas, or the image on it.
+Frame = tuple[int, int] | Int32[Array, " 2"]
 
 
 class Queries(NamedTuple):
@@ -145,18 +153,41 @@ def best_pairs(
     return best, pairs // logits.shape[1], pairs % logits.shape[1]
 
 
+def best_queries(
+    logits: Float[Array, "q k"], count: int
+) -> tuple[Float[Array, " n"], Int32[Array, " n"], Int32[Array, " n"]]:
+    """Returns the scores, queries and classes of the `count` queries whose most probable class has the highest scores.
+
+    The last class, "no object", is none of them, but has its share of the probability. Ties go to the first query.
+
+    >>> best_queries(jnp.array([[0.0, 2.0, 5.0], [3.0, 1.0, 0.0]]), 2)[1:]
+    (Array([1, 0], dtype=int32), Array([0, 1], dtype=int32))
+    """
+    scores = jax.nn.softmax(upcast(logits), axis=1)[:, :-1]
+    best, queries = lax.top_k(scores.max(axis=1), min(count, len(scores)))
+    return best, queries, jnp.argmax(scores[queries], axis=1).astype(jnp.int32)
+
+
+def sides_of(frame: Frame, dtype: DTypeLike) -> Float[Array, " 4"]:
+    """`(width, height, width, height)`, by which relative boxes are multiplied."""
+    return jnp.array([frame[1], frame[0]] * 2, dtype)
+
+
 def query_detections(
     predicted: Queries,
-    canvas: tuple[int, int],
-    canvas_size: Int32[Array, " 2"],
+    frame: Frame,
     selection: QuerySelection,
+    *,
+    best: Callable[..., tuple[Float[Array, " n"], Int32[Array, " n"], Int32[Array, " n"]]] = best_pairs,
+    clip: Int32[Array, " 2"] | None = None,
 ) -> tuple[Detections, Int32[Array, " n"]]:
     """Selects detections, in canvas pixels, and returns the query of each.
 
-    - `canvas`: `(height, width)` to which the boxes are relative. `canvas_size`: that of the image, to which boxes are
-      clipped.
+    - `frame`: `(height, width)` to which the boxes are relative. `best`: `best_pairs` or `best_queries`.
+    - `clip`: `(height, width)` to which boxes are clipped; `None` for not at all.
     """
-    scores, queries, labels = best_pairs(predicted.logits, selection.max_detections)
-    scale = jnp.array([canvas[1], canvas[0]] * 2, predicted.boxes_cxcywh.dtype)
-    boxes = clip_boxes(cxcywh_to_xyxy(predicted.boxes_cxcywh[queries]) * scale[None], canvas_size.astype(scale.dtype))
+    scores, queries, labels = best(predicted.logits, selection.max_detections)
+    scale = sides_of(frame, predicted.boxes_cxcywh.dtype)
+    boxes = cxcywh_to_xyxy(predicted.boxes_cxcywh[queries]) * scale[None]
+    boxes = boxes if clip is None else clip_boxes(boxes, clip.astype(scale.dtype))
     return Detections(boxes, scores, labels, scores > selection.score_threshold), queries

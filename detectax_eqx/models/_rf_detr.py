@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
-from ..nn import Backbone, ReLUMLP, linear
+from ..nn import Backbone, DeformableAttention, ReLUMLP, linear
 from ..ops import upcast
 from ._decoder import Decoder, DecoderLayer, refine_boxes
 from ._detector import AbstractDetector
@@ -28,7 +28,7 @@ from ._queries import (
     query_detections,
     rare_classes,
 )
-from ._set_loss import SetWeights, match_sets, matching_cost, set_losses
+from ._set_loss import SetWeights, focal_cost, iou_aware_loss, match_sets, matching_cost, set_losses
 
 
 # Of the loss: the class counts half as much as in the cost of matching.
@@ -103,7 +103,8 @@ class RFDETR(AbstractDetector[QuerySelection]):
         """Returns detections in canvas pixels; see `AbstractDetector`. A query may be detected as several classes."""
         _, _, decoded = predict_queries(self, image, canvas_size)
         last = jax.tree.map(lambda x: x[-1, 0], decoded)
-        return query_detections(last, (image.shape[0], image.shape[1]), canvas_size, selection or self.selection)[0]
+        canvas = (image.shape[0], image.shape[1])
+        return query_detections(last, canvas, selection or self.selection, clip=canvas_size)[0]
 
     def loss(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], targets: Targets, *, key: PRNGKeyArray
@@ -173,7 +174,7 @@ def matching_costs(
     model: QueryDetector, sets: Queries, targets: Targets, canvas: tuple[int, int]
 ) -> Float[Array, "s t q"]:
     """The costs of classes and boxes for each of several sets."""
-    return jax.vmap(lambda one: matching_cost(one, targets, canvas, model.matching))(sets)
+    return jax.vmap(lambda one: matching_cost(one, targets, canvas, model.matching, class_cost=focal_cost))(sets)
 
 
 def query_losses(
@@ -184,18 +185,8 @@ def query_losses(
     canvas: tuple[int, int],
 ) -> dict[str, WeightedSum]:
     """The weighted losses of classes and boxes, given the query of each target in each set."""
-    parts = [
-        jax.vmap(lambda one, rows: set_losses(one, rows, targets, canvas))(part, queries)
-        for part, queries in zip(sets, matched, strict=True)
-    ]
-    total = jax.tree.map(lambda *sums: jnp.concatenate(sums).sum(), *parts)
     count = targets.valid.sum().astype(jnp.float32) * float(model.queries.groups)
-    weights = model.loss_weights
-    return {
-        "loss_class": WeightedSum((weights.classification * total["classification"]).astype(jnp.float32), count),
-        "loss_l1": WeightedSum((weights.l1 * total["l1"]).astype(jnp.float32), count),
-        "loss_giou": WeightedSum((weights.giou * total["giou"]).astype(jnp.float32), count),
-    }
+    return set_losses(sets, matched, targets, canvas, model.loss_weights, count, class_loss=iou_aware_loss)
 
 
 def rf_detr(
@@ -216,8 +207,9 @@ def rf_detr(
 
     Use `dataclasses.replace` to change its options.
 
-    - `size`: side in pixels to which images are resized. `layers`: of the decoder; the options from `self_heads` on are
-      those of `DecoderLayer`. `queries`, `groups`: of queries, see `RFDETR`; 1 group suffices for detection.
+    - `size`: side in pixels to which images are resized. `layers`: of the decoder. `queries`, `groups`: of queries, see
+      `RFDETR`; 1 group suffices for detection.
+    - `self_heads`, `hidden_size`: see `DecoderLayer`. `cross_heads`, `points`: see `nn.DeformableAttention`.
 
     >>> from detectax_eqx.nn import ProjectedViT, WindowedViT
     >>> body = WindowedViT(8, 2, key=jr.key(0), patch_size=4, side=4, windows=2, taps=(1, 2))
@@ -228,9 +220,14 @@ def rf_detr(
     """
     keys = jr.split(key, 6)
     channels = backbone.channels
-    options = {"self_heads": self_heads, "cross_heads": cross_heads, "points": points, "hidden_size": hidden_size}
-    levels = len(backbone.strides)
-    decoder = [DecoderLayer(channels, key=k, levels=levels, **options) for k in jr.split(keys[0], layers)]
+    near = {"levels": len(backbone.strides), "points": points}
+
+    def layer(key: PRNGKeyArray) -> DecoderLayer:
+        own, maps = jr.split(key)
+        attention = DeformableAttention(channels, cross_heads, key=maps, **near)
+        return DecoderLayer(channels, attention, key=own, heads=self_heads, hidden_size=hidden_size)
+
+    decoder = [layer(k) for k in jr.split(keys[0], layers)]
     return RFDETR(
         backbone,
         eqx.filter_vmap(lambda k: QueryHead(channels, num_classes, key=k))(jr.split(keys[1], groups)),

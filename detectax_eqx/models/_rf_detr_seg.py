@@ -149,7 +149,7 @@ class RFDETRSeg(AbstractDetector[QuerySelection]):
         features, _, decoded = predict_queries(self, image, canvas_size)
         last = jax.tree.map(lambda x: x[-1, 0], decoded)
         canvas = (image.shape[0], image.shape[1])
-        found, queries = query_detections(last, canvas, canvas_size, selection or self.selection)
+        found, queries = query_detections(last, canvas, selection or self.selection, clip=canvas_size)
         pixels = self.mask_head.maps(features[0], mask_size(canvas))[-1]
         logits = self.mask_head.logits(self.mask_head.embed(last.features[queries]), pixels)
         frames = jnp.broadcast_to(jnp.array([[0, 0, canvas[1], canvas[0]]], found.boxes.dtype), found.boxes.shape)

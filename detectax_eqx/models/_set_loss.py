@@ -3,7 +3,7 @@
 Carion et al. 2020 (DETR, https://arxiv.org/abs/2005.12872), section 3.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from .._types import Targets
+from .._types import Targets, WeightedSum
 from ..ops import cxcywh_to_xyxy, giou_loss, linear_assignment, pairwise_giou, pairwise_iou, upcast, xyxy_to_cxcywh
-from ._queries import Queries
+from ._queries import Frame, Queries, sides_of
 
 
 # Of the focal loss by which the classes are matched (Deformable DETR).
@@ -37,33 +37,48 @@ class SetWeights:
     dice: float = 5.0
 
 
-def relative_boxes(targets: Targets, canvas: tuple[int, int]) -> Float[Array, "t 4"]:
-    """The targets' boxes `cxcywh` relative to a canvas of `(height, width)`."""
+# The cost of matching each target to each query by its class, of logits `(q, k)` and labels `(t,)`: `(t, q)`.
+ClassCost = Callable[[Float[Array, "q k"], Int32[Array, " t"]], Float[Array, "t q"]]
+# The loss of the classes of a set, given the query of each target or -1, its class, and its IoU with the query's box.
+ClassLoss = Callable[
+    [Float[Array, "q k"], Int32[Array, " t"], Int32[Array, " t"], Float[Array, " t"]], Float[Array, ""]
+]
+
+
+def relative_boxes(targets: Targets, frame: Frame) -> Float[Array, "t 4"]:
+    """The targets' boxes `cxcywh` relative to a frame of `(height, width)`."""
     boxes = upcast(jnp.asarray(targets.boxes))
-    return xyxy_to_cxcywh(boxes / _scale(canvas, boxes))
+    return xyxy_to_cxcywh(boxes / sides_of(frame, boxes.dtype)[None])
 
 
-def _scale(canvas: tuple[int, int], like: Float[Array, "n 4"]) -> Float[Array, "1 4"]:
-    return jnp.array([[canvas[1], canvas[0]] * 2], like.dtype)
-
-
-def matching_cost(
-    predicted: Queries, targets: Targets, canvas: tuple[int, int], weights: SetWeights
-) -> Float[Array, "t q"]:
-    """Cost of matching each target to each query: the focal loss of its class, the L1 distance and -GIoU of boxes.
-
-    The cost of a class is the focal loss of a query that is matched, less that of one that is not.
-    """
-    logits = upcast(predicted.logits).T[targets.labels]  # (t, q)
+def focal_cost(logits: Float[Array, "q k"], labels: Int32[Array, " t"]) -> Float[Array, "t q"]:
+    """The focal loss of a query that is matched, less that of one that is not (Deformable DETR)."""
+    logits = logits.T[labels]  # (t, q)
     p = jax.nn.sigmoid(logits)
     matched = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * jax.nn.softplus(-logits)
     unmatched = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * jax.nn.softplus(logits)
+    return matched - unmatched
+
+
+def probability_cost(logits: Float[Array, "q k"], labels: Int32[Array, " t"]) -> Float[Array, "t q"]:
+    """Minus the probability of the target's class (DETR)."""
+    return -jax.nn.softmax(logits, axis=1).T[labels]
+
+
+def matching_cost(
+    predicted: Queries, targets: Targets, frame: Frame, weights: SetWeights, *, class_cost: ClassCost
+) -> Float[Array, "t q"]:
+    """Cost of matching each target to each query: that of its class, the L1 distance and -GIoU of boxes.
+
+    - `frame`: `(height, width)` to which the predicted boxes are relative.
+    """
+    classification = class_cost(upcast(predicted.logits), jnp.asarray(targets.labels))
     boxes = upcast(predicted.boxes_cxcywh)
-    wanted = relative_boxes(targets, canvas).astype(boxes.dtype)
+    wanted = relative_boxes(targets, frame).astype(boxes.dtype)
     l1 = jnp.abs(wanted[:, None] - boxes[None]).sum(axis=2)
-    scale = _scale(canvas, boxes)  # GIoU does not depend on the scale, except near 0
+    scale = sides_of(frame, boxes.dtype)[None]  # GIoU does not depend on the scale, except near 0
     giou = pairwise_giou(cxcywh_to_xyxy(wanted) * scale, cxcywh_to_xyxy(boxes) * scale)
-    return weights.classification * (matched - unmatched) + weights.l1 * l1 - weights.giou * giou
+    return weights.classification * classification + weights.l1 * l1 - weights.giou * giou
 
 
 def match_sets(costs: Sequence[Float[Array, "_ t _"]], targets: Targets) -> list[Int32[Array, "_ t"]]:
@@ -94,17 +109,14 @@ def match_sets(costs: Sequence[Float[Array, "_ t _"]], targets: Targets) -> list
 
 
 def iou_aware_loss(
-    predicted: Queries, queries: Int32[Array, " t"], labels: Int32[Array, " t"], ious: Float[Array, " t"]
+    logits: Float[Array, "q k"], queries: Int32[Array, " t"], labels: Int32[Array, " t"], ious: Float[Array, " t"]
 ) -> Float[Array, ""]:
     """Sums the binary cross entropy of all queries and classes, whose targets are mixtures of score and IoU.
-
-    - `queries`: of each target, or -1. `labels`, `ious`: the target's class, and its IoU with its query's box.
 
     With the score `p` of the pair of a matched query and its target's class, `t = max(p**0.25 IoU**0.75, 0.01)` is its
     target, without a gradient. The loss is `-t log p - (1 - t) log(1 - p)` there, and `-p² log(1 - p)` for all other
     pairs. The IoU-aware loss of Align-DETR (arXiv:2304.07527) as LW-DETR has it.
     """
-    logits = upcast(predicted.logits)
     scores = jax.nn.sigmoid(logits)
     rows = jnp.where(queries >= 0, queries, len(logits))  # those beyond the last are dropped
     share = scores.at[rows, labels].get(mode="fill", fill_value=0.0)
@@ -116,24 +128,69 @@ def iou_aware_loss(
     return (negative * logits + (positive + negative) * jax.nn.softplus(-logits)).sum()
 
 
-def set_losses(
-    predicted: Queries, queries: Int32[Array, " t"], targets: Targets, canvas: tuple[int, int]
-) -> dict[str, Float[Array, ""]]:
-    """Sums the losses of one set over all targets: `classification`, `l1` and `giou`.
+def no_object_loss(
+    logits: Float[Array, "q k"],
+    queries: Int32[Array, " t"],
+    labels: Int32[Array, " t"],
+    ious: Float[Array, " t"],
+    *,
+    no_object: float,
+) -> Float[Array, ""]:
+    """Sums the cross entropy of all queries; those without a target have the last class, "no object" (DETR).
 
-    - `queries`: of each target, or -1.
+    - `no_object`: weight of that class; the others have 1. `ious` is not used.
     """
+    last = logits.shape[1] - 1
+    rows = jnp.where(queries >= 0, queries, len(logits))  # those beyond the last are dropped
+    classes = jnp.full(len(logits), last, labels.dtype).at[rows].set(labels, mode="drop")
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), classes[:, None], axis=1)[:, 0]
+    return jnp.where(classes == last, no_object * losses, losses).sum()
+
+
+def set_losses(
+    sets: Sequence[Queries],
+    matched: Sequence[Int32[Array, "_ t"]],
+    targets: Targets,
+    frame: Frame,
+    weights: SetWeights,
+    count: Float[Array, ""],
+    *,
+    class_loss: ClassLoss,
+    class_count: Float[Array, ""] | None = None,
+) -> dict[str, WeightedSum]:
+    """Sums the losses of all sets: `loss_class`, `loss_l1` and `loss_giou`, weighted.
+
+    - `matched`: the query of each target in each set, or -1.
+    - `count`: what the sums are divided by; `class_count`: what that of classes is divided by, if it is another.
+    """
+    parts = [
+        jax.vmap(lambda one, rows: _losses_of(one, rows, targets, frame, class_loss))(part, queries)
+        for part, queries in zip(sets, matched, strict=True)
+    ]
+    total = jax.tree.map(lambda *sums: jnp.concatenate(sums).sum(), *parts)
+    class_count = count if class_count is None else class_count
+    return {
+        "loss_class": WeightedSum((weights.classification * total["class"]).astype(jnp.float32), class_count),
+        "loss_l1": WeightedSum((weights.l1 * total["l1"]).astype(jnp.float32), count),
+        "loss_giou": WeightedSum((weights.giou * total["giou"]).astype(jnp.float32), count),
+    }
+
+
+def _losses_of(
+    predicted: Queries, queries: Int32[Array, " t"], targets: Targets, frame: Frame, class_loss: ClassLoss
+) -> dict[str, Float[Array, ""]]:
+    """The losses of one set, summed over all targets."""
     matched = queries >= 0
     boxes = upcast(predicted.boxes_cxcywh)[jnp.maximum(queries, 0)]  # (t, 4)
-    wanted = relative_boxes(targets, canvas).astype(boxes.dtype)
+    wanted = relative_boxes(targets, frame).astype(boxes.dtype)
     # Targets without a query take a box of nonzero extent as a placeholder; their loss is masked out.
     boxes, wanted = (jnp.where(matched[:, None], x, jnp.full_like(x, 0.5)) for x in (boxes, wanted))
-    scale = _scale(canvas, boxes)
+    scale = sides_of(frame, boxes.dtype)[None]
     corners, wanted_corners = cxcywh_to_xyxy(boxes) * scale, cxcywh_to_xyxy(wanted) * scale
     ious = jax.vmap(lambda a, b: pairwise_iou(a[None], b[None])[0, 0])(lax.stop_gradient(corners), wanted_corners)
     l1 = jnp.abs(boxes - wanted).sum(axis=1)
     return {
-        "classification": iou_aware_loss(predicted, queries, jnp.asarray(targets.labels), ious),
+        "class": class_loss(upcast(predicted.logits), queries, jnp.asarray(targets.labels), ious),
         "l1": jnp.where(matched, l1, 0).sum(),
         "giou": jnp.where(matched, giou_loss(corners, wanted_corners), 0).sum(),
     }

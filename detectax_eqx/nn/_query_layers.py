@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..ops import deformable_attention, upcast
 from ._attention import Projections, attention, linear
 from ._conv import relu
 
 
-class QueryAttention(eqx.Module):
-    """Multi-head self-attention among queries, whose positions are added to queries and keys, but not to values.
+# Added to the logits of keys that do not count: their weights are 0 after the softmax, also in float32.
+PADDING = -1e30
 
-    That of DETR (arXiv:2005.12872).
+
+class QueryAttention(eqx.Module):
+    """Multi-head attention (arXiv:1706.03762) of queries to keys, that of DETR (arXiv:2005.12872).
+
+    In DETR, positions are added to queries and keys, but not to values.
     """
 
     qkv: Projections
@@ -34,12 +38,20 @@ class QueryAttention(eqx.Module):
         self.projection = xavier_linear(channels, channels, key=keys[1])
         self.heads = heads
 
-    def __call__(self, x: Float[Array, "q c"], positions: Float[Array, "q c"]) -> Float[Array, "q c"]:
+    def __call__(
+        self,
+        queries: Float[Array, "q c"],
+        keys: Float[Array, "m c"],
+        values: Float[Array, "m c"],
+        valid: Bool[Array, " m"] | None = None,
+    ) -> Float[Array, "q c"]:
+        """Returns a mixture of values for each query. `valid`: the keys that count; at least one does."""
         weight, bias = self.qkv.weight, self.qkv.bias
-        inputs = jnp.stack([x + positions, x + positions, x])  # (3, q, c)
-        y = jnp.einsum("tqi,toi->tqo", inputs, weight) + bias[:, None]
-        q, k, v = rearrange(y, "t q (a d) -> t 1 a q d", a=self.heads)
-        return linear(self.projection, rearrange(attention(q, k, v), "1 a q d -> q (a d)"))
+        inputs = (queries, keys, values)
+        y = [jnp.einsum("ni,oi->no", x, weight[i]) + bias[i][None] for i, x in enumerate(inputs)]
+        q, k, v = (rearrange(x, "n (a d) -> 1 a n d", a=self.heads) for x in y)
+        biases = () if valid is None else (jnp.where(valid, 0.0, PADDING)[None, None, None, None],)  # (1, 1, 1, 1, m)
+        return linear(self.projection, rearrange(attention(q, k, v, biases), "1 a q d -> q (a d)"))
 
 
 class DeformableAttention(eqx.Module):

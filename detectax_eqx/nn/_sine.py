@@ -3,7 +3,8 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
 
 from ..ops import upcast
 
@@ -36,11 +37,18 @@ def sine_embedding(
 
 
 def sine_positions(
-    grid: tuple[int, int], channels: int, *, temperature: float = TEMPERATURE
+    grid: tuple[int, int],
+    channels: int,
+    *,
+    size: Int32[Array, " 2"] | None = None,
+    temperature: float = TEMPERATURE,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "{channels} {grid[0]} {grid[1]}"]:
     """Returns the positions of DETR (arXiv:2005.12872): embeddings of the row and of the column of each cell of a grid.
 
     The first half of channels is that of the row, which is at `(row + 1) / h`, the second that of the column.
+
+    - `size`: `(h, w)` of the part of the grid that an image fills, at its top left; default the whole grid.
 
     Raises a `ValueError` unless `channels` is a multiple of 4.
 
@@ -49,8 +57,9 @@ def sine_positions(
     """
     if channels % 4:
         raise ValueError(f"channels must be a multiple of 4, got {channels}.")
+    sides = jnp.asarray(grid if size is None else size, dtype)
     # DETR divides by the last row plus 1e-6.
-    rows, columns = (jnp.arange(1, side + 1, dtype=jnp.float32) / (side + 1e-6) for side in grid)
+    rows, columns = (jnp.arange(1, side + 1, dtype=dtype) / (sides[i] + 1e-6) for i, side in enumerate(grid))
     half = channels // 2
     of_rows, of_columns = (sine_embedding(x, half, temperature=temperature).T for x in (rows, columns))
     shape = (half, *grid)

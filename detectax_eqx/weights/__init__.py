@@ -1,4 +1,4 @@
-"""Reads and writes weights: of torchvision and Detectron2, `.pth` and `.pkl` files, and safetensors."""
+"""Reads and writes weights: of torchvision, Detectron2, RF-DETR and DETR, `.pth` and `.pkl` files, and safetensors."""
 
 from ._describe import describe as describe
 from ._detectron2 import (
@@ -7,6 +7,12 @@ from ._detectron2 import (
     load_detectron2_backbone as load_detectron2_backbone,
     read_detectron2 as read_detectron2,
     to_detectron2 as to_detectron2,
+)
+from ._detr import (
+    detr_shapes as detr_shapes,
+    load_detr as load_detr,
+    read_detr as read_detr,
+    to_detr as to_detr,
 )
 from ._names import current_name as current_name
 from ._pkl import read_pkl as read_pkl

@@ -20,6 +20,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 _CASCADE = ("roi_heads.box_predictor.0.", "box_head.stages.")
 _DETECTORS = (
     (("transformer.enc_out", "first_stage."), "RF-DETR"),
+    (("transformer.encoder.", "encoder.0.linear1."), "DETR"),
     (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
     (("roi_heads.keypoint_predictor.", "roi_heads.keypoint_head.", "keypoint_head."), "Keypoint R-CNN"),
     (("roi_heads.box_predictor.", "box_head."), "Faster R-CNN"),
@@ -34,7 +35,7 @@ _OTHER_BODIES = (
     (re.compile(r"(^|\.)\d+\.conv\.\d|layers\.\d+\.layers\.2\.weight"), "MobileNetV2"),
 )
 # Prefixes of a body's names in torchvision, which this package shares, and in Detectron2.
-_BODIES = ("backbone.body.", "backbone.bottom_up.")
+_BODIES = ("backbone.body.", "backbone.bottom_up.", "backbone.0.body.")
 _HEATMAPS = ("keypoint_predictor.kps_score_lowres.bias", "keypoint_head.heatmaps.bias")
 _CLASS_LOGITS = (
     "head.cls_score.bias",

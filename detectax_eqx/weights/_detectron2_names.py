@@ -208,7 +208,7 @@ def _after_zeros(count: int) -> Callable[[np.ndarray], np.ndarray]:
 
 def in_three(x: np.ndarray) -> np.ndarray:
     """Cuts the rows into three equal parts, if possible; other shapes are reported later."""
-    return x if x.shape[0] % 3 else x.reshape(3, -1, *x.shape[1:])
+    return x if not x.ndim or x.shape[0] % 3 else x.reshape(3, -1, *x.shape[1:])
 
 
 def _reversed_inputs(x: np.ndarray) -> np.ndarray:

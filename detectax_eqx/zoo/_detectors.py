@@ -55,6 +55,7 @@ from ..nn import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from ._detr import DETRS
 from ._rf_detr import RF_DETRS
 from ._transformers import TRANSFORMERS
 
@@ -284,4 +285,5 @@ _DETECTORS: dict[str, Callable[..., AbstractDetector]] = {
     "ssdlite320_mobilenet_v3_large": _ssdlite320,
     **_OF_DETECTRON2,
     **RF_DETRS,
+    **DETRS,
 }

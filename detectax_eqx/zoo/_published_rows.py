@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data import Category
 from ..models import AbstractDetector
-from ..weights import load_detectron2, load_rf_detr, load_torchvision
+from ..weights import load_detectron2, load_detr, load_rf_detr, load_torchvision
 from ._architecture import Architecture, NormName
 from ._coco import COCO_IDS, KEYPOINTS, SKELETON
 
@@ -123,13 +123,32 @@ def _rf_detr(size: str, path: str, md5: str, ap: float) -> Published:
         box_ap=None if masks else ap,
         mask_ap=ap if masks else None,
         architecture=Architecture(f"rf_detr_{size}"),
-        categories=tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(91)),
+        categories=_BY_ID,
         load=load_rf_detr,
         md5=md5,
     )
 
 
-# COCO's categories, and that of detectors of persons alone.
+def _detr(body: str, file: str, megabytes: float, box_ap: float) -> Published:
+    """Published weights of DETR, with the figures of its `README.md`. Its labels are category ids."""
+    return Published(
+        name=f"detr_{body}",
+        source="DETR",
+        licence="Apache-2.0",
+        url=f"https://dl.fbaipublicfiles.com/detr/{file}.pth",
+        file=f"{file}.pth",
+        sha256=file.rpartition("-")[2],
+        megabytes=megabytes,
+        box_ap=box_ap,
+        mask_ap=None,
+        architecture=Architecture(f"detr_{body}"),
+        categories=_BY_ID,
+        load=load_detr,
+    )
+
+
+# COCO's categories; those of ids from 0 on, unused ones included; and that of detectors of persons alone.
+_BY_ID = tuple(Category(id, COCO_IDS.get(id, "N/A")) for id in range(91))
 _COCO = tuple(Category(*category) for category in COCO_IDS.items())
 _PERSONS = (Category(1, COCO_IDS[1], KEYPOINTS, SKELETON),)
 # Folders of Detectron2's model zoo.
@@ -349,5 +368,7 @@ PUBLISHED: dict[str, Published] = {
         _rf_detr("seg_large", "rf-detr-seg-l-ft.pth", "275f7b094909544ed2841c94a677d07e", 47.1),
         _rf_detr("seg_xlarge", "rf-detr-seg-xl-ft.pth", "3693b35d0eea86ebb3e0444f4a611fba", 48.8),
         _rf_detr("seg_2xlarge", "rf-detr-seg-2xl-ft.pth", "040bc3412af840fa8a47e0ff69b552ba", 49.9),
+        _detr("resnet50", "detr-r50-e632da11", 159.0, 42.0),
+        _detr("resnet101", "detr-r101-2c7b67e5", 232.0, 43.5),
     )
 }

@@ -16,13 +16,16 @@ from ..weights import (
     WeightsError,
     describe,
     detectron2_shapes,
+    detr_shapes,
     load_detectron2,
     load_detectron2_backbone,
+    load_detr,
     load_rf_detr,
     load_torchvision,
     load_torchvision_backbone,
     load_transformer,
     read_detectron2,
+    read_detr,
     read_rf_detr,
     read_safetensors,
     read_torchvision,
@@ -31,6 +34,7 @@ from ..weights import (
 )
 from ._architecture import Architecture
 from ._detectors import detectron2_detectors
+from ._detr import DETRS
 from ._rf_detr import RF_DETRS
 
 
@@ -51,12 +55,12 @@ class Source(NamedTuple):
 def source_of(architecture: Architecture, path: str | os.PathLike) -> Source:
     """How to read a file for a detector.
 
-    A `.safetensors` file has the names of this package, except for Hugging Face's files of RF-DETR.
+    A `.safetensors` file has the names of this package, except for Hugging Face's files of RF-DETR and DETR.
     """
     source = _SOURCES.get(architecture.name, _TORCHVISION)
     if Path(path).suffix != ".safetensors":
         return source
-    theirs = source is _RF_DETR and any(name.startswith("backbone.0.") for name in read_safetensors(path)[0])
+    theirs = source in (_RF_DETR, _DETR) and any(name.startswith(_FOREIGN) for name in read_safetensors(path)[0])
     return source if theirs else _TORCHVISION
 
 
@@ -88,8 +92,9 @@ def count_classes(architecture: Architecture, path: str | os.PathLike) -> int:
     counts = _counts(few, more, arrays)
     if not counts:
         missing = next(key for key in few if few[key] != more[key])
+        other = "no model of torchvision, Detectron2, RF-DETR, DETR or this package"
         raise WeightsError(
-            f"{path} seems to be {describe(arrays) or 'no model of torchvision, Detectron2, RF-DETR or this package'}: "
+            f"{path} seems to be {describe(arrays) or other}: "
             f"it has no entry {missing}, so it does not hold a {architecture.name}."
         )
     return _whole(counts) or 1  # if arrays disagree, `load_torchvision` reports which
@@ -162,5 +167,9 @@ _TORCHVISION = Source(read_torchvision, load_torchvision, load_torchvision_backb
 _DETECTRON2 = Source(
     lambda path, _: read_detectron2(path), load_detectron2, load_detectron2_backbone, detectron2_shapes
 )
+_DETR = Source(lambda path, _: read_detr(path), load_detr, load_torchvision_backbone, detr_shapes)
 _RF_DETR = Source(lambda path, _: read_rf_detr(path), load_rf_detr, load_transformer, rf_detr_shapes)
-_SOURCES = dict.fromkeys(detectron2_detectors(), _DETECTRON2) | dict.fromkeys(RF_DETRS, _RF_DETR)
+_SOURCES = dict.fromkeys(detectron2_detectors(), _DETECTRON2)
+_SOURCES |= dict.fromkeys(RF_DETRS, _RF_DETR) | dict.fromkeys(DETRS, _DETR)
+# Prefixes of names in the files of detection transformers that no detector of this package has.
+_FOREIGN = ("backbone.0.", "model.")

@@ -1,0 +1,191 @@
+"""Hugging Face's DETR with random, decisive parameters. Needs the package transformers."""
+# pyright: reportMissingImports=false
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torchvision.models import resnet
+from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+from transformers.models.detr import modeling_detr
+
+from detectax_eqx.weights import read_detr
+from detectax_eqx.weights._detr import _PARTS as PARTS, _renamed as renamed
+
+from .. import detr_tiny as tiny
+
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class TinyBody(torch.nn.Module):
+    """A ResNet of one bottleneck per stage, by torchvision's and timm's names."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.channels = [4 * width * 2**i for i in range(4)]
+        self.conv1 = torch.nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(width)
+        inputs = [width, *self.channels[:-1]]
+        for i, (before, after) in enumerate(zip(inputs, self.channels, strict=True)):
+            stride = 1 if i == 0 else 2
+            shortcut = torch.nn.Sequential(
+                torch.nn.Conv2d(before, after, 1, stride=stride, bias=False), torch.nn.BatchNorm2d(after)
+            )
+            block = resnet.Bottleneck(before, after // 4, stride=stride, downsample=shortcut)
+            self.add_module(f"layer{i + 1}", torch.nn.Sequential(block))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = torch.nn.functional.max_pool2d(torch.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        maps = []
+        for i in range(4):
+            x = getattr(self, f"layer{i + 1}")(x)
+            maps.append(x)
+        return maps
+
+
+def new_detector(backbone: str, **changes: Any) -> DetrForObjectDetection:
+    """A whole detector on timm's `backbone`, with parameters of `detr_tiny.random_array`."""
+    options = {"num_labels": 91, "backbone": backbone, "attn_implementation": "eager"}
+    model = DetrForObjectDetection(DetrConfig(**(options | changes)))
+    randomize(model)
+    return model.eval()
+
+
+def tiny_detector() -> DetrForObjectDetection:
+    """Hugging Face's counterpart of `detr_tiny.build`."""
+    sizes = {"encoder": tiny.LAYERS, "decoder": tiny.LAYERS}
+    options = {f"{part}_layers": layers for part, layers in sizes.items()}
+    options |= {f"{part}_attention_heads": tiny.HEADS for part in sizes}
+    options |= {f"{part}_ffn_dim": tiny.HIDDEN for part in sizes}
+    with mock.patch.object(modeling_detr, "load_backbone", lambda _: TinyBody(tiny.WIDTH)):
+        return new_detector(
+            "resnet50", num_labels=tiny.CLASSES, d_model=tiny.CHANNELS, num_queries=tiny.QUERIES, **options
+        )
+
+
+def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The parameters by name."""
+    return {name: array.detach().numpy() for name, array in model.state_dict().items()}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Sets the parameters to those of `detr_tiny.random_array`, by the names of DETR's authors."""
+    theirs = {}
+    for name, array in read_detr(arrays_of(model)).items():
+        theirs[name] = tiny.random_array(name, tiny.flat(name, array.shape))
+    state = {}
+    for name in model.state_dict():
+        ours, part = renamed(name), name.rpartition(".")[0].rpartition(".")[2]
+        if part in PARTS:
+            ours = renamed(name.replace(f".{part}.", ".in_proj_"))
+            array = theirs[ours].reshape(3, -1, *theirs[ours].shape[1:])[PARTS.index(part)]
+        else:
+            array = theirs[ours]
+        state[name] = torch.from_numpy(np.array(array))
+    model.load_state_dict(state)
+
+
+def adjust(model: DetrForObjectDetection, image: np.ndarray, short: int, long: int) -> dict[str, np.ndarray]:
+    """Makes cells, classes and boxes differ: each channel has mean 0 over an image, and all together a deviation.
+
+    Returns the parameters that it changed, by the names of DETR's authors. Random layers of that depth map all queries
+    to nearly the same.
+    """
+    layers = {
+        "input_proj": (model.model.input_projection, 1.0),
+        "class_embed": (model.class_labels_classifier, 1.0),
+        "bbox_embed.layers.2": (model.bbox_predictor.layers[-1], 1.0),
+    }
+    changed = {}
+    for name, (layer, deviation) in layers.items():
+        outputs: list[torch.Tensor] = []
+        hook = layer.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output.detach()))
+        detections(model, image, short, long)
+        hook.remove()
+        x = outputs[0][0]
+        x = x.flatten(1).T if x.ndim == 3 else x  # (cells or queries, channels)
+        scale = deviation / (x - x.mean(0)).std()
+        with torch.no_grad():
+            layer.weight.mul_(scale)
+            layer.bias.sub_(x.mean(0)).mul_(scale)
+        changed |= {f"{name}.weight": layer.weight.detach().numpy(), f"{name}.bias": layer.bias.detach().numpy()}
+    return changed
+
+
+def detections(
+    model: DetrForObjectDetection,
+    image: np.ndarray,
+    short: int,
+    long: int,
+    canvas: tuple[int, int] | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores, labels and boxes of an image by Hugging Face's processor, sorted by score. `canvas`: to which to pad.
+
+    For a model in double precision, pixels are normalised here: the processor rounds them to single precision.
+    """
+    size = {"shortest_edge": short, "longest_edge": long}
+    processor = DetrImageProcessorPil(size=size)
+    pad = {} if canvas is None else {"pad_size": {"height": canvas[0], "width": canvas[1]}}
+    raw = {} if model.dtype == torch.float32 else {"do_rescale": False, "do_normalize": False}
+    inputs = processor(images=np.asarray(image), return_tensors="pt", **pad, **raw)
+    pixels, mask = inputs["pixel_values"].to(model.dtype), inputs["pixel_mask"]
+    pixels = normalized(pixels, mask) if raw else pixels
+    with torch.no_grad():
+        output = model(pixels, pixel_mask=mask)
+    (found,) = processor.post_process_object_detection(output, 0.0, torch.tensor([image.shape[:2]]))
+    order = np.argsort(-found["scores"].numpy(), kind="stable")
+    return {name: x.numpy()[order] for name, x in found.items()}
+
+
+def normalized(pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Pixels 0..255 of `(b, 3, h, w)` less ImageNet's mean by its deviation, and zeros outside `mask`."""
+    mean, std = (torch.tensor(values, dtype=pixels.dtype).reshape(3, 1, 1) * 255 for values in (MEAN, STD))
+    return (pixels - mean) / std * mask[:, None]
+
+
+def losses(
+    model: DetrForObjectDetection,
+    pixels: np.ndarray,
+    sizes: tuple[tuple[int, int], ...],
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    valid: np.ndarray,
+) -> dict[str, torch.Tensor]:
+    """The weighted losses of a batch, summed over layers, by the names that they have here.
+
+    With `auxiliary_loss`, transformers 5.24 passes the norm of a layer's output to the next layer, unlike DETR's
+    authors. So each layer's output is taken from a model without.
+    """
+    dtype = next(model.parameters()).dtype
+    mask = torch.zeros(pixels.shape[:3], dtype=torch.long)
+    objects = []
+    for i, (rows, (height, width)) in enumerate(zip(valid, sizes, strict=True)):
+        mask[i, :height, :width] = 1
+        x = torch.from_numpy(boxes[i, rows]).to(dtype) / torch.tensor([width, height] * 2, dtype=dtype)
+        cxcywh = torch.cat([(x[:, :2] + x[:, 2:]) / 2, x[:, 2:] - x[:, :2]], dim=1)
+        objects.append({"boxes": cxcywh, "class_labels": torch.from_numpy(labels[i, rows]).long()})
+    images = normalized(torch.from_numpy(pixels).to(dtype).permute(0, 3, 1, 2), mask)
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+        for layer in model.model.decoder.layers
+    ]
+    model(images, pixel_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    features = model.model.decoder.layernorm(torch.stack(outputs))
+    logits, predicted = model.class_labels_classifier(features), model.bbox_predictor(features).sigmoid()
+    config = DetrConfig(**(model.config.to_dict() | {"auxiliary_loss": True}))
+    torch.set_default_dtype(dtype)  # that of the weights of classes
+    try:
+        _, terms, _ = ForObjectDetectionLoss(logits[-1], objects, "cpu", predicted[-1], config, logits, predicted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    names = {"loss_class": ("loss_ce", 1), "loss_l1": ("loss_bbox", 5), "loss_giou": ("loss_giou", 2)}
+    return {
+        ours: weight * torch.stack([value for name, value in terms.items() if name.startswith(theirs)]).sum()
+        for ours, (theirs, weight) in names.items()
+    }
