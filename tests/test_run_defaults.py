@@ -88,7 +88,9 @@ def test_anchors_reach_every_detector():
         return zoo.Architecture(name, "group", **options).shapes(3)
 
     for name in get_args(_shared.ModelName):
-        if name.startswith(("ssd", "rf_detr", "detr")):  # default boxes are part of SSD; transformers have no anchors
+        if name.startswith(
+            ("ssd", "rf_detr", "lw_detr", "detr")
+        ):  # default boxes are part of SSD; transformers have no anchors
             with pytest.raises(ValueError, match=f"{name} does not take anchor_sizes. Omit it."):
                 shapes(name, **options)
             continue

@@ -1,4 +1,4 @@
-"""RF-DETR (arXiv:2511.09554): a detection transformer on DINOv2, with two stages and without suppression."""
+"""RF-DETR (arXiv:2511.09554) and LW-DETR (arXiv:2406.03459): detection transformers with two stages."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -71,7 +71,8 @@ class RFDETR(AbstractDetector[QuerySelection]):
     """A detection transformer: queries chosen on one map, a decoder, and a class and a box for each query.
 
     `rf_detr` builds one. For training there are `g` groups of `q` queries, each with a first stage of its own, which
-    share the decoder but do not attend to each other (Group DETR, arXiv:2207.13085). Detection uses the first.
+    share the decoder but do not attend to each other (Group DETR, arXiv:2207.13085). Detection uses the first. LW-DETR
+    is the same on another backbone.
 
     - `first_stage`: a `QueryHead` whose arrays have a leading axis of groups.
     - `queries`: what queries are at first.

@@ -13,7 +13,7 @@ from ._attention import INITIAL_SCALE, TransformerBlock, new_patches, run_blocks
 from ._conv import Conv2d, lecun_uniform, silu
 from ._fpn import check_canvas
 from ._mobilenet import ConvNorm
-from ._norm import LayerNorm, LayerNorm2d
+from ._norm import LayerNorm, LayerNorm2d, Norm
 from ._vit import PatchPositions
 from ._windows import Groups
 
@@ -33,21 +33,22 @@ class ClassToken(eqx.Module):
 
 
 class WindowedViT(eqx.Module):
-    """A vision transformer whose image is cut into `windows × windows` windows, each with a class token of its own.
+    """A vision transformer whose image is cut into `windows × windows` windows.
 
     The blocks at the positions `global_blocks` attend to all tokens of all windows, the others to those of a window.
-    Returns the tokens of several blocks, normalised, as maps `(c, h/p, w/p)`. RF-DETR's DINOv2 (arXiv:2304.07193).
+    Returns the tokens of several blocks as maps `(c, h/p, w/p)`. RF-DETR's DINOv2 (arXiv:2304.07193) has a class token
+    and a norm, LW-DETR's transformer has neither.
 
-    - `class_token`: copied into each window, and not part of the maps.
-    - `taps`: the number of blocks before each map. `norm`: that of all maps.
+    - `class_token`: copied into each window, and not part of the maps; or `None`.
+    - `taps`: the number of blocks before each map. `norm`: that of all maps, or `None`.
     - `checkpoint`: whether to use rematerialisation, see `ResNet`.
     """
 
     patches: Conv2d
     positions: PatchPositions
-    class_token: ClassToken
+    class_token: ClassToken | None
     blocks: tuple[TransformerBlock, ...]
-    norm: LayerNorm
+    norm: LayerNorm | None
     windows: int = eqx.field(static=True)
     global_blocks: tuple[int, ...] = eqx.field(static=True)
     taps: tuple[int, ...] = eqx.field(static=True)
@@ -63,6 +64,10 @@ class WindowedViT(eqx.Module):
         side: int,
         windows: int,
         taps: tuple[int, ...],
+        global_blocks: tuple[int, ...] | None = None,
+        class_token: bool = True,
+        norm: bool = True,
+        antialias: bool = True,
         drop_path: float = 0.0,
         layer_scale: float = 1.0,
         checkpoint: bool = False,
@@ -71,8 +76,9 @@ class WindowedViT(eqx.Module):
         """Initialises the transformer.
 
         - `side`: that of the square images of `positions`, in patches.
-        - `windows`: along each side of an image. `taps`: see the class. There are as many blocks as the last map needs,
-          and the block after each other map attends to all windows.
+        - `windows`: along each side of an image. `taps`: see the class. There are as many blocks as the last map needs.
+        - `global_blocks`: see the class; default the block after each map but the last.
+        - `class_token`, `norm`: whether there are any. `antialias`: of the positions, see `PatchPositions`.
         - `drop_path`: that of the last block; it rises linearly from 0 in the first. `layer_scale`: initial value of
           the branches' factors.
         """
@@ -81,16 +87,16 @@ class WindowedViT(eqx.Module):
         depth = taps[-1]
         keys = jr.split(key, depth + 3)
         self.patches = new_patches(in_channels, channels, patch_size, key=keys[0])
-        self.positions = PatchPositions(side, channels, key=keys[1], antialias=True)
-        self.class_token = ClassToken(channels, key=keys[2])
+        self.positions = PatchPositions(side, channels, key=keys[1], antialias=antialias)
+        self.class_token = ClassToken(channels, key=keys[2]) if class_token else None
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = tuple(
             TransformerBlock(channels, heads, key=k, drop_path=rate, layer_scale=layer_scale)
             for k, rate in zip(keys[3:], rates, strict=True)
         )
-        self.norm = LayerNorm(channels)
+        self.norm = LayerNorm(channels) if norm else None
         self.windows = windows
-        self.global_blocks = taps[:-1]
+        self.global_blocks = taps[:-1] if global_blocks is None else global_blocks
         self.taps = taps
         self.checkpoint = checkpoint
 
@@ -102,8 +108,8 @@ class WindowedViT(eqx.Module):
     @property
     def stages(self) -> tuple[tuple[Any, ...], ...]:
         """The patches with their positions and the class token, and each block. The norm is part of none."""
-        first = (self.patches, self.positions, self.class_token)
-        return (first, *((block,) for block in self.blocks))
+        token = () if self.class_token is None else (self.class_token,)
+        return ((self.patches, self.positions, *token), *((block,) for block in self.blocks))
 
     def __call__(
         self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
@@ -113,8 +119,9 @@ class WindowedViT(eqx.Module):
         grid = (x.shape[1], x.shape[2])
         x = rearrange(x, "c h w -> (h w) c") + self.positions(grid).astype(x.dtype)
         x = rearrange(x, "(r i s j) c -> (r s) (i j) c", r=self.windows, s=self.windows, i=grid[0] // self.windows)
-        token = repeat(self.class_token().astype(x.dtype), "1 c -> g 1 c", g=len(x))
-        x = jnp.concatenate([token, x], axis=1)  # (g, 1 + i j, c)
+        if self.class_token is not None:
+            token = repeat(self.class_token().astype(x.dtype), "1 c -> g 1 c", g=len(x))
+            x = jnp.concatenate([token, x], axis=1)  # (g, 1 + i j, c)
         within, across = Groups(x.shape[0], x.shape[1]), Groups(1, x.shape[0] * x.shape[1])
         x = within.merge(x)
         windows = [across if i in self.global_blocks else within for i in range(len(self.blocks))]
@@ -123,7 +130,8 @@ class WindowedViT(eqx.Module):
         for tap, part_key in zip(self.taps, keys, strict=True):
             part = slice(first, tap)
             x = run_blocks(self.blocks[part], windows[part], x, key=part_key, checkpoint=self.checkpoint)
-            tokens = within.split(self.norm(x))[:, 1:]  # (g, i j, c)
+            tokens = within.split(x if self.norm is None else self.norm(x))
+            tokens = tokens if self.class_token is None else tokens[:, 1:]  # (g, i j, c)
             sizes = {"r": self.windows, "i": grid[0] // self.windows}
             maps.append(rearrange(tokens, "(r s) (i j) c -> c (r i) (s j)", **sizes))
             first = tap
@@ -134,18 +142,18 @@ class C2f(eqx.Module):
     """Cross-stage partial convolutions: a map is halved by channels, one half runs through blocks, and all are joined.
 
     Each block is two 3×3 convolutions, on the output of the one before it; the join takes both halves and the outputs
-    of all blocks. Every convolution has a `LayerNorm2d` and a SiLU. The projector of LW-DETR (arXiv:2406.03459).
+    of all blocks. Every convolution has a norm and a SiLU. The projector of LW-DETR (arXiv:2406.03459).
     """
 
     split: ConvNorm
     blocks: tuple[tuple[ConvNorm, ConvNorm], ...]
     join: ConvNorm
 
-    def __init__(self, in_channels: int, channels: int, *, depth: int, key: PRNGKeyArray):
+    def __init__(self, in_channels: int, channels: int, *, depth: int, key: PRNGKeyArray, norm: Norm = LayerNorm2d):
         """Initialises the layer. `depth`: number of blocks."""
         keys = jr.split(key, 2 * depth + 2)
         half = channels // 2
-        options = {"norm": LayerNorm2d, "activation": silu, "init": lecun_uniform}
+        options = {"norm": norm, "activation": silu, "init": lecun_uniform}
         self.split = ConvNorm(in_channels, 2 * half, 1, key=keys[0], **options)
         self.blocks = tuple(
             (ConvNorm(half, half, key=keys[2 * i + 2], **options), ConvNorm(half, half, key=keys[2 * i + 3], **options))
@@ -162,7 +170,7 @@ class C2f(eqx.Module):
 
 
 class ProjectedViT(eqx.Module):
-    """A `WindowedViT` whose maps are projected to one of `channels`: the backbone of RF-DETR.
+    """A `WindowedViT` whose maps are projected to one of `channels`: the backbone of RF-DETR and LW-DETR.
 
     Height and width must be multiples of patch size × windows, the `divisor`. Other sizes raise a `ValueError` when the
     call is traced.
@@ -173,10 +181,18 @@ class ProjectedViT(eqx.Module):
     norm: LayerNorm2d
     channels: int = eqx.field(static=True)
 
-    def __init__(self, body: WindowedViT, *, key: PRNGKeyArray, channels: int = 256, depth: int = 3):
-        """Builds the projector. `depth`: number of its blocks."""
+    def __init__(
+        self,
+        body: WindowedViT,
+        *,
+        key: PRNGKeyArray,
+        channels: int = 256,
+        depth: int = 3,
+        norm: Norm = LayerNorm2d,
+    ):
+        """Builds the projector. `depth`: number of its blocks. `norm`: of its convolutions."""
         self.body = body
-        self.projector = C2f(body.channels * len(body.taps), channels, depth=depth, key=key)
+        self.projector = C2f(body.channels * len(body.taps), channels, depth=depth, key=key, norm=norm)
         self.norm = LayerNorm2d(channels)
         self.channels = channels
 

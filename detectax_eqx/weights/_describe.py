@@ -19,6 +19,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 # Prefixes of names that identify a kind of detector, torchvision's and this package's. The first match counts.
 _CASCADE = ("roi_heads.box_predictor.0.", "box_head.stages.")
 _DETECTORS = (
+    (("backbone.0.encoder.blocks.",), "LW-DETR"),
     (("transformer.enc_out", "first_stage."), "RF-DETR"),
     (("transformer.encoder.", "encoder.0.linear1."), "DETR"),
     (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
@@ -79,7 +80,7 @@ def describe(arrays: Mapping[str, Any]) -> str | None:
         with_outputs = f" with {outputs // anchors} outputs" if outputs and anchors else ""
         points = next((_length(array) for name, array in arrays.items() if name.endswith(_HEATMAPS)), 0)
         with_outputs += f" and {points} keypoints" if points else ""
-        article = "an" if detector.startswith("RF") else "a"
+        article = "an" if detector.startswith(("RF", "LW")) else "a"
         return f"{article} {detector}{source}{second} on {body or 'a backbone'}{with_outputs}"
     last = max((name for name in arrays if re.fullmatch(r"(fc|classifier\.\d)\.weight", name)), default=None)
     if body is not None and last is not None:

@@ -1,4 +1,4 @@
-"""Conversion of parameters from RF-DETR and to RF-DETR, by name."""
+"""Conversion of parameters from RF-DETR and LW-DETR, and to them, by name."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from .. import models, nn
 from ._detectron2_names import in_three
 from ._load import load_named
+from ._lw_detr import lw_detr_names, rf_detr_names_of
 from ._names import without_prefixes
 from ._rename import FieldNames, Names, foreign_names
 from ._source import arrays_by_name
@@ -74,11 +75,12 @@ _NAMES: Names = {
     nn.ConvNorm: {"norm": "bn"},
 }
 # Entries of a file that are not parameters, and a token that is used in the training of DINOv2 only.
-_IGNORED = re.compile(r"^_kp_active_mask$|\.mask_token$")
+_IGNORED = re.compile(r"^_kp_active_mask$|\.mask_token$|\.num_batches_tracked$")
 _GROUP = re.compile(r"^(transformer\.enc_out\w*)\.(\d+)\.(.*)$")
 _POSITIONS = re.compile(r"^(.*embeddings\.)position_embeddings$")
 _QUERIES = ("query_feat.weight", "refpoint_embed.weight")
 _PARTS = ("query", "key", "value")
+_BODY = "backbone.0.encoder.encoder."
 
 
 def _rf_detr_names(model: Any) -> dict[str, str]:
@@ -95,6 +97,7 @@ def read_rf_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Sha
 
     - `source`: a `.pth` or `.pt` file of RF-DETR (see `read_pth`: an average of the weights is preferred, and other
       objects in the file are ignored), a `.safetensors` file with the same names, or a mapping from names to arrays.
+      Or one of LW-DETR, of its authors or of Hugging Face: names are replaced by RF-DETR's.
 
     The first stages of all groups are stacked. Queries, keys and values of an attention are stacked too, and the
     position of the class token is an entry of its own.
@@ -105,7 +108,7 @@ def read_rf_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Sha
     """
     arrays = without_prefixes(arrays_by_name(source))
     arrays = {name: np.asarray(array) for name, array in arrays.items() if not _IGNORED.search(name)}
-    return _ours(arrays)
+    return _ours(rf_detr_names_of(arrays))
 
 
 def _ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -124,7 +127,8 @@ def _ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if query not in arrays:
                 result[name] = array
         elif re.search(r"\.in_proj_(weight|bias)$", name):
-            result[name] = in_three(array)
+            in_parts = array.ndim == (3 if name.endswith("weight") else 2)
+            result[name] = array if in_parts else in_three(array)
         elif (match := _POSITIONS.match(name)) and array.ndim == 3:
             result[name], result[f"{match[1]}class_position"] = array[0, 1:], array[0, :1]
         elif name.endswith("embeddings.cls_token") and array.ndim == 3:
@@ -139,7 +143,7 @@ def _ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def load_rf_detr(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
     """Returns a copy of `model` with RF-DETR's parameters.
 
-    - `model`: a detector made by `models.rf_detr` or `models.rf_detr_seg`. Its shapes are sufficient
+    - `model`: a detector made by `models.rf_detr` or `models.rf_detr_seg`, also LW-DETR. Its shapes are sufficient
       (`equinox.filter_eval_shape`).
     - `source`: any source that `read_rf_detr` accepts. Nothing in it is run.
 
@@ -194,8 +198,8 @@ def rf_detr_shapes(model: eqx.Module) -> dict[str, tuple[int, ...]]:
 def to_rf_detr(model: eqx.Module) -> dict[str, np.ndarray]:
     """Returns the parameters of a model by RF-DETR's names, in its arrangement, for `load_state_dict`.
 
-    The inverse of `load_rf_detr`; `mask_token`, which RF-DETR does not use, is left out. Raises a `ValueError` for
-    shapes without values.
+    The inverse of `load_rf_detr`; `mask_token`, which RF-DETR does not use, is left out. For LW-DETR, names are those
+    of its authors. Raises a `ValueError` for shapes without values.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import WindowedViT
@@ -204,7 +208,11 @@ def to_rf_detr(model: eqx.Module) -> dict[str, np.ndarray]:
     (1, 17, 8)
     """
     names = _rf_detr_names(model)
-    return _theirs({names[name]: np.array(leaf) for name, leaf in named_values(model).items()})
+    arrays = {names[name]: np.array(leaf) for name, leaf in named_values(model).items()}
+    body = {name: array for name, array in arrays.items() if name.startswith(_BODY)}
+    if not body or f"{_BODY}embeddings.class_position" in body:
+        return _theirs(arrays)
+    return lw_detr_names(body) | _theirs({name: array for name, array in arrays.items() if name not in body})
 
 
 def _theirs(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

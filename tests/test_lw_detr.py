@@ -1,0 +1,123 @@
+"""LW-DETR: Hugging Face's results on a tiny detector, stored by tests/parity/make_lw_detr_reference.py.
+
+The detector is RF-DETR's, whose tests cover its parts. With torch and transformers installed, `make parity` compares
+with whole detectors on real images.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from detectax_eqx import Targets, models, weights, zoo
+from detectax_eqx.weights import load_rf_detr, read_rf_detr, to_rf_detr
+from detectax_eqx.zoo import _weights
+
+from . import lw_detr_tiny as tiny, rf_detr_tiny
+
+
+DATA = Path(__file__).parent / "data"
+NAMES = json.loads((DATA / "lw_detr_names.json").read_text(encoding="utf-8"))
+
+
+@cache
+def stored():
+    with np.load(DATA / "lw_detr.npz") as arrays:
+        return dict(arrays)
+
+
+@cache
+def made():
+    """The tiny detector with the parameters of Hugging Face's."""
+    return load_rf_detr(tiny.build(), tiny.random_arrays())
+
+
+def test_detections():
+    """From the image as decoded: resize, detection, and boxes scaled back."""
+    model, detect, expected = made(), eqx.filter_jit(models.detect), stored()
+    for i, image in enumerate(rf_detr_tiny.images()):
+        found = detect(model, image)
+        np.testing.assert_array_equal(found.labels, expected[f"{i}.labels"])
+        np.testing.assert_allclose(found.scores, expected[f"{i}.scores"], atol=1e-5)
+        np.testing.assert_allclose(found.boxes, expected[f"{i}.boxes"], atol=1e-3)
+        assert len(set(found.labels.tolist())) > 2
+
+
+def test_losses():
+    """Every loss of a batch with no, one, some, and more objects than queries, and gradients of parts everywhere."""
+    expected = stored()
+    with jax.enable_x64(True):
+        model = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), made())
+        pixels, boxes, labels, _, valid = (jnp.asarray(x) for x in rf_detr_tiny.targets())
+        targets = Targets(boxes.astype(jnp.float64), labels, valid)
+        size = jnp.array([tiny.SIZE, tiny.SIZE], jnp.int32)
+
+        @eqx.filter_jit
+        @eqx.filter_grad(has_aux=True)
+        def total(model):
+            terms = jax.vmap(lambda image, targets: model.loss(image, size, targets, key=jr.key(0)))(pixels, targets)
+            losses = {term: jax.tree.map(lambda x: x.sum(), values).mean() for term, values in terms.items()}
+            return sum(losses.values()), losses
+
+        grads, losses = total(model)
+    assert losses.keys() == {key.removeprefix("loss.") for key in expected if key.startswith("loss.")}
+    for term, loss in losses.items():
+        np.testing.assert_allclose(loss, expected[f"loss.{term}"], rtol=1e-6, err_msg=term)
+    grads = read_rf_detr(to_rf_detr(grads))
+    names = [key.removeprefix("grad.") for key in expected if key.startswith("grad.")]
+    assert len(names) == 7
+    for name in names:
+        difference = np.linalg.norm(grads[name] - expected[f"grad.{name}"])
+        assert difference < 1e-6 * np.linalg.norm(expected[f"grad.{name}"]), name
+
+
+@pytest.mark.parametrize("name, millions", [("lw_detr_tiny", 12.1), ("lw_detr_small", 14.6), ("lw_detr_medium", 28.2)])
+def test_counts(name, millions):
+    """Those of the authors' table, of all groups of queries."""
+    model = eqx.filter_eval_shape(zoo.build, name, 91, key=jr.key(0))
+    assert models.num_parameters(model) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_real_names_and_shapes():
+    """Hugging Face's file of LW-DETR tiny fits, with current or former names of each attention's projections."""
+    shapes = eqx.filter_eval_shape(zoo.build, "lw_detr_tiny", 91, key=jr.key(0))
+    for former in (False, True):
+        blank = {}
+        for name, shape in NAMES.items():
+            if former and ".backbone.backbone." in name:
+                for part, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+                    name = name.replace(f".attention.{part}.", f".attention.attention.{old}.")
+                name = name.replace(".attention.o_proj.", ".attention.output.")
+            blank[name] = np.broadcast_to(np.float32(0), shape)
+        found = weights.rf_detr_shapes(shapes)
+        assert {name: array.shape for name, array in read_rf_detr(blank).items()} | {
+            "query_feat.weight": found["query_feat.weight"],
+            "refpoint_embed.weight": found["refpoint_embed.weight"],
+        } == found
+        load_rf_detr(shapes, blank)
+
+
+def test_weights_round_trip(tmp_path):
+    """By the names of the authors, whose keys have no bias and whose positions have a class token's."""
+    model = made()
+    arrays = to_rf_detr(model)
+    assert arrays["backbone.0.encoder.pos_embed"].shape == (1, tiny.PRETRAINED**2 + 1, tiny.CHANNELS)
+    assert arrays["backbone.0.encoder.blocks.0.attn.qkv.weight"].shape == (3 * tiny.CHANNELS, tiny.CHANNELS)
+    assert {name.rpartition(".")[2] for name in arrays if ".blocks.0.attn." in name} == {
+        "weight", "bias", "q_bias", "v_bias"
+    }  # fmt: skip
+    assert eqx.tree_equal(load_rf_detr(tiny.build(), arrays), model)
+    weights.save_safetensors(arrays, tmp_path / "theirs.safetensors")
+    path = tmp_path / "theirs.safetensors"
+    assert _weights.source_of(zoo.Architecture("lw_detr_tiny"), path) is _weights._RF_DETR
+    assert eqx.tree_equal(load_rf_detr(tiny.build(), path), model)
+    assert weights.describe(arrays) == "an LW-DETR on a backbone with 5 outputs"
+    for missing in ("backbone.0.encoder.blocks.1.attn.q_bias", "backbone.0.encoder.pos_embed"):
+        with pytest.raises(weights.WeightsError, match="missing"):
+            load_rf_detr(tiny.build(), {name: array for name, array in arrays.items() if name != missing})
