@@ -28,7 +28,7 @@ _NAMES: Names = {
     nn.BasicBlock: TORCHVISION[nn.BasicBlock],
     nn.Bottleneck: TORCHVISION[nn.Bottleneck],
     nn.Downsample: TORCHVISION[nn.Downsample],
-    nn.ProjectedResNet: {"body": "backbone.0.body", "projections": lambda _: "input_proj"},
+    nn.ProjectedResNet: {"body": "backbone.0.body", "projection": "input_proj"},
     models.DETR: {
         "backbone": "",
         "encoder": "transformer.encoder.layers.{i}",
