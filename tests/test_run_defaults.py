@@ -88,9 +88,8 @@ def test_anchors_reach_every_detector():
         return zoo.Architecture(name, "group", **options).shapes(3)
 
     for name in get_args(_shared.ModelName):
-        if name.startswith(
-            ("ssd", "rf_detr", "lw_detr", "detr")
-        ):  # default boxes are part of SSD; transformers have no anchors
+        # The default boxes of SSD are part of it, and detection transformers have no anchors.
+        if name.startswith(("ssd", "rf_detr", "lw_detr", "detr")):
             with pytest.raises(ValueError, match=f"{name} does not take anchor_sizes. Omit it."):
                 shapes(name, **options)
             continue

@@ -129,25 +129,6 @@ def _rf_detr(size: str, path: str, md5: str, ap: float) -> Published:
     )
 
 
-def _lw_detr(size: str, ap: float) -> Published:
-    """Published weights of LW-DETR's authors, with the figures of their re-implementation. Labels are category ids."""
-    file = f"LWDETR_{size}_60e_coco.pth"
-    return Published(
-        name=f"lw_detr_{size}",
-        source="LW-DETR",
-        licence="Apache-2.0",
-        url=f"https://huggingface.co/xbsu/LW-DETR/resolve/main/pretrain_weights/{file}",
-        file=file,
-        sha256="",
-        megabytes=None,
-        box_ap=ap,
-        mask_ap=None,
-        architecture=Architecture(f"lw_detr_{size}"),
-        categories=_BY_ID,
-        load=load_rf_detr,
-    )
-
-
 def _detr(body: str, file: str, megabytes: float, box_ap: float) -> Published:
     """Published weights of DETR, with the figures of its `README.md`. Its labels are category ids."""
     return Published(
@@ -387,9 +368,6 @@ PUBLISHED: dict[str, Published] = {
         _rf_detr("seg_large", "rf-detr-seg-l-ft.pth", "275f7b094909544ed2841c94a677d07e", 47.1),
         _rf_detr("seg_xlarge", "rf-detr-seg-xl-ft.pth", "3693b35d0eea86ebb3e0444f4a611fba", 48.8),
         _rf_detr("seg_2xlarge", "rf-detr-seg-2xl-ft.pth", "040bc3412af840fa8a47e0ff69b552ba", 49.9),
-        _lw_detr("tiny", 42.9),
-        _lw_detr("small", 48.1),
-        _lw_detr("medium", 52.6),
         _detr("resnet50", "detr-r50-e632da11", 159.0, 42.0),
         _detr("resnet101", "detr-r101-2c7b67e5", 232.0, 43.5),
     )
