@@ -71,7 +71,8 @@ def test_detections(kind):
             expected = np.unpackbits(stored(kind)[f"{i}.masks"], count=pasted.size).reshape(pasted.shape) > 0
             union = (pasted | expected).sum(axis=(1, 2))
             ious = (pasted & expected).sum(axis=(1, 2)) / np.maximum(union, 1)
-            assert ious[union > 0].min() > 0.99
+            # Rounding may move one pixel of a mask, which matters where a mask has few of them.
+            assert ious[(pasted ^ expected).sum(axis=(1, 2)) > 1].min(initial=1) > 0.99
             assert (union > 0).mean() > 0.7 and union.sum() > 500  # boxes may be smaller than a pixel
 
 

@@ -66,7 +66,7 @@ def chunks():
 
 
 OF_TRICK = {
-    "attention": plain_results.attending,
+    "by_example": plain_results.attending,
     "chunks": chunks,
     "convolution": plain_results.convolutions,
     "depthwise": plain_results.depthwise,
@@ -125,7 +125,7 @@ def test_values_of_the_variable():
     assert _plain.parse("1") == tricks
     assert _plain.parse("") == _plain.parse("0") == frozenset()
     assert _plain.parse("winograd,pooling") == {"winograd", "pooling"}
-    with pytest.raises(ValueError, match=r"DETECTAX_PLAIN names 'winograds'; it takes 1, or any of chunks, "):
+    with pytest.raises(ValueError, match=r"DETECTAX_PLAIN names 'winograds'; it takes 1, or any of by_example, "):
         _plain.parse("pooling,winograds")
 
 

@@ -1,6 +1,7 @@
 """Workarounds for compilers, and nothing else. README.md gives the reason for each and how to measure it."""
 
 from ._attention import attend as attend
+from ._by_example import by_example as by_example
 from ._chunks import map_chunks as map_chunks
 from ._convolution import convolve as convolve
 from ._groups import convolve_groups as convolve_groups

@@ -15,7 +15,7 @@ from jax import lax
 
 
 Trick = Literal[
-    "attention",
+    "by_example",
     "chunks",
     "convolution",
     "depthwise",

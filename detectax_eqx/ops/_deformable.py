@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from .._xla import by_example
 from ._boxes import upcast
 
 
@@ -58,6 +59,11 @@ def deformable_attention(
     levels = locations.shape[2]
     if len(value) != levels:
         raise ValueError(f"value must have a map for each of the {levels} levels of locations, got {len(value)}.")
+    count = 4 * weights.size * value[0].shape[1]  # four pixels for each point
+    return by_example(locations, weights, *value, cpu=_sampled_sum, default=_sampled_sum, values=count)
+
+
+def _sampled_sum(locations, weights, *value):
     total = jnp.zeros((), value[0].dtype)
     for level, x in enumerate(value):
         heads = x.shape[0]

@@ -192,7 +192,7 @@ def techniques(bench: Bench) -> Rows:
     for name, value in variables:
         row(f"`{name}={value}`", "training", environment={name: value})
     for trick in TRICKS:  # compiler workarounds, each turned off alone
-        model = {"depthwise": MOBILE, "attention": SWIN}.get(trick, MASK)
+        model = {"depthwise": MOBILE, "by_example": SWIN}.get(trick, MASK)
         name, off = f"`DETECTAX_PLAIN={trick}`", {"DETECTAX_PLAIN": trick}
         checkpoint = {"checkpoint": True} if trick == "rematerialisation" else {}
         row(name, "training", model, environment=off, options=checkpoint)
