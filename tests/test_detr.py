@@ -21,6 +21,7 @@ from detectax_eqx.weights import load_detr, read_detr, to_detr
 from detectax_eqx.zoo import _weights
 
 from . import detr_tiny as tiny, tiny_detector
+from .set_losses import check_padding, compare_losses
 
 
 DATA = Path(__file__).parent / "data"
@@ -59,29 +60,10 @@ def test_detections(kind, canvas):
 
 def test_losses():
     """Every loss of a batch with no, one, some, and more objects than queries, and gradients of parts everywhere."""
-    expected = stored()
     with jax.enable_x64(True):
-        model = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), made())
         pixels, boxes, labels, valid = (jnp.asarray(x) for x in tiny.targets())
         targets, sizes = Targets(boxes.astype(jnp.float64), labels, valid), jnp.array(tiny.SIZES, jnp.int32)
-
-        @eqx.filter_jit
-        @eqx.filter_grad(has_aux=True)
-        def total(model):
-            terms = jax.vmap(lambda *one: model.loss(*one, key=jr.key(0)))(pixels, sizes, targets)
-            losses = {term: jax.tree.map(lambda x: x.sum(), values).mean() for term, values in terms.items()}
-            return sum(losses.values()), losses
-
-        grads, losses = total(model)
-    assert losses.keys() == {key.removeprefix("loss.") for key in expected if key.startswith("loss.")}
-    for term, loss in losses.items():
-        np.testing.assert_allclose(loss, expected[f"loss.{term}"], rtol=1e-6, err_msg=term)
-    grads = read_detr(to_detr(grads))
-    names = [key.removeprefix("grad.") for key in expected if key.startswith("grad.")]
-    assert len(names) == 12
-    for name in names:
-        difference = np.linalg.norm(grads[name] - expected[f"grad.{name}"])
-        assert difference < 1e-6 * np.linalg.norm(expected[f"grad.{name}"]), name
+        compare_losses(made(), pixels, sizes, targets, stored(), lambda grads: read_detr(to_detr(grads)))
 
 
 def hugging_face(arrays, *, former):
@@ -246,16 +228,8 @@ def test_best_queries():
 
 
 def test_padding_of_targets():
-    """Invalid targets, wherever they stand, change nothing."""
-    model, size = made(), jnp.array(tiny.CANVAS, jnp.int32)
     pixels, boxes, labels, _ = tiny.targets()
-    loss = eqx.filter_jit(lambda targets: model.loss(jnp.asarray(pixels[2]), size, targets, key=jr.key(0)))
-    plain = Targets(boxes[2, :6], labels[2, :6], np.ones(6, bool))
-    where = np.array([1, 2, 4, 5, 7, 8])
-    spread = Targets(np.full((9, 4), np.nan, np.float32), np.zeros(9, np.int32), np.zeros(9, bool))
-    spread.boxes[where], spread.labels[where], spread.valid[where] = plain.boxes, plain.labels, True
-    for one, other in zip(loss(plain).values(), loss(spread).values(), strict=True):
-        np.testing.assert_allclose(one.mean(), other.mean(), rtol=1e-6)
+    check_padding(made(), pixels[2], jnp.array(tiny.CANVAS, jnp.int32), boxes[2], labels[2])
 
 
 def test_backbone():

@@ -20,6 +20,7 @@ from detectax_eqx.models import _mask_points, _rf_detr, _rf_detr_seg, _set_loss
 from detectax_eqx.weights import load_rf_detr, to_rf_detr
 
 from . import rf_detr_tiny as tiny
+from .set_losses import check_padding, compare_losses
 
 
 DATA = Path(__file__).parent / "data"
@@ -79,29 +80,12 @@ def test_losses(kind, monkeypatch):
     """
     for module in (_mask_points, _rf_detr_seg):
         monkeypatch.setattr(module, "draw_points", lambda _, count: jnp.asarray(tiny.points(count), jnp.float64))
-    expected = stored(kind)
     with jax.enable_x64(True):
-        model = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), made(kind))
         pixels, boxes, labels, masks, valid = (jnp.asarray(x) for x in tiny.targets())
         frames = jnp.broadcast_to(jnp.array([0, 0, tiny.SIZE, tiny.SIZE], boxes.dtype)[None, None], boxes.shape)
         targets = Targets(boxes.astype(jnp.float64), labels, valid, masks, frames.astype(jnp.float64))
-        size = jnp.array([tiny.SIZE, tiny.SIZE], jnp.int32)
-
-        @eqx.filter_jit
-        @eqx.filter_grad(has_aux=True)
-        def total(model):
-            terms = jax.vmap(lambda image, targets: model.loss(image, size, targets, key=jr.key(0)))(pixels, targets)
-            losses = {term: jax.tree.map(lambda x: x.sum(), values).mean() for term, values in terms.items()}
-            return sum(losses.values()), losses
-
-        grads, losses = total(model)
-    assert losses.keys() == {key.removeprefix("loss.") for key in expected if key.startswith("loss.")}
-    for term, loss in losses.items():
-        np.testing.assert_allclose(loss, expected[f"loss.{term}"], rtol=1e-6, err_msg=term)
-    grads = to_rf_detr(grads)
-    for name in (key.removeprefix("grad.") for key in expected if key.startswith("grad.")):
-        difference = np.linalg.norm(grads[name] - expected[f"grad.{name}"])
-        assert difference < 1e-6 * np.linalg.norm(expected[f"grad.{name}"]), name
+        sizes = jnp.full((len(pixels), 2), tiny.SIZE, jnp.int32)
+        compare_losses(made(kind), pixels, sizes, targets, stored(kind), to_rf_detr)
 
 
 @pytest.mark.parametrize("name, count", [("rf_detr_nano", 30_467_298), ("rf_detr_seg_nano", 33_577_475)])
@@ -197,16 +181,8 @@ def test_fewer_cells_than_queries():
 
 
 def test_padding_of_targets():
-    """Invalid targets, wherever they stand, change nothing."""
-    model, size = made("boxes"), jnp.array([tiny.SIZE, tiny.SIZE], jnp.int32)
     pixels, boxes, labels, _, _ = tiny.targets()
-    loss = eqx.filter_jit(lambda targets: model.loss(jnp.asarray(pixels[2]), size, targets, key=jr.key(0)))
-    plain = Targets(boxes[2, :6], labels[2, :6], np.ones(6, bool))
-    where = np.array([1, 2, 4, 5, 7, 8])
-    spread = Targets(np.full((9, 4), np.nan, np.float32), np.zeros(9, np.int32), np.zeros(9, bool))
-    spread.boxes[where], spread.labels[where], spread.valid[where] = plain.boxes, plain.labels, True
-    for one, other in zip(loss(plain).values(), loss(spread).values(), strict=True):
-        np.testing.assert_allclose(one.mean(), other.mean(), rtol=1e-6)
+    check_padding(made("boxes"), pixels[2], jnp.array([tiny.SIZE, tiny.SIZE], jnp.int32), boxes[2], labels[2])
 
 
 def test_matching_is_optimal():

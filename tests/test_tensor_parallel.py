@@ -71,10 +71,8 @@ def trained(make_backbone, tensor, shards=1):
     return state, history, program.compiled.as_text()
 
 
-CASES = [(vit, 8, 1), pytest.param(vit, 2, 2, marks=pytest.mark.slow), pytest.param(swin, 8, 1, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("make_backbone, tensor, shards", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("make_backbone, tensor, shards", [(vit, 8, 1), (vit, 2, 2), (swin, 8, 1)])
 def test_the_same_as_on_one_device(make_backbone, tensor, shards):
     require_the_same(trained(make_backbone, 0), trained(make_backbone, tensor, shards))
 
