@@ -188,8 +188,9 @@ def test_windowed_vit():
     arrays = official(plain)
     arrays["pos_embed"] = np.arange(17.0 * WIDTH, dtype=np.float32).reshape(1, 17, WIDTH)
     loaded = load_transformer(body, arrays)
-    np.testing.assert_array_equal(loaded.class_token.token, arrays["cls_token"][0])
-    np.testing.assert_array_equal(loaded.class_token.position, arrays["pos_embed"][0, :1])
+    token: Any = loaded.class_token
+    np.testing.assert_array_equal(token.token, arrays["cls_token"][0])
+    np.testing.assert_array_equal(token.position, arrays["pos_embed"][0, :1])
     np.testing.assert_array_equal(loaded.positions.table, arrays["pos_embed"][0, 1:])
     scale: Any = loaded.blocks[1].scale2
     np.testing.assert_array_equal(scale.scale, arrays["blocks.1.ls2.gamma"])
