@@ -103,7 +103,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, rewrites: Rewrites
             results = _apply(eqn, operands, rewrites)
         else:
             with jax.ensure_compile_time_eval():
-                results = _apply(eqn, operands, rewrites)
+                results = _apply(eqn, operands, {})  # replacements have no values of their own
         values.update(zip(eqn.outvars, results, strict=True))
     return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
 

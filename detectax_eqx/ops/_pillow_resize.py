@@ -112,7 +112,8 @@ def _resample(image: UInt8[Array, "h w c"], taps: _Taps, *, axis: int) -> UInt8[
 
     def add(tap: Int32[Array, ""], sums: Int32[Array, "h2 w2 c"]) -> Int32[Array, "h2 w2 c"]:
         coefficients = _coefficients(taps.weights(tap), total)
-        pixels = jnp.take(image, taps.first + tap, axis=axis, mode="clip")
+        index = jnp.minimum(taps.first + tap, image.shape[axis] - 1)  # beyond the last pixel, coefficients are 0
+        pixels = jnp.take(image, index, axis=axis, mode="clip")
         return sums + pixels.astype(jnp.int32) * jnp.expand_dims(coefficients, (2, 1 - axis))
 
     sums = lax.fori_loop(start, count, add, half)

@@ -12,9 +12,9 @@ import pytest
 
 from detectax_eqx import Detections, export, models, nn
 from detectax_eqx.export import _extras
-from detectax_eqx.weights import load_rf_detr
+from detectax_eqx.weights import load_detr, load_rf_detr
 
-from .. import rf_detr_tiny
+from .. import detr_tiny, lw_detr_tiny, rf_detr_tiny
 
 
 PREPROCESSING = models.Preprocessing(models.ShortestEdge(64, 96))
@@ -68,6 +68,13 @@ SQUARE = export.Shape(2, (48, 64), (64, 64))
 def rf_detr(kind):
     """A tiny RF-DETR with parameters by which predictions differ. `kind`: "boxes" or "masks"."""
     return load_rf_detr(rf_detr_tiny.build(kind), rf_detr_tiny.random_arrays(kind))
+
+
+def detr(kind):
+    """A tiny DETR or LW-DETR, whose images are resized as Pillow does. `kind`: "detr" or "lw_detr"."""
+    if kind == "detr":
+        return load_detr(detr_tiny.build(), detr_tiny.random_arrays({}))
+    return load_rf_detr(lw_detr_tiny.build(), lw_detr_tiny.random_arrays())
 
 
 def transformer(kind):

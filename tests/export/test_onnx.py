@@ -14,7 +14,7 @@ import pytest
 
 from detectax_eqx import data, export, models, zoo
 
-from .. import rf_detr_tiny
+from .. import detr_tiny, rf_detr_tiny
 from ..parity import compare_exports
 from .detectors import (
     NAMES,
@@ -24,6 +24,7 @@ from .detectors import (
     Brightest,
     Cells,
     dense,
+    detr,
     needs,
     rf_detr,
     transformer,
@@ -209,6 +210,18 @@ def test_rf_detr_in_onnx(kind, images, tmp_path):
     assert [output.name for output in proto.graph.output] == names
     counts = Counter(node.op_type for node in proto.graph.node)
     assert counts["Softmax"] + counts["Erf"] >= 4
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind, side", [("detr", 192), ("lw_detr", 64)])
+def test_detr_in_onnx(kind, side, images, tmp_path):
+    needs("onnx")
+
+    shape = export.Shape(2, (48, 64), (side, side))
+    export.save_onnx(detr(kind), tmp_path / "detector.onnx", shape=shape, images=images, class_names=[*"abcde"])
+    proto, about = export.read_onnx(tmp_path / "detector.onnx")
+    assert about["selection"] == {"score_threshold": 0.0, "max_detections": detr_tiny.QUERIES}
+    assert [output.name for output in proto.graph.output] == ["boxes", "scores", "labels", "valid"]
 
 
 @pytest.mark.timeout(600)
