@@ -54,7 +54,12 @@ def test_onnx_gives_the_models_detections(onnx_file, images, expected):
     proto, about = export.read_onnx(onnx_file)
     assert (about["class_names"], about["shape"]) == (NAMES, SHAPE)
     assert models.TwoStageSelection(**about["selection"]) == SELECTION
-    assert about["preprocessing"]["resize"] == {"min_size": 64, "max_size": 96, "rounded": False}
+    assert about["preprocessing"]["resize"] == {
+        "min_size": 64,
+        "max_size": 96,
+        "rounded": False,
+        "rounded_short": False,
+    }
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
     assert "box_head.fc6.weight" in {tensor.name for tensor in proto.graph.initializer}
 
