@@ -14,7 +14,7 @@ from .. import models, nn
 from ._detectron2_names import in_three
 from ._load import load_named
 from ._lw_detr import lw_detr_names, rf_detr_names_of
-from ._names import without_prefixes
+from ._names import is_counter, without_prefixes
 from ._rename import FieldNames, Names, foreign_names
 from ._source import arrays_by_name
 from ._trees import named_leaves, named_values
@@ -75,7 +75,7 @@ _NAMES: Names = {
     nn.ConvNorm: {"norm": "bn"},
 }
 # Entries of a file that are not parameters, and a token that is used in the training of DINOv2 only.
-_IGNORED = re.compile(r"^_kp_active_mask$|\.mask_token$|\.num_batches_tracked$")
+_IGNORED = re.compile(r"^_kp_active_mask$|\.mask_token$")
 _GROUP = re.compile(r"^(transformer\.enc_out\w*)\.(\d+)\.(.*)$")
 _POSITIONS = re.compile(r"^(.*embeddings\.)position_embeddings$")
 _QUERIES = ("query_feat.weight", "refpoint_embed.weight")
@@ -107,7 +107,8 @@ def read_rf_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Sha
     {'transformer.enc_output.bias': (2, 8)}
     """
     arrays = without_prefixes(arrays_by_name(source))
-    arrays = {name: np.asarray(array) for name, array in arrays.items() if not _IGNORED.search(name)}
+    ignored = {name for name in arrays if is_counter(name) or _IGNORED.search(name)}
+    arrays = {name: np.asarray(array) for name, array in arrays.items() if name not in ignored}
     return _ours(rf_detr_names_of(arrays))
 
 
