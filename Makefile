@@ -82,8 +82,10 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+# The originals warn, and their modules are imported for their tests alone; so none of the options of `make test` holds.
 parity: $(PARITY)/.installed
-	$(PARITY)/bin/python -m pytest tests/parity -s -n 0 -p no:cacheprovider --override-ini norecursedirs=
+	$(PARITY)/bin/python -m pytest tests/parity -s -p no:cacheprovider \
+	  --override-ini norecursedirs= --override-ini addopts= --override-ini filterwarnings=
 
 exports: $(EXPORT)/.installed $(EDGE)/.installed
 	$(EXPORT)/bin/python -m pytest tests/export -m "long or not long"

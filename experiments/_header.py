@@ -104,5 +104,9 @@ def _per_class(labels: np.ndarray, categories: tuple[data.Category, ...]) -> str
 
 def detector_without(target: str, *, like: str) -> str:
     """The detector that does not need `target`, and whose name has the longest common suffix with `like`."""
-    names = [name for name in zoo.names() if target not in zoo.Architecture(name).shapes(1).needs]
-    return max(names, key=lambda name: max(i for i in range(len(like) + 1) if name.endswith(like[len(like) - i :])))
+
+    def difference(name: str) -> int:
+        return min(i for i in range(len(like) + 1) if name.endswith(like[i:]))
+
+    names = sorted(zoo.names(), key=difference)
+    return next(name for name in names if target not in zoo.Architecture(name).shapes(1).needs)

@@ -52,6 +52,14 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def forget_programs_of_slow_tests(request):
+    """Frees those of each slow test: Linux limits the number of memory maps of a process to 65,530."""
+    yield
+    if any(request.node.get_closest_marker(mark) for mark in ("slow", "long")):
+        jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a new key per call, and the same sequence of keys in every run of a test."""

@@ -94,6 +94,7 @@ def assert_readable(folder, monkeypatch):
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_and_terminated(shapes, whole, tmp_path, monkeypatch, tally):
     """A run is killed twice during a save, and stopped twice while training and once during an evaluation."""

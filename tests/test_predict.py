@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
 from unittest import mock
 
 import equinox as eqx
@@ -19,6 +18,7 @@ from detectax_eqx.zoo import _predictor, _weights
 
 from .tiny_detector import random_arrays
 from .tiny_train import build, shrink
+from .zoo_names import NAMES
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -274,7 +274,7 @@ def test_sizes_of_a_square_resize(model, tmp_path, monkeypatch):
         loaded_from(path, min_size=96)
 
 
-@pytest.mark.parametrize("name", get_args(_shared.ModelName))
+@pytest.mark.parametrize("name", NAMES)
 def test_classes_are_counted_by_shapes(name, tmp_path):
     """For any detector by name, whatever its layers are called."""
     parts = zoo.Architecture(name)

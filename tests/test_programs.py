@@ -34,9 +34,10 @@ def start(home, **environment):
     """What the script prints, with `home` as the home folder; programs are cached however fast they compile."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_", "XLA_"))}
     settings = {"HOME": str(home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "300"}
+    settings |= {"JAX_PLATFORMS": "cpu", "DETECTAX_TYPECHECK": "0"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(EXPERIMENTS)],
-        env=inherited | settings | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=inherited | settings | environment,
         capture_output=True,
         text=True,
         check=False,

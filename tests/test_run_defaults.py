@@ -15,6 +15,7 @@ from detectax_eqx import data, models, zoo
 
 from . import tiny_train
 from .tiny_train import grouped, script
+from .zoo_names import LARGER, SMALLEST
 
 
 _shared = tiny_train._shared
@@ -81,18 +82,13 @@ def test_runs_that_cannot_learn_are_refused(change, options, words, tmp_path):
     assert not (tmp_path / "run/options.json").exists()
 
 
-# Names of larger sizes of a detector that has smaller ones.
-LARGER = re.compile(r"101|152|vitdet_[lh]|swin_[sbl]|(detr|seg)_(small|medium|large|xlarge|2xlarge)")
-
-
-@pytest.mark.parametrize("larger", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_anchors_reach_every_detector(larger):
+@pytest.mark.parametrize("names", [SMALLEST, pytest.param(LARGER, marks=pytest.mark.slow)], ids=["smallest", "larger"])
+def test_anchors_reach_every_detector(names):
     options = {"anchor_sizes": (8, 16, 32, 64, 128), "aspect_ratios": (0.25, 1.0, 2.0, 4.0)}
 
     def shapes(name, **options) -> Any:
         return zoo.Architecture(name, "group", **options).shapes(3)
 
-    names = [name for name in get_args(_shared.ModelName) if bool(LARGER.search(name)) == larger]
     assert len(names) > 15
     for name in names:
         # The default boxes of SSD are part of it, and detection transformers have no anchors.

@@ -19,6 +19,7 @@ from detectax_eqx import Targets, evaluate, models, nn, ops, train, zoo
 
 from . import tiny_detector
 from .misuse_cases import KEY, OPS, OTHERS, call, f32
+from .zoo_names import NAMES
 
 
 SIDE = tiny_detector.SIDE
@@ -242,7 +243,7 @@ DETECTORS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_detectors_are_built_under_x64(name):
     with jax.enable_x64(True):
         model = eqx.filter_eval_shape(zoo.build, name, 3, key=KEY)
