@@ -1,4 +1,4 @@
-"""A tiny DETR, for comparison with Hugging Face's results. Uses neither torch nor transformers."""
+"""Tiny detectors of DETR and Deformable DETR, to compare with Hugging Face's. Uses neither torch nor transformers."""
 
 import re
 from dataclasses import replace
@@ -21,24 +21,32 @@ CANVAS = (192, 192)
 SIZES = ((192, 192), (128, 192), (180, 100), (65, 192))
 
 
-def build():
+KINDS = ("detr", "deformable_detr", "deformable_detr_refine")
+
+
+def build(kind="detr"):
     """A detector on a ResNet of one block per stage, as shapes only."""
 
     def make():
         keys = jr.split(jr.key(0), 3)
         body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=keys[0], width=WIDTH)
-        backbone = nn.ProjectedResNet(body, key=keys[1], channels=CHANNELS)
         options = {"layers": LAYERS, "queries": QUERIES, "heads": HEADS, "hidden_size": HIDDEN}
-        model = models.detr(backbone, CLASSES, key=keys[2], **options)
+        if kind == "detr":
+            backbone = nn.ProjectedResNet(body, key=keys[1], channels=CHANNELS)
+            model = models.detr(backbone, CLASSES, key=keys[2], **options)
+        else:
+            backbone = nn.ProjectedLevels(body, key=keys[1], channels=CHANNELS)
+            refine = kind.endswith("refine")
+            model = models.deformable_detr(backbone, CLASSES, key=keys[2], refine=refine, **options)
         resize = models.ShortestEdge(SHORT, LONG, rounded_short=True)
         return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 
     return eqx.filter_eval_shape(make)
 
 
-def random_arrays(adjusted):
-    """Random parameters by the names of DETR's authors. Each depends on its name and shape alone, except `adjusted`."""
-    shapes = detr_shapes(build())
+def random_arrays(adjusted, kind="detr"):
+    """Random parameters by the authors' names. Each depends on its name and shape alone, except `adjusted`."""
+    shapes = detr_shapes(build(kind))
     return {name: random_array(name, flat(name, shape)) for name, shape in shapes.items()} | adjusted
 
 
@@ -52,7 +60,7 @@ def random_array(name, shape):
     array = rf_detr_tiny.random_array(name, shape)
     if name.endswith("running_var"):
         return np.exp(array)
-    if re.search(r"\.(bn\d|downsample\.1)\.weight$", name):
+    if re.search(r"(\.(bn\d|downsample\.1)|input_proj\.\d\.1)\.weight$", name):
         return (1 + 0.2 * np.sign(array)).astype(np.float32)
     if name.endswith("in_proj_weight"):  # attention that is not even
         return array * np.repeat(np.array([4, 4, 2], np.float32), len(array) // 3)[:, None]

@@ -182,7 +182,7 @@ ELSEWHERE = {
     models: {"detect_batch", "decayed", "in_backbone", "num_parameters", "selected", "smallest_canvas"}
     | {"dense_detections", "extract", "roi_features"}
     | {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite", "rf_detr", "rf_detr_seg"}
-    | {"detr"}
+    | {"detr", "deformable_detr"}
     | {"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
     # test_predictor.py, test_download.py
     zoo: {

@@ -107,6 +107,14 @@ def tiny_detr(key, num_classes=3):
     return replace(models.detr(backbone, num_classes, key=keys[2], **options), preprocessing=PREPROCESSING)
 
 
+def tiny_deformable_detr(key, num_classes=3):
+    keys = jr.split(key, 3)
+    body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=keys[0], norm=nn.GroupNorm, width=8)
+    backbone = nn.ProjectedLevels(body, key=keys[1], channels=16)
+    options = {"layers": 2, "queries": 20, "heads": 2, "points": 2, "hidden_size": 32, "refine": True}
+    return replace(models.deformable_detr(backbone, num_classes, key=keys[2], **options), preprocessing=PREPROCESSING)
+
+
 V2 = {
     "make_backbone": partial(tiny_resnet, norm=nn.GroupNorm),
     "rpn_depth": 2,
@@ -144,6 +152,7 @@ MODELS = {
         {"loss_class", "loss_l1", "loss_giou", "loss_mask", "loss_dice"},
     ),
     "detr": (tiny_detr, {"loss_class", "loss_l1", "loss_giou"}),
+    "deformable_detr": (tiny_deformable_detr, {"loss_class", "loss_l1", "loss_giou"}),
     "fcos": (partial(tiny_dense, models.fcos), {"classification", "bbox_regression", "bbox_ctrness"}),
 }
 
@@ -217,6 +226,7 @@ def test_predictions_at_some_anchors(kind, part, getkey):
 # Models that compile for long: `make test-slow` has them.
 SLOW = (
     "cascade",
+    "deformable_detr",
     "detr",
     "keypoint",
     "mask_v2",
@@ -399,15 +409,24 @@ def test_keypoint_loss_equals_naive_reference(getkey):
     np.testing.assert_allclose(loss.total, total, rtol=1e-5)
 
 
+# Detection transformers on several maps learn in so many steps.
+LATE = ("rf_detr", "rf_detr_seg", "deformable_detr")
+
+
+def speed(kind):
+    return [pytest.mark.long, pytest.mark.timeout(900)] if kind in LATE else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("faster", "fcos"))) for kind in MODELS]
+    "kind", [pytest.param(kind, marks=speed(kind) if kind not in ("faster", "fcos") else []) for kind in MODELS]
 )
 def test_overfits_a_handful_of_images(kind):
-    """Bright rectangles on a dark background: after 300 steps each is found, with its class.
+    """Bright rectangles on a dark background: after 300 steps, or 1,500, each is found, with its class.
 
     After 200 steps at twice the learning rate, one of seven runs that differ only in their keys or in rounding misses
     one.
     """
+    steps = 1500 if kind in LATE else 300
     model = made(kind)
     rng = np.random.default_rng(0)
     images, targets, truths = [], [], []
@@ -422,7 +441,7 @@ def test_overfits_a_handful_of_images(kind):
         truths.append((boxes, labels))
     images = jnp.asarray(np.stack(images))
     targets = jax.tree.map(lambda *leaves: jnp.stack(leaves), *targets)
-    optimizer = train.adamw(train.warmup_cosine(1e-3, total_steps=300, warmup_steps=10), weight_decay=0.0)
+    optimizer = train.adamw(train.warmup_cosine(1e-3, total_steps=steps, warmup_steps=10), weight_decay=0.0)
     state = optimizer.init(eqx.filter(model, eqx.is_array))
 
     @eqx.filter_jit
@@ -437,7 +456,7 @@ def test_overfits_a_handful_of_images(kind):
         return eqx.apply_updates(model, updates), state_, value
 
     value = None
-    for i in range(300):
+    for i in range(steps):
         model, state, value = step(model, state, jr.key(i))
     detect = eqx.filter_jit(lambda m, x: models.detect(m, x, score_threshold=0.5))
     for image, (boxes, labels) in zip(images, truths, strict=True):
@@ -449,7 +468,10 @@ def test_overfits_a_handful_of_images(kind):
             )
             assert ious[best] > 0.6, f"loss {value}, box {box}, found {detections.boxes[:4]}"
             if detections.masks is not None:
-                assert detections.masks[best].mean() > 0.7
+                frame = detections.boxes if detections.mask_boxes is None else detections.mask_boxes
+                mask = ops.paste_masks(detections.masks[best][None], frame[best][None], image_size=CANVAS)[0]
+                x0, y0, x1, y1 = box.astype(int)
+                assert mask[y0:y1, x0:x1].mean() > 0.7
             if detections.keypoints is not None:
                 away = detections.keypoints[best, :, :2] - points_of(jnp.asarray(box)[None])[0, :, :2]
                 assert jnp.abs(away).max() < 4

@@ -61,7 +61,7 @@ HOST = {
     *{"faster_rcnn_detectron2", "mask_rcnn_detectron2", "keypoint_rcnn_detectron2", "retinanet_detectron2"},
     *{"selected", "smallest_canvas"},
     *{"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd", "ssdlite", "rf_detr", "rf_detr_seg"},
-    "detr",
+    *{"detr", "deformable_detr"},
     "xavier_linear",
     *{"latest_checkpoint", "load_checkpoint", "load_latest_checkpoint", "save_checkpoint", "lock_folder", "to_host"},
     "remove_unfinished",

@@ -1,4 +1,4 @@
-"""Detectors: Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS, SSD, RF-DETR and DETR, and detection in any image."""
+"""Detectors of two stages, dense ones and detection transformers, and detection in any image."""
 
 from ._box_head import (
     BoxHead as BoxHead,
@@ -15,6 +15,7 @@ from ._decoder import (
     EncoderLayer as EncoderLayer,
     refine_boxes as refine_boxes,
 )
+from ._deformable_detr import DeformableDETR as DeformableDETR, deformable_detr as deformable_detr
 from ._dense import DenseSelection as DenseSelection, dense_detections as dense_detections
 from ._detect import (
     detect as detect,

@@ -17,12 +17,12 @@ EPSILON = 1e-5
 
 
 class EncoderLayer(eqx.Module):
-    """Attention of the cells of a map to each other and two linear layers, with a norm after each.
+    """Attention of the cells of maps to each other and two linear layers, with a norm after each.
 
-    That of DETR (arXiv:2005.12872).
+    The layer of DETR (arXiv:2005.12872) and, with deformable attention, of Deformable DETR (arXiv:2010.04159).
     """
 
-    attention: QueryAttention
+    attention: QueryAttention | DeformableAttention
     norm1: LayerNorm
     linear1: eqx.nn.Linear
     linear2: eqx.nn.Linear
@@ -31,7 +31,7 @@ class EncoderLayer(eqx.Module):
     def __init__(
         self,
         channels: int,
-        attention: QueryAttention,
+        attention: QueryAttention | DeformableAttention,
         *,
         key: PRNGKeyArray,
         hidden_size: int,
@@ -117,7 +117,7 @@ class Decoder(eqx.Module):
         positions = self.positions(jnp.concatenate(sines, axis=1).astype(x.dtype))  # (q, 2 c) -> (q, c)
         outputs = []
         for layer in self.layers:
-            x = layer(x, positions, boxes_cxcywh, features)
+            x = layer(x, positions, boxes_cxcywh[:, None], features)
             outputs.append(self.norm(x))
         return jnp.stack(outputs)
 

@@ -12,11 +12,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from .._types import Targets, WeightedSum
-from ..ops import cxcywh_to_xyxy, giou_loss, linear_assignment, pairwise_giou, pairwise_iou, upcast, xyxy_to_cxcywh
+from ..ops import (
+    cxcywh_to_xyxy,
+    giou_loss,
+    linear_assignment,
+    pairwise_giou,
+    pairwise_iou,
+    sigmoid_focal_loss,
+    upcast,
+    xyxy_to_cxcywh,
+)
 from ._queries import Frame, Queries, sides_of
 
 
-# Of the focal loss by which the classes are matched (Deformable DETR).
+# Of the focal loss of classes (Deformable DETR).
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 # The target of a matched query is score**SCORE_SHARE * IoU**(1 - SCORE_SHARE), and at least LEAST_TARGET (LW-DETR).
 SCORE_SHARE, LEAST_TARGET = 0.25, 0.01
@@ -126,6 +135,18 @@ def iou_aware_loss(
     negative = (scores**2).at[rows, labels].set(1 - target, mode="drop")
     # -log(1 - p) = x - log p
     return (negative * logits + (positive + negative) * jax.nn.softplus(-logits)).sum()
+
+
+def binary_focal_loss(
+    logits: Float[Array, "q k"], queries: Int32[Array, " t"], labels: Int32[Array, " t"], ious: Float[Array, " t"]
+) -> Float[Array, ""]:
+    """Sums the focal loss of all queries and classes; a matched query is of its target's class (Deformable DETR).
+
+    `ious` is not used.
+    """
+    rows = jnp.where(queries >= 0, queries, len(logits))  # those beyond the last are dropped
+    wanted = jnp.zeros_like(logits).at[rows, labels].set(1, mode="drop")
+    return sigmoid_focal_loss(logits, wanted, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA).sum()
 
 
 def no_object_loss(

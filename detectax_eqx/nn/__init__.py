@@ -53,7 +53,7 @@ from ._norm import (
     Norm as Norm,
 )
 from ._precision import cast as cast
-from ._projected_resnet import ProjectedResNet as ProjectedResNet
+from ._projected_resnet import ProjectedLevels as ProjectedLevels, ProjectedResNet as ProjectedResNet
 from ._query_layers import (
     DeformableAttention as DeformableAttention,
     QueryAttention as QueryAttention,

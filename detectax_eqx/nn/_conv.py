@@ -19,6 +19,8 @@ Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 he_fan_out: Initializer = variance_scaling(2.0, "fan_out", "normal", in_axis=1, out_axis=0)
 # torch's `kaiming_uniform_(a=1)`, for layers that no activation follows, as in FPN.
 lecun_uniform: Initializer = variance_scaling(1.0, "fan_in", "uniform", in_axis=1, out_axis=0)
+# torch's `xavier_uniform_`, Glorot's (https://proceedings.mlr.press/v9/glorot10a.html).
+xavier_uniform: Initializer = variance_scaling(1.0, "fan_avg", "uniform", in_axis=1, out_axis=0)
 
 
 def conv2d(

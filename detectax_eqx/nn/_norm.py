@@ -39,7 +39,7 @@ class FrozenBatchNorm(eqx.Module):
 class GroupNorm(eqx.Module):
     """Group normalisation (arXiv:1803.08494): normalises each group of channels of an image to mean 0 and variance 1.
 
-    Does not depend on the batch, which makes it suitable for training from scratch. Computes statistics in float32.
+    Does not depend on the batch, which makes it suitable for training from scratch. Computes in float32 or higher.
     """
 
     weight: Float[Array, " c"]
@@ -56,14 +56,15 @@ class GroupNorm(eqx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
-        grouped = x.astype(jnp.float32).reshape(self.groups, -1)  # (groups, c / groups h w)
+        wide = upcast(x)
+        grouped = wide.reshape(self.groups, -1)  # (groups, c / groups h w)
         mean = jnp.mean(grouped, axis=1)
         variance = jnp.maximum(jnp.mean(grouped * grouped, axis=1) - mean * mean, 0.0)  # E x² - (E x)²
         # Fold the statistics of each group into the affine map of its channels: one multiply-add over the map.
         repeats = x.shape[0] // self.groups
-        scale = self.weight.astype(jnp.float32) * jnp.repeat(lax.rsqrt(variance + self.eps), repeats)
-        shift = self.bias.astype(jnp.float32) - jnp.repeat(mean, repeats) * scale
-        return (x.astype(jnp.float32) * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
+        scale = self.weight.astype(wide.dtype) * jnp.repeat(lax.rsqrt(variance + self.eps), repeats)
+        shift = self.bias.astype(wide.dtype) - jnp.repeat(mean, repeats) * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
 class LayerNorm(eqx.Module):

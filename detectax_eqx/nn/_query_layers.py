@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..ops import deformable_attention, upcast
 from ._attention import Projections, attention, linear
-from ._conv import relu
+from ._conv import relu, xavier_uniform
 
 
 # Added to the logits of keys that do not count: their weights are 0 after the softmax, also in float32.
@@ -58,7 +58,7 @@ class DeformableAttention(eqx.Module):
     """Attention of queries to a few points of each map, near the query's box (Deformable DETR, arXiv:2010.04159).
 
     - `offsets`: of the points from the centre of the box, for each head, level and point, in halves of the box's sides
-      by the number of points. `weights`: the logits of the points.
+      by the number of points; near a point without sides, in cells. `weights`: the logits of the points.
     """
 
     offsets: eqx.nn.Linear
@@ -82,17 +82,33 @@ class DeformableAttention(eqx.Module):
         self.heads, self.levels, self.points = heads, levels, points
 
     def __call__(
-        self, x: Float[Array, "q c"], boxes_cxcywh: Float[Array, "q 4"], features: Sequence[Float[Array, "c _ _"]]
+        self,
+        x: Float[Array, "q c"],
+        references: Float[Array, "q _ n"],
+        features: Sequence[Float[Array, "c _ _"]],
+        valid: Sequence[Bool[Array, "_ _"]] | None = None,
     ) -> Float[Array, "q c"]:
-        """Attends to `features`. `boxes_cxcywh`: of the queries, relative to the image, in 0..1."""
+        """Attends to `features`.
+
+        - `references`: a box `cxcywh` or a point `xy` for each query on each level, or one for all levels. Relative to
+          the maps, in 0..1.
+        - `valid`: the cells of each map that count; the values of the others are 0. Default: all.
+        """
         sizes = {"a": self.heads, "l": self.levels, "p": self.points}
         offsets = rearrange(linear(self.offsets, x), "q (a l p xy) -> q a l p xy", xy=2, **sizes)
-        centres, sides = (rearrange(part, "q xy -> q 1 1 1 xy") for part in jnp.split(boxes_cxcywh, 2, axis=1))
-        locations = centres + offsets.astype(sides.dtype) / self.points * sides / 2
+        offsets, references = offsets.astype(references.dtype), rearrange(references, "q l n -> q 1 l 1 n")
+        if references.shape[-1] == 4:
+            centres, sides = jnp.split(references, 2, axis=-1)
+            locations = centres + offsets / self.points * sides / 2
+        else:
+            cells = jnp.array([[level.shape[2], level.shape[1]] for level in features], offsets.dtype)
+            locations = references + offsets / rearrange(cells, "l xy -> 1 1 l 1 xy")
         logits = rearrange(linear(self.weights, x), "q (a lp) -> q a lp", a=self.heads)
         weights = jax.nn.softmax(upcast(logits), axis=-1)
         weights = rearrange(weights, "q a (l p) -> q a l p", p=self.points)
         values = [self._values(level) for level in features]
+        if valid is not None:
+            values = [jnp.where(mask[None, None], v, 0) for v, mask in zip(values, valid, strict=True)]
         return linear(self.projection, rearrange(deformable_attention(values, locations, weights), "q a d -> q (a d)"))
 
     def _values(self, x: Float[Array, "c h w"]) -> Float[Array, "a d h w"]:
@@ -118,7 +134,7 @@ def _constant(layer: eqx.nn.Linear, bias: Float[Array, " o"]) -> eqx.nn.Linear:
 def xavier_linear(in_size: int, out_size: int, *, key: PRNGKeyArray) -> eqx.nn.Linear:
     """A linear layer with Glorot's uniform weights and no bias at first, as in DETR's transformer."""
     layer = eqx.nn.Linear(in_size, out_size, key=key)
-    weight = jax.nn.initializers.glorot_uniform(in_axis=1, out_axis=0)(key, (out_size, in_size))
+    weight = xavier_uniform(key, (out_size, in_size))
     return eqx.tree_at(lambda tree: (tree.weight, tree.bias), layer, (weight, jnp.zeros(out_size)))
 
 

@@ -41,6 +41,7 @@ def sine_positions(
     channels: int,
     *,
     size: Int32[Array, " 2"] | None = None,
+    centred: bool = False,
     temperature: float = TEMPERATURE,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "{channels} {grid[0]} {grid[1]}"]:
@@ -49,6 +50,7 @@ def sine_positions(
     The first half of channels is that of the row, which is at `(row + 1) / h`, the second that of the column.
 
     - `size`: `(h, w)` of the part of the grid that an image fills, at its top left; default the whole grid.
+    - `centred`: whether rows are at their middles, `(row + 1/2) / h`, as in Deformable DETR (arXiv:2010.04159).
 
     Raises a `ValueError` unless `channels` is a multiple of 4.
 
@@ -59,7 +61,8 @@ def sine_positions(
         raise ValueError(f"channels must be a multiple of 4, got {channels}.")
     sides = jnp.asarray(grid if size is None else size, dtype)
     # DETR divides by the last row plus 1e-6.
-    rows, columns = (jnp.arange(1, side + 1, dtype=dtype) / (sides[i] + 1e-6) for i, side in enumerate(grid))
+    first = 0.5 if centred else 1.0
+    rows, columns = ((jnp.arange(side, dtype=dtype) + first) / (sides[i] + 1e-6) for i, side in enumerate(grid))
     half = channels // 2
     of_rows, of_columns = (sine_embedding(x, half, temperature=temperature).T for x in (rows, columns))
     shape = (half, *grid)

@@ -7,19 +7,18 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jax.nn.initializers import normal, variance_scaling
+from jax.nn.initializers import normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import rematerialise
 from ..ops import upcast
-from ._conv import Conv2d, Initializer, max_pool2d, relu
+from ._conv import Conv2d, Initializer, max_pool2d, relu, xavier_uniform
 from ._mobilenet import ConvNorm, MobileNet, relu6
 from ._norm import FrozenBatchNorm, Norm
 from ._vgg import VGG
 
 
-# Glorot and Bengio's initialisation, of SSD's layers in torchvision; and SSDlite's.
-xavier_uniform: Initializer = variance_scaling(1.0, "fan_avg", "uniform", in_axis=1, out_axis=0)
+# That of SSDlite's layers in torchvision; SSD's have Glorot's.
 narrow_normal: Initializer = normal(0.03)
 
 # Channels, stride and padding of the 3×3 convolution of each extra layer of SSD300: 10, 5, 3 and 1 cells per side.

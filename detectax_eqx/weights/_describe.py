@@ -20,6 +20,7 @@ _RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 _CASCADE = ("roi_heads.box_predictor.0.", "box_head.stages.")
 _DETECTORS = (
     (("backbone.0.encoder.blocks.",), "LW-DETR"),
+    (("transformer.level_embed", "references."), "Deformable DETR"),
     (("transformer.enc_out", "first_stage."), "RF-DETR"),
     (("transformer.encoder.", "encoder.0.linear1."), "DETR"),
     (("roi_heads.mask_predictor.", "roi_heads.mask_head.", "mask_head."), "Mask R-CNN"),
@@ -39,6 +40,7 @@ _OTHER_BODIES = (
 _BODIES = ("backbone.body.", "backbone.bottom_up.", "backbone.0.body.")
 _HEATMAPS = ("keypoint_predictor.kps_score_lowres.bias", "keypoint_head.heatmaps.bias")
 _CLASS_LOGITS = (
+    "class_embed.0.bias",
     "head.cls_score.bias",
     "box_predictor.cls_score.bias",
     "box_predictor.0.cls_score.bias",

@@ -1,4 +1,4 @@
-"""Conversion of parameters from DETR and to DETR, by name."""
+"""Conversion of parameters from DETR and Deformable DETR, and to them, by name."""
 
 import os
 import re
@@ -22,13 +22,24 @@ from ._trees import named_leaves, named_values
 
 Model = TypeVar("Model", bound=eqx.Module)
 
-# The names of facebookresearch's files.
+# The norm after each attention of the decoder, which has another order there.
+_DEFORMABLE_LAYER = {"self_attention": "self_attn", "cross_attention": "cross_attn", "norm1": "norm2", "norm2": "norm1"}
+_DEFORMABLE_LAYER |= {name: name for name in ("linear1", "linear2", "norm3")}
+
+
+def _deformable_layer(i: int) -> dict[str, str]:
+    """The fields of a layer of Deformable DETR's decoder."""
+    return {ours: f"transformer.decoder.layers.{i}.{theirs}" for ours, theirs in _DEFORMABLE_LAYER.items()}
+
+
+# The names of facebookresearch's files, and of fundamentalvision's.
 _NAMES: Names = {
     nn.ResNet: TORCHVISION[nn.ResNet],
     nn.BasicBlock: TORCHVISION[nn.BasicBlock],
     nn.Bottleneck: TORCHVISION[nn.Bottleneck],
     nn.Downsample: TORCHVISION[nn.Downsample],
     nn.ProjectedResNet: {"body": "backbone.0.body", "projection": "input_proj"},
+    nn.ProjectedLevels: {"body": "backbone.0.body", "projections": "input_proj.{i}.0", "norms": "input_proj.{i}.1"},
     models.DETR: {
         "backbone": "",
         "encoder": "transformer.encoder.layers.{i}",
@@ -38,29 +49,58 @@ _NAMES: Names = {
         "class_logits": "class_embed",
         "boxes": "bbox_embed",
     },
+    models.DeformableDETR: {
+        "backbone": "",
+        "levels": "transformer.level_embed",
+        "encoder": "transformer.encoder.layers.{i}",
+        "queries": "query_embed",
+        "references": "transformer.reference_points",
+        "decoder": _deformable_layer,
+        "class_logits": "class_embed.{i}",
+        "deltas": "bbox_embed.{i}",
+    },
     models.EncoderLayer: {"attention": "self_attn"},
     models.DecoderLayer: {"self_attention": "self_attn", "cross_attention": "multihead_attn"},
     nn.QueryAttention: {"qkv": {"weight": "in_proj_weight", "bias": "in_proj_bias"}, "projection": "out_proj"},
+    nn.DeformableAttention: {
+        "offsets": "sampling_offsets",
+        "weights": "attention_weights",
+        "values": "value_proj",
+        "projection": "output_proj",
+    },
 }
-# From Hugging Face's names, former and current, to those of facebookresearch.
+# From Hugging Face's names, former and current, to those of the authors.
 _RULES: tuple[tuple[str, str], ...] = (
     (r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone.0.body."),
     (r"^model\.input_projection\.", "input_proj."),
+    (r"^model\.input_proj\.", "input_proj."),
     (r"^model\.query_position_embeddings\.", "query_embed."),
     (r"^model\.decoder\.layernorm\.", "transformer.decoder.norm."),
-    (r"^model\.(encoder|decoder)\.", r"transformer.\1."),
+    (r"^model\.(encoder|decoder|level_embed|reference_points)\b", r"transformer.\1"),
     (r"^class_labels_classifier\.", "class_embed."),
     (r"^bbox_predictor\.", "bbox_embed."),
-    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"^(transformer\.encoder\..*)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"^(transformer\.encoder\..*)\.final_layer_norm\.", r"\1.norm2."),
-    (r"\.encoder_attn_layer_norm\.", ".norm2."),
     (r"\.final_layer_norm\.", ".norm3."),
-    (r"\.encoder_attn\.", ".multihead_attn."),
     (r"\.o_proj\.", ".out_proj."),
     (r"\.(mlp\.)?fc([12])\.", r".linear\2."),
+    # The predictions by which boxes are refined are those of the layers.
+    (r"^transformer\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
 )
-_HUGGING_FACE = re.compile(r"model\.(backbone\.(conv_encoder|model)|input_projection|query_position|encoder|decoder)")
+_DECODER_RULES = (
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.encoder_attn_layer_norm\.", ".norm2."),
+    (r"\.encoder_attn\.", ".multihead_attn."),
+)
+_DEFORMABLE_RULES = (
+    (r"\.self_attn_layer_norm\.", ".norm2."),
+    (r"\.encoder_attn_layer_norm\.", ".norm1."),
+    (r"\.encoder_attn\.", ".cross_attn."),
+)
+_HUGGING_FACE = re.compile(r"model\.(backbone\.(conv_encoder|model)|input_proj|query_position|encoder|decoder)")
 _PARTS = ("q_proj", "k_proj", "v_proj")
+# A prediction of a layer of Deformable DETR.
+_PREDICTION = re.compile(r"((?:class|bbox)_embed)\.(\d+)(\..*)")
 
 
 def _detr_names(model: Any) -> dict[str, str]:
@@ -69,21 +109,29 @@ def _detr_names(model: Any) -> dict[str, str]:
 
 
 def read_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Reads parameters by the names of DETR's authors, in the arrangement of this package.
+    """Reads parameters by the names of the authors of DETR or Deformable DETR, in the arrangement of this package.
 
-    - `source`: a `.pth` file of facebookresearch (see `read_pth`), a `.safetensors` file of Hugging Face, or a mapping
-      with the names of either.
+    - `source`: a `.pth` file of theirs (see `read_pth`), a `.safetensors` file of Hugging Face, or a mapping with the
+      names of either.
 
-    Queries, keys and values of an attention are stacked. Counters (`num_batches_tracked`) are dropped.
+    Queries, keys and values of an attention are stacked. Counters (`num_batches_tracked`) are dropped, and so are
+    arrays that a file holds twice.
 
     >>> arrays = read_detr({"model.query_position_embeddings.weight": np.zeros((100, 256))})
     >>> list(arrays)
     ['query_embed.weight']
     """
-    arrays = arrays_by_name(source)
-    if not any(map(_HUGGING_FACE.match, arrays)):  # whose names have a prefix that is no wrapper's
-        arrays = without_prefixes(arrays)
-    arrays = {_renamed(name): np.asarray(array) for name, array in arrays.items() if not is_counter(name)}
+    named = arrays_by_name(source)
+    if not any(map(_HUGGING_FACE.match, named)):  # whose names have a prefix that is no wrapper's
+        named = without_prefixes(named)
+    deformable = any(".sampling_offsets." in name for name in named)
+    rules = (*_RULES, *(_DEFORMABLE_RULES if deformable else _DECODER_RULES))
+    arrays: dict[str, np.ndarray] = {}
+    for name, array in named.items():
+        new, array = _renamed(name, rules), np.asarray(array)
+        if is_counter(name) or (new in arrays and np.array_equal(arrays[new], array)):
+            continue
+        arrays[name if new in arrays else new] = array  # one that differs stays, and is refused
     result: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         match = re.fullmatch(r"(.*_attn\.)[qkv]_proj\.(weight|bias)", name)
@@ -95,16 +143,17 @@ def read_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Shaped
     return result
 
 
-def _renamed(name: str) -> str:
-    for pattern, replacement in _RULES:
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def load_detr(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Model:
-    """Returns a copy of `model` with DETR's parameters.
+    """Returns a copy of `model` with parameters of DETR or Deformable DETR.
 
-    - `model`: a detector made by `models.detr`. Its shapes are sufficient (`equinox.filter_eval_shape`).
+    - `model`: a detector made by `models.detr` or `models.deformable_detr`. Its shapes are sufficient
+      (`equinox.filter_eval_shape`).
     - `source`: any source that `read_detr` accepts. Nothing in it is run.
 
     Published files use COCO's category ids as labels: there are 91 classes, and 0 is unused.
@@ -122,7 +171,17 @@ def load_detr(model: Model, source: str | os.PathLike | Mapping[str, Any]) -> Mo
     True
     """
     origin = Path(source).name if isinstance(source, str | os.PathLike) else "the given mapping"
-    return load_named(model, read_detr(source), _detr_names(model), origin)
+    arrays, names = read_detr(source), _detr_names(model)
+    wanted = set(names.values())
+    repeated = {name for name in arrays.keys() - wanted if _repeats(name, arrays)}
+    return load_named(model, {name: x for name, x in arrays.items() if name not in repeated}, names, origin)
+
+
+def _repeats(name: str, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether a prediction of a layer is that of the first layer, as where all layers share it."""
+    match = _PREDICTION.fullmatch(name)
+    first = None if match is None else arrays.get(f"{match[1]}.0{match[3]}")
+    return first is not None and np.array_equal(first, arrays[name])
 
 
 def detr_shapes(model: eqx.Module) -> dict[str, tuple[int, ...]]:
@@ -139,9 +198,10 @@ def detr_shapes(model: eqx.Module) -> dict[str, tuple[int, ...]]:
 
 
 def to_detr(model: eqx.Module) -> dict[str, np.ndarray]:
-    """Returns the parameters of a model by the names of DETR's authors, in their arrangement, for `load_state_dict`.
+    """Returns the parameters of a model by the names of its authors, in their arrangement, for `load_state_dict`.
 
-    The inverse of `load_detr`. Raises a `ValueError` for shapes without values.
+    The inverse of `load_detr`. A prediction that all layers of Deformable DETR share has the name of the first, and
+    those by which boxes are refined are not repeated. Raises a `ValueError` for shapes without values.
 
     >>> import jax.random as jr
     >>> from detectax_eqx.nn import QueryAttention

@@ -71,9 +71,9 @@ def rf_detr(kind):
 
 
 def detr(kind):
-    """A tiny DETR or LW-DETR, whose images are resized as Pillow does. `kind`: "detr" or "lw_detr"."""
-    if kind == "detr":
-        return load_detr(detr_tiny.build(), detr_tiny.random_arrays({}))
+    """A tiny DETR, Deformable DETR or LW-DETR, which resizes as Pillow. `kind`: in `detr_tiny.KINDS`, or "lw_detr"."""
+    if kind in detr_tiny.KINDS:
+        return load_detr(detr_tiny.build(kind), detr_tiny.random_arrays({}, kind))
     return load_rf_detr(lw_detr_tiny.build(), lw_detr_tiny.random_arrays())
 
 

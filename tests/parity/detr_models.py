@@ -1,18 +1,34 @@
-"""Hugging Face's DETR with random, decisive parameters. Needs the package transformers."""
+"""Hugging Face's DETR and Deformable DETR with random, decisive parameters. Needs the package transformers."""
 # pyright: reportMissingImports=false
 
+import copy
+import re
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torchvision.models import resnet
-from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DeformableDetrImageProcessorPil,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessorPil,
+)
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+from transformers.models.deformable_detr import modeling_deformable_detr
 from transformers.models.detr import modeling_detr
 
 from detectax_eqx.weights import read_detr
-from detectax_eqx.weights._detr import _PARTS as PARTS, _renamed as renamed
+from detectax_eqx.weights._detr import (
+    _DECODER_RULES as DECODER_RULES,
+    _DEFORMABLE_RULES as DEFORMABLE_RULES,
+    _PARTS as PARTS,
+    _RULES as RULES,
+    _renamed,
+)
 
 from .. import detr_tiny as tiny
 
@@ -23,13 +39,15 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 class TinyBody(torch.nn.Module):
     """A ResNet of one bottleneck per stage, by torchvision's and timm's names."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, skip: bool):
+        """`skip`: leave out the first map, as in Deformable DETR."""
         super().__init__()
-        self.channels = [4 * width * 2**i for i in range(4)]
+        self.skip = int(skip)
+        channels = [4 * width * 2**i for i in range(4)]
+        self.channels = channels[self.skip :]
         self.conv1 = torch.nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = torch.nn.BatchNorm2d(width)
-        inputs = [width, *self.channels[:-1]]
-        for i, (before, after) in enumerate(zip(inputs, self.channels, strict=True)):
+        for i, (before, after) in enumerate(zip([width, *channels[:-1]], channels, strict=True)):
             stride = 1 if i == 0 else 2
             shortcut = torch.nn.Sequential(
                 torch.nn.Conv2d(before, after, 1, stride=stride, bias=False), torch.nn.BatchNorm2d(after)
@@ -43,27 +61,43 @@ class TinyBody(torch.nn.Module):
         for i in range(4):
             x = getattr(self, f"layer{i + 1}")(x)
             maps.append(x)
-        return maps
+        return maps[self.skip :]
 
 
-def new_detector(backbone: str, **changes: Any) -> DetrForObjectDetection:
+def new_detector(backbone: str, kind: str = "detr", **changes: Any) -> torch.nn.Module:
     """A whole detector on timm's `backbone`, with parameters of `detr_tiny.random_array`."""
-    options = {"num_labels": 91, "backbone": backbone, "attn_implementation": "eager"}
-    model = DetrForObjectDetection(DetrConfig(**(options | changes)))
+    options = {"num_labels": 91, "backbone": backbone, "attn_implementation": "eager"} | changes
+    if kind == "detr":
+        model = DetrForObjectDetection(DetrConfig(**options))
+    else:
+        costs = {"class_cost": 2, "with_box_refine": kind.endswith("refine")}
+        model = DeformableDetrForObjectDetection(DeformableDetrConfig(**(costs | options)))
+        if costs["with_box_refine"]:  # transformers 5.24 ties the predictions of all layers to each other
+            for name in ("class_embed", "bbox_embed"):
+                setattr(model, name, torch.nn.ModuleList(map(copy.deepcopy, getattr(model, name))))
+            model.model.decoder.bbox_embed = model.bbox_embed
     randomize(model)
     return model.eval()
 
 
-def tiny_detector() -> DetrForObjectDetection:
+def renamed(name: str, model: torch.nn.Module) -> str:
+    """The authors' name of a parameter."""
+    if isinstance(model, DetrForObjectDetection):
+        return _renamed(name, (*RULES, *DECODER_RULES))
+    name = _renamed(name, (*RULES, *DEFORMABLE_RULES))
+    return name if model.config.with_box_refine else re.sub(r"(class|bbox)_embed\.\d+", r"\1_embed.0", name)
+
+
+def tiny_detector(kind: str = "detr") -> torch.nn.Module:
     """Hugging Face's counterpart of `detr_tiny.build`."""
     sizes = {"encoder": tiny.LAYERS, "decoder": tiny.LAYERS}
     options = {f"{part}_layers": layers for part, layers in sizes.items()}
     options |= {f"{part}_attention_heads": tiny.HEADS for part in sizes}
     options |= {f"{part}_ffn_dim": tiny.HIDDEN for part in sizes}
-    with mock.patch.object(modeling_detr, "load_backbone", lambda _: TinyBody(tiny.WIDTH)):
-        return new_detector(
-            "resnet50", num_labels=tiny.CLASSES, d_model=tiny.CHANNELS, num_queries=tiny.QUERIES, **options
-        )
+    module = modeling_detr if kind == "detr" else modeling_deformable_detr
+    options |= {"num_labels": tiny.CLASSES, "d_model": tiny.CHANNELS, "num_queries": tiny.QUERIES}
+    with mock.patch.object(module, "load_backbone", lambda _: TinyBody(tiny.WIDTH, skip=kind != "detr")):
+        return new_detector("resnet50", kind, **options)
 
 
 def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -78,9 +112,9 @@ def randomize(model: torch.nn.Module) -> None:
         theirs[name] = tiny.random_array(name, tiny.flat(name, array.shape))
     state = {}
     for name in model.state_dict():
-        ours, part = renamed(name), name.rpartition(".")[0].rpartition(".")[2]
+        ours, part = renamed(name, model), name.rpartition(".")[0].rpartition(".")[2]
         if part in PARTS:
-            ours = renamed(name.replace(f".{part}.", ".in_proj_"))
+            ours = renamed(name.replace(f".{part}.", ".in_proj_"), model)
             array = theirs[ours].reshape(3, -1, *theirs[ours].shape[1:])[PARTS.index(part)]
         else:
             array = theirs[ours]
@@ -88,35 +122,45 @@ def randomize(model: torch.nn.Module) -> None:
     model.load_state_dict(state)
 
 
-def adjust(model: DetrForObjectDetection, image: np.ndarray, short: int, long: int) -> dict[str, np.ndarray]:
+def adjust(model: torch.nn.Module, image: np.ndarray, short: int, long: int) -> dict[str, np.ndarray]:
     """Makes cells, classes and boxes differ: each channel has mean 0 over an image, and all together a deviation.
 
     Returns the parameters that it changed, by the names of DETR's authors. Random layers of that depth map all queries
     to nearly the same.
     """
-    layers = {
-        "input_proj": (model.model.input_projection, 1.0),
-        "class_embed": (model.class_labels_classifier, 1.0),
-        "bbox_embed.layers.2": (model.bbox_predictor.layers[-1], 1.0),
-    }
+    deformable = isinstance(model, DeformableDetrForObjectDetection)
+    if not deformable:
+        layers = {
+            "input_proj": model.model.input_projection,
+            "class_embed": model.class_labels_classifier,
+            "bbox_embed.layers.2": model.bbox_predictor.layers[-1],
+        }
+    else:
+        layers = {}
+        count = len(model.class_embed)
+        for i in range(count) if model.config.with_box_refine else [count - 1]:
+            name = i if model.config.with_box_refine else 0  # of predictions that all layers share
+            layers[f"class_embed.{name}"] = model.class_embed[i]
+            layers[f"bbox_embed.{name}.layers.2"] = model.bbox_embed[i].layers[-1]
     changed = {}
-    for name, (layer, deviation) in layers.items():
+    for name, layer in layers.items():
         outputs: list[torch.Tensor] = []
         hook = layer.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output.detach()))
         detections(model, image, short, long)
         hook.remove()
         x = outputs[0][0]
         x = x.flatten(1).T if x.ndim == 3 else x  # (cells or queries, channels)
-        scale = deviation / (x - x.mean(0)).std()
+        # Queries of Deformable DETR are so alike that one class would have all of the best pairs.
+        scale = 1 / (x - x.mean(0)).std(0 if deformable else None).expand(x.shape[1])
         with torch.no_grad():
-            layer.weight.mul_(scale)
+            layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.ndim - 1)))
             layer.bias.sub_(x.mean(0)).mul_(scale)
         changed |= {f"{name}.weight": layer.weight.detach().numpy(), f"{name}.bias": layer.bias.detach().numpy()}
     return changed
 
 
 def detections(
-    model: DetrForObjectDetection,
+    model: torch.nn.Module,
     image: np.ndarray,
     short: int,
     long: int,
@@ -127,7 +171,8 @@ def detections(
     For a model in double precision, pixels are normalised here: the processor rounds them to single precision.
     """
     size = {"shortest_edge": short, "longest_edge": long}
-    processor = DetrImageProcessorPil(size=size)
+    detr = isinstance(model, DetrForObjectDetection)
+    processor = (DetrImageProcessorPil if detr else DeformableDetrImageProcessorPil)(size=size)
     pad = {} if canvas is None else {"pad_size": {"height": canvas[0], "width": canvas[1]}}
     raw = {} if model.dtype == torch.float32 else {"do_rescale": False, "do_normalize": False}
     inputs = processor(images=np.asarray(image), return_tensors="pt", **pad, **raw)
@@ -147,7 +192,7 @@ def normalized(pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def losses(
-    model: DetrForObjectDetection,
+    model: torch.nn.Module,
     pixels: np.ndarray,
     sizes: tuple[tuple[int, int], ...],
     boxes: np.ndarray,
@@ -156,8 +201,7 @@ def losses(
 ) -> dict[str, torch.Tensor]:
     """The weighted losses of a batch, summed over layers, by the names that they have here.
 
-    With `auxiliary_loss`, transformers 5.24 passes the norm of a layer's output to the next layer, unlike DETR's
-    authors. So each layer's output is taken from a model without.
+    Hugging Face has a weight of 1 for the classes of Deformable DETR, whose authors have 2.
     """
     dtype = next(model.parameters()).dtype
     mask = torch.zeros(pixels.shape[:3], dtype=torch.long)
@@ -168,6 +212,28 @@ def losses(
         cxcywh = torch.cat([(x[:, :2] + x[:, 2:]) / 2, x[:, 2:] - x[:, :2]], dim=1)
         objects.append({"boxes": cxcywh, "class_labels": torch.from_numpy(labels[i, rows]).long()})
     images = normalized(torch.from_numpy(pixels).to(dtype).permute(0, 3, 1, 2), mask)
+    detr = isinstance(model, DetrForObjectDetection)
+    torch.set_default_dtype(dtype)  # that of the weights of classes
+    try:
+        terms = (_terms if detr else _deformable_terms)(model, images, mask, objects)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    classes = 1 if detr else 2
+    names = {"loss_class": ("loss_ce", classes), "loss_l1": ("loss_bbox", 5), "loss_giou": ("loss_giou", 2)}
+    return {
+        ours: weight * torch.stack([value for name, value in terms.items() if name.startswith(theirs)]).sum()
+        for ours, (theirs, weight) in names.items()
+    }
+
+
+def _terms(
+    model: DetrForObjectDetection, images: torch.Tensor, mask: torch.Tensor, objects: list[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The losses of all layers by Hugging Face's names.
+
+    With `auxiliary_loss`, transformers 5.24 passes the norm of a layer's output to the next layer, unlike DETR's
+    authors. So each layer's output is taken from a model without.
+    """
     outputs: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -179,13 +245,15 @@ def losses(
     features = model.model.decoder.layernorm(torch.stack(outputs))
     logits, predicted = model.class_labels_classifier(features), model.bbox_predictor(features).sigmoid()
     config = DetrConfig(**(model.config.to_dict() | {"auxiliary_loss": True}))
-    torch.set_default_dtype(dtype)  # that of the weights of classes
-    try:
-        _, terms, _ = ForObjectDetectionLoss(logits[-1], objects, "cpu", predicted[-1], config, logits, predicted)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    names = {"loss_class": ("loss_ce", 1), "loss_l1": ("loss_bbox", 5), "loss_giou": ("loss_giou", 2)}
-    return {
-        ours: weight * torch.stack([value for name, value in terms.items() if name.startswith(theirs)]).sum()
-        for ours, (theirs, weight) in names.items()
-    }
+    return ForObjectDetectionLoss(logits[-1], objects, "cpu", predicted[-1], config, logits, predicted)[1]
+
+
+def _deformable_terms(
+    model: DeformableDetrForObjectDetection,
+    images: torch.Tensor,
+    mask: torch.Tensor,
+    objects: list[dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """The same of Deformable DETR."""
+    model.config.auxiliary_loss = True
+    return model(images, pixel_mask=mask, labels=objects).loss_dict

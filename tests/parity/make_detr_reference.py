@@ -1,8 +1,8 @@
-"""Writes Hugging Face's results of DETR for the tests: `python -m tests.parity.make_detr_reference`.
+"""Writes Hugging Face's results of DETR and Deformable DETR: `python -m tests.parity.make_detr_reference`.
 
-`tests/data/detr.npz` holds detections, losses and gradients of the tiny detector whose parameters, images and objects
-`tests/detr_tiny.py` draws. `tests/data/detr_names.json` holds Hugging Face's names and shapes of the
-parameters of DETR R50.
+For each of the tiny detectors whose parameters, images and objects `tests/detr_tiny.py` draws, a file in `tests/data`
+holds detections, losses and gradients. `detr_names.json` and `deformable_detr_names.json` there hold Hugging Face's
+names and shapes of the parameters on ResNet-50.
 """
 # pyright: reportMissingImports=false
 
@@ -22,23 +22,33 @@ DATA = Path(__file__).parent.parent / "data"
 # The parameters whose gradients are stored, by the names of DETR's authors.
 GRADIENTS = {
     "query_embed.weight",
+    "transformer.level_embed",
+    "transformer.reference_points.weight",
     "transformer.encoder.layers.0.self_attn.in_proj_weight",
+    "transformer.encoder.layers.0.self_attn.sampling_offsets.bias",
+    "transformer.encoder.layers.1.self_attn.value_proj.weight",
     "transformer.encoder.layers.1.linear1.bias",
     "transformer.decoder.layers.0.self_attn.in_proj_bias",
     "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+    "transformer.decoder.layers.0.cross_attn.attention_weights.weight",
+    "transformer.decoder.layers.1.cross_attn.sampling_offsets.weight",
     "transformer.decoder.layers.1.norm3.weight",
     "transformer.decoder.norm.weight",
     "class_embed.weight",
+    "class_embed.0.weight",
     "bbox_embed.layers.1.weight",
+    "bbox_embed.0.layers.1.weight",
     "input_proj.weight",
+    "input_proj.0.1.weight",
+    "input_proj.3.1.bias",
     "backbone.0.body.layer3.0.conv2.weight",
     "backbone.0.body.conv1.weight",
 }
 
 
-def reference() -> dict[str, np.ndarray]:
+def reference(kind: str) -> dict[str, np.ndarray]:
     """Detections in two images, alone and on a common canvas, and losses with gradients, in double precision."""
-    model = tiny_detector()
+    model = tiny_detector(kind)
     adjusted = adjust(model, tiny.images()[0], tiny.SHORT, tiny.LONG)
     result = {f"adjusted.{name}": array.copy() for name, array in adjusted.items()}
     model = model.double()
@@ -59,7 +69,9 @@ def reference() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    arrays: Any = reference()
-    np.savez_compressed(DATA / "detr.npz", **arrays)
-    names = {name: list(x.shape) for name, x in arrays_of(new_detector("resnet50")).items()}
-    (DATA / "detr_names.json").write_text(json.dumps(names, separators=(",", ":")) + "\n", encoding="utf-8")
+    for kind in tiny.KINDS:
+        arrays: Any = reference(kind)
+        np.savez_compressed(DATA / f"{kind}.npz", **arrays)
+    for kind in ("detr", "deformable_detr"):
+        names = {name: list(x.shape) for name, x in arrays_of(new_detector("resnet50", kind)).items()}
+        (DATA / f"{kind}_names.json").write_text(json.dumps(names, separators=(",", ":")) + "\n", encoding="utf-8")

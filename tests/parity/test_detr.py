@@ -1,4 +1,4 @@
-"""DETR against Hugging Face's with equal parameters: detections in real images, losses and gradients."""
+"""DETR and Deformable DETR against Hugging Face's at equal parameters: detections in real images, losses, gradients."""
 # pyright: reportMissingImports=false
 
 import equinox as eqx
@@ -20,6 +20,7 @@ from .torchvision_models import real_images
 
 
 IMAGES = 4
+KINDS = pytest.mark.parametrize("kind", ["detr", "deformable_detr", "deformable_detr_refine"])
 
 
 def loaded(name, model):
@@ -28,18 +29,19 @@ def loaded(name, model):
 
 
 @pytest.mark.timeout(1800)
+@KINDS
 @pytest.mark.parametrize("canvas", [None, (1344, 1344)], ids=["alone", "padded"])
-def test_detections_on_real_images(canvas):
-    """All queries, as Hugging Face's processor and model detect them: boxes within .01 px, scores within 1e-5.
+def test_detections_on_real_images(kind, canvas):
+    """As Hugging Face's processor and model detect them: boxes within .01 px, scores within 1e-5.
 
     In double precision: a dozen layers of random attention amplify rounding to another choice of cells.
     """
     images = real_images(IMAGES)
     if len(images) < IMAGES:
         pytest.skip("no folder of real images beside the repository")
-    model = theirs.new_detector("resnet50")
+    model = theirs.new_detector("resnet50", kind)
     theirs.adjust(model, images[0], 800, 1333)
-    ours = loaded("detr_resnet50", model)
+    ours = loaded(f"{kind}_resnet50", model)
     classes: set[int] = set()
     for image in images:
         expected = theirs.detections(model.double(), image, 800, 1333, canvas)
@@ -55,9 +57,10 @@ def test_detections_on_real_images(canvas):
 
 
 @pytest.mark.timeout(1800)
-def test_losses_and_gradients():
+@KINDS
+def test_losses_and_gradients(kind):
     """In double precision: 1e-6, of all parameters, on a batch with 0, 1 and 40 objects."""
-    model = theirs.new_detector("resnet50")
+    model = theirs.new_detector("resnet50", kind)
     draw, sizes, capacity = np.random.default_rng(0), ((192, 256), (130, 256), (192, 201)), 60
     pixels = draw.integers(0, 256, (3, 192, 256, 3)).astype(np.uint8)
     limits = np.array([[width, height] for height, width in sizes])[:, None] - 40
@@ -65,7 +68,7 @@ def test_losses_and_gradients():
     boxes = np.concatenate([corners, corners + draw.uniform(6, 40, corners.shape)], axis=2).astype(np.float32)
     labels = draw.integers(0, 91, (3, capacity)).astype(np.int32)
     valid = np.arange(capacity) < np.array([0, 1, 40])[:, None]
-    ours = loaded("detr_resnet50", model)
+    ours = loaded(f"{kind}_resnet50", model)
     expected = theirs.losses(model.double(), pixels, sizes, boxes, labels, valid)
     torch.stack(list(expected.values())).sum().backward()
     with jax.enable_x64(True):
@@ -87,12 +90,12 @@ def test_losses_and_gradients():
     grads, differences = weights.read_detr(weights.to_detr(grads)), {}
     for key, array in wanted.items():
         # These have gradients of 0 in exact arithmetic: the bias of keys, and attention among queries that are all 0.
-        if "decoder.layers.0.self_attn.in_proj" in key:
+        if kind == "detr" and "decoder.layers.0.self_attn.in_proj" in key:
             assert max(np.abs(grads[key][:2]).max(), np.abs(array[:2]).max()) < 1e-12
             array, grads[key] = array[2], grads[key][2]
         elif key.endswith("in_proj_bias"):
             array, grads[key] = array[[0, 2]], grads[key][[0, 2]]
-        if key.endswith("decoder.layers.0.self_attn.in_proj_weight"):
+        if kind == "detr" and key.endswith("decoder.layers.0.self_attn.in_proj_weight"):
             continue
         differences[key] = np.abs(grads[key] - array).max() / np.abs(array).max()
     worst = max(differences, key=lambda key: differences[key])
