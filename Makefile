@@ -17,7 +17,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 help:
 	@echo "make demo         train, evaluate and draw a small Mask R-CNN on synthetic images (about 4 minutes on two cores)"
 	@echo "make test         run the tests"
-	@echo "make test-slow    run the tests that take half a minute each"
+	@echo "make test-slow    run the tests that take five seconds to a minute each, which make test leaves out"
 	@echo "make test-all     run all tests, also those that take minutes each, and write the fault table in docs/benchmarks/reliability.md"
 	@echo "make notebooks    run the notebooks from top to bottom (about three minutes)"
 	@echo "make lint         check style and types"

@@ -231,6 +231,7 @@ def test_bfloat16():
     assert jnp.linalg.norm(found.astype(jnp.float32) - wanted) < 0.03 * jnp.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_square_canvas():
     """A preprocessing with a square canvas gives the features that this canvas gives."""
     backbone = nn.ViTFPN(random_like(tiny_vit(), scale=0.3), key=jr.key(1), channels=16)

@@ -31,6 +31,7 @@ def memory_of(build, loss):
     return scratch_of(jax.jit(gradient).lower(shapes).compile())
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_memory():
     def make(checkpoint):
         return lambda: nn.resnet50(key=jr.key(0), width=8, checkpoint=checkpoint)

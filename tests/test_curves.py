@@ -138,6 +138,7 @@ def test_a_missing_package_is_named(name, package, tmp_path, monkeypatch):
         Trackers(grouped(output=tmp_path, track=(name,)), start=0)
 
 
+@pytest.mark.slow
 def test_a_run_draws_its_curves_and_gives_its_options_to_another(tmp_path):
     """`--options options.json` restores every option of that run except the output folder."""
     from _options import flat

@@ -28,7 +28,8 @@ from .test_detr import hugging_face
 
 DATA = Path(__file__).parent / "data"
 NAMES = json.loads((DATA / "deformable_detr_names.json").read_text(encoding="utf-8"))
-KINDS = pytest.mark.parametrize("kind", ["deformable_detr", "deformable_detr_refine"])
+SLOW = pytest.param("deformable_detr", marks=pytest.mark.slow)  # the simpler of the two
+KINDS = pytest.mark.parametrize("kind", [SLOW, "deformable_detr_refine"])
 
 
 @functools.cache

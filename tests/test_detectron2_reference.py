@@ -23,6 +23,12 @@ from . import detectron2_tiny as tiny
 
 
 DATA = Path(__file__).parent / "data"
+# Faster and Cascade R-CNN are parts of others or have more of the same.
+QUICK = ("mask_rcnn", "keypoint_rcnn", "retinanet")
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in (*tiny.KINDS, *tiny.TRANSFORMERS)],
+)
 
 
 @cache
@@ -49,9 +55,7 @@ def close(found, kind, prefix, *, pixels):
     np.testing.assert_allclose(np.asarray(found.boxes)[valid], expected[f"{prefix}.boxes"], atol=pixels)
 
 
-@pytest.mark.parametrize(
-    "kind", [*tiny.KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in tiny.TRANSFORMERS)]
-)
+@KINDS
 def test_detections(kind):
     """From the image as decoded: resize, rounding, detection, and boxes scaled back."""
     model, detect = made(kind), eqx.filter_jit(models.detect)
@@ -76,9 +80,7 @@ def test_detections(kind):
             assert (union > 0).mean() > 0.7 and union.sum() > 500  # boxes may be smaller than a pixel
 
 
-@pytest.mark.parametrize(
-    "kind", [*tiny.KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in tiny.TRANSFORMERS)]
-)
+@KINDS
 def test_losses(kind):
     """Every loss of a batch with all candidates sampled, and gradients of two layers."""
     model, expected, everything = made(kind), stored(kind), 1_000_000

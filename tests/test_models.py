@@ -228,6 +228,7 @@ SLOW = (
     "cascade",
     "deformable_detr",
     "detr",
+    "fcos",
     "keypoint",
     "mask_v2",
     "mobilenet",
@@ -417,9 +418,7 @@ def speed(kind):
     return [pytest.mark.long, pytest.mark.timeout(900)] if kind in LATE else [pytest.mark.slow]
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=speed(kind) if kind not in ("faster", "fcos") else []) for kind in MODELS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=speed(kind) if kind != "faster" else []) for kind in MODELS])
 def test_overfits_a_handful_of_images(kind):
     """Bright rectangles on a dark background: after 300 steps, or 1,500, each is found, with its class.
 

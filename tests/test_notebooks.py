@@ -34,6 +34,7 @@ def notebook_of(path, *cells):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path)
 
 
+@pytest.mark.slow
 def test_the_script_runs_keeps_outputs_and_fails(tmp_path):
     good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
     notebook_of(good, "from pathlib import Path\nx = 41", "print(x + 1, Path.cwd().name)")

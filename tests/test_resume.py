@@ -104,6 +104,7 @@ def test_other_options_are_refused_or_printed(done):
     assert max(steps) == 6 and json.loads((folder / "options.json").read_text())["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_without_progress_stops_early(shapes, tmp_path):
     """At a rate of almost 0, the second epoch is no better than the first; resuming says so again."""
     options = ["--epochs", "5", "--patience", "1", "--lr", "1e-12", "--warmup-steps", "0"]

@@ -77,6 +77,7 @@ def test_the_same_as_on_one_device(make_backbone, tensor, shards):
     require_the_same(trained(make_backbone, 0), trained(make_backbone, tensor, shards))
 
 
+@pytest.mark.slow
 def test_each_device_holds_its_heads_and_hidden_values():
     state, _, _ = trained(vit, 8)
     for tree in (state.model, state.ema):

@@ -40,6 +40,7 @@ def run(shapes, output, *options, status=0):
     return done.stdout, [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     options = ["--model", "faster_rcnn_resnet18_fpn", "--steps", "3", "--warmup-steps", "2", "--log-every", "1"]
     options += ["--ema", "0.1", "--accumulate", "2", "--precision", "bfloat16", "--gradient-checkpointing"]

@@ -104,6 +104,7 @@ def test_training_goes_on_with_a_repaired_validation_annotation(tmp_path):
     assert metrics["numbers"] == evaluate.evaluate_coco(clean, results).numbers
 
 
+@pytest.mark.slow
 def test_without_ground_truth_best_is_last(tmp_path):
     for name in ("train", "val"):
         data.write_shapes_dataset(tmp_path / name, num_images=4, seed=0, image_size=(64, 64))
