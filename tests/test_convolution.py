@@ -250,3 +250,20 @@ def test_depthwise_of_no_image_and_in_bfloat16(getkey):
     exact, half = gradients(x, weight)[1], gradients(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16))[1]
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.01 * float(jnp.abs(exact).max()))
+
+
+@pytest.mark.parametrize("kernel, channels, groups", [(1, 4, 1), (3, 4, 1), (3, 256, 1), (3, 8, 8)])
+def test_float64(getkey, kernel, channels, groups):
+    """Every form computes in double precision, in the image and in its gradients, under strict promotion."""
+    with jax.enable_x64(True):
+        x = jr.normal(getkey(), (2, channels, 9, 10), jnp.float64)
+        weight = jr.normal(getkey(), (channels, channels // groups, kernel, kernel), jnp.float64)
+        options = {"stride": 1, "padding": kernel // 2, "groups": groups}
+
+        def gradients(convolve):
+            total = lambda x, weight: (jax.vmap(partial(convolve, **options), (0, None))(x, weight) ** 2).sum()  # noqa: E731
+            return jax.jit(jax.value_and_grad(total, (0, 1)))(x, weight)
+
+        for a, b in zip(*map(jax.tree.leaves, (gradients(nn.conv2d), gradients(_by_xla))), strict=True):
+            assert a.dtype == jnp.float64
+            np.testing.assert_allclose(a, b, atol=1e-12 * float(jnp.abs(b).max()))

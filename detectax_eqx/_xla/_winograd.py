@@ -63,7 +63,7 @@ def weight_gradient_3x3(cotangent: Float[Array, "n h w o"], x: Float[Array, "n h
         return [total + product(o, p) for total, o, p in zip(totals, outputs, pixels, strict=True)], None
 
     # Sums over many steps are accumulated in at least float32.
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     zeros = varying_like(jnp.zeros((4, cotangent.shape[-1], x.shape[-1]), dtype), cotangent, x)
     totals, _ = lax.scan(add, [zeros] * 4, starts)
     columns = _transpose_kernel(*totals)
