@@ -1,4 +1,4 @@
-"""What the tests of detection transformers have in common: their losses beside stored ones, and padding of targets."""
+"""What tests of detection transformers share: losses beside stored ones, padding of targets, files in the zoo."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from detectax_eqx import Targets
+from detectax_eqx import Targets, weights, zoo
+from detectax_eqx.zoo import _weights
 
 
 def compare_losses(detector, pixels, sizes, targets, expected, gradients_by_name) -> None:
@@ -47,3 +48,20 @@ def check_padding(model, pixels, size, boxes, labels) -> None:
     spread.boxes[where], spread.labels[where], spread.valid[where] = plain.boxes, plain.labels, True
     for one, other in zip(loss(plain).values(), loss(spread).values(), strict=True):
         np.testing.assert_allclose(one.mean(), other.mean(), rtol=1e-6)
+
+
+def check_files_in_the_zoo(name, hugging_face, folder, **parts) -> None:
+    """Hugging Face's files of a DETR are told from those of this package, and classes are counted.
+
+    - `hugging_face`: from arrays by the authors' names to those by Hugging Face's. `parts`: of the detector.
+    """
+    shapes = eqx.filter_eval_shape(zoo.build, name, 4, key=jr.key(0), **parts)
+    draw = np.random.default_rng(0)
+    model = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), shapes)
+    theirs, ours = folder / "theirs.safetensors", folder / "ours.safetensors"
+    weights.save_safetensors(hugging_face(weights.to_detr(model)), theirs)
+    weights.save_safetensors(model, ours)
+    for path, source in ((theirs, _weights._DETR), (ours, _weights._TORCHVISION)):
+        assert _weights.source_of(zoo.Architecture(name), path) is source
+        assert _weights.count_classes(zoo.Architecture(name), path) == 4
+        assert eqx.tree_equal(source.load(shapes, path), model)

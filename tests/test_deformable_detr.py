@@ -19,10 +19,9 @@ import pytest
 from detectax_eqx import Targets, models, nn, weights, zoo
 from detectax_eqx.models import _deformable_detr, _set_loss
 from detectax_eqx.weights import load_detr, read_detr, to_detr
-from detectax_eqx.zoo import _weights
 
 from . import detr_tiny as tiny, tiny_detector
-from .set_losses import check_padding, compare_losses
+from .set_losses import check_files_in_the_zoo, check_padding, compare_losses
 from .test_detr import hugging_face
 
 
@@ -144,18 +143,8 @@ def test_weights_that_do_not_fit():
 
 @KINDS
 def test_files_in_the_zoo(kind, tmp_path):
-    """Hugging Face's files are told from those of this package, and classes are counted."""
-    name = f"{kind}_resnet50"
-    shapes = eqx.filter_eval_shape(zoo.build, name, 4, key=jr.key(0), layers=2, queries=2, hidden_size=8)
-    draw = np.random.default_rng(0)
-    model = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), shapes)
-    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
-    weights.save_safetensors(named(to_detr(model), former=True), theirs)
-    weights.save_safetensors(model, ours)
-    for path, source in ((theirs, _weights._DETR), (ours, _weights._TORCHVISION)):
-        assert _weights.source_of(zoo.Architecture(name), path) is source
-        assert _weights.count_classes(zoo.Architecture(name), path) == 4
-        assert eqx.tree_equal(source.load(shapes, path), model)
+    parts = {"layers": 2, "queries": 2, "hidden_size": 8}
+    check_files_in_the_zoo(f"{kind}_resnet50", functools.partial(named, former=True), tmp_path, **parts)
 
 
 def test_boxes_move_by_their_logits():

@@ -5,7 +5,7 @@ With torch and transformers installed, `make parity` compares with a whole detec
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import equinox as eqx
@@ -18,10 +18,9 @@ import pytest
 from detectax_eqx import Targets, models, nn, weights, zoo
 from detectax_eqx.models import _detr, _queries, _set_loss
 from detectax_eqx.weights import load_detr, read_detr, to_detr
-from detectax_eqx.zoo import _weights
 
 from . import detr_tiny as tiny, tiny_detector
-from .set_losses import check_padding, compare_losses
+from .set_losses import check_files_in_the_zoo, check_padding, compare_losses
 
 
 DATA = Path(__file__).parent / "data"
@@ -139,18 +138,9 @@ def test_weights_that_do_not_fit():
 
 
 def test_files_in_the_zoo(tmp_path):
-    """Hugging Face's files are told from those of this package, and classes are counted."""
-    name = "detr_resnet50"
-    shapes = eqx.filter_eval_shape(zoo.build, name, 4, key=jr.key(0), layers=1, queries=2, hidden_size=8)
-    draw = np.random.default_rng(0)
-    model = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), shapes)
-    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
-    weights.save_safetensors(hugging_face(to_detr(model), former=True), theirs)
-    weights.save_safetensors(model, ours)
-    for path, source in ((theirs, _weights._DETR), (ours, _weights._TORCHVISION)):
-        assert _weights.source_of(zoo.Architecture(name), path) is source
-        assert _weights.count_classes(zoo.Architecture(name), path) == 4
-        assert eqx.tree_equal(source.load(shapes, path), model)
+    check_files_in_the_zoo(
+        "detr_resnet50", partial(hugging_face, former=True), tmp_path, layers=1, queries=2, hidden_size=8
+    )
 
 
 def test_sizes_after_the_resize():
