@@ -122,8 +122,10 @@ def randomize(model: torch.nn.Module) -> None:
     model.load_state_dict(state)
 
 
-def adjust(model: torch.nn.Module, image: np.ndarray, short: int, long: int) -> dict[str, np.ndarray]:
-    """Makes cells, classes and boxes differ: each channel has mean 0 over an image, and all together a deviation.
+def adjust(
+    model: torch.nn.Module, image: np.ndarray, short: int, long: int, canvas: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Makes cells, classes and boxes differ: each channel has mean 0 over an image, and a deviation of 1.
 
     Returns the parameters that it changed, by the names of DETR's authors. Random layers of that depth map all queries
     to nearly the same.
@@ -146,7 +148,7 @@ def adjust(model: torch.nn.Module, image: np.ndarray, short: int, long: int) -> 
     for name, layer in layers.items():
         outputs: list[torch.Tensor] = []
         hook = layer.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output.detach()))
-        detections(model, image, short, long)
+        detections(model, image, short, long, canvas)
         hook.remove()
         x = outputs[0][0]
         x = x.flatten(1).T if x.ndim == 3 else x  # (cells or queries, channels)

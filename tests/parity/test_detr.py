@@ -40,7 +40,7 @@ def test_detections_on_real_images(kind, canvas):
     if len(images) < IMAGES:
         pytest.skip("no folder of real images beside the repository")
     model = theirs.new_detector("resnet50", kind)
-    theirs.adjust(model, images[0], 800, 1333)
+    theirs.adjust(model, images[0], 800, 1333, canvas)
     ours = loaded(f"{kind}_resnet50", model)
     classes: set[int] = set()
     for image in images:
