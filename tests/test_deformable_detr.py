@@ -3,10 +3,10 @@
 With torch and transformers installed, `make parity` compares with whole detectors on real images.
 """
 
-import functools
 import json
 import math
 import re
+from functools import cache, partial
 from pathlib import Path
 
 import equinox as eqx
@@ -31,13 +31,13 @@ SLOW = pytest.param("deformable_detr", marks=pytest.mark.slow)  # the simpler of
 KINDS = pytest.mark.parametrize("kind", [SLOW, "deformable_detr_refine"])
 
 
-@functools.cache
+@cache
 def stored(kind):
     with np.load(DATA / f"{kind}.npz") as arrays:
         return dict(arrays)
 
 
-@functools.cache
+@cache
 def made(kind):
     """The tiny detector with the parameters of Hugging Face's."""
     adjusted = {key.removeprefix("adjusted."): x for key, x in stored(kind).items() if key.startswith("adjusted.")}
@@ -83,12 +83,7 @@ def named(arrays, *, former):
         ):
             new = re.sub(pattern, replacement, new)
         result[new] = array
-    theirs = hugging_face(result, former=former)
-    kept = (
-        ("class_labels_classifier.", "class_embed."),
-        ("bbox_predictor.", "bbox_embed."),
-    )
-    return {functools.reduce(lambda name, pair: name.replace(*pair), kept, name): x for name, x in theirs.items()}
+    return hugging_face(result, former=former)
 
 
 def repeated(arrays):
@@ -144,7 +139,7 @@ def test_weights_that_do_not_fit():
 @KINDS
 def test_files_in_the_zoo(kind, tmp_path):
     parts = {"layers": 2, "queries": 2, "hidden_size": 8}
-    check_files_in_the_zoo(f"{kind}_resnet50", functools.partial(named, former=True), tmp_path, **parts)
+    check_files_in_the_zoo(f"{kind}_resnet50", partial(named, former=True), tmp_path, **parts)
 
 
 def test_boxes_move_by_their_logits():

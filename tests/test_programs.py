@@ -71,7 +71,7 @@ def test_settings_are_respected(tmp_path):
     assert not programs(home)
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / ".cache").write_text("a file, not a folder")
     text = start(tmp_path)
     assert len([line for line in text.splitlines() if "Compiled programs are not kept" in line]) == 1

@@ -240,7 +240,7 @@ def test_a_whole_model_is_refused_by_its_class(write, path):
 
 
 @pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth", "resnet50-0676ba61.pth"])
-def test_a_missing_published_file_is_told_its_url(name, tmp_path):
+def test_a_missing_published_file_names_its_url(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{name}.* https://download\.pytorch\.org/models/{name}$"):
         read_pth(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"There is no file .*mine\.pth\.$"):

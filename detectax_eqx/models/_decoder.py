@@ -1,7 +1,7 @@
 """Encoder and decoder of detection transformers: cells and queries that attend to each other and to maps."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..nn import DeformableAttention, LayerNorm, QueryAttention, ReLUMLP, linear, relu, sine_embedding, xavier_linear
 from ..ops import upcast
 
+
+Layer = TypeVar("Layer")
 
 # That of torch's `LayerNorm`.
 EPSILON = 1e-5
@@ -120,6 +122,18 @@ class Decoder(eqx.Module):
             x = layer(x, positions, boxes_cxcywh[:, None], features)
             outputs.append(self.norm(x))
         return jnp.stack(outputs)
+
+
+def new_layers(
+    count: int, layer: Callable[..., Layer], attention: Callable[..., Any], *, key: PRNGKeyArray
+) -> tuple[Layer, ...]:
+    """Builds `count` layers, each with an attention of its own. `layer` takes it and a key; `attention` takes a key."""
+
+    def build(key: PRNGKeyArray) -> Layer:
+        own, inner = jr.split(key)
+        return layer(attention(key=inner), key=own)
+
+    return tuple(build(k) for k in jr.split(key, count))
 
 
 def refine_boxes(boxes_cxcywh: Float[Array, "*n 4"], deltas: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:

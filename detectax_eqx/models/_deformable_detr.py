@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, DeformableAttention, ReLUMLP, linear, sine_positions, xavier_linear
 from ..ops import upcast
-from ._decoder import DecoderLayer, EncoderLayer
+from ._decoder import DecoderLayer, EncoderLayer, new_layers
 from ._detector import AbstractDetector
 from ._detr import DETR_PREPROCESSING, cells_of
 from ._preprocessing import Preprocessing
@@ -43,12 +43,9 @@ class Maps(eqx.Module):
 
     def split(self, cells: Float[Array, "n c"]) -> list[Float[Array, "c _ _"]]:
         """The maps that consist of `cells`."""
-        shapes = [mask.shape for mask in self.valid]
-        ends = [0]
-        for height, width in shapes:
-            ends.append(ends[-1] + height * width)
-        parts = [cells[first:last] for first, last in pairwise(ends)]
-        return [rearrange(x, "(h w) c -> c h w", h=shape[0]) for x, shape in zip(parts, shapes, strict=True)]
+        ends = list(accumulate(mask.size for mask in self.valid))
+        parts = jnp.split(cells, ends[:-1])
+        return [rearrange(x, "(h w) c -> c h w", h=len(mask)) for x, mask in zip(parts, self.valid, strict=True)]
 
 
 class DeformableDETR(AbstractDetector[QuerySelection]):
@@ -202,29 +199,20 @@ def deformable_detr(
     ((5, 32), (4, 16), 3)
     """
     channels, keys = backbone.channels, jr.split(key, 7)
-    near = {"levels": len(backbone.strides), "points": points}
     predictions = layers if refine else 1
-
-    def encoder_layer(key: PRNGKeyArray) -> EncoderLayer:
-        own, cells = jr.split(key)
-        attention = DeformableAttention(channels, heads, key=cells, **near)
-        return EncoderLayer(channels, attention, key=own, hidden_size=hidden_size)
-
-    def decoder_layer(key: PRNGKeyArray) -> DecoderLayer:
-        own, cells = jr.split(key)
-        attention = DeformableAttention(channels, heads, key=cells, **near)
-        return DecoderLayer(channels, attention, key=own, heads=heads, hidden_size=hidden_size)
-
+    attention = partial(DeformableAttention, channels, heads, levels=len(backbone.strides), points=points)
+    encoder_layer = partial(EncoderLayer, channels, hidden_size=hidden_size)
+    decoder_layer = partial(DecoderLayer, channels, heads=heads, hidden_size=hidden_size)
     deltas = [box_deltas(channels, key=k) for k in jr.split(keys[6], predictions)]
     small = jnp.zeros(4).at[2:].set(SIDE)
     deltas[0] = eqx.tree_at(lambda mlp: mlp.layers[-1].bias, deltas[0], small)
     return DeformableDETR(
         backbone,
         jr.normal(keys[0], (len(backbone.strides), channels)),
-        tuple(encoder_layer(k) for k in jr.split(keys[1], layers)),
+        new_layers(layers, encoder_layer, attention, key=keys[1]),
         eqx.nn.Embedding(queries, 2 * channels, key=keys[2]),
         xavier_linear(channels, 2, key=keys[3]),
-        tuple(decoder_layer(k) for k in jr.split(keys[4], layers)),
+        new_layers(layers, decoder_layer, attention, key=keys[4]),
         tuple(rare_classes(channels, num_classes, key=k) for k in jr.split(keys[5], predictions)),
         tuple(deltas),
     )

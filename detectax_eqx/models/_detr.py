@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, LayerNorm, QueryAttention, ReLUMLP, linear, sine_positions
 from ..ops import upcast
-from ._decoder import EPSILON, DecoderLayer, EncoderLayer
+from ._decoder import EPSILON, DecoderLayer, EncoderLayer, new_layers
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing, ShortestEdge
 from ._queries import Queries, QuerySelection, best_queries, query_detections
@@ -152,20 +152,14 @@ def detr(
         raise ValueError(f"backbone must have one level, got {len(backbone.strides)}. Use ProjectedResNet.")
     channels, keys = backbone.channels, jr.split(key, 5)
 
-    def encoder_layer(key: PRNGKeyArray) -> EncoderLayer:
-        own, cells = jr.split(key)
-        return EncoderLayer(channels, QueryAttention(channels, heads, key=cells), key=own, hidden_size=hidden_size)
-
-    def decoder_layer(key: PRNGKeyArray) -> DecoderLayer:
-        own, cells = jr.split(key)
-        attention = QueryAttention(channels, heads, key=cells)
-        return DecoderLayer(channels, attention, key=own, heads=heads, hidden_size=hidden_size)
-
+    attention = partial(QueryAttention, channels, heads)
+    encoder_layer = partial(EncoderLayer, channels, hidden_size=hidden_size)
+    decoder_layer = partial(DecoderLayer, channels, heads=heads, hidden_size=hidden_size)
     return DETR(
         backbone,
-        tuple(encoder_layer(k) for k in jr.split(keys[0], layers)),
+        new_layers(layers, encoder_layer, attention, key=keys[0]),
         eqx.nn.Embedding(queries, channels, key=keys[1]),
-        tuple(decoder_layer(k) for k in jr.split(keys[2], layers)),
+        new_layers(layers, decoder_layer, attention, key=keys[2]),
         LayerNorm(channels, eps=EPSILON),
         eqx.nn.Linear(channels, num_classes + 1, key=keys[3]),
         ReLUMLP(channels, channels, 4, depth=3, key=keys[4]),

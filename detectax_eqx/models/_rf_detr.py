@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, DeformableAttention, ReLUMLP, linear
 from ..ops import upcast
-from ._decoder import Decoder, DecoderLayer, refine_boxes
+from ._decoder import Decoder, DecoderLayer, new_layers, refine_boxes
 from ._detector import AbstractDetector
 from ._preprocessing import Preprocessing, Square
 from ._queries import (
@@ -221,14 +221,9 @@ def rf_detr(
     """
     keys = jr.split(key, 6)
     channels = backbone.channels
-    near = {"levels": len(backbone.strides), "points": points}
-
-    def layer(key: PRNGKeyArray) -> DecoderLayer:
-        own, maps = jr.split(key)
-        attention = DeformableAttention(channels, cross_heads, key=maps, **near)
-        return DecoderLayer(channels, attention, key=own, heads=self_heads, hidden_size=hidden_size)
-
-    decoder = [layer(k) for k in jr.split(keys[0], layers)]
+    attention = partial(DeformableAttention, channels, cross_heads, levels=len(backbone.strides), points=points)
+    decoder_layer = partial(DecoderLayer, channels, heads=self_heads, hidden_size=hidden_size)
+    decoder = new_layers(layers, decoder_layer, attention, key=keys[0])
     return RFDETR(
         backbone,
         eqx.filter_vmap(lambda k: QueryHead(channels, num_classes, key=k))(jr.split(keys[1], groups)),

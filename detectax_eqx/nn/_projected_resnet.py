@@ -80,8 +80,7 @@ class ProjectedLevels(eqx.Module):
     ) -> tuple[Float[Array, "c _ _"], ...]:
         """Returns the maps, from large to small. `key` is not used."""
         maps = self.body(image)[1:]
-        x, levels = maps[-1], []
+        sources, levels = (*maps, maps[-1]), []
         for i, (project, norm) in enumerate(zip(self.projections, self.norms, strict=True)):
-            x = norm(project(maps[i] if i < len(maps) else x if i > len(maps) else maps[-1]))
-            levels.append(x)
+            levels.append(norm(project(sources[i] if i < len(sources) else levels[-1])))
         return tuple(levels)

@@ -72,8 +72,7 @@ _NAMES: Names = {
 # From Hugging Face's names, former and current, to those of the authors.
 _RULES: tuple[tuple[str, str], ...] = (
     (r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone.0.body."),
-    (r"^model\.input_projection\.", "input_proj."),
-    (r"^model\.input_proj\.", "input_proj."),
+    (r"^model\.input_proj(ection)?\.", "input_proj."),
     (r"^model\.query_position_embeddings\.", "query_embed."),
     (r"^model\.decoder\.layernorm\.", "transformer.decoder.norm."),
     (r"^model\.(encoder|decoder|level_embed|reference_points)\b", r"transformer.\1"),

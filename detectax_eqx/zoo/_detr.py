@@ -31,5 +31,5 @@ DETRS: dict[str, Callable[..., AbstractDetector]] = {
     "detr_resnet50": partial(_detr, detr, ProjectedResNet, resnet50),
     "detr_resnet101": partial(_detr, detr, ProjectedResNet, resnet101),
     "deformable_detr_resnet50": partial(_detr, deformable_detr, ProjectedLevels, resnet50),
-    "deformable_detr_refine_resnet50": partial(_detr, partial(deformable_detr, refine=True), ProjectedLevels, resnet50),
+    "deformable_detr_refine_resnet50": partial(_detr, deformable_detr, ProjectedLevels, resnet50, refine=True),
 }

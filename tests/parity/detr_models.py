@@ -125,7 +125,8 @@ def randomize(model: torch.nn.Module) -> None:
 def adjust(
     model: torch.nn.Module, image: np.ndarray, short: int, long: int, canvas: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Makes cells, classes and boxes differ: each channel has mean 0 over an image, and a deviation of 1.
+    """Makes cells, classes and boxes differ: each channel has mean 0 over an image, and a deviation of 1;
+    in DETR, all channels together have it.
 
     Returns the parameters that it changed, by the names of DETR's authors. Random layers of that depth map all queries
     to nearly the same.
