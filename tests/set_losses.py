@@ -51,7 +51,7 @@ def check_padding(model, pixels, size, boxes, labels) -> None:
 
 
 def check_files_in_the_zoo(name, hugging_face, folder, **parts) -> None:
-    """Hugging Face's files of a DETR are told from those of this package, and classes are counted.
+    """A Hugging Face file of a DETR is distinguished from one of this package, and its classes are counted.
 
     - `hugging_face`: from arrays by the authors' names to those by Hugging Face's. `parts`: of the detector.
     """

@@ -1,4 +1,4 @@
-"""A detector's step on eight devices, in two processes, in parts or in bfloat16 gives what one device gives at once.
+"""A step on eight devices, in two processes, in parts or in bfloat16 agrees with that of one device on the whole batch.
 
 Devices send each other only what they must.
 """
