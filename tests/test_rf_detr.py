@@ -147,6 +147,9 @@ def test_windows():
     assert second.all()
     with pytest.raises(ValueError, match="multiple of 4 in height and width, got 8×10"):
         nn.ProjectedViT(body, key=jr.key(2), channels=8)(jnp.zeros((3, 8, 10)))
+    for doublings in ((), (2,), (0, -2)):
+        with pytest.raises(ValueError, match="doublings must be -1, 0 or 1 for each level"):
+            nn.ProjectedViT(body, key=jr.key(2), channels=8, doublings=doublings)
     for taps in ((), (2, 1), (0, 1)):
         with pytest.raises(ValueError, match="taps must be increasing"):
             nn.WindowedViT(8, 2, key=jr.key(0), patch_size=2, side=4, windows=2, taps=taps)

@@ -1,5 +1,6 @@
 """The vision transformer of LW-DETR (arXiv:2406.03459) and RF-DETR (arXiv:2511.09554), and its projection."""
 
+from functools import partial, reduce
 from typing import Any
 
 import equinox as eqx
@@ -10,12 +11,16 @@ from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._attention import INITIAL_SCALE, TransformerBlock, new_patches, run_blocks
-from ._conv import Conv2d, lecun_uniform, silu
+from ._conv import Conv2d, Upsample2x2, lecun_uniform, relu, silu
 from ._fpn import check_canvas
 from ._mobilenet import ConvNorm
 from ._norm import LayerNorm, LayerNorm2d, Norm
 from ._vit import PatchPositions
 from ._windows import Groups
+
+
+# Maps with more channels are narrowed before their sides are doubled.
+WIDEST = 512
 
 
 class ClassToken(eqx.Module):
@@ -170,16 +175,20 @@ class C2f(eqx.Module):
 
 
 class ProjectedViT(eqx.Module):
-    """A `WindowedViT` whose maps are projected to one of `channels`: the backbone of RF-DETR and LW-DETR.
+    """A `WindowedViT` whose maps are joined and projected to `channels` at one size or more: RF-DETR's and LW-DETR's.
+
+    - `resizes`: for each level and each map of the body, the layers that change its sides; none if they are kept.
 
     Height and width must be multiples of patch size × windows, the `divisor`. Other sizes raise a `ValueError` when the
-    call is traced.
+    call is traced. Halved sides are rounded up.
     """
 
     body: WindowedViT
-    projector: C2f
-    norm: LayerNorm2d
+    resizes: tuple[tuple[tuple[ConvNorm | Upsample2x2, ...], ...], ...]
+    projectors: tuple[C2f, ...]
+    norms: tuple[LayerNorm2d, ...]
     channels: int = eqx.field(static=True)
+    strides: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -189,17 +198,26 @@ class ProjectedViT(eqx.Module):
         channels: int = 256,
         depth: int = 3,
         norm: Norm = LayerNorm2d,
+        doublings: tuple[int, ...] = (0,),
     ):
-        """Builds the projector. `depth`: number of its blocks. `norm`: of its convolutions."""
-        self.body = body
-        self.projector = C2f(body.channels * len(body.taps), channels, depth=depth, key=key, norm=norm)
-        self.norm = LayerNorm2d(channels)
-        self.channels = channels
+        """Builds the projectors.
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Stride of the one level in pixels."""
-        return (self.body.patches.stride,)
+        - `depth`: number of blocks of each. `norm`: of convolutions.
+        - `doublings`: for each level, how often the sides of the maps are doubled: 1, 0, or -1 for half the sides.
+        """
+        if not doublings or not set(doublings) <= {-1, 0, 1}:
+            raise ValueError(f"doublings must be -1, 0 or 1 for each level, got {doublings}.")
+        self.body = body
+        resizes, projectors = [], []
+        for count, level_key in zip(doublings, jr.split(key, len(doublings)), strict=True):
+            first, *keys = jr.split(level_key, len(body.taps) + 1)
+            made = [_resize(body.channels, count, norm=norm, key=k) for k in keys]
+            resizes.append(tuple(layers for layers, _ in made))
+            projectors.append(C2f(sum(width for _, width in made), channels, depth=depth, key=first, norm=norm))
+        self.resizes, self.projectors = tuple(resizes), tuple(projectors)
+        self.norms = tuple(LayerNorm2d(channels) for _ in doublings)
+        self.channels = channels
+        self.strides = tuple(int(body.patches.stride * 0.5**count) for count in doublings)
 
     @property
     def stages(self) -> tuple[tuple[Any, ...], ...]:
@@ -215,4 +233,25 @@ class ProjectedViT(eqx.Module):
         self, image: Float[Array, "i h w"], *, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "c _ _"], ...]:
         check_canvas(image, self.divisor)
-        return (self.norm(self.projector(jnp.concatenate(self.body(image, key=key)))),)
+        maps = self.body(image, key=key)
+        levels = []
+        for resize, project, norm in zip(self.resizes, self.projectors, self.norms, strict=True):
+            parts = [reduce(lambda x, layer: layer(x), layers, x) for layers, x in zip(resize, maps, strict=True)]
+            levels.append(norm(project(jnp.concatenate(parts))))
+        return tuple(levels)
+
+
+def _resize(
+    channels: int, doublings: int, *, norm: Norm, key: PRNGKeyArray
+) -> tuple[tuple[ConvNorm | Upsample2x2, ...], int]:
+    """The layers that double or halve the sides of a map, and the number of channels of their result."""
+    conv = partial(ConvNorm, channels, norm=norm, activation=relu, init=lecun_uniform)
+    if doublings == 0:
+        return (), channels
+    if doublings < 0:
+        return (conv(channels, stride=2, key=key),), channels
+    if channels <= WIDEST:
+        return (Upsample2x2(channels, channels // 2, key=key),), channels // 2
+    keys = jr.split(key)
+    narrow = conv(channels // 2, 1, key=keys[0])
+    return (narrow, Upsample2x2(channels // 2, channels // 4, key=keys[1])), channels // 4

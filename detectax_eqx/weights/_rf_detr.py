@@ -58,7 +58,12 @@ _NAMES: Names = {
         "values": "value_proj",
         "projection": "output_proj",
     },
-    nn.ProjectedViT: {"body": "encoder.encoder", "projector": "projector.stages.0.0", "norm": "projector.stages.0.1"},
+    nn.ProjectedViT: {
+        "body": "encoder.encoder",
+        "resizes": "projector.stages_sampling.{i}",
+        "projectors": "projector.stages.{i}.0",
+        "norms": "projector.stages.{i}.1",
+    },
     nn.WindowedViT: {
         "patches": "embeddings.patch_embeddings.projection",
         "positions": {"table": "embeddings.position_embeddings"},

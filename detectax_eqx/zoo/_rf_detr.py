@@ -73,19 +73,25 @@ def _rf_detr(
 
 
 class _LWSize(NamedTuple):
-    """`taps`, `global_blocks`: of the transformer, see `nn.WindowedViT`."""
+    """`taps`, `global_blocks`: of the transformer, see `nn.WindowedViT`. `wide`: whether two maps of 384 channels."""
 
     channels: int
-    taps: tuple[int, ...]
-    global_blocks: tuple[int, ...]
+    taps: tuple[int, ...] = (3, 5, 6, 10)
+    global_blocks: tuple[int, ...] = (2, 4, 5, 8)
     queries: int = 300
+    wide: bool = False
 
 
 _LW_SIZES = {
     "tiny": _LWSize(192, (2, 4, 6), (1, 3, 5), 100),
-    "small": _LWSize(192, (3, 5, 6, 10), (2, 4, 5, 8)),
-    "medium": _LWSize(384, (3, 5, 6, 10), (2, 4, 5, 8)),
+    "small": _LWSize(192),
+    "medium": _LWSize(384),
+    "large": _LWSize(384, wide=True),
+    "xlarge": _LWSize(768, wide=True),
 }
+# The maps of the two large sizes, of twice and half the sides of the transformer's, and their decoder.
+_WIDE_PROJECTION = {"channels": 384, "doublings": (1, -1)}
+_WIDE_DECODER = {"self_heads": 12, "cross_heads": 24, "points": 4}
 # Heads of the transformer, the initial factor of its branches, and the side of the images in pixels.
 LW_HEADS, LW_SCALE, LW_SIDE = 12, 0.1, 640
 
@@ -118,8 +124,9 @@ def _lw_detr(
         layer_scale=LW_SCALE,
         checkpoint=checkpoint,
     )
-    backbone = ProjectedViT(body, key=projector_key, norm=norm)
-    model = rf_detr(backbone, num_classes, key=heads_key, **({"queries": size.queries} | parts))
+    projection, decoder = (_WIDE_PROJECTION, _WIDE_DECODER) if size.wide else ({}, {})
+    backbone = ProjectedViT(body, key=projector_key, norm=norm, **projection)
+    model = rf_detr(backbone, num_classes, key=heads_key, **({"queries": size.queries} | decoder | parts))
     return replace(model, preprocessing=Preprocessing(Square(LW_SIDE), pillow=True))
 
 

@@ -71,10 +71,10 @@ def rf_detr(kind):
 
 
 def detr(kind):
-    """A tiny DETR, Deformable DETR or LW-DETR, which resizes as Pillow. `kind`: in `detr_tiny.KINDS`, or "lw_detr"."""
+    """A tiny DETR, Deformable DETR or LW-DETR, which resizes as Pillow. `kind`: in the `KINDS` of each."""
     if kind in detr_tiny.KINDS:
         return load_detr(detr_tiny.build(kind), detr_tiny.random_arrays({}, kind))
-    return load_rf_detr(lw_detr_tiny.build(), lw_detr_tiny.random_arrays())
+    return load_rf_detr(lw_detr_tiny.build(kind), lw_detr_tiny.random_arrays(kind))
 
 
 def transformer(kind):

@@ -14,7 +14,7 @@ import pytest
 
 from detectax_eqx import data, export, models, zoo
 
-from .. import detr_tiny, rf_detr_tiny
+from .. import detr_tiny, lw_detr_tiny, rf_detr_tiny
 from ..parity import compare_exports
 from .detectors import (
     NAMES,
@@ -218,7 +218,9 @@ def test_rf_detr_in_onnx(kind, images, tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind, side", [*((kind, 192) for kind in detr_tiny.KINDS), ("lw_detr", 64)])
+@pytest.mark.parametrize(
+    "kind, side", [*((kind, 192) for kind in detr_tiny.KINDS), *((kind, 64) for kind in lw_detr_tiny.KINDS)]
+)
 def test_detr_in_onnx(kind, side, images, tmp_path):
     needs("onnx")
 

@@ -19,6 +19,16 @@ SIZES = {
     "tiny": (192, 6, [0, 2, 4], [2, 4, 6], 100),
     "small": (192, 10, [0, 1, 3, 6, 7, 9], [3, 5, 6, 10], 300),
     "medium": (384, 10, [0, 1, 3, 6, 7, 9], [3, 5, 6, 10], 300),
+    "large": (384, 10, [0, 1, 3, 6, 7, 9], [3, 5, 6, 10], 300),
+    "xlarge": (768, 10, [0, 1, 3, 6, 7, 9], [3, 5, 6, 10], 300),
+}
+# What else the two large sizes have.
+LARGE = {
+    "projector_scale_factors": [2.0, 0.5],
+    "d_model": 384,
+    "decoder_self_attention_heads": 12,
+    "decoder_cross_attention_heads": 24,
+    "decoder_n_points": 4,
 }
 
 
@@ -26,10 +36,11 @@ def new_detector(size: str) -> LwDetrForObjectDetection:
     """A whole detector with parameters of `lw_detr_tiny.random_array`."""
     channels, blocks, windows, maps, queries = SIZES[size]
     body = {"hidden_size": channels, "num_hidden_layers": blocks, "num_attention_heads": 12, "image_size": 1024}
-    return _build(body | {"window_block_indices": windows, "out_indices": maps}, 91, num_queries=queries)
+    options = LARGE if "large" in size else {}
+    return _build(body | {"window_block_indices": windows, "out_indices": maps}, 91, num_queries=queries, **options)
 
 
-def tiny_detector() -> LwDetrForObjectDetection:
+def tiny_detector(kind: str) -> LwDetrForObjectDetection:
     """Hugging Face's counterpart of `lw_detr_tiny.build`."""
     body = {
         "hidden_size": tiny.CHANNELS,
@@ -51,17 +62,14 @@ def tiny_detector() -> LwDetrForObjectDetection:
         decoder_ffn_dim=tiny.HIDDEN,
         decoder_self_attention_heads=4,
         decoder_cross_attention_heads=4,
+        projector_scale_factors=[2.0**doublings for doublings in tiny.KINDS[kind]],
     )
 
 
 def _build(body: dict[str, Any], num_labels: int, **options: Any) -> LwDetrForObjectDetection:
+    levels = {"projector_scale_factors": [1.0], "decoder_n_points": 2} | options
     config = LwDetrConfig(
-        backbone_config=LwDetrViTConfig(**body),
-        projector_scale_factors=[1.0],
-        decoder_n_points=2,
-        num_labels=num_labels,
-        attn_implementation="eager",
-        **options,
+        backbone_config=LwDetrViTConfig(**body), num_labels=num_labels, attn_implementation="eager", **levels
     )
     model = LwDetrForObjectDetection(config)
     randomize(model)

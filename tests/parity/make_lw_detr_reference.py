@@ -1,8 +1,8 @@
 """Writes Hugging Face's results of LW-DETR for the tests: `python -m tests.parity.make_lw_detr_reference`.
 
-`tests/data/lw_detr.npz` holds detections, losses and gradients of the tiny detector whose parameters
-`tests/lw_detr_tiny.py` draws, on the images and objects of `tests/rf_detr_tiny.py`. `tests/data/lw_detr_names.json`
-holds Hugging Face's names and shapes of the parameters of LW-DETR tiny.
+`tests/data/lw_detr.npz` and `lw_detr_levels.npz` hold detections, losses and gradients of the tiny detectors whose
+parameters `tests/lw_detr_tiny.py` draws, on the images and objects of `tests/rf_detr_tiny.py`.
+`tests/data/lw_detr_names.json` holds Hugging Face's names and shapes of the parameters of LW-DETR tiny and xlarge.
 """
 # pyright: reportMissingImports=false
 
@@ -25,6 +25,8 @@ GRADIENTS = {
     "refpoint_embed.weight",
     "transformer.enc_output.weight",
     "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",
+    "backbone.0.projector.stages_sampling.0.1.0.weight",
+    "backbone.0.projector.stages_sampling.1.2.0.conv.weight",
     "backbone.0.projector.stages.0.0.cv2.conv.weight",
     "backbone.0.encoder.encoder.encoder.layer.1.attention.attention.qkv.weight",
     "backbone.0.encoder.encoder.encoder.layer.0.layer_scale2.lambda1",
@@ -32,9 +34,9 @@ GRADIENTS = {
 }
 
 
-def reference() -> dict[str, np.ndarray]:
+def reference(kind: str) -> dict[str, np.ndarray]:
     """Detections in two images, and losses with gradients in double precision."""
-    model = tiny_detector()
+    model = tiny_detector(kind)
     result: dict[str, np.ndarray] = {}
     for i, image in enumerate(rf_detr_tiny.images()):
         result |= {f"{i}.{key}": x for key, x in detections(model, image, tiny.SIZE, tiny.QUERIES).items()}
@@ -48,8 +50,14 @@ def reference() -> dict[str, np.ndarray]:
     return result | {f"grad.{name}": array.astype(np.float32) for name, array in arrays.items()}
 
 
+def names_of(size: str) -> dict[str, list[int]]:
+    """Names and shapes of the parameters of a whole detector."""
+    return {name: list(x.shape) for name, x in arrays_of(new_detector(size)).items() if "num_batches" not in name}
+
+
 if __name__ == "__main__":
-    arrays: Any = reference()
-    np.savez_compressed(DATA / "lw_detr.npz", **arrays)
-    names = {name: list(x.shape) for name, x in arrays_of(new_detector("tiny")).items() if "num_batches" not in name}
+    for kind in tiny.KINDS:
+        arrays: Any = reference(kind)
+        np.savez_compressed(DATA / f"{kind}.npz", **arrays)
+    names = {size: names_of(size) for size in ("tiny", "xlarge")}
     (DATA / "lw_detr_names.json").write_text(json.dumps(names, separators=(",", ":")) + "\n", encoding="utf-8")
