@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _options import Options, total_steps
+from _options import Options, draws_canvases, total_steps
 from _shared import console
 
 from detectax_eqx import data, models, report, zoo
@@ -57,9 +57,6 @@ def print_header(
     sizes = {"min_size": max(options.sizes.min_sizes), "max_size": options.sizes.max_size}
     labels, tiny = _labels_and_tiny(dataset, **sizes)
     empty = sum(not (~dataset.objects(index).crowd).any() for index in range(len(dataset)))
-    uses = report.bucket_use(dataset.sizes, canvases=options.sizes.canvases, **sizes)
-    shrunk = sum(use.shrunk for use in uses)
-    padding = f"{report.padding_share(uses):.0%} padding" + (f", {shrunk:,} images shrunk to fit" if shrunk else "")
     rate = float(jnp.max(jax.vmap(schedule)(jnp.arange(total))))
     plan = f"warm-up {options.optimization.warmup_steps}, " + (
         "then a cosine to 0"
@@ -75,7 +72,7 @@ def print_header(
         "per class": _per_class(labels, dataset.categories),
         "steps": f"{total:,}, {total / steps:g} epochs of {steps:,}, {options.run.batch_size} images per step",
         "rate": f"{rate:.3g} at most ({options.optimization.optimizer}); {plan}",
-        "canvases": ", ".join(f"{u.canvas[0]}×{u.canvas[1]} for {u.images:,} images" for u in uses) + f"; {padding}",
+        "canvases": _canvases(options, dataset, model),
         "model": f"{options.detector.model}, norm {options.architecture.norm}, "
         f"{models.num_parameters(model):,} parameters, {trained:,} of them trained",
         "devices": f"{jax.device_count()} ({kinds})",
@@ -83,6 +80,19 @@ def print_header(
     width = max(map(len, rows))
     for name, text in rows.items():
         console.print(f"{name:<{width}}  {text}", highlight=False, soft_wrap=True)
+
+
+def _canvases(options: Options, dataset: data.CocoDataset, model: Any) -> str:
+    """How many images each canvas is for, or which of them a batch draws."""
+    sides = options.sizes
+    if draws_canvases(options, model):
+        return ", ".join(f"{height}×{width}" for height, width in sides.canvases) + "; each batch draws one"
+    limits = {"min_size": max(sides.min_sizes), "max_size": sides.max_size}
+    uses = report.bucket_use(dataset.sizes, canvases=sides.canvases, **limits)
+    shrunk = sum(use.shrunk for use in uses)
+    words = ", ".join(f"{use.canvas[0]}×{use.canvas[1]} for {use.images:,} images" for use in uses)
+    padding = f"{report.padding_share(uses):.0%} padding"
+    return f"{words}; {padding}" + (f", {shrunk:,} images shrunk to fit" if shrunk else "")
 
 
 def _labels_and_tiny(dataset: data.CocoDataset, *, min_size: int, max_size: int) -> tuple[np.ndarray, int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
-from _shared import ModelName, Precision, with_sampling
+from _shared import ModelName, NamedNumbers, Precision, with_sampling
 
 from detectax_eqx import data, models, zoo
 
@@ -48,7 +48,8 @@ class SizeOptions:
     max_size: int = 1333
     """Longest side in pixels after resizing; takes precedence over --min-sizes."""
     canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
-    """Heights and widths in pixels that images are padded to, multiples of 32. One program per canvas."""
+    """Heights and widths in pixels that images are padded to, multiples of 32. One program per canvas. For detectors
+    that resize to a square, such as RF-DETR, each batch draws one of several, which its images fill."""
     max_objects: int = 100
     """Objects per image that are trained on; the rest is left out, counted and reported."""
 
@@ -93,7 +94,7 @@ class ArchitectureOptions:
     """Side in pixels of the square anchor per level, after resizing. Default: the detector's own."""
     aspect_ratios: tuple[float, ...] | None = None
     """Height / width of the anchors. Default: the detector's own."""
-    sampling: dict[str, float] = field(default_factory=dict)
+    sampling: NamedNumbers = field(default_factory=dict)
     """Fields of the detector's sampling or matching of targets as NAME VALUE pairs, such as box_samples 128."""
 
     RANGES: ClassVar[dict[str, str]] = {"positive": "anchor_sizes aspect_ratios", "at least 0": "trainable_layers"}
@@ -119,7 +120,7 @@ class OptimizerOptions:
     """Weight decay of trained parameters."""
     decay_vectors: bool = True
     """Whether norms, biases and positions decay too, as in torchvision."""
-    part_lr: dict[str, float] = field(default_factory=dict)
+    part_lr: NamedNumbers = field(default_factory=dict)
     """Factors of the learning rate of parts of the detector, as NAME VALUE pairs such as backbone .1."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each stage of the backbone to the one below, such as .7 for ViT-B."""
@@ -282,12 +283,25 @@ def complete(options: Options, epoch_steps: int) -> Options:
 
 
 def with_own_sizes(options: Options, model: models.AbstractDetector) -> Options:
-    """The options with the detector's own image sizes in place of the defaults, if none is given and they differ."""
-    if options.sizes != SizeOptions(max_objects=options.sizes.max_objects):
+    """The options with the detector's own image sizes in place of the defaults.
+
+    If some sizes are given, only a detector that resizes to a square has its own in place of the others.
+    """
+    given = {name: value for name, value in vars(options.sizes).items() if value != getattr(SizeOptions(), name)}
+    resize, sizes = model.preprocessing.resize, given.keys() - {"max_objects"}
+    if isinstance(resize, models.Square):
+        resize = models.Square(max(given.get("min_sizes", (resize.size,))))
+        model = replace(model, preprocessing=replace(model.preprocessing, resize=resize))
+    elif sizes:
         return options
     limits = model.preprocessing.limits
-    sizes = {"min_sizes": (int(limits["min_size"]),), "max_size": int(limits["max_size"])}
-    return grouped(**flat(options) | sizes | {"canvases": zoo.canvases(model)})
+    own = {"min_sizes": (int(limits["min_size"]),), "max_size": int(limits["max_size"])}
+    return grouped(**flat(options) | own | {"canvases": zoo.canvases(model)} | given)
+
+
+def draws_canvases(options: Options, model: models.AbstractDetector) -> bool:
+    """Whether each batch draws its canvas: for a detector that resizes to a square, if there are several."""
+    return isinstance(model.preprocessing.resize, models.Square) and len(options.sizes.canvases) > 1
 
 
 def check_sense(options: Options) -> None:

@@ -20,6 +20,7 @@ from _quiet import without_alarms
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from tyro.constructors import PrimitiveConstructorSpec
 
 import detectax_eqx
 from detectax_eqx import data, evaluate, files, models, nn, zoo
@@ -77,6 +78,26 @@ class DetectorOptions:
         return zoo.Predictor.from_weights(self.model, self.weights, norm=self.norm)
 
 
+def _named_numbers(words: list[str]) -> dict[str, float]:
+    if len(words) % 2:
+        raise ValueError(f"{words[-1]} has no value: give NAME VALUE pairs.")
+    return {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+# Numbers by name, given as NAME VALUE pairs. By its own rule, tyro would take them in another form where there are some
+# already, from the run that is resumed or from --options.
+NamedNumbers = Annotated[
+    dict[str, float],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME FLOAT [NAME FLOAT ...]]",
+        instance_from_str=_named_numbers,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    ),
+]
+
+
 @dataclass
 class SelectionOptions:
     """Selection of detections."""
@@ -87,7 +108,7 @@ class SelectionOptions:
     """Drop the lower-scoring of two detections of a class with a higher IoU. Default: the detector's, such as .5."""
     max_detections: int | None = None
     """Keep this number of highest-scoring detections per image. Default: the detector's own, such as 100."""
-    selection: dict[str, float] = field(default_factory=dict)
+    selection: NamedNumbers = field(default_factory=dict)
     """Other fields of the detector's selection as NAME VALUE pairs, such as pre_nms_top_n 500."""
 
     RANGES: ClassVar[dict[str, str]] = {"positive": "max_detections", "in 0..1": "score_threshold nms_threshold"}

@@ -33,6 +33,7 @@ from _options import (
     check_promise,
     check_sense,
     complete,
+    draws_canvases,
     total_steps,
     with_own_sizes,
 )
@@ -159,7 +160,7 @@ def prepare(options: Options, *, going_on: bool) -> Job:
     check_model(options, shapes)
     train_set, val_set = load_data(options, shapes.needs)
     mesh = make_mesh(options)
-    loader = make_loader(options, train_set, mesh, needs=shapes.needs, keypoint_offset=shapes.keypoint_offset)
+    loader = make_loader(options, train_set, mesh, shapes)
     epoch_steps = loader.steps_per_epoch
     if not going_on:
         check_promise(options, epoch_steps)
@@ -249,10 +250,8 @@ def make_mesh(options: Options) -> Mesh:
     return mesh
 
 
-def make_loader(
-    options: Options, train_set: data.CocoDataset, mesh: Mesh, *, needs: frozenset[str], keypoint_offset: float = 0.0
-) -> data.Loader:
-    """The loader of training batches, with the targets that the detector `needs`.
+def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, detector: AbstractDetector) -> data.Loader:
+    """The loader of training batches, with the targets that the detector needs, of which shapes are enough.
 
     Batch k is a pure function of (seed, k); each process reads its part.
     """
@@ -267,11 +266,12 @@ def make_loader(
         train_set,
         batch_size=options.run.batch_size,
         buckets=buckets,
+        canvases=canvases if draws_canvases(options, detector) else (),
         seed=options.run.seed,
         max_objects=max_objects,
-        mask_size=112 if "masks" in needs else None,
-        keypoints="keypoints" in needs,
-        keypoint_offset=keypoint_offset,
+        mask_size=112 if "masks" in detector.needs else None,
+        keypoints="keypoints" in detector.needs,
+        keypoint_offset=detector.keypoint_offset,
         num_threads=options.reading.threads,
         rows=train.local_rows(mesh, options.run.batch_size),
         max_bad_images=options.reading.max_bad_images,
@@ -291,12 +291,13 @@ def make_loss(
 
     def loss(model: Any, example: Batch, *, key: jax.Array) -> dict[str, WeightedSum]:
         augment_key, loss_key = jr.split(key)
+        whole = draws_canvases(options, model)  # the image is resized to the whole canvas
         image, image_size, targets = train.augment(
             example.images.pixels,
             example.images.sizes,
             example.targets,
             canvas=example.images.canvas,
-            min_sizes=options.sizes.min_sizes,
+            min_sizes=(max(example.images.canvas),) if whole else options.sizes.min_sizes,
             max_size=options.sizes.max_size,
             flip_probability=options.augmentation.flip,
             scale_range=options.augmentation.jitter,

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,6 +140,21 @@ def test_batches_depend_on_seed_and_number_alone(dataset, buckets):
     assert [other.batch(k).images.indices.tolist() for k in range(4)] != indices[:4]
     orders = [indices[start : start + 4] for start in (0, 4)]
     assert orders[0] != orders[1]
+
+
+def test_batches_draw_their_canvases(dataset, buckets):
+    """The same from anywhere, each about equally often, and another order with another seed; the images stay."""
+    canvases, new = [(64, 64), (96, 96), (128, 128)], partial(Loader, dataset, batch_size=3, mask_size=7)
+    loader, plain = (new(buckets=buckets, canvases=x) for x in (canvases, ()))
+    drawn = [batch.images.canvas for _, batch in loader.iterate(0, 60)]
+    assert drawn[40:50] == [loader.batch(k).images.canvas for k in range(40, 50)]
+    assert min(Counter(drawn)[canvas] for canvas in canvases) > 10
+    other = new(buckets=buckets, canvases=canvases, seed=1)
+    assert [other.batch(k).images.canvas for k in range(20)] != drawn[:20]
+    for k in range(5):
+        one, same = loader.batch(k).images, plain.batch(k).images
+        np.testing.assert_array_equal(one.indices, same.indices)
+        np.testing.assert_array_equal(one.pixels, same.pixels)
 
 
 @pytest.mark.parametrize("sizes, batch_size", [((9, 4), 4), ((9, 4), 3), ((1, 40), 8), ((2,), 16), ((5, 7, 1), 5)])
@@ -357,6 +373,7 @@ MISTAKES = [
     ({"seed": -1}, "seed"),
     ({"max_bad_images": -1}, "max_bad_images"),
     ({"buckets": ()}, "do not match this dataset"),
+    ({"canvases": [(64, 64), (0, 64)]}, "canvases must hold positive sizes"),
     ({"buckets": make_buckets([(5, 5)])}, "do not match this dataset"),
 ]
 

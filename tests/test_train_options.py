@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tyro
 
 from detectax_eqx import data, models, zoo
 
@@ -57,6 +59,67 @@ def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
     detector = zoo.Predictor.from_checkpoint(tmp_path / "all")
     assert isinstance(detector.model, models.FasterRCNN)
     np.testing.assert_array_equal(detector.model.rpn.convs[0].weight, saved["ema/rpn/convs/0/weight"])
+
+
+def test_a_detector_of_squares_sees_several_sizes(shapes, tmp_path):
+    """Each batch draws a canvas, which its images fill; validation has the detector's own size."""
+    from _options import check_model, with_own_sizes
+
+    canvases = ((320, 320), (384, 384), (448, 448))
+    options = grouped(output=tmp_path, model="rf_detr_nano", canvases=canvases, batch_size=8)
+    options.data.train_annotations, options.data.train_images = "annotations.json", ""
+    detector = script.architecture(options).shapes(1)
+    options = with_own_sizes(options, detector)
+    check_model(options, detector)
+    sizes = options.sizes
+    assert (sizes.min_sizes, sizes.max_size, sizes.canvases) == ((384,), 384, canvases)
+    dataset = data.load_coco(shapes / "train/annotations.json", shapes / "train/images")
+    loader = script.make_loader(options, dataset, script.make_mesh(options), detector)
+    batches = [loader.batch(k) for k in range(12)]
+    assert {batch.images.canvas for batch in batches} == set(canvases)
+    buckets = data.make_buckets(dataset.sizes, canvases=sizes.canvases, **detector.preprocessing.limits)
+    assert [bucket.canvas for bucket in buckets] == [(384, 384)]
+
+    class Seen(eqx.Module):
+        preprocessing: models.Preprocessing = eqx.field(static=True)
+
+        def loss(self, image, canvas_size, targets, *, key):
+            return {"canvas": image.shape[:2], "filled": canvas_size.tolist(), "widest": targets.boxes[:, 2].max()}
+
+    loss = script.make_loss(options)
+    for batch in batches[:4]:
+        example = jax.tree.map(lambda x: x[0], batch)
+        seen: Any = loss(Seen(detector.preprocessing), example, key=jax.random.key(0))
+        assert tuple(seen["filled"]) == seen["canvas"] == batch.images.canvas
+        assert 0 < seen["widest"] <= batch.images.canvas[1]
+
+    def own_sizes(**given):
+        chosen = with_own_sizes(grouped(output=tmp_path, model="rf_detr_nano", **given), detector).sizes
+        return chosen.min_sizes, chosen.canvases
+
+    assert own_sizes() == ((384,), ((384, 384),))
+    assert own_sizes(min_sizes=(512,)) == ((512,), ((512, 512),))
+
+
+@pytest.mark.parametrize("before", [[], ["--options", "rf_detr"]], ids=["alone", "after a recipe"])
+def test_named_numbers_are_given_alike(before, capsys):
+    """As NAME VALUE pairs, also where a recipe or a run to resume has some; those given replace all."""
+
+    def parsed(*arguments):
+        arguments = ["--output", "x", *before, *arguments]
+        default = script.given_before(arguments)
+        known: Any = {} if default is None else {"default": default}
+        return tyro.cli(script.Options, args=arguments, config=(tyro.conf.OmitArgPrefixes,), **known)
+
+    given = parsed("--part-lr", "backbone", ".5", "rpn", "2", "--sampling", "box_samples", "128")
+    assert given.optimization.part_lr == {"backbone": 0.5, "rpn": 2.0}
+    assert given.architecture.sampling == {"box_samples": 128.0}
+    assert parsed("--part-lr").optimization.part_lr == {}
+    assert parsed().optimization.part_lr == ({"backbone": 0.588, "decoder": 0.7} if before else {})
+    for words, message in ((["backbone"], "backbone has no value"), (["backbone", "x"], "could not convert")):
+        with pytest.raises(SystemExit):
+            parsed("--part-lr", *words)
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_a_loss_that_is_not_finite(shapes, tmp_path):

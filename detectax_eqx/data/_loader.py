@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +33,8 @@ class Loader:
     equally often. A bucket with fewer images than a batch is repeated within the batch.
 
     - `batch_size`: images per batch. `buckets`: `make_buckets(dataset.sizes, …)`.
+    - `canvases`: if given, each batch draws its canvas from these at random, in place of that of its bucket. For
+      detectors that resize every image to the whole canvas (`models.Square`), which thereby see several sizes.
     - `shuffle`: draw a new order in each epoch.
     - `max_objects`: rows of the targets. Further objects of an image, in the file's order, are dropped and counted in
       `overflow`. Crowds are always left out and not counted.
@@ -66,6 +69,7 @@ class Loader:
         *,
         batch_size: int,
         buckets: Sequence[Bucket],
+        canvases: Sequence[tuple[int, int]] = (),
         seed: int = 0,
         shuffle: bool = True,
         max_objects: int = 100,
@@ -88,6 +92,8 @@ class Loader:
                 f"{dataset.annotations_path}: no category names keypoints, but keypoints=True asks for them. "
                 'List their names as "keypoints" of a category.'
             )
+        if canvases and min(map(min, canvases)) < 1:
+            raise ValueError(f"canvases must hold positive sizes, got {tuple(canvases)}.")
         for name, number in {"seed": seed, "max_bad_images": max_bad_images}.items():
             if number < 0:
                 raise ValueError(f"{name} must not be negative, got {number}.")
@@ -102,6 +108,7 @@ class Loader:
         self._order = BatchOrder(
             [group for group in groups if group], batch_size=batch_size, seed=seed, shuffle=shuffle
         )
+        self._canvases, self._seed = tuple(canvases), seed
         self._max_objects = max_objects
         self._mask_size = mask_size
         self._num_keypoints = dataset.num_keypoints if keypoints else None
@@ -167,7 +174,13 @@ class Loader:
     def _empty(self, k: int) -> Examples:
         group, indices = self._order(k)
         indices = indices[self._rows]
-        pictures = blank_pictures(indices, len(indices), self._buckets[group])
+        bucket = self._buckets[group]
+        if (
+            self._canvases
+        ):  # the order of images draws from other streams of random numbers, with a smaller third number
+            draw = np.random.default_rng([self._seed, k, len(self._buckets) + 1])
+            bucket = replace(bucket, canvas=self._canvases[draw.integers(len(self._canvases))])
+        pictures = blank_pictures(indices, len(indices), bucket)
         return blank_examples(pictures, self._max_objects, self._mask_size, self._num_keypoints, self._keypoint_offset)
 
 
