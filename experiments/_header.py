@@ -58,11 +58,6 @@ def print_header(
     labels, tiny = _labels_and_tiny(dataset, **sizes)
     empty = sum(not (~dataset.objects(index).crowd).any() for index in range(len(dataset)))
     rate = float(jnp.max(jax.vmap(schedule)(jnp.arange(total))))
-    plan = f"warm-up {options.optimization.warmup_steps}, " + (
-        "then a cosine to 0"
-        if options.optimization.schedule == "cosine"
-        else f"decays after epochs {' and '.join(f'{epoch:g}' for epoch in options.optimization.decay_epochs or ())}"
-    )
     leaves, marked = jax.tree.leaves(model), jax.tree.leaves(trainable)
     trained = sum(leaf.size for leaf, mark in zip(leaves, marked, strict=True) if mark)
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
@@ -71,7 +66,7 @@ def print_header(
         "objects": f"{len(labels):,}" + (f", {tiny:,} under a pixel after resizing" if tiny else ""),
         "per class": _per_class(labels, dataset.categories),
         "steps": f"{total:,}, {total / steps:g} epochs of {steps:,}, {options.run.batch_size} images per step",
-        "rate": f"{rate:.3g} at most ({options.optimization.optimizer}); {plan}",
+        "rate": f"{rate:.3g} at most ({options.optimization.optimizer}); {_plan(options)}",
         "canvases": _canvases(options, dataset, model),
         "model": f"{options.detector.model}, norm {options.architecture.norm}, "
         f"{models.num_parameters(model):,} parameters, {trained:,} of them trained",
@@ -80,6 +75,14 @@ def print_header(
     width = max(map(len, rows))
     for name, text in rows.items():
         console.print(f"{name:<{width}}  {text}", highlight=False, soft_wrap=True)
+
+
+def _plan(options: Options) -> str:
+    """How the learning rate changes."""
+    chosen = options.optimization
+    epochs = " and ".join(f"{epoch:g}" for epoch in chosen.decay_epochs or ())
+    decay = f"decays after epochs {epochs}" if epochs else "no decay"
+    return f"warm-up {chosen.warmup_steps}, {'then a cosine to 0' if chosen.schedule == 'cosine' else decay}"
 
 
 def _canvases(options: Options, dataset: data.CocoDataset, model: Any) -> str:

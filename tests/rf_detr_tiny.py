@@ -22,7 +22,7 @@ KINDS = ("boxes", "masks")
 CANVASES = ((SIZE, SIZE), (96, 64), (416, 32))
 
 
-def build(kind):
+def build(kind, groups=GROUPS):
     """A detector on a transformer of four blocks, as shapes only."""
 
     def make():
@@ -30,7 +30,7 @@ def build(kind):
         body = nn.WindowedViT(CHANNELS, HEADS, key=keys[0], patch_size=PATCH, side=SIDE, windows=2, taps=TAPS)
         backbone = nn.ProjectedViT(body, key=keys[1], channels=WIDTH)
         detector = models.rf_detr if kind == "boxes" else models.rf_detr_seg
-        options = {"size": SIZE, "layers": LAYERS, "queries": QUERIES, "groups": GROUPS}
+        options = {"size": SIZE, "layers": LAYERS, "queries": QUERIES, "groups": groups}
         heads = {"self_heads": 4, "cross_heads": 4, "points": 2, "hidden_size": HIDDEN}
         return detector(backbone, CLASSES, key=keys[2], **options, **heads)
 
@@ -86,6 +86,12 @@ def targets():
     masks = (draw.random((*boxes.shape[:2], SIZE // 8, SIZE // 8)) < 0.5).repeat(8, axis=2).repeat(8, axis=3)
     valid = np.arange(capacity) < np.array(counts)[:, None]
     return pixels, boxes, labels, masks, valid
+
+
+def small_targets():
+    """Those of `targets` at half the size, where there are fewer cells than queries."""
+    pixels, boxes, labels, masks, valid = targets()
+    return pixels[:, ::2, ::2], boxes / 2, labels, masks[:, :, ::2, ::2], valid
 
 
 def points(count):

@@ -66,9 +66,10 @@ def test_a_shifted_window_does_not_join_opposite_borders():
     """A change at the right border changes no token at the left one, though both are in one window."""
     block = random_like(nn.TransformerBlock(8, 2, key=jr.key(0), positions=nn.PositionBias(4, 2, key=jr.key(1))))
     windows, x = nn.Windows((8, 8), 4, (2, 2)), jr.normal(jr.key(2), (64, 8))
-    changed = x.reshape(8, 8, 8).at[:, -1].add(1.0).reshape(64, 8)
+    # Not by the same number in all channels, which the norm would subtract.
+    changed = x.reshape(8, 8, 8).at[:, -1].multiply(-1.0).reshape(64, 8)
     difference = np.abs(block(x, windows) - block(changed, windows)).reshape(8, 8, 8).max(axis=2)
-    assert (difference[:, :2] == 0).all() and (difference[:, 6:] > 0).all()
+    assert (difference[:, :2] == 0).all() and (difference[:, 6:] > 1e-3).all()
 
 
 @pytest.mark.parametrize("biased", [False, True])

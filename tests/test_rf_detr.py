@@ -171,16 +171,25 @@ def test_groups_do_not_see_each_other():
 
 
 def test_fewer_cells_than_queries():
-    """The queries without a cell keep the boxes of their own."""
-    model = made("boxes")
-    canvas = (32, 32)
-    image = jnp.asarray(tiny.targets()[0][0][:32, :32])
-    size = jnp.array(canvas, jnp.int32)
-    _, chosen, decoded = eqx.filter_jit(_rf_detr.predict_queries)(model, image, size)
+    """The queries without a cell have the boxes of their own, whose sides count as 0 where they are negative."""
+    size, image = tiny.SIZE // 2, tiny.images()[0]
+    model = replace(made("boxes"), preprocessing=models.Preprocessing(models.Square(size)))
+    pixels = jnp.asarray(tiny.small_targets()[0][0])
+    _, chosen, decoded = eqx.filter_jit(_rf_detr.predict_queries)(model, pixels, jnp.array([size, size], jnp.int32))
     assert chosen.logits.shape == (1, 16, tiny.CLASSES) and decoded.logits.shape[2] == tiny.QUERIES
-    targets = Targets(jnp.array([[2.0, 2, 20, 20]]), jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
-    losses = eqx.filter_jit(lambda m: m.loss(image, size, targets, key=jr.key(0)))(model)
-    assert all(np.isfinite(loss.mean()) for loss in losses.values())
+    assert (decoded.boxes_cxcywh[..., 2:] < 0).any()
+    expected = {name.removeprefix("small."): x for name, x in stored("boxes").items() if name.startswith("small.")}
+    found = eqx.filter_jit(models.detect)(model, image)
+    assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+    np.testing.assert_array_equal(found.labels, expected["labels"])
+    np.testing.assert_allclose(found.scores, expected["scores"], atol=1e-5)
+    np.testing.assert_allclose(found.boxes, expected["boxes"], atol=1e-3)
+    with jax.enable_x64(True):
+        pixels, boxes, labels, _, valid = (jnp.asarray(x) for x in tiny.small_targets())
+        targets = Targets(boxes.astype(jnp.float64), labels, valid)
+        sizes = jnp.full((len(pixels), 2), size, jnp.int32)
+        one_group = load_rf_detr(tiny.build("boxes", groups=1), tiny.random_arrays("boxes"))
+        compare_losses(one_group, pixels, sizes, targets, expected, to_rf_detr)
 
 
 def test_padding_of_targets():

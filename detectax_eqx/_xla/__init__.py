@@ -15,4 +15,4 @@ from ._rounding import rounded_product as rounded_product, rounded_quotient as r
 from ._stripes import draw_stripes as draw_stripes
 from ._undivided import undivided as undivided
 from ._unvmap import unvmap_max as unvmap_max
-from ._varying import varying_like as varying_like
+from ._varying import erf as erf, varying_like as varying_like

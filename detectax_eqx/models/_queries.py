@@ -140,6 +140,17 @@ def grid_proposals(
     return boxes, np.all((boxes > MARGIN) & (boxes < 1 - MARGIN), axis=1)
 
 
+def corners_of(boxes_cxcywh: Float[Array, "n 4"]) -> Float[Array, "n 4"]:
+    """Returns the corners `xyxy` of boxes; negative sides, which queries without a proposal may have, count as 0.
+
+    >>> corners_of(jnp.array([[2.0, 2.0, 2.0, -1.0]])).tolist()
+    [[1.0, 2.0, 3.0, 2.0]]
+    """
+    centres, sides = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:]
+    # As torch's `clamp`, and unlike `maximum`, this has a gradient of 1 at 0, where the boxes of new queries begin.
+    return cxcywh_to_xyxy(jnp.concatenate([centres, jnp.where(sides < 0, jnp.zeros_like(sides), sides)], axis=1))
+
+
 def best_pairs(
     logits: Float[Array, "q k"], count: int
 ) -> tuple[Float[Array, " n"], Int32[Array, " n"], Int32[Array, " n"]]:
@@ -188,6 +199,6 @@ def query_detections(
     """
     scores, queries, labels = best(predicted.logits, selection.max_detections)
     scale = sides_of(frame, predicted.boxes_cxcywh.dtype)
-    boxes = cxcywh_to_xyxy(predicted.boxes_cxcywh[queries]) * scale[None]
+    boxes = corners_of(predicted.boxes_cxcywh[queries]) * scale[None]
     boxes = boxes if clip is None else clip_boxes(boxes, clip.astype(scale.dtype))
     return Detections(boxes, scores, labels, scores > selection.score_threshold), queries

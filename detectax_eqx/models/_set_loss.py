@@ -22,7 +22,7 @@ from ..ops import (
     upcast,
     xyxy_to_cxcywh,
 )
-from ._queries import Frame, Queries, sides_of
+from ._queries import Frame, Queries, corners_of, sides_of
 
 
 # Of the focal loss of classes (Deformable DETR).
@@ -86,7 +86,7 @@ def matching_cost(
     wanted = relative_boxes(targets, frame).astype(boxes.dtype)
     l1 = jnp.abs(wanted[:, None] - boxes[None]).sum(axis=2)
     scale = sides_of(frame, boxes.dtype)[None]  # GIoU does not depend on the scale, except near 0
-    giou = pairwise_giou(cxcywh_to_xyxy(wanted) * scale, cxcywh_to_xyxy(boxes) * scale)
+    giou = pairwise_giou(cxcywh_to_xyxy(wanted) * scale, corners_of(boxes) * scale)
     return weights.classification * classification + weights.l1 * l1 - weights.giou * giou
 
 
@@ -207,7 +207,7 @@ def _losses_of(
     # Targets without a query take a box of nonzero extent as a placeholder; their loss is masked out.
     boxes, wanted = (jnp.where(matched[:, None], x, jnp.full_like(x, 0.5)) for x in (boxes, wanted))
     scale = sides_of(frame, boxes.dtype)[None]
-    corners, wanted_corners = cxcywh_to_xyxy(boxes) * scale, cxcywh_to_xyxy(wanted) * scale
+    corners, wanted_corners = corners_of(boxes) * scale, cxcywh_to_xyxy(wanted) * scale
     ious = jax.vmap(lambda a, b: pairwise_iou(a[None], b[None])[0, 0])(lax.stop_gradient(corners), wanted_corners)
     l1 = jnp.abs(boxes - wanted).sum(axis=1)
     return {

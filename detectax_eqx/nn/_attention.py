@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from einops import rearrange
-from jax import lax
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._xla import attend, rematerialise
+from .._xla import attend, erf, rematerialise
 from ..ops import upcast
 from ._conv import Conv2d, lecun_uniform
 from ._norm import LayerNorm
@@ -48,7 +47,7 @@ def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     >>> round(float(gelu(jnp.array(1.0))), 4)
     0.8413
     """
-    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+    return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
 
 
 def drop_path(x: Float[Array, "*s"], rate: float, *, key: PRNGKeyArray | None) -> Float[Array, "*s"]:

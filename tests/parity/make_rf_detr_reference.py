@@ -58,16 +58,28 @@ def reference(kind: str) -> dict[str, np.ndarray]:
         if "masks" in found:
             found["masks"] = np.packbits(found["masks"])
         result |= {f"{i}.{name}": array for name, array in found.items()}
+    result |= losses_and_gradients(model, criterion, tiny.targets(), GRADIENTS)
+    if kind == "boxes":
+        found = detections(model.float(), tiny.images()[0], tiny.SIZE // 2, tiny.QUERIES)
+        names = {name.replace(".1.weight", ".0.weight").replace("embed.2.", "embed.0.") for name in GRADIENTS}
+        small = found | losses_and_gradients(model, criterion, tiny.small_targets(), names, all_groups=False)
+        small["grad.refpoint_embed.weight"] = small["grad.refpoint_embed.weight"][: tiny.QUERIES]
+        result |= {f"small.{name}": array for name, array in small.items()}
+    return result
+
+
+def losses_and_gradients(
+    model: Any, criterion: Any, targets: Any, parameters: set[str], **options: Any
+) -> dict[str, np.ndarray]:
+    """The losses by the names `loss.…`, and the gradients of some parameters by `grad.…`, in double precision."""
+    model.zero_grad()
     with double_precision():
-        terms = losses(model.double(), criterion, *tiny.targets())
-        result |= {f"loss.{term}": np.array(value.item()) for term, value in terms.items()}
+        terms = losses(model.double(), criterion, *targets, **options)
         total: Any = sum(terms.values())
         total.backward()
-    for name, parameter in model.named_parameters():
-        if name in GRADIENTS:
-            assert parameter.grad is not None
-            result[f"grad.{name}"] = parameter.grad.numpy().astype(np.float32)
-    return result
+    grads = {name: x.grad for name, x in model.named_parameters() if name in parameters}
+    result = {f"loss.{term}": np.array(value.item()) for term, value in terms.items()}
+    return result | {f"grad.{name}": grad.numpy().astype(np.float32) for name, grad in grads.items()}
 
 
 if __name__ == "__main__":

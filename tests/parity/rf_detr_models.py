@@ -166,8 +166,13 @@ def losses(
     labels: np.ndarray,
     masks: np.ndarray,
     valid: np.ndarray,
+    *,
+    all_groups: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """The weighted losses of a batch, summed over layers, by the names that they have here."""
+    """The weighted losses of a batch, summed over layers, by the names that they have here.
+
+    Without `all_groups`, those of the first group of queries, as if there were no other.
+    """
     height, width = pixels.shape[1:3]
     dtype = next(model.parameters()).dtype
     mean, std = (torch.tensor(values, dtype=dtype) * 255 for values in (MEAN, STD))
@@ -179,8 +184,8 @@ def losses(
         objects.append({"boxes": cxcywh, "labels": torch.from_numpy(labels[i, rows]).long()})
         if "masks" in criterion.losses:
             objects[-1]["masks"] = torch.from_numpy(masks[i, rows])
-    model.train()
-    criterion.train()
+    model.train(all_groups)
+    criterion.train(all_groups)
     with fixed_points():
         terms = criterion(model(images), objects)
     names = {"loss_class": "loss_ce", "loss_l1": "loss_bbox", "loss_giou": "loss_giou"}
