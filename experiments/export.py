@@ -1,6 +1,7 @@
 """Writes a trained detector for other runtimes.
 
     python experiments/export.py --checkpoint runs/mine --output detector.onnx --images photos/
+    python experiments/export.py --checkpoint runs/mine --output detector.half.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.int8.onnx --images photos/
     python experiments/export.py --checkpoint runs/mine --output detector.npz
     python experiments/export.py --checkpoint runs/mine --output detector.safetensors
@@ -8,11 +9,12 @@
 The suffix selects the format:
 
 - `.onnx`: ONNX, compared with the model on `--images` before it is written
+- `.half.onnx`: the same with convolutions and matrix products in float16
 - `.int8.onnx`: the same in 8-bit integers, calibrated on `--images`
 - `.npz`: StableHLO, for `run_stablehlo.py`
 - `.safetensors`: weights, class names and image sizes, for `--weights` of the other scripts
 
-The first two need `pip install 'detectax_eqx[onnx]'`.
+The first three need `pip install 'detectax_eqx[onnx]'`.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ class Options:
     """Options of an export."""
 
     output: Path
-    """File to write: .onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
+    """File to write: .onnx, .half.onnx, .int8.onnx, .npz (StableHLO) or .safetensors (weights)."""
     images: Path | None = None
     """Folder of images to compare and calibrate on, a few dozen typical ones. Only for ONNX."""
     source: tuple[int, int] = (640, 640)
@@ -92,7 +94,9 @@ def main(options: Options) -> None:
 def check_output(options: Options) -> None:
     """Refuses an unknown suffix, and options that do not suit it, before anything is read."""
     if options.output.suffix not in (".onnx", ".npz", ".safetensors"):
-        raise SystemExit(f"--output must end in .onnx, .int8.onnx, .npz or .safetensors, got {options.output}.")
+        raise SystemExit(
+            f"--output must end in .onnx, .half.onnx, .int8.onnx, .npz or .safetensors, got {options.output}."
+        )
     if options.any_batch and options.output.suffix != ".npz":
         raise SystemExit(f"--any-batch needs an --output that ends in .npz, got {options.output}.")
     if options.output.suffix == ".onnx" and (options.images is None or not options.images.is_dir()):
@@ -102,7 +106,7 @@ def check_output(options: Options) -> None:
 def save_onnx(
     predictor: zoo.Predictor, options: Options, shape: export.Shape, selection: models.Selection | None
 ) -> None:
-    """Writes a float ONNX file, and quantises it if the suffix is `.int8.onnx`."""
+    """Writes an ONNX file in float32, or float16 for `.half.onnx`, and quantises it for `.int8.onnx`."""
     images, names, larger = [], [], 0
     for path, _ in find_images([options.images] if options.images else []):
         if len(images) < options.max_images:
@@ -129,6 +133,7 @@ def save_onnx(
             images=images,
             class_names=predictor.class_names,
             selection=selection,
+            half=options.output.name.endswith(".half.onnx"),
             unmatched_score=options.unmatched_score,
             image_names=names,
         )

@@ -195,7 +195,12 @@ def test_checked_shard_map(index):
     if not jax.tree.leaves(examples[0]):
         pytest.skip("takes no array")
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *examples)
-    found = jax.jit(jax.shard_map(jax.vmap(run), mesh=_mesh(), in_specs=SHARDED, out_specs=SHARDED))(batch)
+    mapped = jax.jit(jax.shard_map(jax.vmap(run), mesh=_mesh(), in_specs=SHARDED, out_specs=SHARDED))
+    try:
+        found = mapped(batch)
+    except NotImplementedError:
+        assert CALLS[index].options.get("groups", 1) > 1
+        pytest.xfail("JAX has no rule for a convolution in groups under shard_map where only its kernel has a batch")
     _check_same(found, jax.tree.map(lambda *leaves: np.stack(leaves), *_reference(index)))
 
 

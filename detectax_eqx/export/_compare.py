@@ -1,18 +1,33 @@
 """Matches and compares the detections of two runtimes in one image."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 
-# Largest differences allowed between a runtime and JAX: pixels, scores, and probabilities of mask pixels.
-BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 1e-2
+@dataclass(frozen=True)
+class Tolerances:
+    """Largest differences allowed between a file and the model.
+
+    - `boxes`: in pixels. `scores`. `masks`: in the probabilities of their pixels.
+    - `iou`: an IoU this close to the NMS threshold may fall on either side of it through rounding.
+    """
+
+    boxes: float = 0.05
+    scores: float = 1e-4
+    masks: float = 1e-2
+    iou: float = 1e-4
+
+
+# Of files that compute in single precision, and in half precision, whose rounding errors are 8,192 times as large: they
+# may refine another one of several proposals of an object, so that boxes and masks only have to match and be finite.
+SINGLE, HALF = Tolerances(), Tolerances(boxes=math.inf, scores=0.05, masks=1.0, iou=0.02)
 # Two detections with the same label and at least this IoU match; their differences are then compared.
 MATCH_IOU = 0.5
-# An IoU this close to the NMS threshold may fall on either side of it through rounding.
-IOU_TOLERANCE = 1e-4
 # Up to this score, a detection without a match may come from a proposal that rounding moved across a threshold.
 UNMATCHED_SCORE = 0.1
 
@@ -30,17 +45,17 @@ def compare_detections(
     nms_threshold: float = 0.5,
     max_detections: int = 100,
     unmatched_score: float = UNMATCHED_SCORE,
+    tolerances: Tolerances = SINGLE,
 ) -> tuple[int, int]:
     """Compares an exported file's detections in one image with the model's.
 
     Returns the number of matched pairs and the number of unmatched detections. Matched pairs, see `match_detections`,
-    must agree within .05 pixels, 1e-4 in score and .01 in mask probability. A detection may be unmatched if rounding
-    can explain it, that is, if
+    must agree within the `tolerances`. A detection may be unmatched if rounding can explain it, that is, if
 
     - its score is at most `unmatched_score`;
-    - its score is at most 1e-4 above `score_threshold`, or above the lowest score of the other side if that side
-      already has `max_detections`;
-    - or its IoU with a detection of the other side that has its label and at least its score is within 1e-4 of
+    - its score is at most a tolerance above `score_threshold`, or above the lowest score of the other side if that
+      side already has `max_detections`;
+    - or its IoU with a detection of the other side that has its label and at least its score is within a tolerance of
       `nms_threshold`.
 
     - `found`, `expected`: `boxes`, `scores`, `labels` and, if there are any, `masks` of the file and of the model.
@@ -57,20 +72,21 @@ def compare_detections(
     sides = ((expected, other_rows, found, "the file lacks"), (found, rows, expected, "the model does not make"))
     unmatched = 0
     for detections, matched_rows, other, problem in sides:
-        limit = max(unmatched_score, score_threshold + SCORE_TOLERANCE)
+        limit = max(unmatched_score, score_threshold + tolerances.scores)
         if len(other["scores"]) >= max_detections:
-            limit = max(limit, float(np.min(other["scores"])) + SCORE_TOLERANCE)
+            limit = max(limit, float(np.min(other["scores"])) + tolerances.scores)
         for row in np.setdiff1d(np.arange(len(detections["scores"])), matched_rows).tolist():
             unmatched += 1
-            excused = detections["scores"][row] <= limit or _at_threshold(detections, row, other, nms_threshold)
+            excused = detections["scores"][row] <= limit or _at_threshold(
+                detections, row, other, nms_threshold, tolerances
+            )
             if not excused:  # also true if the score is NaN
                 raise ExportError(
                     f"valid differs on {where}: {problem} the detection {describe(detections, row)}. Rounding can "
                     f"explain this only for scores up to {limit:.4g}. To accept this detection, set unmatched_score "
                     "(--unmatched-score of export.py) or the score threshold above its score."
                 )
-    tolerances = {"boxes": BOX_TOLERANCE, "scores": SCORE_TOLERANCE, "masks": MASK_TOLERANCE}
-    for name, tolerance in tolerances.items():
+    for name, tolerance in vars(tolerances).items():
         if name not in expected or not rows:
             continue
         difference = np.abs(np.asarray(found[name])[rows] - np.asarray(expected[name])[other_rows])
@@ -128,17 +144,19 @@ def match_detections(found: Mapping[str, Any], expected: Mapping[str, Any]) -> t
 def _possible(found: Mapping[str, Any], expected: Mapping[str, Any], boxes: Any, other: Any) -> Bool[np.ndarray, "n m"]:
     """Which pairs can match. Boxes within the tolerance always can, since a box without area has no IoU."""
     same_label = np.asarray(found["labels"])[:, None] == np.asarray(expected["labels"])[None]
-    close = (np.abs(boxes[:, None] - other[None]) <= BOX_TOLERANCE).all(axis=2)
+    close = (np.abs(boxes[:, None] - other[None]) <= SINGLE.boxes).all(axis=2)
     return same_label & ((_iou(boxes, other) >= MATCH_IOU) | close)
 
 
-def _at_threshold(one: Mapping[str, Any], row: int, other: Mapping[str, Any], nms_threshold: float) -> bool:
+def _at_threshold(
+    one: Mapping[str, Any], row: int, other: Mapping[str, Any], nms_threshold: float, tolerances: Tolerances
+) -> bool:
     """Whether the IoU with a better detection of the same label equals the NMS threshold up to rounding."""
     boxes, other_boxes = (np.asarray(side["boxes"], np.float32).reshape(-1, 4) for side in (one, other))
-    better = np.asarray(other["scores"]) >= one["scores"][row] - SCORE_TOLERANCE
+    better = np.asarray(other["scores"]) >= one["scores"][row] - tolerances.scores
     rivals = better & (np.asarray(other["labels"]) == one["labels"][row])
     overlaps = _iou(boxes[row : row + 1], other_boxes)[0]
-    return bool((rivals & (np.abs(overlaps - nms_threshold) <= IOU_TOLERANCE)).any())
+    return bool((rivals & (np.abs(overlaps - nms_threshold) <= tolerances.iou)).any())
 
 
 def _iou(boxes: np.ndarray, other: np.ndarray) -> Float[np.ndarray, "n m"]:

@@ -17,8 +17,9 @@ from jaxtyping import UInt8
 
 from ..files import whole_file
 from ..models import AbstractDetector, Selection
+from ..nn import cast
 from ..weights import named_leaves
-from ._compare import UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
+from ._compare import HALF, SINGLE, UNMATCHED_SCORE, check_counts, compare_detections, name_of, valid_rows
 from ._extras import quiet, require
 from ._fold import fold_constants, fold_norms, trace
 from ._program import Shape, about_model, checked_selection, detection_program, image_program
@@ -35,6 +36,7 @@ def save_onnx(
     images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     class_names: Sequence[str],
     selection: Selection | None = None,
+    half: bool = False,
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
 ) -> None:
@@ -48,6 +50,9 @@ def save_onnx(
     - `images`: real images. Before the file is kept, onnxruntime's detections in them are compared with the model's. A
       black image is added if the model detects nothing in it.
     - `selection`: which detections the file keeps; default `model.selection`, see `detection_program`.
+    - `half`: convolutions and matrix products in float16; norms, softmax and boxes stay float32. The file is half as
+      large. Its detections are compared with those of the model in float32: equal labels, boxes with an IoU of at
+      least .5, and scores within .05.
     - `unmatched_score`: the score up to which a detection of the file or of the model may be unmatched. Rounding
       differs between runtimes, and can move the overlap of two proposals, or the rank of one, across a threshold.
     - `image_names`: the names of the images in error messages; default their positions.
@@ -72,7 +77,7 @@ def save_onnx(
             f"model must not predict keypoints, got a {type(model).__name__}: the search for their maximum is a loop "
             "whose length depends on the box. Use save_stablehlo, which takes any detector."
         )
-    proto = to_proto(model, shape, selection)
+    proto = to_proto(model, shape, selection, half=half)
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
     with whole_file(path) as temporary:
         onnx.save_model(proto, temporary)
@@ -82,6 +87,7 @@ def save_onnx(
             shape=shape,
             images=images,
             selection=selection,
+            half=half,
             unmatched_score=unmatched_score,
             image_names=image_names,
         )
@@ -103,9 +109,10 @@ def read_onnx(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     return proto, about | {"shape": shape}
 
 
-def to_proto(model: AbstractDetector, shape: Shape, selection: Selection | None) -> Any:
+def to_proto(model: AbstractDetector, shape: Shape, selection: Selection | None, *, half: bool = False) -> Any:
     """Converts the detector to an `onnx.ModelProto`."""
     folded = fold_norms(model)
+    folded = cast(folded, jnp.float16) if half else folded
     program = image_program(folded, shape, selection)
     specs = {
         "images": jax.ShapeDtypeStruct((*shape.source, shape.channels), np.uint8),
@@ -188,6 +195,7 @@ def compare_onnx(
     shape: Shape,
     images: Sequence[UInt8[np.ndarray, "_ _ c"]],
     selection: Selection | None = None,
+    half: bool = False,
     unmatched_score: float = UNMATCHED_SCORE,
     image_names: Sequence[str] = (),
 ) -> None:
@@ -214,11 +222,12 @@ def compare_onnx(
     black = np.zeros((*(min(32, side) for side in shape.source), shape.channels), np.uint8)
     padded, sizes = pad_images([black], shape)
     compared = list(images) if run(padded, sizes).valid[0].any() else [*images, black]
-    limits = {
+    limits: dict[str, Any] = {
         "score_threshold": chosen.score_threshold,
         "nms_threshold": getattr(chosen, "nms_threshold", 1.0),  # 1: a detector without suppression
         "max_detections": chosen.max_detections,
         "unmatched_score": unmatched_score,
+        "tolerances": HALF if half else SINGLE,
     }
     counts = np.zeros(2, int)
     for start in range(0, len(compared), shape.batch):

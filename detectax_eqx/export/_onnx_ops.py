@@ -135,11 +135,19 @@ class Operators:
 
         One operator, which computes its mean and variance in float32 also where the rest is float16.
         """
-        line = f"y = LayerNormalization <axis = -1, epsilon = {epsilon!r}> (x, weight, bias)"
+        options = f"axis = -1, epsilon = {epsilon!r}"
+        if weight.dtype == x.dtype:
+            lines = [f"y = LayerNormalization <{options}> (x, weight, bias)"]
+        else:  # the operator takes one type
+            lines = [
+                "w = CastLike (weight, x)",
+                "b = CastLike (bias, x)",
+                f"y = LayerNormalization <{options}> (x, w, b)",
+            ]
 
         def batched(x):
             last = jnp.moveaxis(x, axis, -1)
-            y = self._operator([line], [last, weight, bias], ["x", "weight", "bias"], last.shape)
+            y = self._operator(lines, [last, weight, bias], ["x", "weight", "bias"], last.shape)
             return jnp.moveaxis(y, -1, axis)
 
         mapped = custom_vmap(batched)
@@ -183,7 +191,8 @@ class Operators:
                 f"rows{k} = Reshape (found{k}, minus)",
                 f"boxes{k} = Gather (boxes, rows{k})",
                 f"images{k} = Sub (rows{k}, rows{k})",
-                f"maps{k} = Unsqueeze (features{k}, first)",
+                f"wide{k} = CastLike (features{k}, boxes)",  # the operator takes one type
+                f"maps{k} = Unsqueeze (wide{k}, first)",
                 f'pooled{k} = RoiAlign <mode = "avg", output_height = {rows}, output_width = {columns}, '
                 f"sampling_ratio = {sampling_ratio}, spatial_scale = {scale!r}, "
                 f'coordinate_transformation_mode = "{mode}"> (maps{k}, boxes{k}, images{k})',
@@ -196,10 +205,11 @@ class Operators:
             f"all = Concat <axis = 0> ({', '.join(pooled)})",
             "count = Shape (order)",
             "sorted, place = TopK <largest = 0> (order, count)",
-            "result = Gather (all, place)",
+            "ordered = Gather (all, place)",
+            "result = CastLike (ordered, features0)",
         ]
         text = _function(["boxes", "level", *maps], ["result"], lines)
-        results = [((boxes.shape[0], features[0].shape[0], rows, columns), np.float32)]
+        results = [((boxes.shape[0], features[0].shape[0], rows, columns), features[0].dtype)]
         return self._call(text, [boxes, level, *features], results)[0]
 
     def _nms_indices(

@@ -64,7 +64,8 @@ def drop_path(x: Float[Array, "*s"], rate: float, *, key: PRNGKeyArray | None) -
         raise ValueError(f"rate must be in 0..1, 1 excluded, got {rate}.")
     if key is None or rate == 0:
         return x
-    return jnp.where(jr.bernoulli(key, 1 - rate), x / (1 - rate), jnp.zeros((), x.dtype))
+    kept = jr.bernoulli(key, jnp.asarray(1 - rate, jnp.float32))  # the same with x64
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def attention(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32, UInt8
+from jaxtyping import Array, Bool, Int, Int32, UInt8
 
 from .._xla import unvmap_max, varying_like
 from ._sampling import output_bins
@@ -108,10 +108,14 @@ def _resample(image: UInt8[Array, "h w c"], taps: _Taps, *, axis: int) -> UInt8[
     shape = [len(taps.first) if i == axis else side for i, side in enumerate(image.shape)]
     half = jnp.full(shape, 1 << (PRECISION_BITS - 1), jnp.int32)  # to round to nearest
     zeros, half = varying_like((jnp.zeros_like(taps.first), half), image, taps)
-    total = lax.fori_loop(start, count, lambda tap, total: total + taps.weights(tap), zeros)
 
-    def add(tap: Int32[Array, ""], sums: Int32[Array, "h2 w2 c"]) -> Int32[Array, "h2 w2 c"]:
-        coefficients = _coefficients(taps.weights(tap), total)
+    def weights(tap: Int[Array, ""]) -> Int32[Array, " c"]:
+        return taps.weights(jnp.asarray(tap, jnp.int32))  # without jit but with x64, loops count in int64
+
+    total = lax.fori_loop(start, count, lambda tap, total: total + weights(tap), zeros)
+
+    def add(tap: Int[Array, ""], sums: Int32[Array, "h2 w2 c"]) -> Int32[Array, "h2 w2 c"]:
+        coefficients = _coefficients(weights(tap), total)
         index = jnp.minimum(taps.first + tap, image.shape[axis] - 1)  # beyond the last pixel, coefficients are 0
         pixels = jnp.take(image, index, axis=axis, mode="clip")
         return sums + pixels.astype(jnp.int32) * jnp.expand_dims(coefficients, (2, 1 - axis))

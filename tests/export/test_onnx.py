@@ -181,6 +181,33 @@ def test_int8_keeps_predictors_in_float(onnx_file, images, tmp_path, capfd, capl
     assert session.run(["valid"], {"images": padded, "image_sizes": sizes})[0].any()
 
 
+HALVES = {
+    "mask_rcnn": lambda model: (model, SHAPE, SELECTION),
+    "vit": lambda _: (transformer("vit"), SHAPE, SELECTION),
+    "rf_detr": lambda _: (rf_detr("boxes"), SQUARE, None),
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_precision(kind, model, images, tmp_path):
+    """The file is compared with the model in float32. Its kernels are in float16, its boxes in float32."""
+    needs("onnx")
+    from onnx import TensorProto
+
+    (model, shape, selection), path = HALVES[kind](model), tmp_path / "detector.half.onnx"
+    names, options = [str(i) for i in range(model.num_classes)], {"shape": shape, "selection": selection}
+    export.save_onnx(model, path, images=images, class_names=names, half=True, unmatched_score=0.2, **options)
+    proto, _ = export.read_onnx(path)
+    kernels = [x for x in proto.graph.initializer if x.name.endswith(".weight") and len(x.dims) > 1]
+    assert len(kernels) > 10 and {x.data_type for x in kernels} == {TensorProto.FLOAT16}
+    assert proto.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    logits = lambda m: (m.class_logits if kind == "rf_detr" else m.box_head.class_logits).bias  # noqa: E731
+    other = eqx.tree_at(logits, model, jnp.linspace(0.0, 3.0, logits(model).size))
+    with pytest.raises(export.ExportError):
+        export.compare_onnx(other, path, images=images, half=True, **options)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["retinanet", "retinanet_v2", "fcos"])
 def test_dense_detectors_in_onnx(name, images, tmp_path):
