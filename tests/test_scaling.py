@@ -15,23 +15,28 @@ import numpy as np
 import pytest
 
 from detectax_eqx import data, models, nn, train
+from detectax_eqx.weights import load_rf_detr
 
-from . import tiny_train
+from . import rf_detr_tiny, tiny_train
 from .tiny_detector import build, loss, make_batch
 
 
 STEPS = 5
 
 
-def trained(model_devices, accumulate=1, dtype="float32"):
+def rf_detr():
+    return load_rf_detr(rf_detr_tiny.build("boxes"), rf_detr_tiny.random_arrays("boxes"))
+
+
+def trained(model_devices, accumulate=1, dtype="float32", detector=build):
     """Final state, metrics of every step and the compiled program's text, on eight devices or on one (0)."""
-    return train_once(model_devices, accumulate, dtype)
+    return train_once(model_devices, accumulate, dtype, detector)
 
 
 @cache
-def train_once(model_devices, accumulate, dtype):
+def train_once(model_devices, accumulate, dtype, detector):
     mesh = train.make_mesh(jax.devices()[:8], model=model_devices) if model_devices else None
-    model = build()
+    model = detector()
     trainable, optimizer = models.trainable(model), train.sgd(0.02)
 
     def cast_loss(model, example, *, key):
@@ -69,6 +74,12 @@ CASES = [
 @pytest.mark.parametrize("model_devices, accumulate", [*CASES, pytest.param(0, 4, marks=pytest.mark.long)])
 def test_the_same_as_one_device_at_once(model_devices, accumulate):
     require_the_same(trained(0), trained(model_devices, accumulate))
+
+
+@pytest.mark.slow
+def test_rf_detr_on_eight_devices():
+    """The matching of each device's images, and queries that no image shares."""
+    require_the_same(trained(0, detector=rf_detr), trained(8, detector=rf_detr))
 
 
 def require_the_same(one, other):
