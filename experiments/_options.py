@@ -304,6 +304,11 @@ def draws_canvases(options: Options, model: models.AbstractDetector) -> bool:
     return isinstance(model.preprocessing.resize, models.Square) and len(options.sizes.canvases) > 1
 
 
+def detection_canvases(options: Options, model: models.AbstractDetector) -> tuple[tuple[int, int], ...]:
+    """The canvases of validation and of the trained detector: its own where the batches draw theirs."""
+    return zoo.canvases(model) if draws_canvases(options, model) else options.sizes.canvases
+
+
 def check_sense(options: Options) -> None:
     """Refuses options that contradict each other, before anything is read."""
     if options.data.train_annotations is None or options.data.train_images is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from _options import Options
+from _options import Options, detection_canvases
 from _pace import Pace
 from _resume import describe_data
 from _run import Stop, open_log, write
@@ -57,7 +57,7 @@ class Record:
             job.architecture,
             job.model,
             job.train_set.categories,
-            options.sizes.canvases,
+            detection_canvases(options, job.model),
             ema=options.optimization.ema is not None,
         )
         self._metadata = {**about, "data": describe_data(job.train_set), "so_far": so_far}
@@ -136,9 +136,9 @@ class Record:
         """Evaluates on the validation images, if there are any, and saves the model if it is the best so far."""
         if self._val_set is None:
             return
-        predictor = zoo.Predictor(
-            train.to_host(state.inference_model), self._train_set.categories, self._options.sizes.canvases
-        )
+        model = train.to_host(state.inference_model)
+        canvases = detection_canvases(self._options, model)
+        predictor = zoo.Predictor(model, self._train_set.categories, canvases)
         with self._stop.at_once(f"evaluation after step {done}", self._saver):
             metrics = evaluate_on(
                 predictor,

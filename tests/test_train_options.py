@@ -63,7 +63,7 @@ def test_a_run_with_every_option(shapes, tmp_path, monkeypatch):
 
 def test_a_detector_of_squares_sees_several_sizes(shapes, tmp_path):
     """Each batch draws a canvas, which its images fill; validation has the detector's own size."""
-    from _options import check_model, with_own_sizes
+    from _options import check_model, detection_canvases, with_own_sizes
 
     canvases = ((320, 320), (384, 384), (448, 448))
     options = grouped(output=tmp_path, model="rf_detr_nano", canvases=canvases, batch_size=8)
@@ -77,8 +77,7 @@ def test_a_detector_of_squares_sees_several_sizes(shapes, tmp_path):
     loader = script.make_loader(options, dataset, script.make_mesh(options), detector)
     batches = [loader.batch(k) for k in range(12)]
     assert {batch.images.canvas for batch in batches} == set(canvases)
-    buckets = data.make_buckets(dataset.sizes, canvases=sizes.canvases, **detector.preprocessing.limits)
-    assert [bucket.canvas for bucket in buckets] == [(384, 384)]
+    assert detection_canvases(options, detector) == ((384, 384),)
 
     class Seen(eqx.Module):
         preprocessing: models.Preprocessing = eqx.field(static=True)
