@@ -54,8 +54,7 @@ def print_header(
 ) -> None:
     """Prints data, length, learning rate, canvases, parameters and devices of a run. `steps`: per epoch."""
     total = total_steps(options, steps)
-    sizes = {"min_size": max(options.sizes.min_sizes), "max_size": options.sizes.max_size}
-    labels, tiny = _labels_and_tiny(dataset, **sizes)
+    labels, tiny = _labels_and_tiny(dataset, **options.sizes.limits)
     empty = sum(not (~dataset.objects(index).crowd).any() for index in range(len(dataset)))
     rate = float(jnp.max(jax.vmap(schedule)(jnp.arange(total))))
     leaves, marked = jax.tree.leaves(model), jax.tree.leaves(trainable)
@@ -87,11 +86,10 @@ def _plan(options: Options) -> str:
 
 def _canvases(options: Options, dataset: data.CocoDataset, model: Any) -> str:
     """How many images each canvas is for, or which of them a batch draws."""
-    sides = options.sizes
+    canvases = options.sizes.canvases
     if draws_canvases(options, model):
-        return ", ".join(f"{height}×{width}" for height, width in sides.canvases) + "; each batch draws one"
-    limits = {"min_size": max(sides.min_sizes), "max_size": sides.max_size}
-    uses = report.bucket_use(dataset.sizes, canvases=sides.canvases, **limits)
+        return ", ".join(f"{height}×{width}" for height, width in canvases) + "; each batch draws one"
+    uses = report.bucket_use(dataset.sizes, canvases=canvases, **options.sizes.limits)
     shrunk = sum(use.shrunk for use in uses)
     words = ", ".join(f"{use.canvas[0]}×{use.canvas[1]} for {use.images:,} images" for use in uses)
     padding = f"{report.padding_share(uses):.0%} padding"

@@ -55,6 +55,11 @@ class SizeOptions:
 
     RANGES: ClassVar[dict[str, str]] = {"positive": "canvases min_sizes max_size max_objects"}
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """The largest `min_size` and the `max_size`, as `Preprocessing.limits`."""
+        return {"min_size": max(self.min_sizes), "max_size": self.max_size}
+
 
 @dataclass(kw_only=True)
 class RunOptions:
@@ -288,11 +293,11 @@ def with_own_sizes(options: Options, model: models.AbstractDetector) -> Options:
     If some sizes are given, only a detector that resizes to a square has its own in place of the others.
     """
     given = {name: value for name, value in vars(options.sizes).items() if value != getattr(SizeOptions(), name)}
-    resize, sizes = model.preprocessing.resize, given.keys() - {"max_objects"}
+    resize = model.preprocessing.resize
     if isinstance(resize, models.Square):
         resize = models.Square(max(given.get("min_sizes", (resize.size,))))
         model = replace(model, preprocessing=replace(model.preprocessing, resize=resize))
-    elif sizes:
+    elif given.keys() - {"max_objects"}:
         return options
     limits = model.preprocessing.limits
     own = {"min_sizes": (int(limits["min_size"]),), "max_size": int(limits["max_size"])}

@@ -256,7 +256,7 @@ def make_loader(options: Options, train_set: data.CocoDataset, mesh: Mesh, detec
     Batch k is a pure function of (seed, k); each process reads its part.
     """
     canvases, max_objects = options.sizes.canvases, options.sizes.max_objects
-    sizes = {"min_size": max(options.sizes.min_sizes), "max_size": options.sizes.max_size}
+    sizes = options.sizes.limits
     max_source = data.source_limit(canvases)
     buckets = data.make_buckets(train_set.sizes, canvases=canvases, max_source=max_source, **sizes)
     limits = data.describe_limits(train_set, buckets=buckets, max_objects=max_objects, **sizes)

@@ -175,9 +175,8 @@ class Loader:
         group, indices = self._order(k)
         indices = indices[self._rows]
         bucket = self._buckets[group]
-        if (
-            self._canvases
-        ):  # the order of images draws from other streams of random numbers, with a smaller third number
+        if self._canvases:
+            # The order of images draws from other streams of random numbers, whose third number is smaller.
             draw = np.random.default_rng([self._seed, k, len(self._buckets) + 1])
             bucket = replace(bucket, canvas=self._canvases[draw.integers(len(self._canvases))])
         pictures = blank_pictures(indices, len(indices), bucket)

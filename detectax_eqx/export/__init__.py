@@ -1,10 +1,6 @@
 """Exports detectors to files that other runtimes can run: ONNX, TFLite and StableHLO."""
 
-from ._compare import (
-    ExportError as ExportError,
-    Tolerances as Tolerances,
-    compare_detections as compare_detections,
-)
+from ._compare import ExportError as ExportError, Tolerances as Tolerances, compare_detections as compare_detections
 from ._edge import (
     EDGE_TPU_OPERATORS as EDGE_TPU_OPERATORS,
     TFLiteDetector as TFLiteDetector,
