@@ -21,7 +21,7 @@ CANVAS = (192, 192)
 SIZES = ((192, 192), (128, 192), (180, 100), (65, 192))
 
 
-KINDS = ("detr", "deformable_detr", "deformable_detr_refine")
+KINDS = ("detr", "deformable_detr", "deformable_detr_refine", "deformable_detr_two_stage")
 
 
 def build(kind="detr"):
@@ -36,8 +36,8 @@ def build(kind="detr"):
             model = models.detr(backbone, CLASSES, key=keys[2], **options)
         else:
             backbone = nn.ProjectedLevels(body, key=keys[1], channels=CHANNELS)
-            refine = kind.endswith("refine")
-            model = models.deformable_detr(backbone, CLASSES, key=keys[2], refine=refine, **options)
+            options |= {"refine": kind != "deformable_detr", "two_stage": kind.endswith("two_stage")}
+            model = models.deformable_detr(backbone, CLASSES, key=keys[2], **options)
         resize = models.ShortestEdge(SHORT, LONG, rounded_short=True)
         return replace(model, preprocessing=replace(model.preprocessing, resize=resize))
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from detectax_eqx import Targets, models, nn, weights, zoo
-from detectax_eqx.models import _deformable_detr, _set_loss
+from detectax_eqx.models import _deformable_queries, _maps, _set_loss
 from detectax_eqx.weights import load_detr, read_detr, to_detr
 
 from . import detr_tiny as tiny, tiny_detector
@@ -26,9 +26,8 @@ from .test_detr import hugging_face
 
 
 DATA = Path(__file__).parent / "data"
-NAMES = json.loads((DATA / "deformable_detr_names.json").read_text(encoding="utf-8"))
-SLOW = pytest.param("deformable_detr", marks=pytest.mark.slow)  # the simpler of the two
-KINDS = pytest.mark.parametrize("kind", [SLOW, "deformable_detr_refine"])
+SLOW = pytest.param("deformable_detr", marks=pytest.mark.slow)  # the simplest of them
+KINDS = pytest.mark.parametrize("kind", [SLOW, "deformable_detr_refine", "deformable_detr_two_stage"])
 
 
 @cache
@@ -76,7 +75,7 @@ def named(arrays, *, former):
         new = name
         for pattern, replacement in (
             (r"^input_proj\.", "model.input_proj."),
-            (r"^transformer\.(level_embed|reference_points)", r"model.\1"),
+            (r"^transformer\.(level_embed|reference_points|enc_output|pos_trans)", r"model.\1"),
             (r"\.cross_attn\.", ".encoder_attn."),
             (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
             (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
@@ -92,14 +91,23 @@ def repeated(arrays):
     return arrays | {name.replace(".0.", f".{i}.", 1): x for i in range(1, 6) for name, x in predictions.items()}
 
 
-@pytest.mark.parametrize("name, count", [("", 40_069_665), ("_refine", 40_849_660)])
+def in_decoder(arrays, *parts):
+    """Predictions under the names that they have in the decoder."""
+    return {f"transformer.decoder.{name}": x for name, x in arrays.items() if name.startswith(parts)}
+
+
+@pytest.mark.parametrize("name, count", [("", 40_069_665), ("_refine", 40_849_660), ("_two_stage", 41_181_529)])
 def test_real_names_shapes_and_counts(name, count):
     """Those of Hugging Face."""
     shapes = eqx.filter_eval_shape(zoo.build, f"deformable_detr{name}_resnet50", 91, key=jr.key(0))
     assert models.num_parameters(shapes) == count
     blank = to_detr(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes))
+    two_stage = name == "_two_stage"
+    blank |= in_decoder(blank, "class_embed", "bbox_embed") if two_stage else {}
     theirs = named(blank if name else repeated(blank), former=False)
-    assert {key: list(x.shape) for key, x in theirs.items()} == NAMES
+    file = DATA / f"deformable_detr{name if two_stage else ''}_names.json"
+    expected = json.loads(file.read_text(encoding="utf-8"))
+    assert {key: list(x.shape) for key, x in theirs.items()} == expected
 
 
 @KINDS
@@ -107,11 +115,10 @@ def test_weights_round_trip(kind, tmp_path):
     """By names of the authors and by both of Hugging Face's, with what files hold twice, and from files in the zoo."""
     model, shapes = made(kind), tiny.build(kind)
     arrays = to_detr(model)
-    refine = kind.endswith("refine")
-    twice = arrays if refine else repeated(arrays)
-    boxes = {name: x for name, x in arrays.items() if name.startswith("bbox_embed.")}
-    copies = {f"transformer.decoder.{name}": x for name, x in boxes.items()} if refine else {}
-    assert len(boxes) == (12 if refine else 6)
+    refined, parts = kind != "deformable_detr", ("class_embed", "bbox_embed")
+    twice = arrays if refined else repeated(arrays)
+    copies = in_decoder(arrays, *parts[1 - kind.endswith("two_stage") :]) if refined else {}
+    assert len(copies) == {"deformable_detr": 0, "deformable_detr_refine": 12, "deformable_detr_two_stage": 24}[kind]
     assert eqx.tree_equal(load_detr(shapes, twice | copies), model)
     assert eqx.tree_equal(load_detr(shapes, copies | twice), model)
     for former in (False, True):
@@ -142,13 +149,36 @@ def test_files_in_the_zoo(kind, tmp_path):
     check_files_in_the_zoo(f"{kind}_resnet50", partial(named, former=True), tmp_path, **parts)
 
 
+def test_proposals_of_cells():
+    """Boxes of a twentieth of the image around the cells that it fills, twice as large on the next map."""
+    levels = [jnp.zeros((4, 4, 4)), jnp.zeros((4, 2, 2))]
+    placed = _maps.place(levels, (32, 32), jnp.array([16, 24], jnp.int32), jnp.zeros((2, 4)))
+    boxes, used = placed.proposals()
+    np.testing.assert_array_equal(used, [1, 1, 1, 0, 1, 1, 1, 0, *[0] * 8, 1, 1, 0, 0])
+    np.testing.assert_allclose(boxes[6], [2.5 / 3, 0.75, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(boxes[17], [0.75, 0.5, 0.1, 0.1], rtol=1e-6)
+    wide = _maps.place([jnp.zeros((4, 1, 64))], (8, 512), jnp.array([8, 512], jnp.int32), jnp.zeros((1, 4)))
+    assert np.flatnonzero(~wide.proposals()[1]).tolist() == [0, 63]  # nearer than a hundredth to the border
+
+
+def test_queries_of_few_cells():
+    """There are as many queries as cells; without the second stage's refinement there is no first."""
+    stage = _deformable_queries.CellQueries(8, 3, 10, key=jr.key(0))
+    placed = _maps.place([jr.normal(jr.key(1), (8, 2, 3))], (16, 24), jnp.array([16, 24], jnp.int32), jnp.zeros((1, 8)))
+    start = stage(placed, placed.cells)
+    assert (start.positions.shape, start.features.shape, start.boxes.shape) == ((6, 8), (6, 8), (6, 4))
+    backbone = nn.ProjectedLevels(nn.resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
+    with pytest.raises(ValueError, match="two_stage needs refine=True"):
+        models.deformable_detr(backbone, 3, key=jr.key(0), two_stage=True)
+
+
 def test_boxes_move_by_their_logits():
     """Against plain Python, near the borders too; the logits of a point's sides are the deltas."""
     draw = np.random.default_rng(0)
     boxes, deltas = draw.uniform(size=(5, 4)), draw.normal(size=(5, 4))
     boxes[0] = (0, 1, 1e-7, 0.5)
     for references in (boxes, boxes[:, :2]):
-        found = _deformable_detr.move_boxes(jnp.asarray(references, jnp.float32), jnp.asarray(deltas, jnp.float32))
+        found = _deformable_queries.move_boxes(jnp.asarray(references, jnp.float32), jnp.asarray(deltas, jnp.float32))
         for i, row in enumerate(np.asarray(found)):
             for k, value in enumerate(row):
                 logit = deltas[i, k]
@@ -162,7 +192,7 @@ def test_places_of_cells():
     """A hand-computed table: an image of 2 × 3 of 4 × 4 cells of a map, and of 1 × 2 of 2 × 2 cells of the next."""
     maps = [jnp.arange(32.0).reshape(2, 4, 4), jnp.arange(8.0).reshape(2, 2, 2)]
     levels = [jnp.concatenate([x, x]) for x in maps]  # 4 channels
-    placed = _deformable_detr.place(levels, (32, 32), jnp.array([16, 24], jnp.int32), jnp.zeros((2, 4)))
+    placed = _maps.place(levels, (32, 32), jnp.array([16, 24], jnp.int32), jnp.zeros((2, 4)))
     assert [mask.sum() for mask in placed.valid] == [6, 2]
     np.testing.assert_allclose(placed.shares, [[0.75, 0.5], [1.0, 0.5]])
     # The middle of a cell relative to the image, times the image's share of each map.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from detectax_eqx import Targets, models, nn, weights, zoo
-from detectax_eqx.models import _detr, _queries, _set_loss
+from detectax_eqx.models import _maps, _queries, _set_loss
 from detectax_eqx.weights import load_detr, read_detr, to_detr
 
 from . import detr_tiny as tiny, tiny_detector
@@ -177,7 +177,7 @@ def test_cells_of_an_image():
         ((65, 64), (43, 1), (3, 2), (2, 1)),  # first pixels are 0, 21 and 43
         ((65, 64), (44, 1), (3, 2), (3, 1)),
     ):
-        valid, found = _detr.cells_of(canvas, jnp.array(size, jnp.int32), grid)
+        valid, found = _maps.cells_of(canvas, jnp.array(size, jnp.int32), grid)
         assert tuple(found.tolist()) == expected
         assert valid[: expected[0], : expected[1]].all() and valid.sum() == expected[0] * expected[1]
 

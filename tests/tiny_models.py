@@ -107,8 +107,9 @@ def tiny_deformable_detr(key, num_classes=3):
     keys = jr.split(key, 3)
     body = nn.ResNet(nn.BasicBlock, (1, 1, 1, 1), key=keys[0], norm=nn.GroupNorm, width=8)
     backbone = nn.ProjectedLevels(body, key=keys[1], channels=16)
-    options = {"layers": 2, "queries": 20, "heads": 2, "points": 2, "hidden_size": 32, "refine": True}
-    return replace(models.deformable_detr(backbone, num_classes, key=keys[2], **options), preprocessing=PREPROCESSING)
+    options = {"layers": 2, "queries": 20, "heads": 2, "points": 2, "hidden_size": 32}
+    model = models.deformable_detr(backbone, num_classes, key=keys[2], refine=True, two_stage=True, **options)
+    return replace(model, preprocessing=PREPROCESSING)
 
 
 V2 = {

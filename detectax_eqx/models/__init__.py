@@ -16,6 +16,7 @@ from ._decoder import (
     refine_boxes as refine_boxes,
 )
 from ._deformable_detr import DeformableDETR as DeformableDETR, deformable_detr as deformable_detr
+from ._deformable_queries import CellQueries as CellQueries, LearnedQueries as LearnedQueries
 from ._dense import DenseSelection as DenseSelection, dense_detections as dense_detections
 from ._detect import (
     detect as detect,

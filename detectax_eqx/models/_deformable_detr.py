@@ -1,51 +1,28 @@
 """Deformable DETR (arXiv:2010.04159): a detection transformer that looks at a few points of maps of several sizes."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Real
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
-from ..nn import Backbone, DeformableAttention, ReLUMLP, linear, sine_positions, xavier_linear
-from ..ops import upcast
+from ..nn import Backbone, DeformableAttention, ReLUMLP, linear
 from ._decoder import DecoderLayer, EncoderLayer, new_layers
+from ._deformable_queries import CellQueries, LearnedQueries, move_boxes
 from ._detector import AbstractDetector
-from ._detr import DETR_PREPROCESSING, cells_of
+from ._detr import DETR_PREPROCESSING
+from ._maps import place
 from ._preprocessing import Preprocessing
 from ._queries import Queries, QuerySelection, box_deltas, query_detections, rare_classes
 from ._set_loss import SetWeights, binary_focal_loss, focal_cost, match_sets, matching_cost, set_losses
 
 
-# The nearest that coordinates come to 0 and 1 before their logits are taken.
-MARGIN = 1e-5
 # The initial logits of the sides of boxes.
 SIDE = -2.0
-
-
-class Maps(eqx.Module):
-    """Cells of `l` maps, one after another, and where they are.
-
-    - `references`: the middle of each cell, `xy` in each of the maps. `positions`: embeddings of it and of the level.
-    - `valid`: the cells of each map that the image fills. `shares`: the parts of the maps' sides that it fills, `xy`.
-    """
-
-    cells: Float[Array, "n c"]
-    positions: Float[Array, "n c"]
-    references: Float[Array, "n l 2"]
-    valid: tuple[Bool[Array, "_ _"], ...]
-    shares: Float[Array, "l 2"]
-
-    def split(self, cells: Float[Array, "n c"]) -> list[Float[Array, "c _ _"]]:
-        """The maps that consist of `cells`."""
-        ends = list(accumulate(mask.size for mask in self.valid))
-        parts = jnp.split(cells, ends[:-1])
-        return [rearrange(x, "(h w) c -> c h w", h=len(mask)) for x, mask in zip(parts, self.valid, strict=True)]
 
 
 class DeformableDETR(AbstractDetector[QuerySelection]):
@@ -54,8 +31,7 @@ class DeformableDETR(AbstractDetector[QuerySelection]):
     `deformable_detr` builds one.
 
     - `levels`: what is added to the positions of the cells of each map.
-    - `queries`: the positions of the queries, followed by what they are at first. `references`: the point at which a
-      query looks, by its position.
+    - `queries`: how they begin: as parameters, or at the best cells of the encoder (two stages).
     - `class_logits`, `deltas`: the predictions of the layers of the decoder: one of each for all layers, or one for
       each. In the latter case, a layer looks near the boxes of the layer before it ("iterative refinement").
     - `preprocessing`, `selection`, `matching`, `loss_weights`: static options.
@@ -67,8 +43,7 @@ class DeformableDETR(AbstractDetector[QuerySelection]):
     backbone: Backbone
     levels: Float[Array, "l c"]
     encoder: tuple[EncoderLayer, ...]
-    queries: eqx.nn.Embedding
-    references: eqx.nn.Linear
+    queries: LearnedQueries | CellQueries
     decoder: tuple[DecoderLayer, ...]
     class_logits: tuple[eqx.nn.Linear, ...]
     deltas: tuple[ReLUMLP, ...]
@@ -86,7 +61,7 @@ class DeformableDETR(AbstractDetector[QuerySelection]):
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, selection: QuerySelection | None = None
     ) -> Detections:
         """Returns detections in canvas pixels; see `AbstractDetector`. A query may be detected as several classes."""
-        last = jax.tree.map(lambda x: x[-1], self._predict(image, canvas_size))
+        last = jax.tree.map(lambda x: x[-1], self._predict(image, canvas_size)[0])
         return query_detections(last, canvas_size, selection or self.selection)[0]
 
     def loss(
@@ -94,29 +69,36 @@ class DeformableDETR(AbstractDetector[QuerySelection]):
     ) -> dict[str, WeightedSum]:
         """Returns `loss_class`, `loss_l1` and `loss_giou`, weighted and summed over all layers of the decoder.
 
-        Divided by the number of objects of the batch. `key` is for the backbone.
+        With two stages, that of all cells is added, where every object is of the first class. Divided by the number of
+        objects of the batch. `key` is for the backbone.
         """
         targets.check_labels(self.num_classes)
-        predicted = self._predict(image, canvas_size, key=key)
+        layers, cells = self._predict(image, canvas_size, key=key)
+        losses = self._losses(layers, targets, canvas_size)
+        if cells is None:
+            return losses
+        objects = replace(targets, labels=jnp.zeros_like(jnp.asarray(targets.labels)))
+        first = self._losses(jax.tree.map(lambda x: x[None], cells), objects, canvas_size)
+        return {name: WeightedSum(term.total + first[name].total, term.count) for name, term in losses.items()}
+
+    def _losses(self, sets: Queries, targets: Targets, canvas_size: Int32[Array, " 2"]) -> dict[str, WeightedSum]:
+        """The losses of several sets of predictions, each matched to all targets."""
         cost = partial(matching_cost, weights=self.matching, class_cost=focal_cost)
-        matched = match_sets([jax.vmap(lambda one: cost(one, targets, canvas_size))(predicted)], targets)
+        matched = match_sets([jax.vmap(lambda one: cost(one, targets, canvas_size))(sets)], targets)
         count = targets.valid.sum().astype(jnp.float32)
-        return set_losses(
-            [predicted], matched, targets, canvas_size, self.loss_weights, count, class_loss=binary_focal_loss
-        )
+        return set_losses([sets], matched, targets, canvas_size, self.loss_weights, count, class_loss=binary_focal_loss)
 
     def _predict(
         self, image: Real[Array, "h w i"], canvas_size: Int32[Array, " 2"], *, key: PRNGKeyArray | None = None
-    ) -> Queries:
-        """The predictions of all layers of the decoder, `(l q …)`."""
+    ) -> tuple[Queries, Queries | None]:
+        """The predictions of all layers of the decoder, `(l q …)`, and those for all cells, with two stages."""
         levels = self.backbone(self.preprocessing.normalize(image, canvas_size), key=key)
         maps = place(levels, (image.shape[0], image.shape[1]), canvas_size, self.levels)
         x = maps.cells
         for layer in self.encoder:
             x = layer(x, maps.positions, maps.references, maps.split(x), maps.valid)
         features = maps.split(x)
-        positions, queries = jnp.split(self.queries.weight, 2, axis=1)
-        boxes = jax.nn.sigmoid(upcast(linear(self.references, positions)))  # points at first
+        positions, queries, boxes, cells = self.queries(maps, x)
         outputs = []
         for i, layer in enumerate(self.decoder):
             shares = jnp.tile(maps.shares, (1, boxes.shape[1] // 2))
@@ -126,50 +108,7 @@ class DeformableDETR(AbstractDetector[QuerySelection]):
             outputs.append(Queries(queries, linear(self.class_logits[head], queries), moved))
             if len(self.deltas) > 1:
                 boxes = jax.lax.stop_gradient(moved)
-        return jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)
-
-
-def place(
-    levels: Sequence[Float[Array, "c _ _"]],
-    canvas: tuple[int, int],
-    canvas_size: Int32[Array, " 2"],
-    embeddings: Float[Array, "l c"],
-) -> Maps:
-    """Flattens the maps of an image on a canvas. `embeddings`: of the levels."""
-    dtype, channels = upcast(levels[0]).dtype, embeddings.shape[1]
-    valid, shares, positions, middles = [], [], [], []
-    for x, embedding in zip(levels, embeddings, strict=True):
-        grid = (x.shape[1], x.shape[2])
-        mask, size = cells_of(canvas, canvas_size, grid)
-        at = sine_positions(grid, channels, size=size, centred=True, dtype=dtype).astype(x.dtype)
-        sides = size.astype(dtype)
-        rows, columns = ((jnp.arange(side, dtype=dtype) + 0.5) / sides[i] for i, side in enumerate(grid))
-        valid.append(mask)
-        shares.append(sides[::-1] / jnp.array(grid[::-1], dtype))
-        positions.append(rearrange(at, "c h w -> (h w) c") + embedding[None])
-        middles.append(jnp.stack([jnp.tile(columns, grid[0]), jnp.repeat(rows, grid[1])], axis=1))
-    parts = jnp.stack(shares)
-    return Maps(
-        jnp.concatenate([rearrange(x, "c h w -> (h w) c") for x in levels]),
-        jnp.concatenate(positions),
-        jnp.concatenate(middles)[:, None] * parts[None],
-        tuple(valid),
-        parts,
-    )
-
-
-def move_boxes(references: Float[Array, "q n"], deltas: Float[Array, "q 4"]) -> Float[Array, "q 4"]:
-    """The boxes `cxcywh` whose logits are `deltas` more than those of `references`, which are boxes or points `xy`.
-
-    Computes in float32 or higher.
-
-    >>> move_boxes(jnp.array([[0.5, 0.5]]), jnp.zeros((1, 4))).tolist()
-    [[0.5, 0.5, 0.5, 0.5]]
-    """
-    references, deltas = upcast(references), upcast(deltas)
-    logits = jnp.log(jnp.maximum(references, MARGIN)) - jnp.log(jnp.maximum(1 - references, MARGIN))
-    missing = deltas.shape[1] - logits.shape[1]
-    return jax.nn.sigmoid(deltas + jnp.pad(logits, ((0, 0), (0, missing))))
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *outputs), cells
 
 
 def deformable_detr(
@@ -178,6 +117,7 @@ def deformable_detr(
     *,
     key: PRNGKeyArray,
     refine: bool = False,
+    two_stage: bool = False,
     layers: int = 6,
     queries: int = 300,
     heads: int = 8,
@@ -188,31 +128,37 @@ def deformable_detr(
 
     Use `dataclasses.replace` to change its options.
 
-    - `refine`: whether each layer of the decoder moves the boxes of the layer before it, see `DeformableDETR`.
+    - `refine`: whether each layer of the decoder moves the boxes of the layer before it. `two_stage`: whether queries
+      begin at the best cells of the encoder; needs `refine`. See `DeformableDETR`.
     - `layers`: of the encoder, and of the decoder. `queries`: their number. `heads`, `points`: of each attention, see
       `nn.DeformableAttention`. `hidden_size`: between the linear layers of encoder and decoder.
 
     >>> from detectax_eqx.nn import ProjectedLevels, resnet18
     >>> backbone = ProjectedLevels(resnet18(key=jr.key(0), width=8), key=jr.key(1), channels=16)
     >>> model = deformable_detr(backbone, 3, key=jr.key(2), layers=1, queries=5, heads=2, hidden_size=8)
-    >>> model.queries.weight.shape, model.levels.shape, model.num_classes
+    >>> model.queries.table.weight.shape, model.levels.shape, model.num_classes
     ((5, 32), (4, 16), 3)
     """
-    channels, keys = backbone.channels, jr.split(key, 7)
+    if two_stage and not refine:
+        raise ValueError("two_stage needs refine=True: the boxes of the first stage are refined by each layer.")
+    channels, keys = backbone.channels, jr.split(key, 6)
     predictions = layers if refine else 1
     attention = partial(DeformableAttention, channels, heads, levels=len(backbone.strides), points=points)
     encoder_layer = partial(EncoderLayer, channels, hidden_size=hidden_size)
     decoder_layer = partial(DecoderLayer, channels, heads=heads, hidden_size=hidden_size)
-    deltas = [box_deltas(channels, key=k) for k in jr.split(keys[6], predictions)]
-    small = jnp.zeros(4).at[2:].set(SIDE)
-    deltas[0] = eqx.tree_at(lambda mlp: mlp.layers[-1].bias, deltas[0], small)
+    deltas = [box_deltas(channels, key=k) for k in jr.split(keys[5], predictions)]
+    if two_stage:
+        start = CellQueries(channels, num_classes, queries, key=keys[2])
+    else:
+        start = LearnedQueries(channels, queries, key=keys[2])
+        small = jnp.zeros(4).at[2:].set(SIDE)
+        deltas[0] = eqx.tree_at(lambda mlp: mlp.layers[-1].bias, deltas[0], small)
     return DeformableDETR(
         backbone,
         jr.normal(keys[0], (len(backbone.strides), channels)),
         new_layers(layers, encoder_layer, attention, key=keys[1]),
-        eqx.nn.Embedding(queries, 2 * channels, key=keys[2]),
-        xavier_linear(channels, 2, key=keys[3]),
-        new_layers(layers, decoder_layer, attention, key=keys[4]),
-        tuple(rare_classes(channels, num_classes, key=k) for k in jr.split(keys[5], predictions)),
+        start,
+        new_layers(layers, decoder_layer, attention, key=keys[3]),
+        tuple(rare_classes(channels, num_classes, key=k) for k in jr.split(keys[4], predictions)),
         tuple(deltas),
     )

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
-from jaxtyping import Array, Bool, Int32, PRNGKeyArray, Real
+from jaxtyping import Array, Int32, PRNGKeyArray, Real
 
 from .._types import Detections, Targets, WeightedSum
 from ..nn import Backbone, LayerNorm, QueryAttention, ReLUMLP, linear, sine_positions
 from ..ops import upcast
 from ._decoder import EPSILON, DecoderLayer, EncoderLayer, new_layers
 from ._detector import AbstractDetector
+from ._maps import cells_of
 from ._preprocessing import Preprocessing, ShortestEdge
 from ._queries import Queries, QuerySelection, best_queries, query_detections
 from ._set_loss import SetWeights, match_sets, matching_cost, no_object_loss, probability_cost, set_losses
@@ -106,21 +107,6 @@ class DETR(AbstractDetector[QuerySelection]):
         features = jnp.stack(outputs)
         boxes = jax.nn.sigmoid(upcast(self.boxes(features)))
         return Queries(features, linear(self.class_logits, features), boxes)
-
-
-def cells_of(
-    canvas: tuple[int, int], canvas_size: Int32[Array, " 2"], grid: tuple[int, int]
-) -> tuple[Bool[Array, "{grid[0]} {grid[1]}"], Int32[Array, " 2"]]:
-    """Which cells of a map hold the image, and `(height, width)` of their rectangle at the top left.
-
-    A cell does if the image has the first of its pixels, as in a nearest-neighbour resize of the image's mask.
-    """
-    rows, columns = (
-        jnp.arange(cells, dtype=jnp.int32) * side // cells < canvas_size[i]
-        for i, (side, cells) in enumerate(zip(canvas, grid, strict=True))
-    )
-    size = jnp.stack([rows.sum(dtype=jnp.int32), columns.sum(dtype=jnp.int32)])
-    return rows[:, None] & columns[None, :], size
 
 
 def detr(

@@ -32,6 +32,8 @@ def _deformable_layer(i: int) -> dict[str, str]:
     return {ours: f"transformer.decoder.layers.{i}.{theirs}" for ours, theirs in _DEFORMABLE_LAYER.items()}
 
 
+# Stands for the number of layers of the decoder, after whose predictions those of a first stage follow.
+_AFTER_LAST = "layers"
 # The names of facebookresearch's files, and of fundamentalvision's.
 _NAMES: Names = {
     nn.ResNet: TORCHVISION[nn.ResNet],
@@ -53,11 +55,19 @@ _NAMES: Names = {
         "backbone": "",
         "levels": "transformer.level_embed",
         "encoder": "transformer.encoder.layers.{i}",
-        "queries": "query_embed",
-        "references": "transformer.reference_points",
+        "queries": "",
         "decoder": _deformable_layer,
         "class_logits": "class_embed.{i}",
         "deltas": "bbox_embed.{i}",
+    },
+    models.LearnedQueries: {"table": "query_embed", "references": "transformer.reference_points"},
+    models.CellQueries: {
+        "projection": "transformer.enc_output",
+        "norm": "transformer.enc_output_norm",
+        "class_logits": f"class_embed.{_AFTER_LAST}",
+        "deltas": f"bbox_embed.{_AFTER_LAST}",
+        "positions": "transformer.pos_trans",
+        "positions_norm": "transformer.pos_trans_norm",
     },
     models.EncoderLayer: {"attention": "self_attn"},
     models.DecoderLayer: {"self_attention": "self_attn", "cross_attention": "multihead_attn"},
@@ -75,7 +85,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"^model\.input_proj(ection)?\.", "input_proj."),
     (r"^model\.query_position_embeddings\.", "query_embed."),
     (r"^model\.decoder\.layernorm\.", "transformer.decoder.norm."),
-    (r"^model\.(encoder|decoder|level_embed|reference_points)\b", r"transformer.\1"),
+    (r"^model\.(encoder|decoder|level_embed|reference_points|(?:enc_output|pos_trans)(?:_norm)?)\b", r"transformer.\1"),
     (r"^class_labels_classifier\.", "class_embed."),
     (r"^bbox_predictor\.", "bbox_embed."),
     (r"^(transformer\.encoder\..*)\.self_attn_layer_norm\.", r"\1.norm1."),
@@ -104,7 +114,9 @@ _PREDICTION = re.compile(r"((?:class|bbox)_embed)\.(\d+)(\..*)")
 
 def _detr_names(model: Any) -> dict[str, str]:
     """Maps the names of `named_leaves(model)` to those that `read_detr` returns."""
-    return foreign_names(model, _NAMES)
+    layers = str(len(model.decoder)) if isinstance(model, models.DeformableDETR) else _AFTER_LAST
+    place = f"_embed.{_AFTER_LAST}."
+    return {ours: theirs.replace(place, f"_embed.{layers}.") for ours, theirs in foreign_names(model, _NAMES).items()}
 
 
 def read_detr(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Shaped[np.ndarray, "..."]]:

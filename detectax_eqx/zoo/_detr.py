@@ -32,4 +32,7 @@ DETRS: dict[str, Callable[..., AbstractDetector]] = {
     "detr_resnet101": partial(_detr, detr, ProjectedResNet, resnet101),
     "deformable_detr_resnet50": partial(_detr, deformable_detr, ProjectedLevels, resnet50),
     "deformable_detr_refine_resnet50": partial(_detr, deformable_detr, ProjectedLevels, resnet50, refine=True),
+    "deformable_detr_two_stage_resnet50": partial(
+        _detr, deformable_detr, ProjectedLevels, resnet50, refine=True, two_stage=True
+    ),
 }

@@ -3,6 +3,7 @@
 
 import copy
 import re
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from transformers import (
     DetrForObjectDetection,
     DetrImageProcessorPil,
 )
+from transformers.loss import loss_deformable_detr
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 from transformers.models.deformable_detr import modeling_deformable_detr
 from transformers.models.detr import modeling_detr
@@ -70,14 +72,28 @@ def new_detector(backbone: str, kind: str = "detr", **changes: Any) -> torch.nn.
     if kind == "detr":
         model = DetrForObjectDetection(DetrConfig(**options))
     else:
-        costs = {"class_cost": 2, "with_box_refine": kind.endswith("refine")}
+        costs = {"class_cost": 2, "with_box_refine": kind != "deformable_detr", "two_stage": kind.endswith("two_stage")}
+        options |= {"two_stage_num_proposals": options.get("num_queries", 300)}
         model = DeformableDetrForObjectDetection(DeformableDetrConfig(**(costs | options)))
         if costs["with_box_refine"]:  # transformers 5.24 ties the predictions of all layers to each other
             for name in ("class_embed", "bbox_embed"):
                 setattr(model, name, torch.nn.ModuleList(map(copy.deepcopy, getattr(model, name))))
             model.model.decoder.bbox_embed = model.bbox_embed
+        if costs["two_stage"]:
+            model.model.decoder.class_embed = model.class_embed
+            model.model.get_proposal_pos_embed = partial(sines, channels=model.config.d_model // 2)
     randomize(model)
     return model.eval()
+
+
+def sines(logits: torch.Tensor, channels: int) -> torch.Tensor:
+    """`channels` sines and cosines of each side of boxes `(b, q, 4)`, given as logits, in the precision of these.
+
+    The method of transformers 5.24 rounds to single precision.
+    """
+    wavelengths = 10000 ** (torch.arange(0, channels, 2, dtype=logits.dtype) / channels)
+    angles = 2 * torch.pi * logits.sigmoid()[..., None] / wavelengths
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(2)
 
 
 def renamed(name: str, model: torch.nn.Module) -> str:
@@ -141,7 +157,8 @@ def adjust(
     else:
         layers = {}
         count = len(model.class_embed)
-        for i in range(count) if model.config.with_box_refine else [count - 1]:
+        order = [count - 1, *range(count - 1)] if model.config.two_stage else range(count)
+        for i in order if model.config.with_box_refine else [count - 1]:
             name = i if model.config.with_box_refine else 0  # of predictions that all layers share
             layers[f"class_embed.{name}"] = model.class_embed[i]
             layers[f"bbox_embed.{name}.layers.2"] = model.bbox_embed[i].layers[-1]
@@ -158,6 +175,13 @@ def adjust(
         with torch.no_grad():
             layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.ndim - 1)))
             layer.bias.sub_(x.mean(0)).mul_(scale)
+            if deformable and model.config.two_stage and name == f"class_embed.{count - 1}":
+                # Cells without a proposal, which are all alike, are not among the best.
+                inner = model.model
+                zeros = layer(inner.enc_output_norm(inner.enc_output(torch.zeros(1, inner.config.d_model))))
+                sign = -torch.sign(zeros[0, 0])
+                layer.weight[0].mul_(sign)
+                layer.bias[0].mul_(sign)
         changed |= {f"{name}.weight": layer.weight.detach().numpy(), f"{name}.bias": layer.bias.detach().numpy()}
     return changed
 
@@ -257,6 +281,20 @@ def _deformable_terms(
     mask: torch.Tensor,
     objects: list[dict[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """The same of Deformable DETR."""
-    model.config.auxiliary_loss = True
-    return model(images, pixel_mask=mask, labels=objects).loss_dict
+    """The same of Deformable DETR.
+
+    transformers 5.24 has no loss of the first of two stages: this is that of the authors, by their names.
+    """
+    config = model.config
+    config.auxiliary_loss = True
+    output = model(images, pixel_mask=mask, labels=objects)
+    if not config.two_stage:
+        return output.loss_dict
+    costs = {name: getattr(config, name) for name in ("class_cost", "bbox_cost", "giou_cost")}
+    matcher = loss_deformable_detr.DeformableDetrHungarianMatcher(**costs)
+    criterion = loss_deformable_detr.DeformableDetrImageLoss(
+        matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"]
+    )
+    cells = {"logits": output.enc_outputs_class, "pred_boxes": output.enc_outputs_coord_logits.sigmoid()}
+    binary = [one | {"class_labels": torch.zeros_like(one["class_labels"])} for one in objects]
+    return output.loss_dict | {f"{name}_enc": value for name, value in criterion(cells, binary).items()}

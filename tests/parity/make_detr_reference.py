@@ -1,8 +1,8 @@
 """Writes Hugging Face's results of DETR and Deformable DETR: `python -m tests.parity.make_detr_reference`.
 
 For each of the tiny detectors whose parameters, images and objects `tests/detr_tiny.py` draws, a file in `tests/data`
-holds detections, losses and gradients. `detr_names.json` and `deformable_detr_names.json` there hold Hugging Face's
-names and shapes of the parameters on ResNet-50.
+holds detections, losses and gradients. The files `…_names.json` there hold Hugging Face's names and shapes of the
+parameters on ResNet-50.
 """
 # pyright: reportMissingImports=false
 
@@ -24,6 +24,9 @@ GRADIENTS = {
     "query_embed.weight",
     "transformer.level_embed",
     "transformer.reference_points.weight",
+    "transformer.enc_output.weight",
+    "transformer.enc_output_norm.bias",
+    "transformer.pos_trans_norm.weight",
     "transformer.encoder.layers.0.self_attn.in_proj_weight",
     "transformer.encoder.layers.0.self_attn.sampling_offsets.bias",
     "transformer.encoder.layers.1.self_attn.value_proj.weight",
@@ -36,8 +39,10 @@ GRADIENTS = {
     "transformer.decoder.norm.weight",
     "class_embed.weight",
     "class_embed.0.weight",
+    "class_embed.2.weight",
     "bbox_embed.layers.1.weight",
     "bbox_embed.0.layers.1.weight",
+    "bbox_embed.2.layers.2.bias",
     "input_proj.weight",
     "input_proj.0.1.weight",
     "input_proj.3.1.bias",
@@ -72,6 +77,6 @@ if __name__ == "__main__":
     for kind in tiny.KINDS:
         arrays: Any = reference(kind)
         np.savez_compressed(DATA / f"{kind}.npz", **arrays)
-    for kind in ("detr", "deformable_detr"):
+    for kind in ("detr", "deformable_detr", "deformable_detr_two_stage"):
         names = {name: list(x.shape) for name, x in arrays_of(new_detector("resnet50", kind)).items()}
         (DATA / f"{kind}_names.json").write_text(json.dumps(names, separators=(",", ":")) + "\n", encoding="utf-8")

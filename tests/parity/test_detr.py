@@ -14,13 +14,14 @@ from detectax_eqx import Targets, models, weights, zoo
 torch = pytest.importorskip("torch", reason="torch is not installed; `make parity` brings it")
 pytest.importorskip("transformers", reason="transformers is not installed; `make parity` brings it")
 
+from .. import detr_tiny as tiny
 from . import detr_models as theirs
 from .double import double_precision, in_double
 from .torchvision_models import real_images
 
 
 IMAGES = 4
-KINDS = pytest.mark.parametrize("kind", ["detr", "deformable_detr", "deformable_detr_refine"])
+KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
 
 
 def loaded(name, model):
