@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detectax_eqx import export
-from detectax_eqx.export._compare import check_counts, match_detections
+from detectax_eqx.export._compare import HALF, check_counts, match_detections
 
 
 def detections(*rows, masks=None):
@@ -146,3 +146,23 @@ def test_faint_detections_with_nothing_in_common():
 def test_each_row_is_matched_once():
     rows, other_rows = match_detections(detections(SURE, SURE, NEXT), detections(NEXT, SURE))
     assert sorted(zip(rows, other_rows, strict=True)) in ([(0, 1), (2, 0)], [(1, 1), (2, 0)])
+
+
+def test_exceptions_in_half_precision():
+    """One in ten may differ by more, or be missing, but not be NaN."""
+    rows = [(1, 0.9 - 0.05 * i, 20 * i, 10, 20 * i + 15, 30) for i in range(10)]
+    expected, moved, lost = detections(*rows), list(rows), rows[1:]
+    moved[0] = (1, 0.6, *rows[0][2:])
+    for found, counts in ((moved, (9, 1)), (lost, (9, 1))):
+        assert export.compare_detections(detections(*found), expected, where="a.png", tolerances=HALF) == counts
+        with pytest.raises(export.ExportError):
+            export.compare_detections(detections(*found), expected, where="a.png")
+    two = detections(*moved[:5], (1, 0.2, *rows[5][2:]), *moved[6:])
+    for found, message in ((two, "scores differ on a.png by 0.45"), (detections(*rows[2:]), "the file lacks")):
+        with pytest.raises(export.ExportError, match=message):
+            export.compare_detections(found, expected, where="a.png", tolerances=HALF)
+    for name, value in (("scores", np.nan), ("boxes", np.nan)):
+        found = detections(*rows)
+        found[name][3] = value
+        with pytest.raises(export.ExportError):
+            export.compare_detections(found, expected, where="a.png", tolerances=HALF)

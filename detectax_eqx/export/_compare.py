@@ -15,17 +15,22 @@ class Tolerances:
 
     - `boxes`: in pixels. `scores`. `masks`: in the probabilities of their pixels.
     - `iou`: an IoU this close to the NMS threshold may fall on either side of it through rounding.
+    - `exceptions`: the share of the detections in an image, rounded up, that may differ by more or be unmatched.
     """
 
     boxes: float = 0.05
     scores: float = 1e-4
     masks: float = 1e-2
     iou: float = 1e-4
+    exceptions: float = 0.0
 
 
 # Of files that compute in single precision, and in half precision, whose rounding errors are 8,192 times as large: they
-# may refine another one of several proposals of an object, so that boxes and masks only have to match and be finite.
-SINGLE, HALF = Tolerances(), Tolerances(boxes=math.inf, scores=0.05, masks=1.0, iou=0.02)
+# may refine another one of several proposals of an object, so that boxes and masks only have to match and be finite. In
+# a detection transformer, two proposals of nearly equal scores may change places, and with them the queries they meet:
+# of 1,435 detections of one that was trained, scores of 6 moved by .05 to .16, and its AP by .0007.
+SINGLE = Tolerances()
+HALF = Tolerances(boxes=math.inf, scores=0.05, masks=1.0, iou=0.02, exceptions=0.1)
 # Two detections with the same label and at least this IoU match; their differences are then compared.
 MATCH_IOU = 0.5
 # Up to this score, a detection without a match may come from a proposal that rounding moved across a threshold.
@@ -50,7 +55,8 @@ def compare_detections(
     """Compares an exported file's detections in one image with the model's.
 
     Returns the number of matched pairs and the number of unmatched detections. Matched pairs, see `match_detections`,
-    must agree within the `tolerances`. A detection may be unmatched if rounding can explain it, that is, if
+    must agree within the `tolerances`, whose `exceptions` are not among the matched. A detection may be unmatched if
+    rounding can explain it, that is, if
 
     - its score is at most `unmatched_score`;
     - its score is at most a tolerance above `score_threshold`, or above the lowest score of the other side if that
@@ -70,7 +76,7 @@ def compare_detections(
     """
     rows, other_rows = match_detections(found, expected)
     sides = ((expected, other_rows, found, "the file lacks"), (found, rows, expected, "the model does not make"))
-    unmatched = 0
+    unmatched, allowed = 0, math.ceil(tolerances.exceptions * len(expected["scores"]))
     for detections, matched_rows, other, problem in sides:
         limit = max(unmatched_score, score_threshold + tolerances.scores)
         if len(other["scores"]) >= max_detections:
@@ -80,24 +86,27 @@ def compare_detections(
             excused = detections["scores"][row] <= limit or _at_threshold(
                 detections, row, other, nms_threshold, tolerances
             )
-            if not excused:  # also true if the score is NaN
+            allowed -= not excused
+            if not excused and (allowed < 0 or np.isnan(detections["scores"][row])):
                 raise ExportError(
                     f"valid differs on {where}: {problem} the detection {describe(detections, row)}. Rounding can "
                     f"explain this only for scores up to {limit:.4g}. To accept this detection, set unmatched_score "
                     "(--unmatched-score of export.py) or the score threshold above its score."
                 )
+    far = np.zeros(len(rows), bool)
     for name, tolerance in vars(tolerances).items():
         if name not in expected or not rows:
             continue
         difference = np.abs(np.asarray(found[name])[rows] - np.asarray(expected[name])[other_rows])
         worst = difference.reshape(len(rows), -1).max(axis=1)
-        if not worst.max() <= tolerance:  # also true for NaN
+        far |= ~(worst <= tolerance)  # also true for NaN
+        if far.sum() > allowed or np.isnan(worst).any():
             row = other_rows[int(np.nan_to_num(worst, nan=np.inf).argmax())]
             raise ExportError(
                 f"{name} differ on {where} by {worst.max():.2g}, more than {tolerance:g}, in the model's detection "
                 f"{describe(expected, row)}."
             )
-    return len(rows), unmatched
+    return len(rows) - int(far.sum()), unmatched + int(far.sum())
 
 
 def check_counts(matched: int, unmatched: int, *, images: int) -> None:

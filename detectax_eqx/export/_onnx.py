@@ -52,7 +52,7 @@ def save_onnx(
     - `selection`: which detections the file keeps; default `model.selection`, see `detection_program`.
     - `half`: convolutions and matrix products in float16; norms, softmax and boxes stay float32. The file is half as
       large. Its detections are compared with those of the model in float32: equal labels, boxes with an IoU of at
-      least .5, and scores within .05.
+      least .5, and scores within .05, in all but a tenth of the detections in each image.
     - `unmatched_score`: the score up to which a detection of the file or of the model may be unmatched. Rounding
       differs between runtimes, and can move the overlap of two proposals, or the rank of one, across a threshold.
     - `image_names`: the names of the images in error messages; default their positions.

@@ -1,4 +1,4 @@
-"""Trains a small Faster R-CNN, exports it as ONNX, in INT8 and as TFLite, and evaluates all of them on the test set.
+"""Trains a small Faster R-CNN, exports it as ONNX, also in float16 and INT8, and as TFLite, and evaluates all of them.
 
     python tests/parity/compare_exports.py --data DIR --output runs/exports
 
@@ -197,14 +197,17 @@ def in_turn(slow, fast, images, shape, *, rounds=3) -> list[float]:
 
 
 def onnx_rows(model, setup: Setup) -> dict[str, dict[str, float]]:
-    """Rows of the float and the INT8 ONNX file, and how many times as fast the latter is."""
+    """Rows of the ONNX files in float32, float16 and INT8, and how many times as fast the last is as the first."""
     import onnxruntime
 
     rows, sessions = {}, {}
-    float_file, int8_file = (setup.output / name for name in ("detector.onnx", "detector.int8.onnx"))
-    export.save_onnx(model, float_file, shape=setup.shape, images=setup.images[:8], class_names=setup.names)
-    export.quantize_onnx(float_file, int8_file, images=setup.images)
-    for name, file in (("onnx", float_file), ("onnx int8", int8_file)):
+    files = {"onnx": "detector.onnx", "onnx float16": "detector.half.onnx", "onnx int8": "detector.int8.onnx"}
+    files = {name: setup.output / file for name, file in files.items()}
+    about = {"shape": setup.shape, "images": setup.images[:8], "class_names": setup.names}
+    export.save_onnx(model, files["onnx"], **about)
+    export.save_onnx(model, files["onnx float16"], half=True, **about)
+    export.quantize_onnx(files["onnx"], files["onnx int8"], images=setup.images)
+    for name, file in files.items():
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         sessions[name] = session
 
