@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax.random as jr
@@ -30,7 +31,7 @@ def build(kind="detr"):
     def make():
         keys = jr.split(jr.key(0), 3)
         body = nn.ResNet(nn.Bottleneck, (1, 1, 1, 1), key=keys[0], width=WIDTH)
-        options = {"layers": LAYERS, "queries": QUERIES, "heads": HEADS, "hidden_size": HIDDEN}
+        options: dict[str, Any] = {"layers": LAYERS, "queries": QUERIES, "heads": HEADS, "hidden_size": HIDDEN}
         if kind == "detr":
             backbone = nn.ProjectedResNet(body, key=keys[1], channels=CHANNELS)
             model = models.detr(backbone, CLASSES, key=keys[2], **options)

@@ -153,7 +153,8 @@ WITH_MODEL = {
 }
 # Functions without array arguments or options with a range, or whose misuse is tested elsewhere.
 ELSEWHERE = {
-    data: {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
+    data: {"load_yolo", "write_coco"}
+    | {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
     | {"decode_counts", "encode_segmentation", "list_images", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},
     # tests/export: they write files or need an extra.

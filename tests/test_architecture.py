@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "ops": {"_xla"},
     "nn": {"_xla", "ops"},
     "models": {"_xla", "ops", "nn", "_types"},
-    "data": {"_types"},
+    "data": {"files", "_types"},
     "train": {"_xla", "ops", "_types"},
     "evaluate": {"ops", "models", "data", "train", "files", "_types"},
     "weights": {"models", "nn", "files"},

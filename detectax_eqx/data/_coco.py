@@ -71,7 +71,7 @@ def load_coco(
     file, folder = to_location(annotations), to_location(images)
     if isinstance(folder, Path) and not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder of images.")
-    return _parse(read_annotations(annotations), file, folder, box_format, check_images=check_images)
+    return parse_content(read_annotations(annotations), file, folder, box_format, check_images=check_images)
 
 
 def load_annotations(
@@ -98,13 +98,13 @@ def load_annotations(
     """
     if not isinstance(annotations, Mapping):
         path = annotations if isinstance(annotations, str) else Path(annotations)
-        return _parse(read_annotations(path), to_location(path), None, box_format, check_images=False)
+        return parse_content(read_annotations(path), to_location(path), None, box_format, check_images=False)
     file = Path("annotations")  # its name in error messages
     try:
         content = json.loads(json.dumps(dict(annotations), default=_to_json))
     except (TypeError, ValueError, RecursionError) as error:
         raise DatasetError(f"{file}: it has a value that JSON cannot hold: {error}.") from error
-    return _parse(content, file, None, box_format, check_images=False)
+    return parse_content(content, file, None, box_format, check_images=False)
 
 
 def _to_json(value: Any) -> Any:
@@ -118,7 +118,7 @@ def _to_json(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__}")
 
 
-def _parse(
+def parse_content(
     content: dict[str, Any], file: Location, folder: Location | None, box_format: BoxFormat, *, check_images: bool
 ) -> CocoDataset:
     """Checks the content of a file and returns the dataset. `folder`: of the images; `None` if they are not needed."""

@@ -146,6 +146,23 @@ def check_image(location: Location, size: tuple[int, int]) -> tuple[str, str] | 
     return None
 
 
+def shown_size(path: Path) -> tuple[int, int]:
+    """Returns `(height, width)` of an image as viewers show it, without decoding its pixels.
+
+    Raises a `BadImageError` that names the file if it is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = _orientation(image) in SIDEWAYS
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except FileNotFoundError:
+        raise BadImageError(f"{path}: no such image file.") from None
+    except BOMB as error:
+        raise BadImageError(f"{path}: {error}") from None
+    except Exception as error:  # Pillow's readers raise errors of many types
+        raise BadImageError(f"{path}: cannot be read as an image: {error}.") from error
+
+
 def _last_bytes(path: Path, count: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(0, 2)

@@ -147,7 +147,7 @@ def adjust(
     Returns the parameters that it changed, by the names of DETR's authors. Random layers of that depth map all queries
     to nearly the same.
     """
-    deformable = isinstance(model, DeformableDetrForObjectDetection)
+    deformable, count = isinstance(model, DeformableDetrForObjectDetection), 0
     if not deformable:
         layers = {
             "input_proj": model.model.input_projection,

@@ -200,17 +200,18 @@ def test_losses_and_gradients(name, precision):
     with double_precision() if precision == "float64" else jax.numpy_dtype_promotion("standard"):
         losses, grads, *reference = _losses_and_gradients(name, precision)
     try:
-        _assert_near(losses, grads, *reference, precision, name)
+        _assert_near(losses, grads, reference, precision, name)
     except AssertionError as error:
         if precision == "float64":
             raise
         print(f"judged in double precision, because of: {error}")
         with double_precision():
             _, _, *reference = _losses_and_gradients(name, "float64")
-        _assert_near(losses, grads, *reference, precision, name)
+        _assert_near(losses, grads, reference, precision, name)
 
 
-def _assert_near(losses, grads, expected, gradients, precision, name):
+def _assert_near(losses, grads, reference, precision, name):
+    expected, gradients = reference
     assert losses.keys() == expected.keys()
     tolerance = {"float32": 1e-4, "float64": 1e-6}[precision]
     for term, value in expected.items():
