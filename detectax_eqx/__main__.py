@@ -17,7 +17,7 @@ COMMANDS = {
     "export": ("export", "write a detector as ONNX, StableHLO or safetensors"),
     "inspect": ("inspect_dataset", "inspect a dataset before training on it"),
     "convert": ("convert", "convert weights from one format to another"),
-    "convert-dataset": ("convert_dataset", "write a dataset in the YOLO format as a COCO file"),
+    "convert-dataset": ("convert_dataset", "write a dataset in YOLO's or Pascal VOC's format as a COCO file"),
     "list": ("list_detectors", "list detectors and their published weights"),
 }
 

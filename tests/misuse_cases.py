@@ -153,7 +153,7 @@ WITH_MODEL = {
 }
 # Functions without array arguments or options with a range, or whose misuse is tested elsewhere.
 ELSEWHERE = {
-    data: {"load_yolo", "write_coco"}
+    data: {"load_yolo", "load_voc", "write_coco"}
     | {"decode_rle", "load_coco", "read_annotations", "read_image", "read_categories", "check_categories"}
     | {"decode_counts", "encode_segmentation", "list_images", "load_annotations", "parse_segmentation"},
     draw: {"class_color", "plot_error_costs"},

@@ -14,5 +14,6 @@ from ._masks import decode_counts as decode_counts, decode_rle as decode_rle, ma
 from ._report import BadImageError as BadImageError, DatasetError as DatasetError, Problem as Problem, Report as Report
 from ._segmentations import encode_segmentation as encode_segmentation, parse_segmentation as parse_segmentation
 from ._shapes import write_shapes_dataset as write_shapes_dataset
+from ._voc import load_voc as load_voc
 from ._write import write_coco as write_coco
 from ._yolo import load_yolo as load_yolo
