@@ -255,8 +255,8 @@ def main(options: Options) -> None:
             save_safetensors(trained(train_set, options), weights)
         model = load_safetensors(build(jr.key(0), train_set.num_classes), weights)
 
-    sizes = {model.preprocessing.resize(size) for size in test_set.sizes}
-    canvas = models.smallest_canvas(np.max(list(sizes), axis=0).tolist(), divisor=model.backbone.divisor)
+    heights, widths = zip(*(model.preprocessing.resize(size) for size in test_set.sizes), strict=True)
+    canvas = models.smallest_canvas((max(heights), max(widths)), divisor=model.backbone.divisor)
     limits = model.preprocessing.limits
     (bucket,) = data.make_buckets([*train_set.sizes, *test_set.sizes], canvases=[canvas], **limits)
     setup = Setup(
