@@ -52,9 +52,14 @@ def test_detections(kind, place, canvas):
     for i, image in enumerate(tiny.images()):
         found = detect(model, image)
         assert np.asarray(found.valid).all()
-        np.testing.assert_array_equal(found.labels, expected[f"{i}.{place}.labels"])
-        np.testing.assert_allclose(found.scores, expected[f"{i}.{place}.scores"], atol=1e-4)
-        np.testing.assert_allclose(found.boxes, expected[f"{i}.{place}.boxes"], atol=1e-2)
+        labels, scores, boxes = (expected[f"{i}.{place}.{name}"] for name in ("labels", "scores", "boxes"))
+        order = np.arange(len(labels))
+        for k in np.flatnonzero(scores[:-1] - scores[1:] < 1e-5):  # two that rounding may exchange
+            if labels[k] != found.labels[k]:
+                order[[k, k + 1]] = order[[k + 1, k]]
+        np.testing.assert_array_equal(found.labels, labels[order])
+        np.testing.assert_allclose(found.scores, scores[order], atol=1e-4)
+        np.testing.assert_allclose(found.boxes, boxes[order], atol=1e-2)
         assert set(found.labels.tolist()) == set(range(tiny.CLASSES))
         assert np.ptp(np.asarray(found.boxes), axis=0).min() > 5
 
