@@ -14,39 +14,22 @@ CANVAS = (SIZE, SIZE)
 SAMPLING = models.TwoStageSampling(pre_nms_top_n=64, post_nms_top_n=64, rpn_samples=64, box_samples=32)
 
 
-def faster_rcnn(make_backbone, num_classes, keys):
+def faster_rcnn(backbone, num_classes, key):
     sizes = ((12.0,), (24.0,), (48.0,), (96.0,), (128.0,))
-    backbone = make_backbone(keys)
-    model = models.faster_rcnn(backbone, num_classes, key=keys[2], anchor_sizes=sizes, hidden_size=128)
+    model = models.faster_rcnn(backbone, num_classes, key=key, anchor_sizes=sizes, hidden_size=128)
     preprocessing = models.Preprocessing(models.ShortestEdge(SIZE, SIZE))
     return replace(model, pooling=models.RoIPooling(aligned=True), preprocessing=preprocessing, sampling=SAMPLING)
 
 
 def vit(num_classes, keys):
-    def backbone(keys):
-        body = nn.ViT(
-            128,
-            4,
-            4,
-            key=keys[0],
-            side=8,
-            window=4,
-            global_blocks=(1, 3),
-            relative_side=8,
-            patch_size=16,
-            drop_path=0.05,
-        )
-        return nn.ViTFPN(body, key=keys[1], channels=CHANNELS)
-
-    return faster_rcnn(backbone, num_classes, keys)
+    windows = {"side": 8, "window": 4, "global_blocks": (1, 3), "relative_side": 8}
+    body = nn.ViT(128, 4, 4, key=keys[0], patch_size=16, drop_path=0.05, **windows)
+    return faster_rcnn(nn.ViTFPN(body, key=keys[1], channels=CHANNELS), num_classes, keys[2])
 
 
 def swin(num_classes, keys):
-    def backbone(keys):
-        body = nn.Swin(32, (1, 1, 2, 1), (2, 4, 8, 16), key=keys[0], window=4, drop_path=0.05)
-        return nn.BackboneWithFPN(body, key=keys[1], channels=CHANNELS)
-
-    return faster_rcnn(backbone, num_classes, keys)
+    body = nn.Swin(32, (1, 1, 2, 1), (2, 4, 8, 16), key=keys[0], window=4, drop_path=0.05)
+    return faster_rcnn(nn.BackboneWithFPN(body, key=keys[1], channels=CHANNELS), num_classes, keys[2])
 
 
 def rf_detr(num_classes, keys):

@@ -187,9 +187,12 @@ def _mesh():
 SHARDED, WHOLE = PartitionSpec("batch"), PartitionSpec()
 
 
+NO_RULE = "JAX has no rule for a convolution in groups under shard_map where only one operand has a batch"
+
+
 def _marks(one):
-    """JAX has no rule for a convolution in groups under `shard_map` where only one operand has a batch."""
-    return [pytest.mark.xfail(raises=NotImplementedError)] if one.options.get("groups", 1) > 1 else []
+    grouped = one.options.get("groups", 1) > 1
+    return [pytest.mark.xfail(raises=NotImplementedError, reason=NO_RULE)] if grouped else []
 
 
 @pytest.mark.parametrize(

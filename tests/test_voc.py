@@ -53,6 +53,13 @@ def test_objects(standard, tmp_path):
     assert objects.annotation_ids == (1, 2) and len(dataset.objects(1).labels) == 0
 
 
+def test_images_of_subfolders_are_others(tmp_path):
+    """Also those of the same name."""
+    write(tmp_path, standard=False)
+    write(tmp_path / "valid", {"a": SIZE}, standard=False)
+    assert [image.path for image in load_voc(tmp_path).images] == [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+
+
 def test_lists_classes_and_the_first_pixel(tmp_path):
     write(tmp_path)
     assert [image.file for image in load_voc(tmp_path, "train").images] == ["a.jpg"]

@@ -161,8 +161,7 @@ def test_coco_files_hold_the_same_dataset(tmp_path):
 
 def test_coco_files_keep_crowds_areas_and_keypoints(tmp_path):
     Image.new("RGB", (4, 2)).save(tmp_path / "a.png")
-    crowd = {"bbox": [0, 0, 2, 2], "iscrowd": 1, "segmentation": {"size": [2, 4], "counts": "0132"}}
-    crowd["segmentation"]["counts"] = [0, 4, 4]
+    crowd = {"bbox": [0, 0, 2, 2], "iscrowd": 1, "segmentation": {"size": [2, 4], "counts": [0, 4, 4]}}
     content = {
         "images": [{"id": 5, "file_name": "a.png", "width": 4, "height": 2}],
         "annotations": [

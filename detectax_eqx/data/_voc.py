@@ -52,12 +52,10 @@ def load_voc(
         raise ValueError(f"first_pixel must be 0 or 1, got {first_pixel}.")
     folder = Path(folder)
     standard = (folder / "Annotations").is_dir()
+    pictures, files = (folder / name if standard else folder for name in ("JPEGImages", "Annotations"))
     problems = Collector(folder)
-    places = {path.stem: path for path in list_images(folder / "JPEGImages" if standard else folder)}
-    trees = {
-        path.stem: _read(path, problems)
-        for path in sorted((folder / "Annotations" if standard else folder).glob("*.xml"))
-    }
+    places = {path.stem: path for path in list_images(pictures) if path.parent == pictures}
+    trees = {path.stem: _read(path, problems) for path in sorted(files.glob("*.xml"))}
     if not trees:
         raise DatasetError(f"{folder}: there are no XML files. Give a folder of Pascal VOC, or one that holds them.")
     names = list(classes) if classes is not None else _names(trees.values())
@@ -125,10 +123,8 @@ def _objects(
     """COCO's annotations of the objects in a file, with boxes `(x0, y0, x1, y1)`, without ids."""
     entries = []
     for number, entry in enumerate(tree.iter("object"), start=1):
-        name, sides = (
-            _text(entry, "name"),
-            [_text(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")],
-        )
+        name = _text(entry, "name")
+        sides = [_text(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
             x0, y0, x1, y1 = map(float, sides)
         except ValueError:
